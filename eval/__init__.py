@@ -1,0 +1,1 @@
+"""Evaluators: they read a run directory or any timm checkpoint, and know no objective."""

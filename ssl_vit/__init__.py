@@ -1,0 +1,1 @@
+"""ssl_vit: one Vision Transformer, many ways to pre-train it, one honest way to compare them."""

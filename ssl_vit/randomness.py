@@ -1,0 +1,95 @@
+"""Every random draw has an address: (seed, step, stream, row, element).
+
+A draw is a pure function of its address, so nothing has to be saved to resume a run, and cutting a batch into
+micro-batches or over processes leaves every crop, mask and noise value as it was. The function is Philox4x32-10
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in torch's integer arithmetic: the
+same integers on every device.
+"""
+
+import math
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four 32-bit words, in ints or (broadcastable) int64 tensors → four int64 tensors of them."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap, but their 64 bits are those of the unsigned product
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+class Draw:
+    """The random numbers of some rows of one step. rows: int64 (B,), places in the global batch, on the CPU.
+
+    Numbers come on `device`; one and the same address gives the same bits on every device. Where the host must
+    know them to decide what to compute, ask for them on the CPU instead: that waits for nothing.
+    """
+
+    def __init__(self, seed: int, step: int, rows: Tensor, device: torch.device | str = "cpu"):
+        self.seed, self.step, self.rows, self.device = seed, step, rows, torch.device(device)
+        self._rows = {torch.device("cpu"): rows, self.device: rows.to(self.device, non_blocking=True)}
+
+    def uniform(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
+        """Independent float32 values in [0, 1), of shape (B, *shape); 24 random bits each."""
+        return self.words(stream, *shape, device=device).bitwise_right_shift(8).float() * 2.0**-24
+
+    def normal(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
+        """Independent standard normal float32 values (Box-Muller), of shape (B, *shape)."""
+        u = self.uniform(stream, 2, *shape, device=device)
+        radius = (-2.0 * torch.log(1.0 - u[:, 0])).sqrt()
+        return radius * torch.cos(2 * math.pi * u[:, 1])
+
+    def words(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
+        """Independent 32-bit words as int64, of shape (B, *shape)."""
+        rows = self._rows[torch.device(device or self.device)]
+        n = math.prod(shape)
+        quads = torch.arange((n + 3) // 4, device=rows.device)[None]
+        words = philox(
+            (quads, rows[:, None], self.step & _MASK, zlib.crc32(stream.encode())),
+            (self.seed & _MASK, (self.seed >> 32) & _MASK),
+        )
+        return torch.stack(words, -1).flatten(1)[:, :n].reshape(len(rows), *shape)
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order, int64 (n,), in which epoch `epoch` visits n images."""
+    high, low = Draw(seed, epoch, torch.arange(n)).words("order", 2).unbind(1)
+    return np.argsort((high.numpy() << 31) ^ low.numpy(), kind="stable")
+
+
+class Order:
+    """Which image is row r of step s: element t mod n of the permutation of epoch t div n, with t = s·B + r.
+
+    No image is dropped and none repeated within an epoch; the batch may be larger than the set.
+    """
+
+    def __init__(self, seed: int, n: int, batch_size: int):
+        self.seed, self.n, self.batch_size = seed, n, batch_size
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def indices(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """Image indices, int64 (len(rows),), of these rows of the global batch of this step."""
+        epochs, places = np.divmod(step * self.batch_size + rows, self.n)
+        chosen = np.empty(len(rows), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            if epoch not in self._epochs:
+                self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
+                self._epochs[epoch] = permutation(self.seed, int(epoch), self.n)
+            here = epochs == epoch
+            chosen[here] = self._epochs[epoch][places[here]]
+        return chosen
