@@ -40,9 +40,13 @@ class Draw:
     know them to decide what to compute, ask for them on the CPU instead: that waits for nothing.
     """
 
-    def __init__(self, seed: int, step: int, rows: Tensor, device: torch.device | str = "cpu"):
-        self.seed, self.step, self.rows, self.device = seed, step, rows, torch.device(device)
+    def __init__(self, seed: int, step: int, rows: Tensor, device: torch.device | str = "cpu", prefix: str = ""):
+        self.seed, self.step, self.rows, self.device, self.prefix = seed, step, rows, torch.device(device), prefix
         self._rows = {torch.device("cpu"): rows, self.device: rows.to(self.device, non_blocking=True)}
+
+    def named(self, name: str) -> "Draw":
+        """The same rows in streams of their own: what draws under another name is independent of it."""
+        return Draw(self.seed, self.step, self.rows, self.device, f"{self.prefix}{name}/")
 
     def uniform(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent float32 values in [0, 1), of shape (B, *shape); 24 random bits each."""
@@ -60,7 +64,7 @@ class Draw:
         n = math.prod(shape)
         quads = torch.arange((n + 3) // 4, device=rows.device)[None]
         words = philox(
-            (quads, rows[:, None], self.step & _MASK, zlib.crc32(stream.encode())),
+            (quads, rows[:, None], self.step & _MASK, zlib.crc32((self.prefix + stream).encode())),
             (self.seed & _MASK, (self.seed >> 32) & _MASK),
         )
         return torch.stack(words, -1).flatten(1)[:, :n].reshape(len(rows), *shape)

@@ -1,0 +1,74 @@
+"""Result rows: one JSON line per figure in RUN/results.jsonl, and the predictions behind it."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from ssl_vit.checkpoint import write as write_whole
+
+# what identifies a measurement; the rest of a row is what came of it
+IDENTITY = (
+    "run recipe objective backbone data eval_data split protocol pooling layer label_fraction subset_seed seed chosen n metric"
+).split()
+PACKAGES = ("torch", "timm", "accelerate", "datasets", "faiss-cpu", "scikit-learn", "numpy")
+
+
+def row_id(row: dict) -> str:
+    """First 12 hex digits of the SHA-256 over the keys that identify the measurement."""
+    identity = json.dumps({key: row[key] for key in IDENTITY}, sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def write(folder: Path, rows: list[dict], predictions: list[np.ndarray], truth: np.ndarray) -> None:
+    """Add rows to folder/results.jsonl, each replacing the row of the same identity, and their predictions."""
+    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    file = folder / "results.jsonl"
+    with open(folder / ".results.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = {row_id(row): row for row in read(folder)}
+        for row, predicted in zip(rows, predictions, strict=True):
+            row["predictions"] = f"predictions/{row_id(row)}.npz"
+            np.savez_compressed(
+                folder / row["predictions"],
+                index=np.arange(len(truth), dtype=np.int32),
+                predicted=predicted.astype(np.int32),
+                true=truth.astype(np.int32),
+            )
+            known[row_id(row)] = row
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in known.values()))
+
+
+def read(folder: Path) -> list[dict]:
+    """The rows of a run directory."""
+    file = folder / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def describe_run(folder: Path, settings: dict) -> dict:
+    """The part of a row that says what was trained; settings: the run's recipe.yaml, or {} for a foreign backbone."""
+    log = folder / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    last = next((line for line in reversed(lines) if "images" in line), dict(images=0, flops=0.0))
+    return dict(
+        run=folder.name,
+        recipe=settings.get("recipe") if last["images"] or not settings else "random",
+        objective=settings.get("objective", {}).get("name"),
+        data=settings.get("data", {}).get("name"),
+        seed=settings.get("train", {}).get("seed"),
+        images_seen=last["images"],
+        train_flops=last["flops"],
+    )
+
+
+def surroundings() -> dict:
+    """Package versions and the commit of this code, if it stands in a checkout."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return dict(versions=versions, commit=git.stdout.strip() or None)

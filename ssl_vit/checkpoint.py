@@ -1,0 +1,146 @@
+"""The run's state: one writer, whole checkpoints, a log that never runs ahead of them."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+
+KEEP = re.compile(r"step-(\d{8})\.pt$")
+
+
+class Run:
+    """A run directory. Only the first process calls what writes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.log_file = path / "log.jsonl"
+        self._lock = None
+
+    # -- opening ------------------------------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Be the only writer, until the process ends. Raises UserError with the holder's pid."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")
+        except OSError as error:
+            raise UserError(f"Cannot write to {self.path}: {error.strerror}. Choose another --output.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(
+                f"{self.path} is being written by process {self._lock.read().strip()}: wait for it, or pass another --output."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def claim(self, settings: dict) -> None:
+        """Write recipe.yaml, or check that the one there says the same wherever it must.
+
+        Raises UserError naming the keys that differ.
+        """
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            if any(p.name != ".lock" for p in self.path.iterdir()):
+                raise UserError(f"{self.path} is not empty and holds no run: choose another --output.")
+        else:
+            old = yaml.safe_load(file.read_text())
+            keys = recipes.differences(old, settings)
+            if keys:
+                free = next(f"{self.path}-{n}" for n in range(2, 1000) if not Path(f"{self.path}-{n}").exists())
+                arguments = [a for a in sys.argv[1:] if not a.startswith("--output=")]
+                if "--output" in arguments:
+                    at = arguments.index("--output")
+                    del arguments[at : at + 2]
+                command = shlex.join(["python", sys.argv[0], *arguments, "--output", free])
+                raise UserError(f"{self.path} is a run with other settings ({', '.join(keys)}). Start a new one: {command}")
+        write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "backbone" / "config.json").exists()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> dict[int, Path]:
+        """{steps done: file}, in order."""
+        found = {int(m[1]): p for p in (self.path / "checkpoints").glob("*.pt") if (m := KEEP.search(p.name))}
+        return dict(sorted(found.items()))
+
+    def save(self, step: int, state: dict, keep_every: int) -> None:
+        """Write the state after `step` steps beside the others, rename it into place, then drop the older one.
+
+        Raises UserError if the disk is full; what was there stays.
+        """
+        file = self.path / "checkpoints" / f"step-{step:08d}.pt"
+        partial = file.with_suffix(".partial")
+        try:
+            file.parent.mkdir(exist_ok=True)
+            with open(partial, "wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, file)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            older = list(self.checkpoints())
+            intact = f"the checkpoint of step {older[-1]} is intact" if older else "there is no earlier checkpoint"
+            raise UserError(
+                f"Could not save the checkpoint of step {step} in {file.parent} ({error}); {intact}. Make room and start "
+                "the same command again."
+            ) from None
+        for old, path in self.checkpoints().items():
+            if old < step and not (keep_every and old % keep_every == 0):
+                path.unlink()
+
+    def load(self) -> tuple[int, dict] | None:
+        """(steps done, state) of the newest checkpoint, or None. Raises UserError if it cannot be read."""
+        found = self.checkpoints()
+        if not found:
+            return None
+        step, file = list(found.items())[-1]
+        try:
+            return step, torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's readers raise a dozen types for a damaged file
+            detail = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"The checkpoint {file} is damaged ({detail}). Delete it to go on from an earlier one, or from the start."
+            ) from None
+
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    def log(self, line: dict) -> None:
+        with open(self.log_file, "a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def cut_log(self, step: int) -> dict:
+        """Drop what was logged after `step`, or half written; returns the last line left, or {}."""
+        lines = []
+        if self.log_file.exists():
+            for text in self.log_file.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:
+                    break
+                if line["step"] <= step:
+                    lines.append(line)
+        write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
+        return lines[-1] if lines else {}
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, file)

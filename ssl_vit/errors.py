@@ -1,0 +1,32 @@
+"""A user's mistake is one clear sentence and a non-zero exit, never a traceback."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something only the user can mend. The message names the thing and the remedy."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the known word nearest to a misspelt one, or '' if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def say(text: str) -> None:
+    """Tell the user, once: on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

@@ -1,0 +1,115 @@
+"""The contract between an objective and the loop.
+
+An objective owns everything its loss needs (heads, teacher, targets, queues), so that autocast, checkpoints and
+the optimizer see all of it. It knows neither the loop nor where images come from. Nothing in it may depend on how a
+batch was cut into micro-batches or processes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssl_vit import recipe as recipes
+from ssl_vit import views
+from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.errors import UserError
+from ssl_vit.randomness import Draw
+
+
+@dataclass
+class Batch:
+    """What an objective sees of some rows of a step."""
+
+    views: dict[str, Tensor]  # float in [0, 1]; (B, C, H, W), or (B, V, C, H, W) of a view with a count
+    labels: Tensor | None  # int64 (B,)
+    draw: Draw  # the rows' random numbers
+    step: int
+    total: int  # steps in the whole run
+
+
+@dataclass
+class Facts:
+    """What an objective is told of the run it is built for."""
+
+    size: tuple[int, int]
+    flip: float  # probability of a horizontal flip: 0 where it would change the label
+    classes: int | None  # None: no labels
+    views: recipes.Views
+
+    def single_view(self) -> views.ViewSpec:
+        """The recipe's augmentation, as one view called "image"."""
+        scale = tuple(self.views.scale)
+        if self.views.kind == "none":
+            return views.none(self.size)
+        if self.views.kind == "crop+flip":
+            return views.crop_flip(self.size, self.flip, scale)
+        if self.views.kind == "three-augment":
+            return views.three_augment(self.size, self.flip, scale)
+        image = views.dino(self.size, self.size, 0, self.flip, scale, blur=self.views.blur)["global2"]
+        return {"image": image}
+
+
+class Objective(nn.Module):
+    """One way to pre-train a backbone."""
+
+    Config: ClassVar[type]  # a dataclass of `recipe.setting`s: the objective's part of the recipe
+    views: views.ViewSpec  # what views one image becomes, by name
+    labelled: ClassVar[bool] = False  # whether labels are needed
+
+    def __init__(self, config, backbone: Backbone, facts: Facts):
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+
+    def fit(self, images: Tensor, seed: int) -> None:
+        """Once, before training: learn what the targets need from unaugmented images in [0, 1], into buffers."""
+
+    def begin_step(self) -> None:
+        """Forget what an interrupted try of this step gathered."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """{"loss": the mean over rows, float32, …}; the other scalars are logged."""
+        raise NotImplementedError
+
+    def before_optimizer_step(self, step: int, total: int) -> None:
+        """After gradients are averaged over processes: drop those of frozen layers."""
+
+    def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        """After the optimizer moved: EMA teachers, centres. Once per step; reduce sums a tensor over the processes."""
+
+    def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Pictures of what was learnt, float (B, K, C, H, W) in [0, 1]: K panels for each image, by file name."""
+        return {}
+
+    def alarm(self, logged: dict[str, float]) -> str | None:
+        """One sentence if the logged scalars say that training has failed in a way this objective knows."""
+        return None
+
+    @property
+    def exported(self) -> Backbone:
+        """What is evaluated and saved."""
+        return self.backbone
+
+    def need_tokens(self, what: str) -> TokenBackbone:
+        """The backbone, refused by name unless its tokens can be replaced or dropped."""
+        if not isinstance(self.backbone, TokenBackbone):
+            raise UserError(
+                f"{type(self).__name__} must {what} tokens, and {type(self.backbone.model).__name__} has none to {what}: "
+                "use a plain ViT such as backbone.name=vit_small."
+            )
+        return self.backbone
+
+
+def cosine(step: int, total: int, start: float, end: float) -> float:
+    """A half cosine from start, at step 0, to end, at the last of `total` steps."""
+    at = min(step / max(total - 1, 1), 1.0)
+    return end + (start - end) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * at, dtype=torch.float64))))
+
+
+def ramp(step: int, total: int, fraction: float, start: float, end: float) -> float:
+    """A line from start to end over the first `fraction` of the steps, then end."""
+    length = fraction * total
+    return end if step >= length else start + (end - start) * step / length

@@ -1,0 +1,196 @@
+"""DINO: a student matches, on every view, what an averaged teacher says of the two global ones.
+
+Caron et al. 2021, arXiv 2104.14294; the names are those of its official code. The teacher is what is exported.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_vit import views
+from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.errors import UserError
+from ssl_vit.objectives.base import Batch, Facts, Objective, cosine, ramp
+from ssl_vit.randomness import Draw
+from ssl_vit.recipe import setting
+
+
+@dataclass
+class Config:
+    prototypes: int = setting(65536, "outputs of the head, K", at_least=2)
+    head_width: int = setting(2048, "hidden width of the head", at_least=1)
+    bottleneck: int = setting(256, "what the prototypes see, on the unit sphere", at_least=2)
+    norm_last_layer: bool = setting(True, "fix the length of the prototypes at 1; steadier")
+    student_temperature: float = setting(0.1, "softmax temperature of the student", above=0)
+    teacher_temperature: float = setting(0.07, "of the teacher, after its warm-up; lower it if the loss does not fall", above=0)
+    teacher_temperature_start: float = setting(0.04, "of the teacher, at step 0", above=0)
+    teacher_warmup: float = setting(0.3, "fraction of the steps over which it rises", at_least=0, at_most=1)
+    momentum: float = setting(0.996, "EMA of the teacher at step 0, rising to 1 on a cosine; higher for small batches", at_least=0, at_most=1)
+    center_momentum: float = setting(0.9, "EMA of the centre", at_least=0, at_most=1)
+    freeze_last_layer: float = setting(0.01, "fraction of the steps in which the prototypes stay", at_least=0, at_most=1)
+    local_count: int = setting(8, "local crops", at_least=0)
+    local_size: int | None = setting(None, "their side in pixels; null: 3/7 of the size, in whole patches", at_least=1)
+    local_scale: list[float] = setting([0.05, 0.4], "their area; views.scale is that of the global crops", above=0, at_most=1)
+
+
+class DINO(Objective):
+    """Shapes: B rows, V views of which the first two are global, K prototypes."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Backbone, facts: Facts):
+        super().__init__(config, backbone, facts)
+        self.need_tokens("read class")
+        if not backbone.model.has_class_token:
+            raise UserError("DINO reads the class token, and this backbone has none.")
+        if len(config.local_scale) != 2 or config.local_scale[0] > config.local_scale[1]:
+            raise UserError(f"objective.local_scale must be two rising fractions, not {config.local_scale}.")
+        side = backbone.patch[0]
+        local = config.local_size or max(side, round(min(facts.size) * 3 / 7 / side) * side)
+        if local % side or local % backbone.patch[1]:
+            raise UserError(f"objective.local_size={local} does not divide into patches of {backbone.patch}.")
+        self.views = views.dino(
+            facts.size,
+            (local, local),
+            config.local_count,
+            facts.flip,
+            tuple(facts.views.scale),
+            tuple(config.local_scale),
+            colour=facts.views.kind == "dino",
+            blur=facts.views.blur,
+        )
+        self.head = Head(config, backbone.width)
+        self.teacher = copy.deepcopy(backbone).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(config.prototypes))
+        self.register_buffer("teacher_sum", torch.zeros(config.prototypes), persistent=False)
+        self.register_buffer("teacher_count", torch.zeros(()), persistent=False)
+
+    def train(self, mode: bool = True) -> "DINO":
+        super().train(mode)
+        self.teacher.eval()
+        self.teacher_head.eval()
+        return self
+
+    @property
+    def exported(self) -> TokenBackbone:
+        return self.teacher
+
+    def begin_step(self) -> None:
+        self.teacher_sum.zero_()
+        self.teacher_count.zero_()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        rows = len(batch.draw.rows)
+        two = torch.cat([batch.views["global1"], batch.views["global2"]])
+        with torch.no_grad():
+            teacher = self.teacher_head(self.teacher.tokens(two)[:, 0])
+        student = self.head(self.backbone.tokens(two, batch.draw)[:, 0])
+        if "local" in batch.views:
+            local = batch.views["local"].transpose(0, 1).flatten(0, 1)
+            seen = self.backbone.tokens(local, batch.draw.named("local"))[:, 0]
+            student = torch.cat([student, self.head(seen)])
+        with torch.autocast(two.device.type, enabled=False):
+            temperature = self.teacher_temperature(batch.step, batch.total)
+            result = self.compare(
+                student.to(self.center.dtype).unflatten(0, (-1, rows)),
+                teacher.to(self.center.dtype).unflatten(0, (2, rows)),
+                temperature,
+            )
+            if self.training:
+                self.teacher_sum += teacher.to(self.center.dtype).sum(0)
+                self.teacher_count += len(teacher)
+        return result
+
+    def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> dict[str, Tensor]:
+        """Cross-entropy of student (V, B, K) against teacher (2, B, K), over all pairs of different views."""
+        log_p = F.log_softmax(student / self.config.student_temperature, -1)
+        log_q = F.log_softmax((teacher - self.center) / temperature, -1)
+        q = log_q.exp()
+        pairs = -torch.einsum("tbk,vbk->tv", q, log_p) / student.shape[1]
+        terms = pairs.numel() - 2
+        loss = (pairs.sum() - pairs.diagonal().sum()) / terms
+        entropy = -(q * log_q).sum(-1).mean()
+        return dict(loss=loss, teacher_entropy=entropy.detach(), kl=(loss - entropy).detach())
+
+    def teacher_temperature(self, step: int, total: int) -> float:
+        c = self.config
+        return ramp(step, total, c.teacher_warmup, c.teacher_temperature_start, c.teacher_temperature)
+
+    def before_optimizer_step(self, step: int, total: int) -> None:
+        if step < self.config.freeze_last_layer * total:
+            for weight in self.head.last.parameters():
+                weight.grad = None
+
+    @torch.no_grad()
+    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
+        momentum = cosine(step, total, self.config.momentum, 1.0)
+        for old, new in ((self.teacher, self.backbone), (self.teacher_head, self.head)):
+            pairs = zip(old.parameters(), new.parameters(), strict=True)
+            ours, theirs = map(list, zip(*pairs))
+            torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        mean = reduce(self.teacher_sum) / reduce(self.teacher_count)
+        self.center.lerp_(mean, 1 - self.config.center_momentum)
+
+    @torch.no_grad()
+    def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """The image, and each head's attention of the class token in the teacher's last block."""
+        maps = self.teacher.attention(images)
+        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+        maps = F.interpolate((maps - low) / (high - low).clamp(min=1e-12), images.shape[-2:], mode="nearest")
+        panels = maps[:, :, None].expand(-1, -1, images.shape[1], -1, -1)
+        return dict(attention=torch.cat([images[:, None], panels], 1))
+
+    def alarm(self, logged: dict[str, float]) -> str | None:
+        largest = math.log(self.config.prototypes)
+        if logged["kl"] > 0.01 * largest:
+            return None
+        if logged["teacher_entropy"] > 0.98 * largest:
+            kind = "the teacher's answer is uniform, whatever the image"
+        elif logged["teacher_entropy"] < 0.02 * largest:
+            kind = "the teacher gives one and the same prototype to every image"
+        else:
+            return None
+        return (
+            f"DINO has collapsed: {kind} (entropy {logged['teacher_entropy']:.2f} of ln K = {largest:.2f}, "
+            f"KL {logged['kl']:.4f}). Try a lower optim.lr or objective.teacher_temperature, fewer "
+            "objective.prototypes, or another objective.momentum."
+        )
+
+
+class Head(nn.Module):
+    """Three linear layers, a unit-length bottleneck, and K prototypes of fixed (or learnt) length."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        inner = config.head_width
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, config.bottleneck)
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last = Prototypes(config.bottleneck, config.prototypes, config.norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class tokens (B, D) → logits (B, K)."""
+        return self.last(F.normalize(self.mlp(x), dim=-1))
+
+
+class Prototypes(nn.Module):
+    """A weight-normalised linear layer without bias: directions, times a length that starts at 1."""
+
+    def __init__(self, width: int, count: int, fixed_length: bool):
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(count, width))
+        nn.init.kaiming_uniform_(self.direction, a=math.sqrt(5))
+        self.length = None if fixed_length else nn.Parameter(torch.ones(count, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.normalize(self.direction, dim=-1)
+        return F.linear(x, weight if self.length is None else self.length * weight)

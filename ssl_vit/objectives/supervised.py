@@ -1,0 +1,61 @@
+"""Supervised classification: the control that every label-free objective is measured against.
+
+Sources: DeiT (arXiv 2012.12877) for mixup, cutmix and label smoothing; DeiT III (2204.07118) for binary cross-entropy.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_vit import views
+from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.errors import UserError
+from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.recipe import setting
+
+
+@dataclass
+class Config:
+    loss: Literal["ce", "bce"] = setting("ce", "cross-entropy, or binary cross-entropy per class")
+    smoothing: float = setting(0.0, "label smoothing", at_least=0, at_most=0.99)
+    mixup: float = setting(0.0, "alpha of mixup's Beta law; 0: none", at_least=0)
+    cutmix: float = setting(0.0, "alpha of cutmix's Beta law; 0: none", at_least=0)
+    mix_probability: float = setting(1.0, "of mixing an image at all", at_least=0, at_most=1)
+    pool: Literal["token", "avg"] = setting("token", "what the head reads: the class token, or the mean of the patches")
+
+
+class Supervised(Objective):
+    """A zero-initialised linear head on the backbone; the exported timm model keeps it."""
+
+    Config = Config
+    labelled = True
+
+    def __init__(self, config: Config, backbone: Backbone, facts: Facts):
+        super().__init__(config, backbone, facts)
+        if facts.classes < 2:
+            raise UserError("Supervised training needs at least two classes, and the images have one.")
+        self.classes = facts.classes
+        self.views = facts.single_view()
+        if isinstance(backbone, TokenBackbone):
+            backbone.add_classifier(facts.classes, config.pool)
+        else:
+            backbone.add_classifier(facts.classes)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        c, images = self.config, batch.views["image"]
+        target = F.one_hot(batch.labels, self.classes).to(images.dtype)
+        target = target * (1 - c.smoothing) + c.smoothing / self.classes
+        if c.mixup or c.cutmix:
+            images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mix_probability)
+        logits = self.backbone.classify(images, batch.draw)
+        with torch.autocast(images.device.type, enabled=False):
+            logits = logits.to(images.dtype)
+            if c.loss == "ce":
+                loss = F.cross_entropy(logits, target)
+            else:
+                loss = F.binary_cross_entropy_with_logits(logits, target)
+        accuracy = (logits.argmax(1) == batch.labels).float().mean()
+        return dict(loss=loss, accuracy=accuracy)

@@ -1,0 +1,85 @@
+"""Parameter groups with layer decay, and schedules as functions of the optimizer step."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ssl_vit import recipe as recipes
+from ssl_vit.backbone import Backbone
+from ssl_vit.objectives.base import cosine
+
+
+def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim.AdamW:
+    """AdamW over what is trainable; each group knows its `lr_scale` and whether it `decays`."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    scales = layer_scales(objective, config.layer_decay)
+    for name, weight in objective.named_parameters():
+        if weight.requires_grad:
+            groups.setdefault((scales.get(name, 1.0), decays(name, weight, config.no_decay)), []).append(weight)
+    parameters = [dict(params=p, lr_scale=scale, decays=decay) for (scale, decay), p in groups.items()]
+    fused = any(p.is_cuda for p in objective.parameters())
+    return torch.optim.AdamW(parameters, lr=lr, betas=tuple(config.betas), weight_decay=0.0, fused=fused)
+
+
+def decays(name: str, weight: Tensor, rule: str) -> bool:
+    """Whether weight decay applies. Biases, norms and scales never; "1d+tokens" also spares positions and tokens."""
+    if weight.ndim <= 1 or name.endswith(".bias"):
+        return False
+    tokens = ("pos_embed", "cls_token", "reg_token", "mask_token")
+    return not (rule == "1d+tokens" and name.rpartition(".")[2] in tokens)
+
+
+def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
+    """{parameter: factor}: decay^(distance to the head), by timm's own order of each model's layers; heads have 1.
+
+    Layer-wise decay as in BEiT's and MAE's fine-tuning.
+    """
+    if layer_decay == 1.0:
+        return {}
+    scales = {}
+    for prefix, module in objective.named_modules():
+        if isinstance(module, Backbone):
+            layers = _layers(module.model)
+            top = max(layers.values()) + (0 if module.args.get("num_classes") else 1)
+            scales |= {f"{prefix}.model.{name}": layer_decay ** (top - layer) for name, layer in layers.items()}
+    return scales
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    from timm.models import group_parameters
+
+    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: float, step: int, total: int) -> float:
+    """Set this step's learning rate and weight decay in every group; returns the rate at scale 1.
+
+    Linear warm-up over the first fraction of the steps, then half a cosine down to min_lr.
+    """
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        lr = peak * (step + 1) / warmup
+    else:
+        lr = cosine(step - warmup, total - warmup, peak, config.min_lr)
+    weight_decay = config.weight_decay
+    if config.weight_decay_end is not None:
+        weight_decay = cosine(step, total, config.weight_decay, config.weight_decay_end)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+    return lr
+
+
+def clip(parameters: Iterable[Tensor], config: recipes.Optim) -> Tensor | None:
+    """Clip gradients in place; returns the global norm before clipping, or None where nothing is clipped."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if config.clip is None:
+        return None
+    if config.clip_mode == "global":
+        return nn.utils.clip_grad_norm_(parameters, config.clip)
+    # DINO's official code bounds the norm of each parameter on its own
+    norms = torch._foreach_norm([p.grad for p in parameters])
+    factors = (config.clip / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([p.grad for p in parameters], list(factors.unbind()))
+    return torch.stack(norms).norm()

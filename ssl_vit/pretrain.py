@@ -1,0 +1,395 @@
+"""Pre-train a Vision Transformer.
+
+    accelerate launch ssl_vit/pretrain.py --recipe mae --data PATH|NAME|owner/name [key=value …]
+
+On a laptop, in about two minutes, on scikit-learn's handwritten digits:
+
+    python ssl_vit/pretrain.py --recipe mae
+
+The same command again goes on where a stopped run was, to the same weights bit for bit.
+"""
+
+import argparse
+import gc
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from ssl_vit import backbone as backbones
+from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, recipe as recipes, weights
+from ssl_vit.errors import UserError, say
+from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.randomness import Draw, Order
+
+
+def pretrain(recipe: recipes.Recipe, path: Path) -> int:
+    """Train until the recipe's budget is spent, then write the backbone. Returns the exit code."""
+    stop = StopSignal()
+    threads = set_threads(recipe.runtime.threads)
+    images = data.load(recipe.data, "train")  # before the processes form a group: decoding may take longer than it waits
+    recipe.add_facts(images.facts())
+    accelerator = start_accelerator(recipe, path)
+    device, processes = accelerator.device, accelerator.num_processes
+    images = images.to(device)
+
+    objective = build(recipe, images).to(device)
+    total, flops_per_image = budget(recipe, objective, images)
+    recipe.train.steps = total
+    lr, rule = recipe.learning_rate()
+    share = recipe.train.batch_size // processes
+    settings = recipe.as_dict() | dict(
+        resolved=dict(lr=lr, lr_rule=rule, flops_per_image=flops_per_image, precision=recipe.train.precision),
+        images=dict(fingerprint=images.fingerprint, count=len(images), split=images.split, classes=images.classes),
+    )
+    settings["runtime"] |= dict(threads_used=threads, processes=processes, device=device.type, torch=str(torch.__version__))
+
+    run = checkpoint.Run(path)
+    if accelerator.is_main_process:
+        run.lock()
+        run.claim(settings)
+    [finished] = broadcast_object_list([run.finished])
+    if finished:
+        say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")
+        return 0
+
+    optimizer = optim.build(objective, recipe.optim, lr)
+    done, state = run.load() or (0, None)
+    if state is not None:
+        try:
+            objective.load_state_dict(state["objective"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"The checkpoint of step {done} in {path} is of another model ({' '.join(str(error).split())[:200]}). "
+                "Delete it, or pass another --output."
+            ) from None
+        say(f"Going on from step {done} of {total}.")
+    elif total:
+        objective.fit(fit_images(recipe, images, device), recipe.train.seed)
+    if recipe.runtime.compile:
+        for module in objective.modules():
+            if isinstance(module, backbones.TokenBackbone):
+                for block in module.model.blocks:
+                    block.compile()
+    describe(recipe, path, images, objective, accelerator, total, flops_per_image, f"{lr:.3g} ({rule})")
+
+    watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
+    knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
+    micro = micro_batch(recipe, share, device)
+    order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
+    plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, micro)
+    workers = recipe.runtime.workers
+    workers = max(1, (os.cpu_count() or 1) // local_processes()) if workers == "auto" else workers
+    stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, workers)
+
+    def save(step: int) -> None:
+        watch.check_finite()
+        if accelerator.is_main_process:
+            state = dict(objective=objective.state_dict(), optimizer=optimizer.state_dict())
+            run.save(step, state, recipe.runtime.keep_every)
+
+    objective.train()
+    for step in range(done, total):
+        chunks = [next(stream) for _ in range(math.ceil(share / micro))]
+        while True:
+            scalars, fits, stopping = gradients(accelerator, objective, images, chunks, micro, step, total, stop.requested)
+            if fits:
+                break
+            micro = halve(micro, recipe, watch)
+
+        now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
+        objective.before_optimizer_step(step, total)
+        norm = optim.clip(objective.parameters(), recipe.optim)
+        optimizer.step()
+        objective.on_optimizer_step(step, total, lambda t: accelerator.reduce(t, "sum") if processes > 1 else t)
+
+        watch.step(step, scalars | (dict(grad_norm=norm) if norm is not None else {}), now)
+        at = step + 1
+        if knn and at % recipe.monitor.knn_every == 0:
+            watch.knn(at, knn(objective.exported))
+        if at % recipe.runtime.save_every == 0 or at == total or stopping:
+            save(at)
+        if stopping and at < total:
+            watch.close()
+            say(f"Stopped after step {at} of {total}, saved. The same command goes on from there.")
+            return 128 + signal.SIGTERM
+    watch.close()
+
+    if accelerator.is_main_process:
+        finish(run, recipe, objective, images, device)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0
+
+
+def gradients(
+    accelerator: Accelerator,
+    objective: Objective,
+    images: data.ImageSet,
+    chunks: list[data.Chunk],
+    micro: int,
+    step: int,
+    total: int,
+    stop: bool,
+) -> tuple[dict[str, Tensor], bool, bool]:
+    """Gradients of the global batch, accumulated here over micro-batches and averaged over processes.
+
+    They are averaged by one explicit all-reduce, not by DDP's hooks: a process that runs out of memory can then say so
+    in the same message, and all of them repeat the step. Returns (logged scalars, whether it fitted everywhere,
+    whether any process was told to stop).
+    """
+    share = sum(map(len, chunks))
+    scalars: dict[str, Tensor] = {}
+    objective.zero_grad()
+    objective.begin_step()
+    fits = True
+    try:
+        for chunk in chunks:
+            for start in range(0, len(chunk), micro):
+                part = chunk.part(start, min(start + micro, len(chunk)))
+                labels = None
+                if objective.labelled:
+                    labels = images.labels[part.indices.to(images.labels.device)].to(part.draw.device)
+                batch = Batch(part.views(images, objective.views), labels, part.draw, step, total)
+                with accelerator.autocast():
+                    result = objective(batch)
+                weight = len(part) / share
+                (result["loss"] * weight).backward()
+                for name, value in result.items():
+                    scalars[name] = scalars.get(name, 0) + value.detach() * weight
+    except torch.OutOfMemoryError:
+        fits = False
+    if not fits:  # outside of `except`, which would keep the graph alive
+        objective.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+    if accelerator.num_processes > 1:
+        fits, stop = average_gradients(accelerator, objective, fits, stop)
+    return scalars, fits, stop
+
+
+def average_gradients(accelerator: Accelerator, objective: Objective, fits: bool, stop: bool) -> tuple[bool, bool]:
+    """Average all gradients over the processes, and agree whether the step fitted and whether to stop."""
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flags = torch.tensor([not fits, stop], dtype=grads[0].dtype, device=grads[0].device)
+    flat = torch.cat([g.flatten() for g in grads] + [flags])
+    flat = accelerator.reduce(flat, "mean")
+    for parameter, mean in zip(parameters, flat[:-2].split([p.numel() for p in parameters])):
+        parameter.grad = mean.view_as(parameter)
+    missed, stopping = flat[-2:].tolist()
+    return not missed, bool(stopping)
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
+    """The objective with its backbone, drawn from the seed alone."""
+    cls = objectives.find(recipe.objective_name)
+    if cls.labelled and images.labels is None:
+        raise UserError(f"The {recipe.objective_name} objective needs labels, and {recipe.data.name} has none.")
+    if recipe.data.size is None:
+        raise UserError(
+            f"The images of {recipe.data.name} differ in size: set data.size, or use a photo recipe (--recipe mae-photos)."
+        )
+    if len(recipe.data.mean) != recipe.data.channels or len(recipe.data.std) != recipe.data.channels:
+        raise UserError(f"data.mean and data.std must have {recipe.data.channels} values, one per channel.")
+    size = recipe.data.size
+    recipe.data.size = size = [size, size] if isinstance(size, int) else size
+    with torch.random.fork_rng():
+        backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed)
+        if recipe.backbone.init_from:
+            backbone = weights.initialise(backbone, recipe.backbone.init_from)
+        if isinstance(backbone, backbones.TokenBackbone):
+            recipe.backbone.patch = backbone.patch[0]
+        torch.manual_seed(recipe.train.seed + 1)
+        facts = Facts(
+            size=tuple(size),
+            flip=0.5 if recipe.data.flip else 0.0,
+            classes=len(images.classes) if images.classes else None,
+            views=recipe.views,
+        )
+        return cls(recipe.objective, backbone, facts)
+
+
+def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) -> tuple[int, float]:
+    """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`."""
+    per_image = flops.per_image(objective, recipe.data.channels, objective.labelled)
+    t = recipe.train
+    if t.flops is not None:
+        return math.ceil(t.flops / (per_image * t.batch_size)), per_image
+    if t.steps is not None:
+        return t.steps, per_image
+    return math.ceil(t.epochs * len(images) / t.batch_size), per_image
+
+
+def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device, most: int = 10_000) -> Tensor:
+    """Unaugmented training images in [0, 1] for `Objective.fit`: all, or as many as `most`, spread evenly."""
+    chosen = torch.from_numpy(np.linspace(0, len(images) - 1, min(most, len(images))).astype(np.int64))
+    size = tuple(recipe.data.size)
+    return torch.cat(list(data.evaluation_views(images, size, weights.crop_pct(size), device, chosen)))
+
+
+def micro_batch(recipe: recipes.Recipe, share: int, device: torch.device) -> int:
+    """Rows at a time on this device."""
+    asked = recipe.runtime.per_device_batch
+    if asked == "auto":
+        return share if device.type == "cuda" else min(share, 256)
+    return min(asked, share)
+
+
+def halve(micro: int, recipe: recipes.Recipe, watch: monitor.Monitor) -> int:
+    """Half as many rows at a time, after a step that did not fit."""
+    if recipe.runtime.per_device_batch != "auto" or micro == 1:
+        raise UserError(
+            f"Out of memory with {micro} images at a time: set runtime.per_device_batch to "
+            + ("auto or less." if micro > 1 else "1 on a larger device, or take a smaller backbone or data.size.")
+        )
+    watch.say(f"Out of memory with {micro} images at a time: trying {math.ceil(micro / 2)}.")
+    return math.ceil(micro / 2)
+
+
+def plan_chunks(order: Order, steps: range, first: int, share: int, size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(step, rows, image indices) of every chunk that this process works on."""
+    for step in steps:
+        for start in range(first, first + share, size):
+            rows = np.arange(start, min(start + size, first + share))
+            yield step, rows, order.indices(step, rows)
+
+
+# -- surroundings -----------------------------------------------------------------------------------------------------
+
+
+def local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def set_threads(asked: int | str) -> int:
+    """CPU threads for torch and faiss. Launchers set one by their own; results in the last bits depend on it."""
+    import faiss
+
+    threads = max(1, len(os.sched_getaffinity(0)) // local_processes()) if asked == "auto" else asked
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    return threads
+
+
+def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
+    """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
+    precision = recipe.train.precision
+    if precision == "auto":
+        able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        precision = recipe.train.precision = "bf16" if able else "fp32"
+    names = monitor.trackers(recipe.monitor.trackers)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no", log_with=names or None, project_dir=path
+        )
+    except ValueError as error:
+        raise UserError(f"Accelerate refuses: {' '.join(str(error).split())[:300]}") from None
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise UserError(f"Accelerate is configured for {kind}; this loop is data-parallel: choose multi-GPU, CPU or no.")
+    if "WORLD_SIZE" not in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "true" and "MASTER_PORT" in os.environ:
+        say(
+            "warning: accelerate launch --cpu started one process, whatever --num_processes says. For more: "
+            f"torchrun --nproc_per_node 2 {' '.join(sys.argv)}"
+        )
+    if recipe.train.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"train.batch_size={recipe.train.batch_size} does not divide by {accelerator.num_processes} processes: "
+            f"take a multiple of {accelerator.num_processes}."
+        )
+    return accelerator
+
+
+class StopSignal:
+    """SIGTERM, Ctrl-C, or the death of the launcher: the step is finished and saved, then the process ends."""
+
+    def __init__(self):
+        self._asked = False
+        # accelerate launch dies of SIGTERM without passing it on to its one child
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    @property
+    def requested(self) -> bool:
+        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
+
+
+def describe(recipe, path, images, objective, accelerator, total, flops_per_image, lr) -> None:
+    """One paragraph: what will happen, on what, at which cost."""
+    count = sum(p.numel() for p in objective.exported.parameters())
+    images_seen = total * recipe.train.batch_size
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    say(
+        f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images of "
+        f"{'x'.join(map(str, recipe.data.size))}), {recipe.backbone.name} of {count / 1e6:.2f} M parameters, patch "
+        f"{recipe.backbone.patch}\n"
+        f"{total:,} steps of {recipe.train.batch_size} = {images_seen / max(len(images), 1):.1f} epochs, "
+        f"{images_seen * flops_per_image:.3g} FLOPs; learning rate {lr}; {recipe.train.precision} on "
+        f"{accelerator.num_processes} x {device}\n"
+        f"Run directory: {path}"
+    )
+
+
+def finish(run: checkpoint.Run, recipe: recipes.Recipe, objective: Objective, images: data.ImageSet, device) -> None:
+    """Write the pictures, then the backbone, whose presence says that the run is finished."""
+    objective.eval()
+    size = tuple(recipe.data.size)
+    chosen = torch.arange(min(8, len(images)))
+    [batch] = data.evaluation_views(images, size, weights.crop_pct(size), device, chosen)
+    with torch.no_grad():
+        pictures = objective.show(batch, Draw(recipe.train.seed, recipe.train.steps, chosen, device))
+    for name, panels in pictures.items():
+        (run.path / "pictures").mkdir(exist_ok=True)
+        rows = panels.flatten(0, 1)
+        rows = rows if rows.shape[1] in (1, 3) else rows[:, :1]
+        scale = max(1, 96 // rows.shape[-1])
+        rows = rows.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        save_image(make_grid(rows, nrow=panels.shape[1], pad_value=1.0), run.path / "pictures" / f"{name}.png")
+    weights.save(objective.exported, run.path / "backbone")
+    say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: python eval/knn.py --backbone {run.path}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings (key=value):\n" + recipes.describe(recipes.SECTIONS) + "\n  objective.*: see ssl_vit/objectives/",
+    )
+    parser.add_argument("--recipe", required=True, help="a name in recipes/, or a YAML file")
+    parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
+    parser.add_argument("--output", type=Path, help="the run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
+    parser.add_argument("--init-from", help="a run, timm folder or timm model to start from; backbone.init_from=…")
+    parser.add_argument("--print-output", action="store_true", help="print the run directory and do nothing")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")
+    args = parser.parse_intermixed_args()
+    settings = args.settings + ([f"backbone.init_from={args.init_from}"] if args.init_from else [])
+    recipe = recipes.read(args.recipe, settings, args.data, lambda name: objectives.find(name).Config)
+    path = args.output or Path("runs") / recipe.run_name()
+    if args.print_output:
+        print(path)
+        return 0
+    return pretrain(recipe, path)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,127 @@
+"""What must be recovered: pixels, mean colours, or tokens of a codebook that is fitted here.
+
+A target turns clean, standardised images into one answer per patch and knows the loss of a prediction against it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_vit.errors import UserError
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) → (B, N, ph·pw·C): patches in raster order, each row by row with its channels last."""
+    b, c, height, width = images.shape
+    ph, pw = patch
+    tiles = images.reshape(b, c, height // ph, ph, width // pw, pw)
+    return tiles.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, ph * pw * c)
+
+
+def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse: (B, N, ph·pw·C) → (B, C, H, W)."""
+    ph, pw = patch
+    tiles = patches.reshape(len(patches), *grid, ph, pw, -1)
+    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, grid[0] * ph, grid[1] * pw)
+
+
+class Pixels(nn.Module):
+    """The patch's pixels; normalised: by its own mean and unbiased variance (MAE, sec. 3, eps 1e-6)."""
+
+    def __init__(self, patch: tuple[int, int], channels: int, normalise: bool, loss: str):
+        super().__init__()
+        self.patch, self.normalise, self.loss_name = patch, normalise, loss
+        self.width = patch[0] * patch[1] * channels
+        if normalise and self.width < 2:
+            raise UserError("A patch of one value cannot be normalised: set objective.normalise=false or a larger patch.")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Standardised images (B, C, H, W) → (B, N, width)."""
+        patches = patchify(images, self.patch)
+        if not self.normalise:
+            return patches
+        return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(…, width) twice → one loss per patch (…)."""
+        distance = F.mse_loss if self.loss_name == "mse" else F.l1_loss
+        return distance(prediction, target, reduction="none").mean(-1)
+
+    def picture(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """Predictions as standardised images, un-normalised with the true patches' mean and variance."""
+        patches = patchify(images, self.patch)
+        if self.normalise:
+            scale = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+            prediction = prediction * scale + patches.mean(-1, keepdim=True)
+        grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
+        return unpatchify(prediction, self.patch, grid)
+
+
+class Tokens(nn.Module):
+    """One of `width` classes per patch, predicted with cross-entropy."""
+
+    width: int
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Logits (…, width) and classes (…) → one loss per patch (…)."""
+        return F.cross_entropy(prediction.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+
+
+class Colours(Tokens):
+    """The patch's mean colour in 3 bits per channel: 512 classes for RGB (ViT, arXiv 2010.11929, appendix B.1.2)."""
+
+    def __init__(self, patch: tuple[int, int], mean: Tensor, std: Tensor):
+        super().__init__()
+        if len(mean) > 3:
+            raise UserError(f"Mean colours of {len(mean)} channels are 8^{len(mean)} classes: use objective.target=kmeans.")
+        self.patch, self.width = patch, 8 ** len(mean)
+        self.register_buffer("mean", mean.flatten().clone(), persistent=False)
+        self.register_buffer("std", std.flatten().clone(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
+        colour = patchify(images, self.patch).unflatten(-1, (-1, len(self.mean))).mean(-2) * self.std + self.mean
+        level = (colour * 8).long().clamp(0, 7)
+        place = 8 ** torch.arange(len(self.mean), device=images.device)
+        return (level * place).sum(-1)
+
+    def codes(self) -> Tensor:
+        """What each class looks like: standardised patches (width, ph·pw·C)."""
+        level = torch.arange(self.width, device=self.mean.device)[:, None] // 8 ** torch.arange(
+            len(self.mean), device=self.mean.device
+        )
+        colour = ((level % 8 + 0.5) / 8 - self.mean) / self.std
+        return colour.repeat(1, math.prod(self.patch))
+
+
+class KMeans(Tokens):
+    """The nearest of `width` patches found by k-means on training images; stands in for BEiT's dVAE tokens."""
+
+    def __init__(self, patch: tuple[int, int], channels: int, width: int):
+        super().__init__()
+        self.patch, self.width = patch, width
+        self.register_buffer("centroids", torch.zeros(width, math.prod(patch) * channels))
+
+    def fit(self, images: Tensor, seed: int) -> None:
+        """Find the centroids among the patches of standardised images (B, C, H, W), with faiss."""
+        import faiss
+
+        patches = patchify(images, self.patch).flatten(0, 1)
+        distinct = len(patches.unique(dim=0))
+        if distinct < self.width:
+            raise UserError(
+                f"There are {distinct} different patches for {self.width} tokens: lower objective.tokens, or give more images."
+            )
+        kmeans = faiss.Kmeans(patches.shape[1], self.width, niter=20, seed=seed + 1, min_points_per_centroid=1)
+        kmeans.train(patches.cpu().contiguous().numpy())
+        self.centroids.copy_(torch.from_numpy(kmeans.centroids))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
+        return torch.cdist(patchify(images, self.patch).float(), self.centroids.float()[None]).argmin(-1)
+
+    def codes(self) -> Tensor:
+        """What each class looks like: standardised patches (width, ph·pw·C)."""
+        return self.centroids

@@ -1,0 +1,433 @@
+"""uint8 batch → augmented views in [0, 1], batched on the device.
+
+Every image of the batch has its own crop, flip and colours, with the laws of torchvision's transforms, but no loop runs
+over images. A crop is separable: two matrices of antialiased bilinear weights per image resample it, and a gaussian
+blur is two more. Every parameter is drawn on the CPU, so the host knows which images an operation concerns and never
+waits for the device. Call these functions outside autocast: they are made of float32 matrix products.
+
+Photos of varied size are cropped where they are decoded, by `crop_photo` in the workers; `finish` does the rest here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as per_sample
+
+from ssl_vit.randomness import Draw
+
+
+@dataclass(frozen=True)
+class View:
+    """What one image becomes. Sizes in pixels; flip, jitter, grey, blur and solarize are probabilities.
+
+    Applied in the order of the fields, as in DINO's official augmentation (main_dino.py); with three_augment the
+    jitter comes last, as in DeiT III's (deit/augment.py).
+    """
+
+    size: tuple[int, int]  # (H, W) of the view
+    count: int | None = None  # None: one view, (B, C, H, W); k: k views, (B, k, C, H, W)
+    crop: bool = True  # random resized crop; False: the whole image, short side to size, centre crop
+    scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip: float = 0.5
+    jitter: float = 0.0
+    brightness: float = 0.4  # factors are uniform in [max(0, 1 - strength), 1 + strength]
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1  # shifts are uniform in ± hue, in turns of the colour circle
+    grey: float = 0.0
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+    solarize: float = 0.0
+    three_augment: bool = False  # instead of these three: exactly one of them (DeiT III, section 4; arXiv 2204.07118)
+
+
+ViewSpec = dict[str, View]  # by name; the name is part of the address of the view's random numbers
+
+
+# --- the views of one batch -------------------------------------------------------------------------------------------
+
+
+def make(spec: ViewSpec, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+    """All views of decoded images of one size. images: uint8 (B, C, H, W) on the device → float32 in [0, 1] there:
+    (B, C, h, w), or (B, count, C, h, w) where the view has a count."""
+    views = {}
+    for name, view in spec.items():
+        u = _numbers(name, view, draw)
+        flip = u[..., 0] < view.flip
+        if view.crop:
+            crops = crop(images, boxes(name, view, draw, *images.shape[-2:]), flip, view.size)
+        else:
+            crops = _flip(whole(images, view.size)[:, None].expand(-1, flip.shape[1], -1, -1, -1), flip)
+        views[name] = _coloured(view, crops, u)
+    return views
+
+
+def crop_photo(spec: ViewSpec, photo: Tensor, draw: Draw) -> dict[str, Tensor]:
+    """The crops of one photo at its original size, for a DataLoader worker. photo: uint8 (C, H, W); draw: of one row
+    → uint8 (V, C, h, w) with V = count or 1, from the boxes `make` would take, not yet flipped."""
+    height, width = photo.shape[-2:]
+    crops = {}
+    for name, view in spec.items():
+        if view.crop:
+            places = boxes(name, view, draw, height, width)[0].tolist()
+            crops[name] = torch.stack([per_sample.resized_crop(photo, *box, list(view.size)) for box in places])
+        else:
+            resized = per_sample.resize(photo, list(_covering(height, width, view.size)))
+            crops[name] = torch.stack([per_sample.center_crop(resized, list(view.size))] * (view.count or 1))
+    return crops
+
+
+def finish(spec: ViewSpec, crops: dict[str, Tensor], draw: Draw) -> dict[str, Tensor]:
+    """Flips and colours of `crop_photo`'s crops. crops: uint8 (B, V, C, h, w) on the device → as `make`."""
+    views = {}
+    for name, view in spec.items():
+        u = _numbers(name, view, draw)
+        views[name] = _coloured(view, _flip(crops[name].float() / 255, u[..., 0] < view.flip), u)
+    return views
+
+
+def _numbers(name: str, view: View, draw: Draw) -> Tensor:
+    """The uniform numbers of all that follows the box, (B, V, 12) on the CPU: the flip's, then `colour`'s eleven."""
+    return draw.uniform(f"view.{name}.colour", view.count or 1, 12, device="cpu")
+
+
+def _coloured(view: View, crops: Tensor, u: Tensor) -> Tensor:
+    """crops: (B, V, C, h, w), u: (B, V, 12) → the view in its final shape."""
+    images = colour(view, crops.flatten(0, 1), u[..., 1:].flatten(0, 1))
+    return images if view.count is None else images.view_as(crops)
+
+
+# --- where to crop, and how -------------------------------------------------------------------------------------------
+
+
+def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Tensor:
+    """Random boxes in images of height × width pixels: int64 (B, V, 4) of top, left, height, width, on the CPU.
+
+    The law of torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest central box whose
+    aspect is allowed.
+    """
+    u = draw.uniform(f"view.{name}.box", view.count or 1, 22, device="cpu").double()
+    low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
+    area = height * width * (view.scale[0] + (view.scale[1] - view.scale[0]) * u[..., :10])
+    aspect = torch.exp(low + (high - low) * u[..., 10:20])
+    tries = torch.stack([(area / aspect).sqrt().round(), (area * aspect).sqrt().round()], -1)  # (B, V, 10, 2)
+    limit = torch.tensor([height, width])
+    fits = ((tries > 0) & (tries <= limit)).all(-1)
+    first = fits.int().argmax(-1)[..., None, None].expand(-1, -1, 1, 2)
+    central = torch.tensor([min(height, round(width / view.ratio[0])), min(width, round(height * view.ratio[1]))])
+    fitted = fits.any(-1, keepdim=True)
+    size = torch.where(fitted, tries.gather(2, first).squeeze(2).long(), central)
+    spare = limit - size
+    start = torch.where(fitted, (u[..., 20:] * (spare + 1)).long(), spare // 2)
+    return torch.cat([start, size], -1)
+
+
+def crop(images: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop, resize with antialiasing and mirror, as torchvision's resized_crop(antialias=True) of the float image.
+
+    images: uint8 (B, C, H, W); boxes: int64 (B, 4) of top, left, height, width, and flip: bool (B,)
+    → float32 (B, C, *size) in [0, 1]. Boxes (B, V, 4) and flip (B, V) give V crops of every image, (B, V, C, *size).
+    """
+    n, channels, height, width = images.shape
+    numbers = torch.cat([boxes, flip[..., None]], -1).reshape(n, -1, 5).float()
+    top, left, tall, wide, mirror = numbers.to(images.device, non_blocking=True).unbind(-1)
+    rows = _triangle(height, top, tall, size[0], size[0]) / 255
+    columns = _triangle(width, left, wide, size[1], size[1])
+    columns = torch.where(mirror[..., None, None] > 0, columns.flip(-2), columns)
+    return _separable(images, rows, columns).view(*boxes.shape[:-1], channels, *size)
+
+
+def whole(images: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
+    """The evaluation view: antialiased resize until the image just covers size / crop_pct (for squares: its short side
+    gets that long), then the centre of that size. images: uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]."""
+    height, width = images.shape[-2:]
+    tall, wide = _covering(height, width, size, crop_pct)
+    zero = torch.zeros((), device=images.device)
+    rows = _triangle(height, zero, zero + height, tall, size[0]) / 255
+    columns = _triangle(width, zero, zero + width, wide, size[1])
+    return (rows @ (images.float() @ columns.T)).clamp_(max=1)
+
+
+def _covering(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> tuple[int, int]:
+    """The smallest (H, W) that covers size / crop_pct and keeps the image's shape; rounded down as by timm."""
+    tall, wide = math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)
+    if tall * width >= wide * height:
+        return tall, tall * width // height
+    return wide * height // width, wide
+
+
+def _triangle(n: int, start: Tensor, length: Tensor, resized: int, out: int) -> Tensor:
+    """Antialiased bilinear resampling of the interval [start, start + length) of n pixels to `resized` pixels, of which
+    the middle `out` are kept. start, length: (...) → weights (..., out, n), summing to 1 over n."""
+    scale = (length / resized)[..., None]
+    kept = torch.arange(out, device=start.device) + (round((resized - out) / 2) + 0.5)
+    pixel = torch.arange(n, device=start.device) - start[..., None]  # counted from the start of the interval
+    distance = (pixel[..., None, :] + 0.5 - (kept * scale)[..., :, None]).abs()
+    weights = (1 - distance / scale.clamp(min=1)[..., None]).clamp_(min=0)
+    weights = weights * ((pixel >= 0) & (pixel < length[..., None]))[..., None, :]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows · image · columnsᵀ, at most 1. images: (B, C, H, W); rows: (B, V, h, H); columns: (B, V, w, W)
+    → (B, V, C, h, w)."""
+    n, channels, height, width = images.shape
+    count, h, w = rows.shape[1], rows.shape[2], columns.shape[2]
+    # the image's rows first, for all V views in one product; the shapes keep bmm from copying its operands per channel
+    x = images.transpose(1, 2).reshape(n, height, channels * width).float()
+    x = torch.bmm(rows.reshape(n, count * h, height), x).view(n, count, h, channels, width)
+    x = x.transpose(2, 3).reshape(n * count, channels * h, width)
+    x = torch.bmm(x, columns.flatten(0, 1).mT).view(n, count, channels, h, w)
+    return x.clamp_(max=1)  # weights sum to 1 up to rounding
+
+
+def _flip(images: Tensor, flip: Tensor) -> Tensor:
+    """Mirrors images (*shape, C, H, W) where flip (*shape), on the CPU, says so."""
+    return torch.where(flip.to(images.device, non_blocking=True)[..., None, None, None], images.flip(-1), images)
+
+
+# --- colours: float images (N, C, H, W) in [0, 1] → the same, never in place ------------------------------------------
+
+
+_ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4)
+_LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+
+
+def colour(view: View, images: Tensor, u: Tensor) -> Tensor:
+    """The colour operations of a view, each on the images that drew it.
+
+    images: (N, C, H, W); u: uniform numbers (N, 11) on the CPU: whether to jitter, brightness, contrast, saturation,
+    hue, their order, whether to grey, to blur, to solarize, the blur's sigma, which of three. Other than three channels
+    are not RGB: they keep their hue and saturation.
+    """
+    strength = torch.tensor([view.brightness, view.contrast, view.saturation, view.hue])
+    centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    low, high = torch.maximum(centre - strength, centre - 1), centre + strength
+    factors = low + (high - low) * u[:, 1:5]
+    order = _ORDERS[(u[:, 5] * 24).long()]
+    sigma = view.blur_sigma[0] + (view.blur_sigma[1] - view.blur_sigma[0]) * u[:, 9]
+
+    chances = torch.tensor([view.jitter, view.grey, view.blur, view.solarize])
+    jittered, greyed, blurred, solarized = (u[:, [0, 6, 7, 8]] < chances).unbind(1)
+    if view.three_augment:
+        greyed, blurred, solarized = ((u[:, 10] * 3).long() == k for k in range(3))
+    if images.shape[1] != 3:
+        greyed = torch.zeros_like(greyed)
+
+    steps = [
+        (jittered, jitter, factors[jittered], order[jittered]),
+        (greyed, grey),
+        (blurred, blur, sigma[blurred], math.ceil(3 * view.blur_sigma[1])),
+        (solarized, solarize),
+    ]
+    if view.three_augment:
+        steps = steps[1:] + steps[:1]
+    indices = _places([chosen for chosen, *_ in steps], images.device)
+    for index, (_, operation, *arguments) in zip(indices, steps, strict=True):
+        images = _on(images, index, operation, *arguments)
+    return images
+
+
+def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """torchvision's ColorJitter with an own order for every image.
+
+    images: (N, C, H, W); on the CPU, factors: (N, 4) of brightness, contrast, saturation and hue (the shift, in turns);
+    order: int64 (N, 4), those four operations by number, the first first.
+    """
+    n, channels = images.shape[:2]
+    if channels != 3:  # not RGB: saturation × 1, hue + 0
+        factors = factors * torch.tensor([1.0, 1.0, 0.0, 0.0]) + torch.tensor([0.0, 0.0, 1.0, 0.0])
+    # Each of the first three is a blend f·x + (1 - f)·reference, clamped; the reference is black, the mean grey of the
+    # image or the grey of the pixel. So it is a matrix on the channels and an offset linear in the channels' means.
+    luma = torch.tensor(_LUMA) if channels == 3 else torch.full((channels,), 1 / channels)
+    blends = order[order != 3].view(n, 3)
+    f = factors.gather(1, blends)[..., None, None]  # (N, 3, 1, 1): the three blends of every image in its order
+    to_mean, to_grey = ((blends == k)[..., None, None] * (1 - f) * luma for k in (1, 2))  # (N, 3, 1, C)
+    matrices = torch.cat([f * torch.eye(channels) + to_grey, to_mean], 2).to(images.device, non_blocking=True)
+
+    turn = (factors[:, 3:] != 0) & (order == 3)  # (N, 4): the hue comes before the k-th blend, and after the last
+    masks = list(turn.unbind(1))
+    for k, index in enumerate(_places(masks, images.device)):
+        images = _on(images, index, hue, factors[masks[k], 3])
+        if k < 3:
+            pixels = images.flatten(2)
+            offset = (matrices[:, k, -1] * pixels.mean(2)).sum(1)[:, None, None]
+            images = torch.baddbmm(offset, matrices[:, k, :-1], pixels).clamp_(0, 1).view_as(images)
+    return images
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue in HSV space, as torchvision's adjust_hue. images: RGB (N, 3, H, W); shift: (N,) in turns."""
+    red, green, blue = images.unbind(1)
+    high = images.amax(1)
+    chroma = high - images.amin(1)
+    divisor = chroma.clamp(min=1e-12)  # a grey pixel has hue 0
+    sector = torch.where(
+        high == red,
+        (green - blue) / divisor,
+        torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    turned = (sector + 6 * shift.to(images.device, non_blocking=True)[:, None, None])[:, None]
+    # back: around the six sectors a channel is low for two, rises in one, is high for two and falls in one
+    k = (turned + torch.arange(5, 0, -2, device=images.device)[:, None, None]) % 6
+    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def grey(images: Tensor) -> Tensor:
+    """The luma in all three channels. images: RGB (N, 3, H, W)."""
+    red, green, blue = images.unbind(1)
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None].expand_as(images)
+
+
+def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Gaussian blur with reflected borders, as torchvision's with kernel 2·radius + 1, at most 2·side - 1.
+
+    images: (N, C, H, W); sigma: (N,) in pixels.
+    """
+    sigma = sigma.to(images.device, non_blocking=True)
+    rows, columns = (_gaussian(side, sigma, min(radius, side - 1))[:, None] for side in images.shape[-2:])
+    return _separable(images, rows, columns).squeeze(1)
+
+
+def _gaussian(n: int, sigma: Tensor, radius: int) -> Tensor:
+    """Weights (N, n, n) of a gaussian blur of n pixels cut at radius < n, with reflected borders. sigma: (N,)."""
+    place = torch.arange(radius + 2, device=sigma.device)
+    kernel = torch.exp(-0.5 * (place / sigma[:, None]) ** 2) * (place <= radius)
+    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])
+    i = torch.arange(n, device=sigma.device)[:, None]
+    j = i.T
+    # pixel j lies at j, and mirrored in the first and in the last pixel; those two have no mirror image of themselves
+    distances = torch.stack([(j - i).abs(), i + j + n * (j == 0), 2 * (n - 1) - i - j + n * (j == n - 1)])
+    return kernel[:, distances.clamp(max=radius + 1)].sum(1)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Inverts the values from 0.5 up."""
+    return torch.minimum(images, 1 - images)
+
+
+def _places(masks: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The indices where each mask, on the CPU, is true; moved in one copy."""
+    places = [mask.nonzero().flatten() for mask in masks]
+    return list(torch.cat(places).to(device, non_blocking=True).split([len(p) for p in places]))
+
+
+def _on(images: Tensor, index: Tensor, operation: Callable[..., Tensor], *arguments: Tensor | int) -> Tensor:
+    """The images, with the operation applied to those at index, which increases and has no duplicates."""
+    if len(index) == 0:
+        return images
+    if len(index) == len(images):
+        return operation(images, *arguments)
+    return images.index_copy(0, index, operation(images.index_select(0, index), *arguments))
+
+
+# --- two images in one ------------------------------------------------------------------------------------------------
+
+
+def mix(
+    images: Tensor, targets: Tensor, draw: Draw, mixup: float, cutmix: float, prob: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899, section 3.1), each of half the images if both alphas > 0.
+
+    images: float (B, C, H, W); targets: float (B, K); mixup, cutmix: alpha of λ ~ Beta(alpha, alpha), 0 for never;
+    prob: of mixing an image at all. Row r keeps a share λ of its own, the rest comes from row r xor 1 of the global
+    batch, which must lie beside it here.
+    """
+    if mixup == cutmix == 0:
+        return images, targets
+    height, width = images.shape[-2:]
+    if len(draw.rows) % 2 or not torch.equal(draw.rows[1::2], draw.rows[::2] ^ 1):
+        raise ValueError(
+            "mixup pairs row r with row r xor 1, so a micro-batch must hold an even number of rows and start at an even "
+            f"one; this one holds {len(draw.rows)} and starts at {int(draw.rows[0])}."
+        )
+    u = draw.uniform("mix", 4, device="cpu").double()
+    mixed = u[:, 0] < prob
+    cut = u[:, 1] < (cutmix > 0) / ((cutmix > 0) + (mixup > 0))
+    own = beta("mix.share", torch.where(cut, cutmix, mixup).double(), draw)
+
+    # CutMix: a box of area 1 - λ around a uniform point; what lies outside the image is lost, so λ is counted again
+    size = torch.tensor([height, width])
+    sides = ((1 - own).sqrt()[:, None] * size).long()
+    start = (u[:, 2:] * size).long() - sides // 2
+    start, end = start.clamp(min=0), torch.minimum(start + sides, size)
+    own = torch.where(cut, 1 - (end - start).prod(1) / (height * width), own)
+    own = torch.where(mixed, own, 1.0)
+    cut = cut & mixed
+    end = end * cut[:, None]  # an empty box where nothing is pasted
+    numbers = torch.cat([start, end, torch.where(cut, 1.0, own)[:, None], own[:, None]], 1).float()
+    top, left, bottom, right, outside, own = numbers.to(images.device, non_blocking=True)[..., None, None].unbind(1)
+
+    y = torch.arange(height, device=images.device)[:, None]
+    x = torch.arange(width, device=images.device)
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (B, H, W)
+    weight = torch.where(inside, 0.0, outside)[:, None]
+    return torch.lerp(_partners(images), images, weight), torch.lerp(_partners(targets), targets, own[:, 0])
+
+
+def _partners(rows: Tensor) -> Tensor:
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def beta(name: str, alpha: Tensor, draw: Draw) -> Tensor:
+    """Beta(alpha, alpha) numbers, float64 (B,), for alpha > 0, (B,). Jöhnk's rejection: of pairs x = u^(1/alpha),
+    y = v^(1/alpha) the first with x + y ≤ 1 gives x / (x + y). Half of the pairs pass at alpha 1, few far above it."""
+    values = torch.full((len(alpha),), torch.nan, dtype=torch.float64)
+    tries = 0
+    while values.isnan().any():
+        u = 1 - draw.uniform(f"{name}.{tries}", 8, 2, device="cpu").double()
+        log_x, log_y = (u.log() / alpha[:, None, None]).unbind(-1)
+        passed = log_x.exp() + log_y.exp() <= 1
+        first = passed.int().argmax(1, keepdim=True)
+        found = (log_x - log_y).sigmoid().gather(1, first).squeeze(1)
+        values = torch.where(values.isnan() & passed.any(1), found, values)
+        tries += 1
+    return values
+
+
+# --- what the recipes use ---------------------------------------------------------------------------------------------
+# flip is a probability: 0 where a mirrored image would have another label
+
+
+def none(size: tuple[int, int]) -> ViewSpec:
+    """The whole image."""
+    return {"image": View(size, crop=False, flip=0.0)}
+
+
+def crop_flip(size: tuple[int, int], flip: float, scale: tuple[float, float] = (0.2, 1.0)) -> ViewSpec:
+    """Random resized crop and flip (MAE, arXiv 2111.06377, appendix A.1: scale (0.2, 1))."""
+    return {"image": View(size, scale=scale, flip=flip)}
+
+
+def three_augment(size: tuple[int, int], flip: float, scale: tuple[float, float] = (0.08, 1.0)) -> ViewSpec:
+    """3-Augment (DeiT III, arXiv 2204.07118, section 4; deit/augment.py): grey, blur or solarize, then jitter."""
+    strengths = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0)
+    return {"image": View(size, scale=scale, flip=flip, jitter=1.0, three_augment=True, **strengths)}
+
+
+def dino(
+    size: tuple[int, int],
+    local_size: tuple[int, int],
+    local_count: int,
+    flip: float,
+    global_scale: tuple[float, float] = (0.4, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.4),
+    colour: bool = True,
+    blur: bool = True,
+) -> ViewSpec:
+    """DINO's two global and local_count local views (DataAugmentationDINO in the official main_dino.py; it resizes
+    bicubically). colour=False: crops and flips only. blur=False: a sigma of up to 2 pixels is meant for 224."""
+    base = dict(flip=flip, jitter=0.8 if colour else 0.0, grey=0.2 if colour else 0.0)
+    p = 1.0 if colour and blur else 0.0
+    spec = {
+        "global1": View(size, scale=global_scale, blur=p, **base),
+        "global2": View(size, scale=global_scale, blur=0.1 * p, solarize=0.2 if colour else 0.0, **base),
+    }
+    if local_count:
+        spec["local"] = View(local_size, count=local_count, scale=local_scale, blur=0.5 * p, **base)
+    return spec

@@ -1,0 +1,105 @@
+"""Backbones in and out: runs, timm folders and timm models in; a folder that plain timm loads out.
+
+`timm.create_model("local-dir:RUN/backbone", pretrained=True)` gives the same features. Only safetensors and
+`weights_only` files are read: no pickle ever runs.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from timm.layers import resample_abs_pos_embed
+
+from ssl_vit.backbone import Backbone, TokenBackbone, wrap
+from ssl_vit.errors import UserError, nearest
+
+
+def save(backbone: Backbone, folder: Path) -> None:
+    """Write the timm model, its mean and std into `folder`, which appears whole or not at all."""
+    model, size = backbone.model, backbone.input_size
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    # the model's own, and not those of the published model of the same architecture
+    facts = dict(
+        mean=backbone.mean.flatten().tolist(),
+        std=backbone.std.flatten().tolist(),
+        input_size=[len(backbone.mean), *size],
+        crop_pct=crop_pct(size),
+        interpolation="bilinear",
+        custom_load=False,
+    )
+    published = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "test_input_size", "test_crop_pct")
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in published} | facts
+    timm.models.save_for_hf(model, partial, model_args=backbone.args, safe_serialization=True)
+    config = json.loads((partial / "config.json").read_text())
+    config["pretrained_cfg"] |= facts
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def crop_pct(size) -> float:
+    """How much of the short side the evaluation view keeps: 0.875, and all of it up to 64 px."""
+    return 1.0 if max(size) <= 64 else 0.875
+
+
+def load(source: str) -> Backbone:
+    """The backbone of a run directory, a timm folder, or a timm model with its published weights.
+
+    Raises UserError if there is none, or if it cannot be read.
+    """
+    path = Path(source)
+    folder = path / "backbone" if (path / "recipe.yaml").exists() else path
+    try:
+        if folder.is_dir():
+            config = json.loads((folder / "config.json").read_text())
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            facts, args = config["pretrained_cfg"], config.get("model_args", {})
+        elif source in timm.list_models(pretrained=True) or source in timm.list_models():
+            model = timm.create_model(source, pretrained=True)
+            facts, args = model.pretrained_cfg, {}
+        else:
+            names = timm.list_models(pretrained=True)
+            raise UserError(f"There is no run, timm folder or timm model {source!r}.{nearest(source, names)}")
+    except FileNotFoundError:
+        unfinished = " (the run has not finished: start it again and it goes on)" if folder != path else ""
+        raise UserError(f"{folder} holds no backbone{unfinished}.") from None
+    except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"The backbone {source} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    return wrap(model, facts["mean"], facts["std"], args)
+
+
+def initialise(backbone: Backbone, source: str) -> Backbone:
+    """Copy the weights of `source` into a backbone of the same shape; positions are resampled to its grid.
+
+    The backbone takes over the source's mean and std: they belong to the weights. Classifiers stay behind.
+    Raises UserError naming what differs.
+    """
+    old = load(source)
+    weights = {k: v for k, v in old.model.state_dict().items() if not k.startswith(("head.", "fc.", "classifier."))}
+    if isinstance(backbone, TokenBackbone) and isinstance(old, TokenBackbone):
+        new_grid, old_grid = backbone.model.patch_embed.grid_size, old.model.patch_embed.grid_size
+        if new_grid != old_grid:
+            prefix = 0 if old.model.no_embed_class else old.prefix_tokens
+            weights["pos_embed"] = resample_abs_pos_embed(
+                weights["pos_embed"], new_grid, old_grid, num_prefix_tokens=prefix
+            )
+    own = {k: v for k, v in backbone.model.state_dict().items() if not k.startswith(("head.", "fc.", "classifier."))}
+    wrong = [f"{k} lacks" for k in own.keys() - weights.keys()] + [f"{k} is new" for k in weights.keys() - own.keys()]
+    wrong += [
+        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own.keys() & weights.keys()
+        if own[k].shape != weights[k].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"The weights of {source} do not fit this backbone: {'; '.join(sorted(wrong)[:4])}. "
+            "Give the recipe the same backbone.* settings as theirs."
+        )
+    backbone.model.load_state_dict(weights, strict=False)
+    backbone.mean.copy_(old.mean)
+    backbone.std.copy_(old.std)
+    return backbone
