@@ -1,0 +1,299 @@
+#!/usr/bin/env bash
+# Set up and run: ./launch.sh [RECIPE] [ARGUMENTS] · ./launch.sh test · ./launch.sh --help
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
+here=$root/  # paths in ARGUMENTS mean what they mean where you stand, so we stay there
+[ "$(pwd -P)" != "$root" ] || here=""
+
+usage() {
+  cat <<EOF
+./launch.sh [RECIPE] [ARGUMENTS]   pre-train, then compare the result by k-NN
+./launch.sh test [ARGUMENTS]       run the tests; ARGUMENTS go to pytest
+./launch.sh --help                 print this; nothing is set up
+
+RECIPE is a file in recipes/ (without .yaml) or the path of your own. Without one it is mae.
+  here: $(recipes)
+
+ARGUMENTS go to ssl_vit/pretrain.py:
+  --data NAME|PATH|OWNER/NAME   other images than the embedded digits, e.g. cifar10 or a folder
+  --output DIR                  where the run goes (default: runs/RECIPE-DATA[-HASH]-sSEED)
+  key=value                     any field of the recipe, e.g. train.epochs=20 optim.lr=1e-3
+For example: ./launch.sh dino --data ~/photos train.epochs=20
+
+What a run does:
+  1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several
+     gigabytes, a few minutes). An active environment (venv, or conda other than base) is used instead, with the lower
+     bounds of pyproject.toml; its torch is kept. Later calls skip this until pyproject.toml, constraints.txt or the
+     Python changes.
+  2. accelerate launch ssl_vit/pretrain.py --recipe RECIPE ARGUMENTS, on all GPUs that torch can use, else on the CPU.
+     Your own 'accelerate config' is respected if there is one.
+  3. The same with train.steps=0: the control, random init.
+  4. python eval/knn.py: k-NN of the run beside random init and raw pixels.
+When pre-training fails, its exit code is passed on and the rest is not run.
+
+Environment variables:
+  PYTHON   the interpreter that .venv is made with (3.11 or newer; default: the newest found)
+EOF
+}
+
+die() {
+  echo "launch.sh: $1" >&2
+  exit "${2:-1}"
+}
+
+show() {  # print a command as one could type it, then run it
+  printf '\n$'
+  printf ' %q' "$@"
+  printf '\n'
+  "$@"
+}
+
+recipes() {
+  local file names=()
+  for file in "$root"/recipes/*.yaml "$root"/recipes/imagenet/*.yaml; do
+    [ ! -f "$file" ] || { file=${file#"$root"/recipes/}; names+=("${file%.yaml}"); }
+  done
+  [ ${#names[@]} -eq 0 ] || echo "${names[@]}"
+}
+
+close() {  # of the names $2 … the one nearest to $1
+  "${PYTHON:-python3}" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0))' "$@"
+}
+
+check_recipe() {
+  local known nearest
+  [ ! -f "$root/recipes/$1.yaml" ] || return 0
+  [[ $1 != *.yaml || ! -f $1 ]] || return 0
+  known=$(recipes)
+  # shellcheck disable=SC2086  # one argument per name
+  nearest=$(close "$1" $known test 2>/dev/null) || nearest="mae"
+  die "there is no recipe '$1'; the nearest name is '$nearest' (recipes: $known; other commands: test, --help)." 2
+}
+
+# ---- set-up ----
+
+version() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null; }
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {  # the newest suitable interpreter
+  local candidate minor best="" best_minor=10
+  if [ -n "${PYTHON:-}" ]; then
+    recent "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer: name another one, or unset PYTHON."
+    echo "$PYTHON"
+    return
+  fi
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    # Being on the PATH is not enough: a pyenv shim exists for versions that it then refuses to run.
+    minor=$("$candidate" -c 'import sys; print(sys.version_info[1])' 2>/dev/null) || continue
+    if [ "$minor" -gt "$best_minor" ]; then best=$candidate best_minor=$minor; fi
+  done
+  [ -n "$best" ] || die "Python 3.11 or newer is needed and none was found: install one \
+('sudo apt install python3.11 python3.11-venv', 'brew install python@3.13', 'conda create -n ssl_vit python=3.13') \
+or name one: PYTHON=/path/to/python3."
+  echo "$best"
+}
+
+wanted_python() {  # is .venv of the version that PYTHON asks for, if it does?
+  [ -z "${PYTHON:-}" ] || [ "$(version "$PYTHON")" = "$(version "$prefix/bin/python")" ]
+}
+
+make_venv() {  # unless it is there
+  local interpreter release
+  # pip names its own place, which tells a whole .venv from one that was half-made, moved, or copied with the project.
+  if [[ "$("$prefix/bin/pip" --version 2>/dev/null)" == *" $prefix/"* ]] &&
+    recent "$prefix/bin/python" && wanted_python; then return; fi
+  interpreter=$(find_python)
+  release=$(version "$interpreter")
+  "$interpreter" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$interpreter cannot make virtual environments: install its package, e.g. \
+'sudo apt install python${release%.*}-venv', or activate an environment of your own."
+  echo "Making .venv with Python $release."
+  "$interpreter" -m venv --clear "$prefix" || die "'$interpreter -m venv' failed (see above)."
+}
+
+fingerprint() {  # of all that a set-up depends on but the extras; the place counts, since the install points to it
+  "$prefix/bin/python" - "$root" <<'EOF'
+import hashlib, sys
+files = [open(f"{sys.argv[1]}/{name}", "rb").read() for name in ("pyproject.toml", "constraints.txt")]
+print(hashlib.sha256(repr((sys.version, sys.argv[1], *files)).encode()).hexdigest())
+EOF
+}
+
+set_up() {  # $1: "" or "[test]"
+  local extras=$1 own=$root/.venv quiet=-q stamp now torch
+  prefix=${VIRTUAL_ENV:-}
+  if [ -z "$prefix" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then prefix=${CONDA_PREFIX:-}; fi
+  if [ -z "$prefix" ] || [ "$prefix" -ef "$own" ]; then prefix=$own; fi
+  stamp=$prefix/.ssl_vit-stamp
+  [ ! -t 1 ] || quiet=--progress-bar=on  # a log has no use for progress bars
+
+  if [ "$prefix" != "$own" ]; then
+    [ -x "$prefix/bin/python" ] ||
+      die "the active environment $prefix has no Python: leave it ('deactivate') or activate another."
+    recent "$prefix/bin/python" ||
+      die "the active environment $prefix has a Python older than 3.11: leave it ('deactivate'), and .venv is used, or \
+activate one with a newer Python."
+  fi
+  if [ -f "$stamp" ] && now=$(fingerprint 2>/dev/null) && { [ "$prefix" != "$own" ] || wanted_python; }; then
+    case $(cat "$stamp") in
+      "$now$extras" | "${now}[test]") return ;;  # what has the test extras has the rest too
+    esac
+  fi
+
+  if [ "$prefix" = "$own" ]; then
+    make_venv
+    rm -f "$stamp"
+    now=$(fingerprint)
+    echo "Installing the project into .venv: several gigabytes, a few minutes, once."
+    (cd "$root" && "$prefix/bin/python" -m pip install "$quiet" -e ".$extras" -c constraints.txt) ||
+      die "the installation failed (see above); the next call goes on from here."
+  else
+    "$prefix/bin/python" -m pip --version >/dev/null 2>&1 ||
+      die "the active environment $prefix has no pip: install it ('python -m ensurepip' or 'uv pip install pip'), \
+or leave the environment ('deactivate'), and .venv is used."
+    rm -f "$stamp"
+    now=$(fingerprint)
+    torch=$("$prefix/bin/python" -c 'from importlib.metadata import version as v; print(v("torch"))' 2>/dev/null) ||
+      torch=""
+    echo "Installing the project into the active environment $prefix${torch:+, keeping its torch $torch}."
+    (cd "$root" && "$prefix/bin/python" -m pip install "$quiet" -e ".$extras" ${torch:+"torch==$torch"}) ||
+      die "the active environment $prefix cannot take the project${torch:+ beside its torch $torch} (see above; the \
+lower bounds are in pyproject.toml): update it, or leave it ('deactivate'), and .venv is used."
+  fi
+  # A torchvision built for another torch installs without complaint and fails here.
+  "$prefix/bin/python" -c 'import torchvision' ||
+    die "torchvision does not fit the torch in $prefix: install both from the same place."
+  echo "$now$extras" >"$stamp"  # last, so that an interrupted set-up is never believed complete
+}
+
+describe_device() {  # line 1: how many processes; line 2: the device; a warning goes to stderr
+  python - <<'EOF'
+import collections, os, subprocess, sys, warnings
+
+import torch
+
+with warnings.catch_warnings(record=True) as complaints:
+    warnings.simplefilter("always")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+if gpus:
+    names = collections.Counter(torch.cuda.get_device_name(i) for i in range(gpus))
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    listed = ", ".join((f"{n} × " if n > 1 else "") + name for name, n in names.items())
+    print(f"{gpus}\nDevice: {listed} ({memory:.0f} GiB{' each' if gpus > 1 else ''})")
+    sys.exit()
+if torch.backends.mps.is_available():
+    print("1\nDevice: Apple GPU (MPS)")
+    sys.exit()
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+print(f"1\nDevice: CPU ({cores} core{'s' * (cores > 1)})")
+try:
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+except (OSError, subprocess.TimeoutExpired):
+    sys.exit()
+if listed.returncode == 0 and "GPU 0" in listed.stdout:
+    gpu = listed.stdout.splitlines()[0].split(": ", 1)[1].split(" (UUID")[0]
+    if "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in ("", "-1"):
+        why = "CUDA_VISIBLE_DEVICES hides it. To use it: unset CUDA_VISIBLE_DEVICES."
+    elif torch.version.cuda is None:
+        why = (f"torch {torch.__version__} is built without CUDA. To use it: install a torch with CUDA and its "
+               "torchvision, or leave this environment, and .venv is used.")
+    else:
+        said = f" ({str(complaints[0].message).splitlines()[0]})" if complaints else ""
+        why = (f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it{said}. To use it: update the "
+               "driver to one for that CUDA ('nvidia-smi' names the newest it can run), or activate an environment of "
+               "your own with a torch for the driver you have.")
+    print(f"Warning: there is a GPU, {gpu}, but the CPU is used: {why}", file=sys.stderr)
+EOF
+}
+
+ready() {  # set up, then enter the environment and say what it computes on
+  local found
+  set_up "$1"
+  export PATH="$prefix/bin:$PATH"
+  found=$(describe_device)
+  processes=${found%%$'\n'*}
+  echo "${found#*$'\n'}"
+}
+
+# ---- commands ----
+
+run_tests() {
+  local arg workers="-n auto"
+  ready "[test]"
+  for arg in "$@"; do
+    case $arg in -n* | --numprocesses* | no:xdist) workers="" ;; esac
+  done
+  # One worker per core, so one thread per worker: more would only wait for each other.
+  [ -z "$workers" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  cd "$root"
+  # shellcheck disable=SC2086  # two words
+  show python -m pytest -q $workers "$@"
+}
+
+run_recipe() {
+  local recipe=$1 arg skip="" run random config launch control
+  shift
+  ready ""
+
+  launch=(accelerate launch -q)  # -q: when the run fails, its own message is the last, not the launcher's stack
+  config=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/accelerate/default_config
+  if [ ! -f "$config.yaml" ] && [ ! -f "$config.json" ]; then  # what is left open here, it warns about
+    launch+=(--num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no)
+    [ "$processes" -eq 1 ] || launch+=(--multi_gpu)
+  fi
+
+  # The control is the same but for what would keep it from being random init in a place of its own.
+  control=()
+  for arg in "$@"; do
+    if [ -n "$skip" ]; then skip=""; continue; fi
+    case $arg in
+      --output | --init-from) skip=yes ;;
+      --output=* | --init-from=* | backbone.init_from=*) ;;
+      train.flops=*) ;;  # wins over train.steps
+      *) control+=("$arg") ;;
+    esac
+  done
+  control+=(train.steps=0)
+
+  local pretrain=("${here}ssl_vit/pretrain.py" --recipe "$recipe")
+  run=$(python "${pretrain[@]}" "$@" --print-output)  # a wrong argument is refused here, before the launcher starts
+  random=$(python "${pretrain[@]}" "${control[@]}" --print-output)
+  show "${launch[@]}" "${pretrain[@]}" "$@"
+  if [ "$run" = "$random" ]; then
+    show python "${here}eval/knn.py" --backbone "$run" pixels
+  else
+    show "${launch[@]}" "${pretrain[@]}" "${control[@]}"
+    show python "${here}eval/knn.py" --backbone "$run" "$random" pixels
+  fi
+
+  cat <<EOF
+
+Next:
+  another recipe    ./launch.sh NAME, of: $(recipes)
+  your own images   ./launch.sh $recipe --data FOLDER
+  CIFAR-10          ./launch.sh $recipe --data cifar10
+  the tests         ./launch.sh test
+README.md explains the rest.
+EOF
+}
+
+command=${1:-mae}
+case $command in
+  test)
+    shift
+    run_tests "$@"
+    ;;
+  help) usage ;;
+  *)
+    for arg in "$@"; do
+      case $arg in -h | --help) usage; exit ;; esac
+    done
+    case $command in
+      -* | *=*) command=mae ;;  # arguments without a recipe
+      *) [ $# -eq 0 ] || shift ;;
+    esac
+    check_recipe "$command"
+    run_recipe "$command" "$@"
+    ;;
+esac
