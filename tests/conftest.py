@@ -1,0 +1,63 @@
+"""What the tests share: one thread, a private cache, and small objectives on made-up images."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from ssl_vit import backbone as backbones
+from ssl_vit import objectives
+from ssl_vit import recipe as recipes
+from ssl_vit.objectives.base import Batch, Facts
+from ssl_vit.randomness import Draw
+
+torch.set_num_threads(1)
+
+# objective, recipe, and what makes it small enough to test
+SMALL = {
+    "mae": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
+    "simmim": [],
+    "beit": ["objective.tokens=8"],
+    "gaussian": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
+    "dino": ["objective.prototypes=32", "objective.head_width=16", "objective.bottleneck=8", "objective.local_count=2"],
+    "supervised": ["backbone.drop_path=0.2"],
+}
+BACKBONE = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.size=16", "data.channels=3"]
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def small_recipe(name: str, *settings: str) -> recipes.Recipe:
+    """A shipped recipe on 16 px RGB images, with a tiny backbone."""
+    facts = ["data.mean=[0.5, 0.45, 0.4]", "data.std=[0.25, 0.2, 0.3]", "data.flip=true"]
+    overrides = [*BACKBONE, *facts, *SMALL[name], *settings]
+    return recipes.read(name, overrides, None, lambda n: objectives.find(n).Config)
+
+
+def small_objective(name: str, *settings: str, classes: int = 5) -> objectives.Objective:
+    """The objective of that recipe, with weights from seed 0, fitted on noise where it must be."""
+    recipe = small_recipe(name, *settings)
+    torch.manual_seed(0)
+    size = (recipe.data.size,) * 2 if isinstance(recipe.data.size, int) else tuple(recipe.data.size)
+    backbone = backbones.build(recipe.backbone, recipe.data, 0)
+    objective = objectives.find(recipe.objective_name)(
+        recipe.objective, backbone, Facts(size, 0.5, classes, recipe.views)
+    )
+    objective.fit(torch.rand(32, recipe.data.channels, *size, generator=torch.Generator().manual_seed(1)), 0)
+    return objective.train()
+
+
+def make_batch(objective: objectives.Objective, rows: torch.Tensor, step: int = 3, total: int = 10, dtype=torch.float32) -> Batch:
+    """These rows of a made-up step: every row's pixels depend on the row alone."""
+    views = {}
+    for name, view in objective.views.items():
+        shape = [*([view.count] if view.count else []), 3, *view.size]
+        pixels = Draw(9, step, torch.arange(256)).uniform(f"pixels {name}", *shape)
+        views[name] = pixels[rows].to(dtype)
+    return Batch(views, (rows * 7) % 5, Draw(0, step, rows), step, total)
