@@ -123,7 +123,10 @@ class Monitor:
         if self.accelerator.is_main_process:
             self.bar.write(text)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *error) -> None:
         self.bar.close()
 
 

@@ -83,11 +83,12 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                     block.compile()
     describe(recipe, path, images, objective, accelerator, total, flops_per_image, f"{lr:.3g} ({rule})")
 
+    accelerator.init_trackers("tensorboard")  # the name of the folder
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
-    micro = micro_batch(recipe, share, device)
+    micro = size = micro_batch(recipe, share, device)
     order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
-    plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, micro)
+    plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, size)
     workers = recipe.runtime.workers
     workers = max(1, (os.cpu_count() or 1) // local_processes()) if workers == "auto" else workers
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, workers)
@@ -99,31 +100,30 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             run.save(step, state, recipe.runtime.keep_every)
 
     objective.train()
-    for step in range(done, total):
-        chunks = [next(stream) for _ in range(math.ceil(share / micro))]
-        while True:
-            scalars, fits, stopping = gradients(accelerator, objective, images, chunks, micro, step, total, stop.requested)
-            if fits:
-                break
-            micro = halve(micro, recipe, watch)
+    with watch:
+        for step in range(done, total):
+            chunks = [next(stream) for _ in range(math.ceil(share / size))]
+            while True:
+                scalars, fits, stopping = gradients(accelerator, objective, images, chunks, micro, step, total, stop.requested)
+                if fits:
+                    break
+                micro = halve(micro, recipe, watch)
 
-        now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
-        objective.before_optimizer_step(step, total)
-        norm = optim.clip(objective.parameters(), recipe.optim)
-        optimizer.step()
-        objective.on_optimizer_step(step, total, lambda t: accelerator.reduce(t, "sum") if processes > 1 else t)
+            now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
+            objective.before_optimizer_step(step, total)
+            norm = optim.clip(objective.parameters(), recipe.optim)
+            optimizer.step()
+            objective.on_optimizer_step(step, total, lambda t: accelerator.reduce(t, "sum") if processes > 1 else t)
 
-        watch.step(step, scalars | (dict(grad_norm=norm) if norm is not None else {}), now)
-        at = step + 1
-        if knn and at % recipe.monitor.knn_every == 0:
-            watch.knn(at, knn(objective.exported))
-        if at % recipe.runtime.save_every == 0 or at == total or stopping:
-            save(at)
-        if stopping and at < total:
-            watch.close()
-            say(f"Stopped after step {at} of {total}, saved. The same command goes on from there.")
-            return 128 + signal.SIGTERM
-    watch.close()
+            watch.step(step, scalars | (dict(grad_norm=norm) if norm is not None else {}), now)
+            at = step + 1
+            if knn and at % recipe.monitor.knn_every == 0:
+                watch.knn(at, knn(objective.exported))
+            if at % recipe.runtime.save_every == 0 or at == total or stopping:
+                save(at)
+            if stopping and at < total:
+                say(f"Stopped after step {at} of {total}, saved. The same command goes on from there.")
+                return 128 + signal.SIGTERM
 
     if accelerator.is_main_process:
         finish(run, recipe, objective, images, device)
@@ -294,7 +294,10 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
     names = monitor.trackers(recipe.monitor.trackers)
     try:
         accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no", log_with=names or None, project_dir=path
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            cpu=not torch.accelerator.is_available(),  # else torchrun's processes on a CPU do not form a group
+            log_with=names or None,
+            project_dir=path,
         )
     except ValueError as error:
         raise UserError(f"Accelerate refuses: {' '.join(str(error).split())[:300]}") from None

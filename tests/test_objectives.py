@@ -142,7 +142,7 @@ def test_dino_says_when_it_has_collapsed():
 
 def test_a_naive_dino_on_constant_views_collapses_and_alarms():
     """Views that tell nothing leave only the collapsed solution: the logged scalars must show it."""
-    objective = small_objective("dino", "objective.momentum=0.9")
+    objective = small_objective("dino", "objective.momentum=0.9", "objective.bottleneck=64")
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
     for step in range(200):
         batch = make_batch(objective, torch.arange(8), step=step, total=200)

@@ -1,0 +1,319 @@
+"""The loop: stop it anywhere and it ends with the same bytes; one process or two; nothing lost."""
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conftest import SMALL
+from ssl_vit import errors, pretrain
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "train.batch_size=32", "runtime.threads=1"]
+TINY += ["monitor.trackers=none", "monitor.log_every=1", "runtime.save_every=4"]
+STEPS = 12
+
+
+def arguments(name: str, *settings: str) -> list[str]:
+    return ["--recipe", name, *TINY, *SMALL[name], f"train.steps={STEPS}", *settings]
+
+
+def _child(arguments: list[str], folder: Path, log: Path) -> None:
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    os.chdir(folder)
+    sys.argv = ["ssl_vit/pretrain.py", *arguments]
+    errors.run(pretrain.main)
+
+
+class Started:
+    """pretrain.py in a child that shares the imports (as its own process, it would import torch for seconds)."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        self.log = folder / "said.txt"
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_child, args=(list(arguments), folder, self.log)
+        )
+        self.process.start()
+
+    def wait(self, timeout: float = 120) -> int:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "still running"
+        return self.process.exitcode
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        os.kill(self.process.pid, number)
+        return self.wait()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def run(folder: Path, *arguments: str) -> Started:
+    started = Started(folder, *arguments)
+    assert started.wait() == 0, started.said
+    return started
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def steps_done(folder: Path) -> int:
+    """The last whole line of the log."""
+    try:
+        return max((json.loads(t)["step"] for t in (folder / "log.jsonl").read_text().splitlines(True) if t[-1] == "\n"), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def until(condition, timeout: float = 90) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_killed_anywhere_it_ends_with_the_same_bytes(name, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(tmp_path, *arguments(name, "--output", str(whole)))
+    for at in (1, 6, 9):  # before the first checkpoint, between two, after the second
+        started = Started(tmp_path, *arguments(name, "--output", str(killed)))
+        until(lambda at=at: steps_done(killed) >= at or started.process.exitcode is not None)
+        assert started.kill() == -signal.SIGKILL
+    run(tmp_path, *arguments(name, "--output", str(killed)))
+    for file in ("model.safetensors", "config.json"):
+        assert (killed / "backbone" / file).read_bytes() == (whole / "backbone" / file).read_bytes()
+
+    lines = [[{k: v for k, v in line.items() if "second" not in k} for line in log_of(r)] for r in (whole, killed)]
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))
+
+
+def test_sigterm_saves_first(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(tmp_path, *arguments("mae", "--output", str(whole)))
+    started = Started(tmp_path, *arguments("mae", "--output", str(stopped), "runtime.save_every=1000"))
+    until(lambda: steps_done(stopped) >= 2)
+    assert started.kill(signal.SIGTERM) == 143
+    assert "The same command goes on" in started.said
+    [saved] = (stopped / "checkpoints").iterdir()
+    assert 2 <= int(re.findall(r"\d+", saved.name)[0]) < STEPS
+    run(tmp_path, *arguments("mae", "--output", str(stopped)))
+    assert (stopped / "backbone/model.safetensors").read_bytes() == (whole / "backbone/model.safetensors").read_bytes()
+
+
+def test_a_finished_run_says_so(tmp_path):
+    out = ["--output", str(tmp_path / "run")]
+    run(tmp_path, *arguments("mae", *out))
+    stamp = (tmp_path / "run" / "backbone" / "model.safetensors").stat().st_mtime_ns
+    again = run(tmp_path, *arguments("mae", *out, "runtime.save_every=5"))  # runtime.* may differ
+    assert "is finished" in again.said
+    assert (tmp_path / "run" / "backbone" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_other_settings_are_refused_with_the_keys_and_a_command(tmp_path):
+    out = ["--output", str(tmp_path / "run")]
+    run(tmp_path, *arguments("mae", *out))
+    other = Started(tmp_path, *arguments("mae", *out, "optim.lr=0.5", "train.seed=3"))
+    assert other.wait() == 2
+    assert "optim.lr" in other.said and "train.seed" in other.said and f"--output {tmp_path}/run-2" in other.said
+    assert "Traceback" not in other.said
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("…")
+    started = Started(tmp_path, *arguments("mae", "--output", "thesis"))
+    assert started.wait() == 2
+    assert "holds no run" in started.said
+    assert {p.name for p in (tmp_path / "thesis").iterdir()} <= {"chapter1.tex", ".lock"}
+
+
+def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path):
+    out = ["--output", str(tmp_path / "run")]
+    first = Started(tmp_path, *arguments("mae", *out, "train.steps=100000"))
+    until(lambda: steps_done(tmp_path / "run") >= 1)
+    second = Started(tmp_path, *arguments("mae", *out, "train.steps=100000"))
+    assert second.wait() == 2
+    assert f"process {first.process.pid}" in second.said
+    first.kill()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another backbone"])
+def test_a_bad_checkpoint_is_one_sentence(damage, tmp_path):
+    out = ["--output", str(tmp_path / "run")]
+    started = Started(tmp_path, *arguments("mae", *out, "train.steps=1000"))
+    until(lambda: steps_done(tmp_path / "run") >= 6)
+    started.kill()
+    file = max((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        run(tmp_path, *arguments("mae", "--output", str(tmp_path / "wide"), "backbone.width=32", "train.steps=4"))
+        file.write_bytes((tmp_path / "wide" / "checkpoints" / "step-00000004.pt").read_bytes())
+    again = Started(tmp_path, *arguments("mae", *out, "train.steps=1000"))
+    assert again.wait() == 2
+    last = again.said.rpartition("error:")[2]
+    assert ("damaged" in last or "another model" in last) and "Delete it" in last
+
+
+def _full_disk(*args) -> None:
+    # a limit on the size of files stands in for a full disk: the write fails half-way
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    _child(*args)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    out = ["--output", str(tmp_path / "run")]
+    started = Started(tmp_path, *arguments("mae", *out, "train.steps=1000"))
+    until(lambda: steps_done(tmp_path / "run") >= 6)
+    started.kill()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").glob("*.pt")}
+    full = multiprocessing.get_context("fork").Process(
+        target=_full_disk, args=(arguments("mae", *out, "train.steps=1000"), tmp_path, tmp_path / "full.txt")
+    )
+    full.start()
+    full.join(90)
+    said = (tmp_path / "full.txt").read_text()
+    assert full.exitcode == 2, said
+    assert "Could not save" in said and "intact" in said and "Traceback" not in said
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    settings = ["optim.lr=1e30", "optim.warmup=0.6", "objective.normalise=false", "monitor.log_every=3", "train.steps=100"]
+    started = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), *settings, "runtime.save_every=1"))
+    assert started.wait() == 2
+    last = started.said.strip().splitlines()[-1]
+    step = int(re.search(r"loss of step (\d+) is not a finite number", last)[1])
+    [saved] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == f"step-{step:08d}.pt" and f"checkpoint of step {step} is intact" in last
+    state = torch.load(saved, weights_only=True)
+    assert set(state) == {"objective", "optimizer"}
+
+
+def test_watching_changes_nothing(tmp_path):
+    quiet, watched = tmp_path / "quiet", tmp_path / "watched"
+    run(tmp_path, *arguments("dino", "--output", str(quiet), "monitor.knn_every=0"))
+    run(tmp_path, *arguments("dino", "--output", str(watched), "monitor.knn_every=3", "monitor.trackers=tensorboard"))
+    assert (quiet / "backbone/model.safetensors").read_bytes() == (watched / "backbone/model.safetensors").read_bytes()
+    assert [line["step"] for line in log_of(watched) if "knn" in line] == [3, 6, 9, 12]
+    assert all(0 < line["knn"] <= 1 and line["rank"] > 1 for line in log_of(watched) if "knn" in line)
+    assert list(watched.rglob("events.out.tfevents*"))
+
+
+def test_micro_batches_change_only_the_rounding(tmp_path):
+    run(tmp_path, *arguments("mae", "--output", str(tmp_path / "a")))
+    run(tmp_path, *arguments("mae", "--output", str(tmp_path / "b"), "runtime.per_device_batch=5"))
+    a, b = (load_file(tmp_path / r / "backbone/model.safetensors") for r in "ab")
+    for name, weight in a.items():
+        torch.testing.assert_close(b[name], weight, rtol=0, atol=2e-4)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_out_of_memory_halves_and_repeats_the_step(tmp_path, monkeypatch):
+    """An accelerator that holds 10 rows at a time, from step 3 on."""
+    from ssl_vit.objectives.reconstruct import Reconstruct
+
+    forward = Reconstruct.forward
+
+    def limited(self, batch):
+        result = forward(self, batch)
+        if len(batch.draw.rows) > 10 and batch.step >= 3:
+            raise torch.OutOfMemoryError
+        return result
+
+    run(tmp_path, *arguments("mae", "--output", str(tmp_path / "a")))
+    monkeypatch.setattr(Reconstruct, "forward", limited)
+    started = run(tmp_path, *arguments("mae", "--output", str(tmp_path / "b")))
+    assert "trying 16" in started.said and "trying 8" in started.said
+    a, b = (load_file(tmp_path / r / "backbone/model.safetensors") for r in "ab")
+    for name, weight in a.items():
+        torch.testing.assert_close(b[name], weight, rtol=0, atol=2e-4)
+    losses = [[line["loss"] for line in log_of(tmp_path / r)] for r in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    fixed = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "c"), "runtime.per_device_batch=16"))
+    assert fixed.wait() == 2 and "runtime.per_device_batch" in fixed.said
+
+
+def test_random_initialisation_is_a_run_of_no_steps(tmp_path):
+    run(tmp_path, *arguments("mae", "train.steps=0", "--output", "run"))
+    assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_budgets(tmp_path):
+    """flops wins over steps wins over epochs; the recipe on disk says what was resolved."""
+    run(tmp_path, *arguments("mae", "train.flops=1e8", "--output", "a"))
+    settings = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
+    per_step = settings["resolved"]["flops_per_image"] * 32
+    assert settings["train"]["steps"] == -(-1e8 // per_step)
+    assert log_of(tmp_path / "a")[-1]["flops"] == pytest.approx(per_step * settings["train"]["steps"])
+    run(tmp_path, "--recipe", "mae", *TINY, "train.epochs=0.1", "--output", "b")
+    assert log_of(tmp_path / "b")[-1]["step"] == 5  # of 32 images, for a tenth of 1,437
+
+
+def launched(command: list[str], folder: Path) -> subprocess.Popen:
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    environment.pop("OMP_NUM_THREADS")
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+SCRIPT = str(ROOT / "ssl_vit" / "pretrain.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+@pytest.mark.parametrize("name", ["dino", "supervised"])
+def test_two_processes_equal_one(name, tmp_path):
+    run(tmp_path, *arguments(name, "--output", str(tmp_path / "one")))
+    two = launched([*TORCHRUN, SCRIPT, *arguments(name, "--output", str(tmp_path / "two"))], tmp_path)
+    said, _ = two.communicate(timeout=180)
+    assert two.returncode == 0, said
+    one, both = (load_file(tmp_path / r / "backbone/model.safetensors") for r in ("one", "two"))
+    for key, weight in one.items():
+        torch.testing.assert_close(both[key], weight, rtol=0, atol=2e-4)
+    losses = [[line["loss"] for line in log_of(tmp_path / r)] for r in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    refused = launched([*TORCHRUN, SCRIPT, *arguments(name, "train.batch_size=33", "--output", "x")], tmp_path)
+    assert "does not divide by 2 processes" in refused.communicate(timeout=180)[0] and refused.returncode
+
+
+def test_launchers_give_the_same_bytes_and_threads(tmp_path):
+    settings = [a for a in arguments("mae") if not a.startswith("runtime.threads")]
+    for name, command in (("plain", [sys.executable]), ("accelerate", LAUNCH)):
+        started = launched([*command, SCRIPT, *settings, "--output", name], tmp_path)
+        said, _ = started.communicate(timeout=180)
+        assert started.returncode == 0, said
+    threads = [yaml.safe_load((tmp_path / n / "recipe.yaml").read_text())["runtime"]["threads_used"] for n in ("plain", "accelerate")]
+    assert threads == [len(os.sched_getaffinity(0))] * 2
+    plain, other = (tmp_path / n / "backbone" / "model.safetensors" for n in ("plain", "accelerate"))
+    assert plain.read_bytes() == other.read_bytes()
+
+
+def test_when_the_launcher_dies_the_process_saves_and_exits(tmp_path):
+    launcher = launched([*LAUNCH, SCRIPT, *arguments("mae", "train.steps=1000000", "runtime.save_every=1000000", "--output", "run")], tmp_path)
+    until(lambda: steps_done(tmp_path / "run") >= 3)
+    pid = int((tmp_path / "run" / ".lock").read_text())
+    assert pid != launcher.pid
+    launcher.send_signal(signal.SIGTERM)
+    until(lambda: list((tmp_path / "run" / "checkpoints").glob("*.pt")))
+    until(lambda: not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z")
+    launcher.wait(30)
