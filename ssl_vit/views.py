@@ -343,8 +343,8 @@ def mix(
     height, width = images.shape[-2:]
     if len(draw.rows) % 2 or not torch.equal(draw.rows[1::2], draw.rows[::2] ^ 1):
         raise ValueError(
-            "mixup pairs row r with row r xor 1, so a micro-batch must hold an even number of rows and start at an even "
-            f"one; this one holds {len(draw.rows)} and starts at {int(draw.rows[0])}."
+            "mixup pairs row r with row r xor 1, so a micro-batch must hold an even number of rows and start at an "
+            f"even one; this one holds {len(draw.rows)} and starts at {int(draw.rows[0])}."
         )
     u = draw.uniform("mix", 4, device="cpu").double()
     mixed = u[:, 0] < prob
@@ -360,7 +360,7 @@ def mix(
     own = torch.where(mixed, own, 1.0)
     cut = cut & mixed
     end = end * cut[:, None]  # an empty box where nothing is pasted
-    numbers = torch.cat([start, end, torch.where(cut, 1.0, own)[:, None], own[:, None]], 1).float()
+    numbers = torch.cat([start, end, torch.where(cut, 1.0, own)[:, None], own[:, None]], 1).to(images.dtype)
     top, left, bottom, right, outside, own = numbers.to(images.device, non_blocking=True)[..., None, None].unbind(1)
 
     y = torch.arange(height, device=images.device)[:, None]
