@@ -54,7 +54,7 @@ def load(source: str) -> Backbone:
     path = Path(source)
     folder = path / "backbone" if (path / "recipe.yaml").exists() else path
     try:
-        if folder.is_dir():
+        if folder.is_dir() or folder != path:
             config = json.loads((folder / "config.json").read_text())
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
             facts, args = config["pretrained_cfg"], config.get("model_args", {})

@@ -267,11 +267,16 @@ def test_budgets(tmp_path):
     assert log_of(tmp_path / "b")[-1]["step"] == 5  # of 32 images, for a tenth of 1,437
 
 
+def environment() -> dict[str, str]:
+    """As a user's: the checkout on the path, threads not yet limited."""
+    variables = os.environ | dict(PYTHONPATH=str(ROOT))
+    del variables["OMP_NUM_THREADS"]
+    return variables
+
+
 def launched(command: list[str], folder: Path) -> subprocess.Popen:
-    environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    environment.pop("OMP_NUM_THREADS")
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 

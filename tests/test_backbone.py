@@ -1,0 +1,196 @@
+"""The seam against timm itself: same features, in and out, whatever the size, grid or model."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from conftest import small_recipe
+from ssl_vit import backbone as backbones
+from ssl_vit import weights
+from ssl_vit.errors import UserError
+from ssl_vit.randomness import Draw
+
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def build(*settings: str) -> backbones.Backbone:
+    recipe = small_recipe("mae", "backbone.positions=learned", "backbone.init=trunc_normal", *settings)
+    return backbones.build(recipe.backbone, recipe.data, seed=0).eval()
+
+
+def standardised(images):
+    mean, std = torch.tensor([0.5, 0.45, 0.4]).view(3, 1, 1), torch.tensor([0.25, 0.2, 0.3]).view(3, 1, 1)
+    return (images - mean) / std
+
+
+VARIANTS = {
+    "plain": [],
+    "registers": ["backbone.registers=3"],
+    "layer scale": ["backbone.layer_scale=0.1"],
+    "drop path": ["backbone.drop_path=0.5"],
+    "sincos": ["backbone.positions=sincos"],
+    "not square": ["data.size=[16, 24]", "backbone.patch=4"],
+}
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_the_seam_equals_timm_s_forward(settings):
+    b = build(*settings)
+    images = torch.rand(2, 3, *b.input_size)
+    with torch.no_grad():
+        expected = b.model.forward_features(standardised(images))
+        torch.testing.assert_close(b.tokens(images), expected, rtol=0, atol=1e-6)
+        [(prefix, patches)] = b.features(images)
+    p = b.prefix_tokens
+    torch.testing.assert_close(prefix, expected[:, :p], rtol=0, atol=1e-6)
+    torch.testing.assert_close(patches.flatten(1, 2), expected[:, p:], rtol=0, atol=1e-6)
+    assert patches.shape[1:3] == b.grid(images)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_a_saved_backbone_loads_in_plain_timm(settings, tmp_path):
+    b = build(*settings)
+    weights.save(b, tmp_path / "backbone")
+    images = torch.rand(2, 3, *b.input_size)
+    plain = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(plain)
+    assert config["mean"] == pytest.approx((0.5, 0.45, 0.4)) and config["std"] == pytest.approx((0.25, 0.2, 0.3))
+    assert config["input_size"] == (3, *b.input_size) and config["crop_pct"] == 1.0
+    with torch.no_grad():
+        assert torch.equal(plain.forward_features(standardised(images)), b.model.forward_features(standardised(images)))
+        again = weights.load(str(tmp_path / "backbone")).eval()
+        assert all(torch.equal(x, y) for x, y in zip(again.features(images)[0], b.features(images)[0], strict=True))
+
+
+def test_a_saved_config_says_nothing_of_the_published_model(tmp_path):
+    weights.save(build(), tmp_path / "backbone")
+    facts = json.loads((tmp_path / "backbone" / "config.json").read_text())["pretrained_cfg"]
+    assert not {"tag", "license", "origin_url"} & facts.keys()
+    assert facts["interpolation"] == "bilinear"
+
+
+def test_a_saved_classifier_gives_the_same_logits(tmp_path):
+    for pool in ("token", "avg"):
+        b = build()
+        b.add_classifier(7, pool)
+        torch.nn.init.normal_(b.model.head.weight)
+        weights.save(b, tmp_path / pool)
+        plain = timm.create_model(f"local-dir:{tmp_path / pool}", pretrained=True).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(plain(standardised(IMAGES)), b.classify(IMAGES), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_other_timm_models_have_features_too(name, tmp_path):
+    b = build(f"backbone.name={name}", "backbone.width=null", "backbone.depth=null", "backbone.heads=null", "data.size=64")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        [(prefix, patches)] = b.features(images)
+        expected = b.model.forward_features(standardised(images))
+    assert prefix.shape == (2, 0, b.width)
+    torch.testing.assert_close(patches.permute(0, 3, 1, 2), expected, rtol=0, atol=1e-5)
+    weights.save(b, tmp_path / "b")
+    again = weights.load(str(tmp_path / "b")).eval()
+    assert torch.equal(again.features(images)[0][1], patches)
+
+
+def test_features_of_several_blocks_come_in_the_order_asked_for():
+    b = build("backbone.depth=3")
+    with torch.no_grad():
+        found = b.features(IMAGES, blocks=(-1, 0, 1))
+        alone = [b.features(IMAGES, blocks=(i,))[0] for i in (-1, 0, 1)]
+    for (prefix, patches), (p, q) in zip(found, alone, strict=True):
+        assert torch.equal(prefix, p) and torch.equal(patches, q)
+    assert not torch.equal(found[0][1], found[1][1])
+
+
+def test_dropping_keeps_each_token_s_own_position():
+    b = build()
+    tokens = b.patch_embed(IMAGES)
+    whole = b.add_positions(tokens, (8, 8))
+    keep = torch.tensor([[5, 60, 0], [7, 1, 63]])
+    kept = b.add_positions(tokens, (8, 8), keep)
+    assert torch.equal(kept[:, :1], whole[:, :1])
+    for row in range(2):
+        assert torch.equal(kept[row, 1:], whole[row, 1 + keep[row]])
+
+
+def test_attention_is_the_last_block_s():
+    b = build()
+    seen = []
+    b.model.blocks[-1].attn.fused_attn = False
+    b.model.blocks[-1].attn.attn_drop.register_forward_hook(lambda m, i, o: seen.append(o))
+    with torch.no_grad():
+        b.tokens(IMAGES)
+        torch.testing.assert_close(b.attention(IMAGES).flatten(2), seen[0][:, :, 0, 1:], rtol=0, atol=1e-6)
+
+
+def test_stochastic_depth_is_addressed_and_has_its_rate():
+    b = build("backbone.drop_path=0.5", "backbone.depth=3").train()
+    rows = torch.arange(6)
+    images = torch.rand(6, 3, 16, 16)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        whole = b.tokens(images, Draw(0, 1, rows))
+        parts = [b.tokens(images[i], Draw(0, 1, rows[i])) for i in (slice(0, 2), slice(2, 6))]
+        other = b.tokens(images, Draw(0, 2, rows))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+    assert not torch.allclose(other, whole)
+    last = b.model.blocks[-1].drop_path1
+    b._draw_depth(Draw(0, 0, torch.arange(4000)), 4000)
+    assert (last.scale == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert last.scale.mean().item() == pytest.approx(1.0, abs=0.06)
+
+
+def test_init_from_takes_weights_and_normalisation_and_resamples_positions(tmp_path):
+    old = build()
+    torch.nn.init.normal_(old.model.pos_embed)
+    weights.save(old, tmp_path / "old")
+    same = weights.initialise(build("data.mean=[0, 0, 0]"), str(tmp_path / "old")).eval()
+    assert torch.equal(same.features(IMAGES)[0][1], old.features(IMAGES)[0][1])
+    larger = weights.initialise(build("data.size=32", "backbone.patch=2"), str(tmp_path / "old"))
+    expected = timm.layers.resample_abs_pos_embed(old.model.pos_embed, (16, 16), (8, 8), num_prefix_tokens=1)
+    torch.testing.assert_close(larger.model.pos_embed.data, expected.data)
+    with pytest.raises(UserError, match="backbone"):
+        weights.initialise(build("backbone.width=32"), str(tmp_path / "old"))
+
+
+@pytest.mark.parametrize("source", ["nowhere", "vit_tiny_patch16_22"])
+def test_no_such_backbone(source):
+    with pytest.raises(UserError, match=source):
+        weights.load(source)
+
+
+def test_a_damaged_backbone_is_one_sentence(tmp_path):
+    weights.save(build(), tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        weights.load(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"), [((8, 8), 2), ((28, 28), 4), ((32, 32), 4), ((64, 64), 8), ((32, 48), 4), ((16, 16), 2)]
+)
+def test_auto_patch(size, patch):
+    assert backbones.resolve_patch("auto", size) == patch
+
+
+def test_auto_patch_is_refused_for_photos_and_indivisible_sizes():
+    with pytest.raises(UserError, match="mae-photos"):
+        backbones.resolve_patch("auto", (224, 224))
+    with pytest.raises(UserError, match="do not divide"):
+        backbones.resolve_patch(16, (100, 100))
+    with pytest.raises(UserError, match="data.size"):
+        backbones.resolve_patch("auto", (31, 37))
+
+
+def test_the_seed_alone_makes_the_weights():
+    torch.manual_seed(1)
+    a = build()
+    torch.manual_seed(2)
+    b = build()
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
