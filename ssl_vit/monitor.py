@@ -97,6 +97,8 @@ class Monitor:
         if not self.accelerator.is_main_process:
             return
         self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}, lr {lr:.2e}, {speed:,.0f} images/s")
+        if self.accelerator.device.type == "cuda":
+            scalars["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         position = dict(images=done * self.recipe.train.batch_size, flops=done * self.flops_per_step, seconds=round(self.seconds, 3))
         self._write(done, dict(lr=lr, images_per_second=round(speed, 1)) | position | scalars)
         self._alarm(done, scalars)

@@ -87,6 +87,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
     micro = size = micro_batch(recipe, share, device)
+    refuse_cut(objective, size, recipe.train.batch_size)
     order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
     plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, size)
     workers = recipe.runtime.workers
@@ -100,6 +101,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             run.save(step, state, recipe.runtime.keep_every)
 
     objective.train()
+    stop.listen()
     with watch:
         for step in range(done, total):
             chunks = [next(stream) for _ in range(math.ceil(share / size))]
@@ -108,6 +110,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                 if fits:
                     break
                 micro = halve(micro, recipe, watch)
+                refuse_cut(objective, micro, recipe.train.batch_size)
 
             now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
             objective.before_optimizer_step(step, total)
@@ -249,6 +252,15 @@ def micro_batch(recipe: recipes.Recipe, share: int, device: torch.device) -> int
     return min(asked, share)
 
 
+def refuse_cut(objective: Objective, micro: int, batch_size: int) -> None:
+    """Raises UserError if the loss needs the whole batch at once and gets less."""
+    if objective.whole_batch and micro < batch_size:
+        raise UserError(
+            f"{objective.whole_batch} needs the whole batch of {batch_size} at once, and one device has {micro} at a time: "
+            "run one process with runtime.per_device_batch at least that, lower train.batch_size, or unset it."
+        )
+
+
 def halve(micro: int, recipe: recipes.Recipe, watch: monitor.Monitor) -> int:
     """Half as many rows at a time, after a step that did not fit."""
     if recipe.runtime.per_device_batch != "auto" or micro == 1:
@@ -324,6 +336,9 @@ class StopSignal:
         self._asked = False
         # accelerate launch dies of SIGTERM without passing it on to its one child
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    def listen(self) -> None:
+        """From here on a signal waits for the step; before the first step there is nothing to save."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 

@@ -22,7 +22,7 @@ SMALL = {
     "simmim": [],
     "beit": ["objective.tokens=8"],
     "gaussian": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
-    "dino": ["objective.prototypes=32", "objective.head_width=16", "objective.bottleneck=8", "objective.local_count=2"],
+    "dino": ["objective.batch_norm=false", "objective.prototypes=32", "objective.head_width=16", "objective.bottleneck=8", "objective.local_count=2"],
     "supervised": ["backbone.drop_path=0.2"],
 }
 BACKBONE = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.size=16", "data.channels=3"]

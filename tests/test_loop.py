@@ -322,3 +322,10 @@ def test_when_the_launcher_dies_the_process_saves_and_exits(tmp_path):
     until(lambda: list((tmp_path / "run" / "checkpoints").glob("*.pt")))
     until(lambda: not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z")
     launcher.wait(30)
+
+
+def test_a_batch_that_must_not_be_cut_is_refused(tmp_path):
+    settings = ["objective.batch_norm=true", "runtime.per_device_batch=16", "--output", "run"]
+    started = Started(tmp_path, *arguments("dino", *settings))
+    assert started.wait() == 2
+    assert "objective.batch_norm=true needs the whole batch of 32" in started.said

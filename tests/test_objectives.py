@@ -282,3 +282,27 @@ def test_every_objective_s_settings_are_documented():
     for name in ("reconstruct", "dino", "supervised"):
         lines = recipes.describe({"objective": objectives.find(name).Config})
         assert "objective." in lines
+
+
+def test_batch_norm_in_the_head_says_that_it_ties_the_batch():
+    assert small_objective("dino", "objective.batch_norm=false").whole_batch is None
+    tied = small_objective("dino", "objective.batch_norm=true")
+    assert "batch_norm" in tied.whole_batch
+    rows = torch.arange(32)
+    whole, _ = gradients(tied.double(), [rows])
+    parts, _ = gradients(tied, list(rows.split(8)))
+    assert abs(whole - parts) > 1e-3  # it does, which is why the loop refuses to cut it
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bf16_autocast_changes_the_rounding_alone(name):
+    objective = small_objective(name)
+    batch = make_batch(objective, torch.arange(16))
+    with torch.no_grad():
+        expected = objective(batch)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = objective(batch)
+    assert all(value.dtype == torch.float32 for value in result.values())
+    result["loss"].backward()
+    assert result["loss"].item() == pytest.approx(expected.item(), rel=0.03)
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)

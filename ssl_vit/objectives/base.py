@@ -5,11 +5,11 @@ the optimizer see all of it. It knows neither the loop nor where images come fro
 batch was cut into micro-batches or processes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
@@ -89,6 +89,11 @@ class Objective(nn.Module):
         return None
 
     @property
+    def whole_batch(self) -> str | None:
+        """The setting that ties the rows of a batch together, so that it must not be cut; None if nothing does."""
+        return None
+
+    @property
     def exported(self) -> Backbone:
         """What is evaluated and saved."""
         return self.backbone
@@ -106,7 +111,7 @@ class Objective(nn.Module):
 def cosine(step: int, total: int, start: float, end: float) -> float:
     """A half cosine from start, at step 0, to end, at the last of `total` steps."""
     at = min(step / max(total - 1, 1), 1.0)
-    return end + (start - end) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * at, dtype=torch.float64))))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * at))
 
 
 def ramp(step: int, total: int, fraction: float, start: float, end: float) -> float:

@@ -25,7 +25,7 @@ class Config:
     head_width: int = setting(2048, "hidden width of the head", at_least=1)
     bottleneck: int = setting(256, "what the prototypes see, on the unit sphere", at_least=2)
     norm_last_layer: bool = setting(True, "fix the length of the prototypes at 1; steadier")
-    data_init: bool = setting(False, "standardise the head's layers on the training images before the first step")
+    batch_norm: bool = setting(False, "BatchNorm in the head: an official option, for small data; the batch must not be cut")
     student_temperature: float = setting(0.1, "softmax temperature of the student", above=0)
     teacher_temperature: float = setting(0.07, "of the teacher, after its warm-up; lower it if the loss does not fall", above=0)
     teacher_temperature_start: float = setting(0.04, "of the teacher, at step 0", above=0)
@@ -81,19 +81,9 @@ class DINO(Objective):
     def exported(self) -> TokenBackbone:
         return self.teacher
 
-    @torch.no_grad()
-    def fit(self, images: Tensor, seed: int) -> None:
-        """Data-dependent initialisation of the head (Salimans & Kingma 2016, arXiv 1602.07868, section 3).
-
-        An untrained class token hardly differs from image to image, so that on small data the centred teacher is
-        uniform from the start and stays so. Official DINO offers BatchNorm in the head against it, which would tie the
-        loss to the micro-batch; this standardises once.
-        """
-        if self.config.data_init:
-            self.backbone.eval()
-            self.head.standardise(torch.cat([self.backbone.tokens(part)[:, 0] for part in images.split(256)]))
-            self.backbone.train()
-            self.teacher_head.load_state_dict(self.head.state_dict())
+    @property
+    def whole_batch(self) -> str | None:
+        return "objective.batch_norm=true" if self.config.batch_norm else None
 
     def begin_step(self) -> None:
         self.teacher_sum.zero_()
@@ -183,23 +173,18 @@ class Head(nn.Module):
     def __init__(self, config: Config, width: int):
         super().__init__()
         inner = config.head_width
+        # the statistics of the batch at hand, for student and teacher alike: nothing to average or to save
+        norm = (lambda: nn.BatchNorm1d(inner, track_running_stats=False)) if config.batch_norm else nn.Identity
         self.mlp = nn.Sequential(
-            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, config.bottleneck)
-        )
+            nn.Linear(width, inner), norm(), nn.GELU(),
+            nn.Linear(inner, inner), norm(), nn.GELU(),
+            nn.Linear(inner, config.bottleneck),
+        )  # fmt: skip
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.last = Prototypes(config.bottleneck, config.prototypes, config.norm_last_layer)
-
-    def standardise(self, x: Tensor) -> None:
-        """Scale and shift every layer so that its outputs have mean 0 and variance 1 over class tokens x (n, D)."""
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                std, mean = torch.std_mean(layer(x), 0)
-                layer.weight /= std[:, None].clamp(min=1e-6)
-                layer.bias.copy_((layer.bias - mean) / std.clamp(min=1e-6))
-            x = layer(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class tokens (B, D) → logits (B, K)."""
