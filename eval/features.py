@@ -85,7 +85,9 @@ def extract(source: Source, images: ImageSet, device: torch.device, batch: int =
     for values in features.values():
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if len(bad):
-            raise UserError(f"{source.name} gives features that are not finite, first for image {bad[0]}: it is broken.")
+            raise UserError(
+                f"{source.name} gives features that are not finite, first for image {bad[0]}: it is broken."
+            )
     return Features(features, flops, time.perf_counter() - started)
 
 

@@ -89,7 +89,9 @@ def table(rows: list[list[dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64")
+    parser.add_argument(
+        "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
+    )
     parser.add_argument("--data", help="default: the images of the first run's pre-training")
     parser.add_argument("--k", type=int, nargs="+", help=f"default: {' '.join(map(str, KS))}")
     args = parser.parse_args()

@@ -124,7 +124,7 @@ class TokenBackbone(Backbone):
     def encode(self, tokens: Tensor, attn_mask: Tensor | None = None, draw: Draw | None = None) -> Tensor:
         """Positioned tokens → normed output tokens, both (B, L, D).
 
-        draw: addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one after the other.
+        draw: addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one after another.
         """
         m = self.model
         self._draw_depth(draw, len(tokens))
@@ -233,8 +233,8 @@ def resolve_patch(patch: int | str | None, size: tuple[int, int]) -> int:
     if patch == "auto":
         if max(size) > 64:
             raise UserError(
-                f"backbone.patch=auto is meant for images of up to 64 px, and these have {max(size)}: use a photo recipe "
-                "(--recipe mae-photos or dino-photos), or set backbone.patch=16."
+                f"backbone.patch=auto is meant for images of up to 64 px, and these have {max(size)}: use a photo "
+                "recipe (--recipe mae-photos or dino-photos), or set backbone.patch=16."
             )
         sides = [p for p in range(2, min(size) + 1) if size[0] % p == 0 and size[1] % p == 0]
         if not sides:
@@ -243,7 +243,9 @@ def resolve_patch(patch: int | str | None, size: tuple[int, int]) -> int:
     if patch is None:
         raise UserError("backbone.patch must be set for a ViT.")
     if size[0] % patch or size[1] % patch:
-        raise UserError(f"Images of {size[0]}x{size[1]} do not divide into patches of {patch}: set data.size or backbone.patch.")
+        raise UserError(
+            f"Images of {size[0]}x{size[1]} do not divide into patches of {patch}: set data.size or backbone.patch."
+        )
     return patch
 
 

@@ -39,7 +39,8 @@ class Run:
         except BlockingIOError:
             self._lock.seek(0)
             raise UserError(
-                f"{self.path} is being written by process {self._lock.read().strip()}: wait for it, or pass another --output."
+                f"{self.path} is being written by process {self._lock.read().strip()}: wait for it, or pass "
+                "another --output."
             ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
@@ -64,7 +65,9 @@ class Run:
                     at = arguments.index("--output")
                     del arguments[at : at + 2]
                 command = shlex.join(["python", sys.argv[0], *arguments, "--output", free])
-                raise UserError(f"{self.path} is a run with other settings ({', '.join(keys)}). Start a new one: {command}")
+                raise UserError(
+                    f"{self.path} is a run with other settings ({', '.join(keys)}). Start a new one: {command}"
+                )
         write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     @property
@@ -97,8 +100,8 @@ class Run:
             older = list(self.checkpoints())
             intact = f"the checkpoint of step {older[-1]} is intact" if older else "there is no earlier checkpoint"
             raise UserError(
-                f"Could not save the checkpoint of step {step} in {file.parent} ({error}); {intact}. Make room and start "
-                "the same command again."
+                f"Could not save the checkpoint of step {step} in {file.parent} ({error}); {intact}. Make room and "
+                "start the same command again."
             ) from None
         for old, path in self.checkpoints().items():
             if old < step and not (keep_every and old % keep_every == 0):
@@ -115,7 +118,8 @@ class Run:
         except Exception as error:  # torch's readers raise a dozen types for a damaged file
             detail = " ".join(str(error).split())[:120]
             raise UserError(
-                f"The checkpoint {file} is damaged ({detail}). Delete it to go on from an earlier one, or from the start."
+                f"The checkpoint {file} is damaged ({detail}). Delete it to go on from an earlier one, or from "
+                "the start."
             ) from None
 
     # -- the log ------------------------------------------------------------------------------------------------------

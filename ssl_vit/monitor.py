@@ -1,4 +1,4 @@
-"""What a run tells while it trains: progress bar, log.jsonl, trackers, online k-NN, alarms. It never touches the run."""
+"""What a run tells while it trains: progress bar, log.jsonl, trackers, online k-NN, alarms. It changes nothing."""
 
 import importlib.util
 import math
@@ -53,7 +53,12 @@ class Monitor:
         self.losses: list[tuple[int, Tensor]] = []
         self.since = time.perf_counter()
         self.bar = tqdm(
-            total=total, initial=done, unit="step", dynamic_ncols=True, disable=not accelerator.is_main_process, mininterval=1.0
+            total=total,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+            mininterval=1.0,
         )
 
     def step(self, step: int, scalars: dict[str, Tensor], lr: float) -> None:
@@ -89,7 +94,7 @@ class Monitor:
         names = sorted(self.sums)
         means = torch.stack([self.sums[n].float() / self.steps for n in names])
         means = self.accelerator.reduce(means, "mean") if self.accelerator.num_processes > 1 else means
-        scalars = dict(zip(names, means.tolist()))
+        scalars = dict(zip(names, means.tolist(), strict=True))
         now = time.perf_counter()
         speed = self.steps * self.recipe.train.batch_size / (now - self.since)
         self.seconds += now - self.since
@@ -99,7 +104,9 @@ class Monitor:
         self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}, lr {lr:.2e}, {speed:,.0f} images/s")
         if self.accelerator.device.type == "cuda":
             scalars["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        position = dict(images=done * self.recipe.train.batch_size, flops=done * self.flops_per_step, seconds=round(self.seconds, 3))
+        position = dict(
+            images=done * self.recipe.train.batch_size, flops=done * self.flops_per_step, seconds=round(self.seconds, 3)
+        )
         self._write(done, dict(lr=lr, images_per_second=round(speed, 1)) | position | scalars)
         self._alarm(done, scalars)
 

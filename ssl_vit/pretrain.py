@@ -26,7 +26,8 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from ssl_vit import backbone as backbones
-from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, recipe as recipes, weights
+from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, weights
+from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Facts, Objective
 from ssl_vit.randomness import Draw, Order
@@ -36,7 +37,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     """Train until the recipe's budget is spent, then write the backbone. Returns the exit code."""
     stop = StopSignal()
     threads = set_threads(recipe.runtime.threads)
-    images = data.load(recipe.data, "train")  # before the processes form a group: decoding may take longer than it waits
+    images = data.load(
+        recipe.data, "train"
+    )  # before the processes form a group: decoding may take longer than it waits
     recipe.add_facts(images.facts())
     accelerator = start_accelerator(recipe, path)
     device, processes = accelerator.device, accelerator.num_processes
@@ -51,7 +54,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         resolved=dict(lr=lr, lr_rule=rule, flops_per_image=flops_per_image, precision=recipe.train.precision),
         images=dict(fingerprint=images.fingerprint, count=len(images), split=images.split, classes=images.classes),
     )
-    settings["runtime"] |= dict(threads_used=threads, processes=processes, device=device.type, torch=str(torch.__version__))
+    settings["runtime"] |= dict(
+        threads_used=threads, processes=processes, device=device.type, torch=str(torch.__version__)
+    )
 
     run = checkpoint.Run(path)
     if accelerator.is_main_process:
@@ -106,7 +111,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         for step in range(done, total):
             chunks = [next(stream) for _ in range(math.ceil(share / size))]
             while True:
-                scalars, fits, stopping = gradients(accelerator, objective, images, chunks, micro, step, total, stop.requested)
+                scalars, fits, stopping = gradients(
+                    accelerator, objective, images, chunks, micro, step, total, stop.requested
+                )
                 if fits:
                     break
                 micro = halve(micro, recipe, watch)
@@ -184,13 +191,14 @@ def gradients(
 def average_gradients(accelerator: Accelerator, objective: Objective, fits: bool, stop: bool) -> tuple[bool, bool]:
     """Average all gradients over the processes, and agree whether the step fitted and whether to stop."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
+    flags = [not fits, stop, *(p.grad is not None for p in parameters)]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flags = torch.tensor([not fits, stop], dtype=grads[0].dtype, device=grads[0].device)
-    flat = torch.cat([g.flatten() for g in grads] + [flags])
-    flat = accelerator.reduce(flat, "mean")
-    for parameter, mean in zip(parameters, flat[:-2].split([p.numel() for p in parameters])):
-        parameter.grad = mean.view_as(parameter)
-    missed, stopping = flat[-2:].tolist()
+    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(flags, dtype=grads[0].dtype, device=grads[0].device)])
+    *means, flags = accelerator.reduce(flat, "mean").split([p.numel() for p in parameters] + [len(flags)])
+    missed, stopping, *used = flags.tolist()
+    for parameter, mean, anywhere in zip(parameters, means, used, strict=True):
+        # what no process used stays without a gradient, or weight decay would move it
+        parameter.grad = mean.view_as(parameter) if anywhere else None
     return not missed, bool(stopping)
 
 
@@ -204,7 +212,8 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
         raise UserError(f"The {recipe.objective_name} objective needs labels, and {recipe.data.name} has none.")
     if recipe.data.size is None:
         raise UserError(
-            f"The images of {recipe.data.name} differ in size: set data.size, or use a photo recipe (--recipe mae-photos)."
+            f"The images of {recipe.data.name} differ in size: set data.size, or use a photo recipe "
+            "(--recipe mae-photos)."
         )
     if len(recipe.data.mean) != recipe.data.channels or len(recipe.data.std) != recipe.data.channels:
         raise UserError(f"data.mean and data.std must have {recipe.data.channels} values, one per channel.")
@@ -256,8 +265,8 @@ def refuse_cut(objective: Objective, micro: int, batch_size: int) -> None:
     """Raises UserError if the loss needs the whole batch at once and gets less."""
     if objective.whole_batch and micro < batch_size:
         raise UserError(
-            f"{objective.whole_batch} needs the whole batch of {batch_size} at once, and one device has {micro} at a time: "
-            "run one process with runtime.per_device_batch at least that, lower train.batch_size, or unset it."
+            f"{objective.whole_batch} needs the whole batch of {batch_size} at once, and one device has {micro} at "
+            "a time: run one process with runtime.per_device_batch at least that, lower train.batch_size, or unset it."
         )
 
 
@@ -272,7 +281,9 @@ def halve(micro: int, recipe: recipes.Recipe, watch: monitor.Monitor) -> int:
     return math.ceil(micro / 2)
 
 
-def plan_chunks(order: Order, steps: range, first: int, share: int, size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def plan_chunks(
+    order: Order, steps: range, first: int, share: int, size: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(step, rows, image indices) of every chunk that this process works on."""
     for step in steps:
         for start in range(first, first + share, size):
@@ -315,8 +326,14 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
         raise UserError(f"Accelerate refuses: {' '.join(str(error).split())[:300]}") from None
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise UserError(f"Accelerate is configured for {kind}; this loop is data-parallel: choose multi-GPU, CPU or no.")
-    if "WORLD_SIZE" not in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "true" and "MASTER_PORT" in os.environ:
+        raise UserError(
+            f"Accelerate is configured for {kind}; this loop is data-parallel: choose multi-GPU, CPU or no."
+        )
+    if (
+        "WORLD_SIZE" not in os.environ
+        and os.environ.get("ACCELERATE_USE_CPU") == "true"
+        and "MASTER_PORT" in os.environ
+    ):
         say(
             "warning: accelerate launch --cpu started one process, whatever --num_processes says. For more: "
             f"torchrun --nproc_per_node 2 {' '.join(sys.argv)}"
@@ -356,7 +373,9 @@ def describe(recipe, path, images, objective, accelerator, total, flops_per_imag
     """One paragraph: what will happen, on what, at which cost."""
     count = sum(p.numel() for p in objective.exported.parameters())
     images_seen = total * recipe.train.batch_size
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     say(
         f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images of "
         f"{'x'.join(map(str, recipe.data.size))}), {recipe.backbone.name} of {count / 1e6:.2f} M parameters, patch "
@@ -391,7 +410,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings (key=value):\n" + recipes.describe(recipes.SECTIONS) + "\n  objective.*: see ssl_vit/objectives/",
+        epilog="settings (key=value):\n"
+        + recipes.describe(recipes.SECTIONS)
+        + "\n  objective.*: see ssl_vit/objectives/",
     )
     parser.add_argument("--recipe", required=True, help="a name in recipes/, or a YAML file")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")

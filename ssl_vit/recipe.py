@@ -21,7 +21,9 @@ from ssl_vit.errors import UserError, nearest
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
-def setting(default: Any, help: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None):
+def setting(
+    default: Any, help: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+):
     """A dataclass field with its meaning and its bounds."""
     metadata = dict(help=help, above=above, at_least=at_least, at_most=at_most)
     if isinstance(default, list):
@@ -91,7 +93,9 @@ class Backbone:
     heads: int | None = setting(None, "number of attention heads", at_least=1)
     patch: int | Literal["auto"] | None = setting("auto", "patch side; auto: size/8 up to 64 px", at_least=1)
     positions: Literal["learned", "sincos"] = setting("learned", "position embedding; sincos is fixed")
-    init: Literal["trunc_normal", "xavier"] = setting("trunc_normal", "initial linear weights: timm's and DINO's, or MAE's")
+    init: Literal["trunc_normal", "xavier"] = setting(
+        "trunc_normal", "initial linear weights: timm's and DINO's, or MAE's"
+    )
     registers: int = setting(0, "register tokens", at_least=0)
     layer_scale: float | None = setting(None, "initial layer scale", above=0)
     drop_path: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
@@ -108,7 +112,9 @@ class Monitor:
 @dataclass
 class Runtime:
     per_device_batch: int | Literal["auto"] = setting("auto", "images at a time on one device", at_least=1)
-    workers: int | Literal["auto"] = setting("auto", "decoding processes, for images that do not fit the cache", at_least=0)
+    workers: int | Literal["auto"] = setting(
+        "auto", "decoding processes, for images that do not fit the cache", at_least=0
+    )
     threads: int | Literal["auto"] = setting("auto", "CPU threads; auto: cores / local processes", at_least=1)
     save_every: int = setting(500, "steps between checkpoints; the last one is kept", at_least=1)
     keep_every: int = setting(0, "also keep the checkpoints of every so many steps; 0: none", at_least=0)

@@ -35,7 +35,9 @@ class Pixels(nn.Module):
         self.patch, self.normalise, self.loss_name = patch, normalise, loss
         self.width = patch[0] * patch[1] * channels
         if normalise and self.width < 2:
-            raise UserError("A patch of one value cannot be normalised: set objective.normalise=false or a larger patch.")
+            raise UserError(
+                "A patch of one value cannot be normalised: set objective.normalise=false or a larger patch."
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Standardised images (B, C, H, W) → (B, N, width)."""
@@ -75,7 +77,9 @@ class Colours(Tokens):
     def __init__(self, patch: tuple[int, int], mean: Tensor, std: Tensor):
         super().__init__()
         if len(mean) > 3:
-            raise UserError(f"Mean colours of {len(mean)} channels are 8^{len(mean)} classes: use objective.target=kmeans.")
+            raise UserError(
+                f"Mean colours of {len(mean)} channels are 8^{len(mean)} classes: use objective.target=kmeans."
+            )
         self.patch, self.width = patch, 8 ** len(mean)
         self.register_buffer("mean", mean.flatten().clone(), persistent=False)
         self.register_buffer("std", std.flatten().clone(), persistent=False)
@@ -112,7 +116,8 @@ class KMeans(Tokens):
         distinct = len(patches.unique(dim=0))
         if distinct < self.width:
             raise UserError(
-                f"There are {distinct} different patches for {self.width} tokens: lower objective.tokens, or give more images."
+                f"There are {distinct} different patches for {self.width} tokens: lower objective.tokens, or give more "
+                "images."
             )
         kmeans = faiss.Kmeans(patches.shape[1], self.width, niter=20, seed=seed + 1, min_points_per_centroid=1)
         kmeans.train(patches.cpu().contiguous().numpy())

@@ -22,7 +22,13 @@ SMALL = {
     "simmim": [],
     "beit": ["objective.tokens=8"],
     "gaussian": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
-    "dino": ["objective.batch_norm=false", "objective.prototypes=32", "objective.head_width=16", "objective.bottleneck=8", "objective.local_count=2"],
+    "dino": [
+        "objective.batch_norm=false",
+        "objective.prototypes=32",
+        "objective.head_width=16",
+        "objective.bottleneck=8",
+        "objective.local_count=2",
+    ],
     "supervised": ["backbone.drop_path=0.2"],
 }
 BACKBONE = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.size=16", "data.channels=3"]
@@ -53,7 +59,9 @@ def small_objective(name: str, *settings: str, classes: int = 5) -> objectives.O
     return objective.train()
 
 
-def make_batch(objective: objectives.Objective, rows: torch.Tensor, step: int = 3, total: int = 10, dtype=torch.float32) -> Batch:
+def make_batch(
+    objective: objectives.Objective, rows: torch.Tensor, step: int = 3, total: int = 10, dtype=torch.float32
+) -> Batch:
     """These rows of a made-up step: every row's pixels depend on the row alone."""
     views = {}
     for name, view in objective.views.items():

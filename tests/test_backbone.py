@@ -5,8 +5,8 @@ import json
 import pytest
 import timm
 import torch
-
 from conftest import small_recipe
+
 from ssl_vit import backbone as backbones
 from ssl_vit import weights
 from ssl_vit.errors import UserError
@@ -84,7 +84,9 @@ def test_a_saved_classifier_gives_the_same_logits(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_other_timm_models_have_features_too(name, tmp_path):
-    b = build(f"backbone.name={name}", "backbone.width=null", "backbone.depth=null", "backbone.heads=null", "data.size=64")
+    b = build(
+        f"backbone.name={name}", "backbone.width=null", "backbone.depth=null", "backbone.heads=null", "data.size=64"
+    )
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         [(prefix, patches)] = b.features(images)

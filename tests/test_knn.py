@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
-
 from conftest import SMALL
+from sklearn.neighbors import KNeighborsClassifier
+from test_loop import ROOT, TINY, environment
+
 from eval import features, knn, results
 from ssl_vit import data, neighbours
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
-from test_loop import ROOT, TINY, environment
 
 rng = np.random.default_rng(0)
 CENTRES = rng.normal(size=(7, 12))
@@ -130,6 +130,7 @@ def test_a_run_without_a_backbone_is_refused(tmp_path):
 
 def test_features_that_are_not_finite_are_refused_with_the_image(monkeypatch, tmp_path):
     from conftest import small_recipe
+
     from ssl_vit import backbone as backbones
 
     recipe = small_recipe("mae", "data.size=8", "data.channels=1", "data.mean=[0.3]", "data.std=[0.3]")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import SMALL, make_batch, small_objective
+
 from ssl_vit import corruption, objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -38,7 +38,9 @@ def test_a_batch_of_64_equals_4_of_16(name):
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         # timm resamples positions for local crops in float32, whatever the model's precision
-        tolerance = dict(rtol=1e-5, atol=1e-8) if name == "dino" and key.endswith("pos_embed") else dict(rtol=1e-9, atol=1e-12)
+        tolerance = (
+            dict(rtol=1e-5, atol=1e-8) if name == "dino" and key.endswith("pos_embed") else dict(rtol=1e-9, atol=1e-12)
+        )
         torch.testing.assert_close(found[key], value, **tolerance)
     for key, value in objective.named_buffers():
         torch.testing.assert_close(value, buffers[key], rtol=1e-9, atol=1e-12)
@@ -106,7 +108,9 @@ def test_random_masks_are_uniform_over_places():
     assert (hidden.float().mean(0) - 0.75).abs().max() < 0.03
 
 
-@pytest.mark.parametrize(("patches", "ratio", "hidden"), [(196, 0.75, 147), (64, 0.75, 48), (196, 0.6, 118), (16, 0.4, 7)])
+@pytest.mark.parametrize(
+    ("patches", "ratio", "hidden"), [(196, 0.75, 147), (64, 0.75, 48), (196, 0.6, 118), (16, 0.4, 7)]
+)
 def test_hidden_counts_are_those_of_the_official_code(patches, ratio, hidden):
     assert corruption.hidden_count(patches, ratio) == hidden
 
@@ -205,13 +209,21 @@ def test_impossible_reconstructions_are_refused(settings, said):
 
 def test_colours_of_many_channels_are_refused():
     with pytest.raises(UserError, match="kmeans"):
-        small_objective("beit", "objective.target=colour", "data.channels=5", "data.mean=[.5,.5,.5,.5,.5]", "data.std=[.5,.5,.5,.5,.5]")
+        small_objective(
+            "beit",
+            "objective.target=colour",
+            "data.channels=5",
+            "data.mean=[.5,.5,.5,.5,.5]",
+            "data.std=[.5,.5,.5,.5,.5]",
+        )
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "beit", "dino"])
 def test_models_without_tokens_are_refused_by_name(name):
     with pytest.raises(UserError, match="ResNet"):
-        small_objective(name, "backbone.name=resnet18", "backbone.width=null", "backbone.depth=null", "backbone.heads=null")
+        small_objective(
+            name, "backbone.name=resnet18", "backbone.width=null", "backbone.depth=null", "backbone.heads=null"
+        )
 
 
 def test_an_unknown_objective_is_refused():

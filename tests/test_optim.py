@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import make_batch, small_objective
+
 from ssl_vit import flops, optim
 from ssl_vit.recipe import Optim
 
@@ -60,7 +60,11 @@ def test_the_schedule_warms_up_and_ends():
 
 def test_clipping_global_and_per_parameter():
     def gradients(mode):
-        weights = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(2))]
+        weights = [
+            torch.nn.Parameter(torch.zeros(3)),
+            torch.nn.Parameter(torch.zeros(4)),
+            torch.nn.Parameter(torch.zeros(2)),
+        ]
         for weight, scale in zip(weights, (10.0, 0.1, 100.0), strict=True):
             weight.grad = torch.full_like(weight, scale)
         norm = optim.clip(weights, Optim(clip=3.0, clip_mode=mode))

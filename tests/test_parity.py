@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import make_batch, small_objective
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from conftest import make_batch, small_objective
 from ssl_vit.backbone import sincos_positions
 from ssl_vit.objectives.base import cosine
 from ssl_vit.randomness import Draw
@@ -97,7 +97,7 @@ def test_sincos_positions_equal_transformers():
 
 
 class PlainDINO:
-    """Loss, centre and teacher of DINO in float64 NumPy, one pair at a time, on given head outputs (arXiv 2104.14294)."""
+    """Loss, centre and teacher of DINO in float64 NumPy, a pair at a time, on given head outputs (arXiv 2104.14294)."""
 
     def __init__(self, prototypes, centre_momentum, student_temperature):
         self.centre = np.zeros(prototypes)
@@ -123,7 +123,11 @@ class PlainDINO:
 
 
 def test_dino_loss_centre_and_teacher_equal_a_plain_reference():
-    settings = ["objective.teacher_temperature_start=0.03", "objective.teacher_temperature=0.07", "objective.momentum=0.7"]
+    settings = [
+        "objective.teacher_temperature_start=0.03",
+        "objective.teacher_temperature=0.07",
+        "objective.momentum=0.7",
+    ]
     ours = small_objective("dino", *settings).double()
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.5)
     reference = PlainDINO(32, ours.config.center_momentum, ours.config.student_temperature)
@@ -151,7 +155,9 @@ def test_dino_loss_centre_and_teacher_equal_a_plain_reference():
         momentum = 1 - (1 - 0.7) * (math.cos(math.pi * step / (total - 1)) + 1) / 2
         for name, weight in ours.backbone.named_parameters():
             teacher_weights[name] = momentum * teacher_weights[name] + (1 - momentum) * weight.detach().numpy()
-            np.testing.assert_allclose(ours.teacher.get_parameter(name).numpy(), teacher_weights[name], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(
+                ours.teacher.get_parameter(name).numpy(), teacher_weights[name], rtol=1e-9, atol=1e-12
+            )
 
 
 def test_cosine_ends_where_it_should():

@@ -25,17 +25,27 @@ class Config:
     head_width: int = setting(2048, "hidden width of the head", at_least=1)
     bottleneck: int = setting(256, "what the prototypes see, on the unit sphere", at_least=2)
     norm_last_layer: bool = setting(True, "fix the length of the prototypes at 1; steadier")
-    batch_norm: bool = setting(False, "BatchNorm in the head: an official option, for small data; the batch must not be cut")
+    batch_norm: bool = setting(
+        False, "BatchNorm in the head: an official option, for small data; the batch must not be cut"
+    )
     student_temperature: float = setting(0.1, "softmax temperature of the student", above=0)
-    teacher_temperature: float = setting(0.07, "of the teacher, after its warm-up; lower it if the loss does not fall", above=0)
+    teacher_temperature: float = setting(
+        0.07, "of the teacher, after its warm-up; lower it if the loss does not fall", above=0
+    )
     teacher_temperature_start: float = setting(0.04, "of the teacher, at step 0", above=0)
     teacher_warmup: float = setting(0.3, "fraction of the steps over which it rises", at_least=0, at_most=1)
-    momentum: float = setting(0.996, "EMA of the teacher at step 0, rising to 1 on a cosine; higher for small batches", at_least=0, at_most=1)
+    momentum: float = setting(
+        0.996, "EMA of the teacher at step 0, rising to 1 on a cosine; higher for small batches", at_least=0, at_most=1
+    )
     center_momentum: float = setting(0.9, "EMA of the centre", at_least=0, at_most=1)
-    freeze_last_layer: float = setting(0.01, "fraction of the steps in which the prototypes stay", at_least=0, at_most=1)
+    freeze_last_layer: float = setting(
+        0.01, "fraction of the steps in which the prototypes stay", at_least=0, at_most=1
+    )
     local_count: int = setting(8, "local crops", at_least=0)
     local_size: int | None = setting(None, "their side in pixels; null: 3/7 of the size, in whole patches", at_least=1)
-    local_scale: list[float] = setting([0.05, 0.4], "their area; views.scale is that of the global crops", above=0, at_most=1)
+    local_scale: list[float] = setting(
+        [0.05, 0.4], "their area; views.scale is that of the global crops", above=0, at_most=1
+    )
 
 
 class DINO(Objective):
@@ -136,7 +146,7 @@ class DINO(Objective):
         momentum = cosine(step, total, self.config.momentum, 1.0)
         for old, new in ((self.teacher, self.backbone), (self.teacher_head, self.head)):
             pairs = zip(old.parameters(), new.parameters(), strict=True)
-            ours, theirs = map(list, zip(*pairs))
+            ours, theirs = map(list, zip(*pairs, strict=True))
             torch._foreach_lerp_(ours, theirs, 1 - momentum)
         mean = reduce(self.teacher_sum) / reduce(self.teacher_count)
         self.center.lerp_(mean, 1 - self.config.center_momentum)

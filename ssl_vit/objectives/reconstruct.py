@@ -31,7 +31,9 @@ from ssl_vit.recipe import setting
 class Config:
     corruption: Literal["random", "blocks", "gaussian"] = setting("random", "mask at random, in blocks; or add noise")
     ratio: float = setting(0.75, "fraction of the patches that a mask hides", above=0, at_most=1)
-    sigma: list[float] = setting([0.0, 1.4142], "range of the noise level, in standard deviations of the images", at_least=0)
+    sigma: list[float] = setting(
+        [0.0, 1.4142], "range of the noise level, in standard deviations of the images", at_least=0
+    )
     sees: Literal["visible", "mask tokens", "all"] = setting(
         "visible", "what the encoder sees: the kept patches, mask tokens for the hidden ones, or every (spoiled) patch"
     )
@@ -55,8 +57,8 @@ class Reconstruct(Objective):
         masks = config.corruption in ("random", "blocks")
         if masks != (config.sees != "all"):
             raise UserError(
-                f"objective.sees={config.sees!r} does not go with objective.corruption={config.corruption!r}: masks are "
-                "seen as 'visible' or 'mask tokens', noise as 'all'."
+                f"objective.sees={config.sees!r} does not go with objective.corruption={config.corruption!r}: masks "
+                "are seen as 'visible' or 'mask tokens', noise as 'all'."
             )
         if len(config.sigma) != 2 or config.sigma[0] > config.sigma[1]:
             raise UserError(f"objective.sigma must be a range [low, high], not {config.sigma}.")
@@ -155,10 +157,7 @@ class Decoder(nn.Module):
         self.register_buffer("positions", at[None], persistent=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.Sequential(
-            *(
-                Block(inner, config.decoder_heads, qkv_bias=True, norm_layer=norm)
-                for _ in range(config.decoder_depth)
-            )
+            *(Block(inner, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth))
         )
         self.norm = norm(inner)
         self.head = nn.Linear(inner, out)
