@@ -12,26 +12,26 @@ import json
 import math
 import os
 import re
+import socket
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import datasets
+import huggingface_hub.constants
 import numpy as np
 import torch
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ssl_vit import recipe as recipes
 from ssl_vit import views
 from ssl_vit.errors import UserError, nearest, say
 from ssl_vit.randomness import Draw
-
-datasets.disable_progress_bars()
 
 # Data facts of known names: hub id, image and label column, report split, whether a flip keeps the label.
 HUB = {
@@ -45,7 +45,11 @@ NAMES = ("digits", *HUB)
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "images", "pixel_values"), ("label", "labels", "fine_label", "class")
+FILE = "ssl_vit.file"  # the column with an image file's path under its split; no column of a user's has this name
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+PROBE = 256  # images whose headers are read to learn what a set is like
+
+say_once = functools.cache(say)
 
 
 @dataclass
@@ -58,14 +62,15 @@ class ImageSet:
     classes: list[str] | None
     fingerprint: str
     channels: int
+    count: int
+    size: tuple[int, int] | None  # (H, W), if the images share it
     images: Tensor | None = None
     photo: Callable[[int], Tensor] | None = None
     flip: bool = True
     broken: list[str] = field(default_factory=list)  # what `skip_broken` left out
-    count: int = 0  # of photos
 
     def __len__(self) -> int:
-        return self.count if self.images is None else len(self.images)
+        return self.count
 
     def to(self, device: torch.device) -> "ImageSet":
         """The same set with its decoded images and labels on the device."""
@@ -76,20 +81,14 @@ class ImageSet:
         return self
 
     def facts(self) -> dict:
-        """What the data are, for the recipe: size, channels, mean and std in [0, 1], classes, flip."""
+        """What the data are, for the recipe: size, channels, mean and std in [0, 1], flip."""
         if self.images is not None:
-            size = list(self.images.shape[-2:])
-            counts = _histograms(self.images)
-            level = torch.arange(256, dtype=torch.float64) / 255
-            mean = (counts * level).sum(1) / counts.sum(1)
-            std = ((counts * (level - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
-            mean, std = [round(v, 4) for v in mean.tolist()], [max(round(v, 4), 1e-3) for v in std.tolist()]
+            mean, std = _mean_std(self.images)
+        elif self.channels == 3:  # ImageNet's, as every codebase of the field has them
+            mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         else:
-            size = None
-            # ImageNet's, as every codebase of the field has them
-            mean = [0.485, 0.456, 0.406] if self.channels == 3 else [0.5] * self.channels
-            std = [0.229, 0.224, 0.225] if self.channels == 3 else [0.25] * self.channels
-        size = size[0] if size and size[0] == size[1] else size
+            mean, std = [0.5] * self.channels, [0.25] * self.channels
+        size = self.size and (self.size[0] if self.size[0] == self.size[1] else list(self.size))
         return dict(size=size, channels=self.channels, mean=mean, std=std, flip=self.flip)
 
 
@@ -99,27 +98,49 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     Raises UserError for an unknown name, a missing path, an unreachable hub, an empty folder, a broken image.
     """
     if config.name == "digits":
-        return _digits(role)
+        return _digits(role, config.channels or 1)
     rows, split, image, label, flip = _rows(config, role)
-    labels, classes = _labels(rows, label, classes)
-    name = Path(config.name).resolve().name if Path(config.name).exists() else config.name
-    common = dict(name=name, split=split, classes=classes, flip=flip)
+    path = Path(config.name)
+    name = path.resolve().name if path.exists() else config.name
+    title = f"{name}/{split}"
+    labels, classes = _labels(rows, label, classes, title)
+
     read = functools.partial(_read, rows, image)
-    probe = [read(int(i)) for i in np.linspace(0, len(rows) - 1, min(len(rows), 256))]
-    channels = config.channels or max((_channels(p) for p in probe if not isinstance(p, Exception)), default=3)
-    shapes = {_size(p) for p in probe if not isinstance(p, Exception)}
+    found, size = _probe(read, len(rows), config.skip_broken, title)
+    channels = config.channels or found
     decode = functools.partial(_decode, read, channels)
-    identity = hashlib.sha256(f"{_files(rows, image, config)} {split} {image} {label} {channels}".encode()).hexdigest()
-    if len(shapes) == 1 and len(rows) * channels * math.prod(next(iter(shapes))) <= config.cache_gb * 1e9:
-        decoded = _cached(identity, decode, len(rows), labels, config.skip_broken, f"{name} ({split})")
-        if decoded is not None:
-            images, labels, broken, fingerprint = decoded
-            return ImageSet(
-                labels=labels, images=images, channels=channels, fingerprint=fingerprint, broken=broken, **common
-            )
-    photo = functools.partial(_photo, decode, config.skip_broken, len(rows))
+    content = _identity(rows, image, split, channels)
+    images, kept, broken = None, None, []
+    fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
+    if fits or config.skip_broken:
+        shape = (channels, *size) if fits else None
+        stored = _cached(
+            f"{content} {shape} {config.skip_broken}",
+            functools.partial(_decode_all, decode, len(rows), shape, config.skip_broken),
+            f"{'Decoding' if fits else 'Looking for broken images among'} {len(rows):,} images of {title}, once …",
+        )
+        images, kept, broken = stored["images"], stored["kept"], stored["broken"]
+        content = stored["digest"] or f"{content} {broken}"
+        if broken:
+            say_once(f"Left out {len(broken)} broken image(s) of {title}; the first: {broken[0]}")
+        if fits and images is None:
+            say_once(f"The images of {title} differ in size: workers decode them when they are needed.")
+            size = None
+    if labels is not None and kept is not None:
+        labels = labels[kept]
     return ImageSet(
-        labels=labels, photo=photo, count=len(rows), channels=channels, fingerprint=identity[:16], **common
+        name=name,
+        split=split,
+        labels=labels,
+        classes=classes,
+        fingerprint=_fingerprint(content, labels),
+        channels=channels,
+        count=len(rows) if kept is None else len(kept),
+        size=size,
+        images=images,
+        photo=functools.partial(_photo, decode, kept) if images is None else None,
+        flip=flip,
+        broken=broken,
     )
 
 
@@ -170,8 +191,8 @@ def chunks(
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate
     )
-    for step, rows, indices, crops in map(_unwrap, loader):
-        yield Chunk(Draw(seed, step, rows, device), indices, crops)
+    for steps, rows, indices, crops in _batches(loader):
+        yield Chunk(Draw(seed, int(steps[0]), rows, device), indices, crops)
 
 
 def evaluation_views(
@@ -190,10 +211,8 @@ def evaluation_views(
             yield views.whole(images.images[part.to(images.images.device)].to(device), size, crop_pct)
         return
     dataset = _Whole(images.photo, size, crop_pct)
-    loader = DataLoader(
-        dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate_whole
-    )
-    for part in map(_unwrap, loader):
+    loader = DataLoader(dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate)
+    for part in _batches(loader):
         yield part.to(device).float() / 255
 
 
@@ -203,51 +222,52 @@ class _Crops:
     def __init__(self, photo: Callable[[int], Tensor], spec: views.ViewSpec, seed: int):
         self.photo, self.spec, self.seed = photo, spec, seed
 
-    def __getitem__(self, item: tuple[int, int, int]):
+    def __getitem__(self, item: tuple[int, int, int]) -> tuple[int, int, int, dict[str, Tensor]] | UserError:
         step, row, index = item
         try:
-            crops = views.crop_photo(self.spec, self.photo(index), Draw(self.seed, step, torch.tensor([row])))
+            return *item, views.crop_photo(self.spec, self.photo(index), Draw(self.seed, step, torch.tensor([row])))
         except UserError as error:
             return error
-        return step, row, index, crops
 
 
 class _Whole:
+    """Decodes one photo and makes its evaluation view, rounded to uint8 (C, H, W)."""
+
     def __init__(self, photo: Callable[[int], Tensor], size: tuple[int, int], crop_pct: float):
         self.photo, self.size, self.crop_pct = photo, size, crop_pct
 
     def __getitem__(self, index: int) -> Tensor | UserError:
         try:
-            photo = self.photo(index)
+            return (views.whole(self.photo(index)[None], self.size, self.crop_pct)[0] * 255).round().byte()
         except UserError as error:
             return error
-        return (views.whole(photo[None], self.size, self.crop_pct)[0] * 255).round().byte()
-
-
-def _collate_whole(items: list):
-    return next((i for i in items if isinstance(i, UserError)), None) or torch.stack(items)
-
-
-def _unwrap(batch):
-    """A worker hands its error over as a value: raised there, it would arrive wrapped in a traceback."""
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
 
 
 def _collate(items: list):
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    steps, rows, indices, crops = zip(*items)
-    stacked = {name: torch.stack([c[name] for c in crops]) for name in crops[0]}
-    return steps[0], torch.tensor(rows), torch.tensor(indices), stacked
+    """The items stacked, or the first error among them: raised in a worker, it would arrive wrapped in a traceback."""
+    return next((item for item in items if isinstance(item, UserError)), None) or default_collate(items)
+
+
+def _batches(loader: DataLoader) -> Iterator:
+    """The loader's batches. Raises the UserError of a worker, and one for a worker that the system killed."""
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A decoding process died ({' '.join(str(error).split())[:200]}): if memory or /dev/shm is short, "
+            "lower runtime.workers or runtime.per_device_batch."
+        ) from None
 
 
 # -- where rows come from ---------------------------------------------------------------------------------------------
 
 
-def _digits(role: str) -> ImageSet:
+def _digits(role: str, channels: int) -> ImageSet:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -255,34 +275,31 @@ def _digits(role: str) -> ImageSet:
     train, report = train_test_split(np.arange(1797), test_size=360, stratify=bunch.target, random_state=0)
     chosen = np.sort(train if role == "train" else report)
     images = torch.from_numpy((bunch.images[chosen] * (255 / 16)).round().astype(np.uint8))[:, None]
+    images = images.repeat(1, channels, 1, 1)
     labels = torch.from_numpy(bunch.target[chosen]).long()
     return ImageSet(
         name="digits",
         split="train" if role == "train" else "the fixed 360",
         labels=labels,
         classes=[str(d) for d in range(10)],
-        fingerprint=_fingerprint(images, labels),
-        channels=1,
+        fingerprint=_fingerprint(_digest(images), labels),
+        channels=channels,
+        count=len(images),
+        size=(8, 8),
         images=images,
         flip=False,
     )
 
 
-def _rows(config: recipes.Data, role: str):
+def _rows(config: recipes.Data, role: str) -> tuple[datasets.Dataset, str, str, str | None, bool]:
     """(rows, split, image column, label column or None, whether flips keep the label) of one split."""
-    flip = True
-    path = Path(config.name)
-    if config.name in HUB:
-        hub_id, image, label, report, flip = HUB[config.name]
+    hub_id, image, label, report, flip = HUB.get(config.name, (config.name, None, None, None, True))
+    image, label, report = config.image or image, config.label or label, config.report_split or report
+    if config.name and config.name not in HUB and Path(config.name).exists():
+        splits = _local(Path(config.name))
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
         splits = _hub(hub_id)
-        image, label, report = config.image or image, config.label or label, config.report_split or report
-    elif path.exists():
-        splits = _parquet(path) if _has_parquet(path) else _folder(path)
-        image, label, report = config.image, config.label, config.report_split
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", config.name) and not config.name.startswith("."):
-        splits = _hub(config.name)
-        image, label, report = config.image, config.label, config.report_split
-    elif "/" in config.name or os.sep in config.name:
+    elif "/" in config.name:
         raise UserError(f"There is no folder or file {config.name!r}: check --data.")
     else:
         raise UserError(
@@ -290,21 +307,33 @@ def _rows(config: recipes.Data, role: str):
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
     split, rows = _choose_split(splits, config, role, report)
-    columns = rows.column_names
-    image = image or next((c for c in IMAGE_COLUMNS if c in columns), None)
-    label = label or next((c for c in LABEL_COLUMNS if c in columns), None)
+    columns = [c for c in rows.column_names if c != FILE]
+    kinds = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
+    image = image or next((c for c in (*IMAGE_COLUMNS, *kinds) if c in columns), None)
+    label = label or next((c for c in LABEL_COLUMNS if c in columns and _is_class(rows.features[c])), None)
     for key, column in (("image", image), ("label", label)):
         if column not in columns and (key == "image" or column is not None):
             raise UserError(
-                f"{config.name} has no {key} column {column!r}; its columns are {', '.join(columns)}: "
-                f"choose one with data.{key}=…"
+                f"{config.name} has no {key} column{'' if column is None else f' {column!r}'}; its columns are "
+                f"{', '.join(columns)}: choose one with data.{key}=…"
             )
+    if label is not None and not _is_class(rows.features[label]):
+        raise UserError(f"Column {label!r} of {config.name} holds no class per image: choose with data.label=…")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return rows, split, image, label, flip
 
 
-def _choose_split(splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None):
+def _is_class(feature) -> bool:
+    dtype = getattr(feature, "dtype", "")
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and re.match(r"u?int|bool|(large_)?string", dtype) is not None
+    )
+
+
+def _choose_split(
+    splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None
+) -> tuple[str, datasets.Dataset]:
     """The training split, or the one whose figures are reported; without the latter, a hashed tenth of the former."""
 
     def named(*kinds: str) -> str | None:
@@ -315,33 +344,60 @@ def _choose_split(splits: dict[str, datasets.Dataset], config: recipes.Data, rol
     for key, split in (("train_split", train), ("report_split", report)):
         if split not in splits and (key == "train_split" or split is not None):
             raise UserError(
-                f"{config.name} has no split {split!r}; its splits are {', '.join(splits)}: choose with data.{key}=…"
+                f"{config.name} has no {'training split' if split is None else f'split {split!r}'}; its splits are "
+                f"{', '.join(splits)}: choose with data.{key}=…"
             )
     if report is not None and report != train:
         return (train, splits[train]) if role == "train" else (report, splits[report])
     rows = splits[train]
     # by the file's name if it has one, so that new files move none
-    keys = rows["key"][:] if "key" in rows.column_names else map(str, range(len(rows)))
+    keys = rows[FILE][:] if FILE in rows.column_names else map(str, range(len(rows)))
     held_out = np.array([int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 10 == 0 for key in keys])
-    if role == "train":
-        say(f"{config.name} has no test split: a hashed tenth ({held_out.sum()} images) is held out for reports.")
     chosen = np.flatnonzero(held_out if role == "report" else ~held_out)
+    if len(chosen) == 0:
+        raise UserError(f"{config.name} has {len(rows)} image(s), too few to hold a tenth of them out for {role}.")
+    if role == "train":
+        say_once(f"{config.name} has no test split: a hashed tenth ({held_out.sum()} images) is held out for reports.")
     return f"{train} ({'hashed tenth' if role == 'report' else 'the other nine tenths'})", rows.select(chosen)
 
 
 def _hub(hub_id: str) -> dict[str, datasets.Dataset]:
+    if not _hub_answers():  # else its client would retry for 23 s; what it has downloaded before still loads
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return dict(datasets.load_dataset(hub_id))
     except Exception as error:  # the hub's client raises a dozen types of its own for what is one thing to the user
-        detail = " ".join(str(error).split())[:200]
         raise UserError(
-            f"Could not get {hub_id!r} from the Hugging Face hub ({type(error).__name__}: {detail}). Check the name, "
-            "the network and `hf auth login`, or download the images elsewhere and pass --data PATH."
+            f"There is no folder {hub_id!r} here, and the Hugging Face hub did not give it ({type(error).__name__}: "
+            f"{_one_line(error)}). Check the name, the network and `hf auth login`, or download the images elsewhere "
+            "and pass --data PATH."
         ) from None
 
 
-def _has_parquet(path: Path) -> bool:
-    return path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+def _hub_answers() -> bool:
+    url = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy finds the hub for us
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _local(path: Path) -> dict[str, datasets.Dataset]:
+    """Splits of a parquet file, or of a folder of parquet or image files at any depth."""
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise UserError(f"{path} is neither a folder nor a parquet file: check --data.")
+        return _parquet(path)
+    files = []
+    for at, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        files += [os.path.join(at, name) for name in names if not name.startswith(".")]
+    if any(file.endswith(".parquet") for file in files):
+        return _parquet(path)
+    return _folder(path, sorted(f for f in files if os.path.splitext(f)[1].lower() in IMAGE_FILES))
 
 
 def _parquet(path: Path) -> dict[str, datasets.Dataset]:
@@ -350,85 +406,112 @@ def _parquet(path: Path) -> dict[str, datasets.Dataset]:
             return dict(datasets.load_dataset("parquet", data_files={"train": str(path)}))
         return dict(datasets.load_dataset(str(path)))
     except Exception as error:
-        raise UserError(f"The parquet files in {path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"The parquet files in {path} cannot be read ({_one_line(error)}).") from None
 
 
-def _folder(root: Path) -> dict[str, datasets.Dataset]:
-    """Splits of an image folder: SPLIT/CLASS/*.jpg, SPLIT/*.jpg, CLASS/*.jpg or just *.jpg, at any depth."""
-    if not root.is_dir():
-        raise UserError(f"{root} is neither a folder nor a parquet file: check --data.")
-    inner = {d.name: d for d in sorted(root.iterdir()) if d.is_dir()}
-    known = {name: d for name, d in inner.items() if any(name in names for names in SPLITS.values())}
-    splits = {}
-    for split, folder in (known or {"train": root}).items():
-        files = sorted(
-            os.path.join(at, f)
-            for at, _, names in os.walk(folder, followlinks=True)
-            for f in names
-            if os.path.splitext(f)[1].lower() in IMAGE_FILES and not f.startswith(".")
-        )
-        keys = [os.path.relpath(f, folder) for f in files]
-        tops = [key.split(os.sep)[0] if os.sep in key else None for key in keys]
-        columns = dict(image=files, key=keys)
-        # labels are folders: there must be two or more, and every image in one
-        if None not in tops and len(set(tops)) > 1:
-            columns["label"] = tops
-        if files:
-            splits[split] = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    if not splits:
+def _folder(root: Path, files: list[str]) -> dict[str, datasets.Dataset]:
+    """Splits of image files: SPLIT/CLASS/*.jpg, SPLIT/*.jpg, CLASS/*.jpg or just *.jpg, at any depth."""
+    if not files:
         raise UserError(f"No images found under {root}: looked for {', '.join(sorted(IMAGE_FILES))} and *.parquet.")
-    return splits
+    paths = [Path(file).relative_to(root).parts for file in files]
+    tops = {parts[0] for parts in paths if len(parts) > 1}
+    # one class may be called test, so folders are splits only if one is for training, or if all have such names
+    splits = [name for names in SPLITS.values() for name in names if name in tops]
+    if not tops & set(SPLITS["train"]) and len(splits) < len(tops):
+        splits = []
+    rows = {split: dict(image=[], label=[], **{FILE: []}) for split in splits or ["train"]}
+    for file, parts in zip(files, paths):
+        inner = parts[1:] if splits else parts
+        split = rows.get(parts[0] if splits else "train")
+        if split is not None and inner:
+            split["image"].append(file)
+            split["label"].append(inner[0] if len(inner) > 1 else None)
+            split[FILE].append(os.path.join(*inner))
+    # labels are folders: there must be two or more, and every image of a split in one
+    several = len({label for columns in rows.values() for label in columns["label"]} - {None}) > 1
+    for columns in rows.values():
+        if not several or None in columns["label"]:
+            del columns["label"]
+    return {
+        split: datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+        for split, columns in rows.items()
+    }
 
 
-def _labels(rows: datasets.Dataset, column: str | None, classes: list[str] | None):
+def _labels(
+    rows: datasets.Dataset, column: str | None, classes: list[str] | None, title: str
+) -> tuple[Tensor | None, list[str] | None]:
     """(int64 labels, class names), or (None, None). Class numbers follow `classes` if given."""
     if column is None:
         return None, None
     feature, values = rows.features[column], rows[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        if min(values) < 0:  # how hub sets mark a split without labels
-            return None, None
-        values, own = [feature.names[v] for v in values], list(feature.names)
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    missing = sum(value is None or (names is not None and value < 0) for value in values)  # the hub's tests have -1
+    if missing:
+        if missing < len(values):
+            say_once(f"{missing} of {len(values)} images of {title} have no label: all labels are left out.")
+        return None, None
+    if names is None:
+        names = [str(value) for value in sorted(set(values))]
+        values = list(map(str, values))
     else:
-        own = sorted(set(values))
-        values, own = [str(v) for v in values], [str(v) for v in own]
-    classes = classes or own
+        values = [names[value] for value in values]
+    classes = classes or names
     number = {name: i for i, name in enumerate(classes)}
     strangers = sorted(set(values) - number.keys())
     if strangers:
-        raise UserError(f"Classes that the training split lacks: {', '.join(strangers[:5])}. Remove them or add them.")
-    return torch.tensor([number[v] for v in values]), classes
+        raise UserError(
+            f"{title} has classes that the training split lacks: {', '.join(strangers[:5])}. Remove them or add them."
+        )
+    return torch.tensor([number[value] for value in values]), classes
 
 
-def _files(rows: datasets.Dataset, image: str, config: recipes.Data) -> str:
-    """What identifies the images without decoding them."""
-    if "key" in rows.column_names:
-        stats = [os.stat(cell["path"]) for cell in rows[image]]
-        return json.dumps([(k, s.st_size, s.st_mtime_ns) for k, s in zip(rows["key"], stats)])
-    return f"{rows._fingerprint} {config.skip_broken}"
+def _identity(rows: datasets.Dataset, image: str, split: str, channels: int) -> str:
+    """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint."""
+    if FILE in rows.column_names:
+        files = [(name, *_stat(cell["path"])) for name, cell in zip(rows[FILE][:], rows[image][:])]
+    else:
+        files = rows._fingerprint
+    return hashlib.sha256(json.dumps([files, split, image, channels]).encode()).hexdigest()
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:  # a dead link: decoding it will name it
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def _read(rows: datasets.Dataset, column: str, i: int) -> Image.Image | np.ndarray | Exception:
-    """The image of row i, its header read; an array (H, W[, C]) as it is; or the error, naming the image."""
-    cell = rows[i][column]
-    if not isinstance(cell, dict):
-        return np.asarray(cell, dtype=np.uint8)
-    where = rows[i]["key"] if "key" in rows.column_names else cell["path"] or f"row {i}"
+def _read(rows: datasets.Dataset, column: str, i: int) -> tuple[str, Image.Image | np.ndarray]:
+    """(its name, the image of row i): only its header is read yet; or an array, uint8 (H, W) or (H, W, C).
+
+    Raises UserError, naming the image.
+    """
+    row = rows[i]
+    cell = dict(bytes=row[column]) if isinstance(row[column], bytes) else row[column]
+    where = row.get(FILE) or (isinstance(cell, dict) and cell.get("path")) or f"row {i}"
+    if isinstance(cell, dict):
+        try:
+            return where, Image.open(cell["path"] if cell.get("bytes") is None else io.BytesIO(cell["bytes"]))
+        except Exception as error:
+            raise _broken(where, error) from None
     try:
-        image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-        image.info["where"] = where
-        return image
-    except Exception as error:
-        return UserError(f"Image {where} cannot be decoded ({error}).")
+        array = np.asarray(cell)
+    except ValueError:
+        array = np.empty(0)
+    if array.dtype.kind not in "ui" or array.ndim not in (2, 3) or not 0 <= array.min() <= array.max() <= 255:
+        raise UserError(f"Image {where} is neither an image nor an array (H, W, C) of whole numbers from 0 to 255.")
+    return where, array.astype(np.uint8)
 
 
 def _channels(image: Image.Image | np.ndarray) -> int:
     if isinstance(image, np.ndarray):
         return 1 if image.ndim == 2 else image.shape[-1]
-    return 1 if image.mode in ("1", "L", "I;16", "I") else 3
+    return 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3
 
 
 def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -436,81 +519,164 @@ def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
-def _decode(read: Callable, channels: int, i: int) -> Tensor | UserError:
-    """Image i as uint8 (C, H, W), or the error."""
-    image = read(i)
-    if isinstance(image, Exception):
-        return image
+def _decode(read: Callable, channels: int, i: int) -> Tensor:
+    """Image i as uint8 (C, H, W). Raises UserError, naming it."""
+    where, image = read(i)
     if not isinstance(image, np.ndarray):
         try:
-            if image.mode in ("I;16", "I"):  # 16-bit grey: keep the upper byte, where PIL would clip
-                image = np.asarray(image).astype(np.int64) >> 8
-            else:
-                mode = PIL_MODES.get(channels, "RGB")
-                image = np.asarray(image if image.mode == mode else image.convert(mode))
+            if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte, where PIL would clip
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            mode = PIL_MODES.get(channels, "RGB")
+            image = np.array(image if image.mode == mode else image.convert(mode))
         except Exception as error:
-            return UserError(f"Image {image.info.get('where', i)} cannot be decoded ({error}).")
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    if len(pixels) != channels:
-        return UserError(f"Image {i} has {len(pixels)} channels, not {channels}: set data.channels.")
-    return pixels.contiguous()
+            raise _broken(where, error) from None
+    image = torch.from_numpy(image)
+    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+    if len(image) != channels:
+        raise UserError(f"Image {where} has {len(image)} channels, not {channels}: set data.channels.")
+    return image.contiguous()
 
 
-def _photo(decode: Callable, skip_broken: bool, n: int, i: int) -> Tensor:
-    """Image i; with skip_broken, the next one that can be decoded."""
-    for k in range(n):
-        pixels = decode((i + k) % n)
-        if not isinstance(pixels, Exception):
-            return pixels
-        if not skip_broken:
-            raise UserError(f"{pixels} Mend or remove it, or pass data.skip_broken=true.")
-        print(f"skipped: {pixels}")
-    raise UserError("No image of the set can be decoded.")
+def _photo(decode: Callable, kept: Tensor | None, i: int) -> Tensor:
+    """Image i of those kept, decoded. Raises UserError, naming it."""
+    try:
+        return decode(i if kept is None else int(kept[i]))
+    except UserError as error:
+        raise _advised(error) from None
 
 
-def _cached(identity: str, decode: Callable, n: int, labels: Tensor | None, skip_broken: bool, title: str):
-    """(images, labels, broken, fingerprint), decoded once per machine; None if the images differ in size."""
-    folder = Path(os.environ.get("SSL_VIT_CACHE", Path.home() / ".cache" / "ssl_vit"))
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{identity[:24]}{'-skip' if skip_broken else ''}.safetensors"
-    with open(file.with_suffix(".lock"), "w") as lock:  # the other processes wait here, before any group starts
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
-            say(f"Decoding {n:,} images of {title}, once …")
-            with ThreadPoolExecutor() as pool:
-                decoded = list(pool.map(decode, range(n)))
-            broken = [str(d) for d in decoded if isinstance(d, Exception)]
-            if broken and not skip_broken:
-                raise UserError(f"{broken[0]} Mend or remove it, or pass data.skip_broken=true.")
-            good = [i for i, d in enumerate(decoded) if not isinstance(d, Exception)]
-            if len({decoded[i].shape for i in good}) != 1:
-                return None
-            tensors = dict(images=torch.stack([decoded[i] for i in good]))
-            if labels is not None:
-                tensors["labels"] = labels[good].clone()
-            fingerprint = _fingerprint(tensors["images"], tensors.get("labels"))
-            partial = file.with_suffix(f".{os.getpid()}")
-            save_file(tensors, partial, metadata=dict(broken=json.dumps(broken), fingerprint=fingerprint))
-            os.replace(partial, file)
-    with safe_open(file, "pt") as stored:
-        broken, fingerprint = json.loads(stored.metadata()["broken"]), stored.metadata()["fingerprint"]
-        images = stored.get_tensor("images")
-        labels = stored.get_tensor("labels") if labels is not None else None
+def _broken(where: str, error: Exception) -> UserError:
+    reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+    return UserError(f"Image {where} cannot be decoded ({reason}).")
+
+
+def _advised(error: UserError) -> UserError:
+    return UserError(f"{error} Mend or remove it, or pass data.skip_broken=true.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
+
+
+def _probe(read: Callable, n: int, skip_broken: bool, title: str) -> tuple[int, tuple[int, int] | None]:
+    """(channels, the size that all share or None), from the headers of some of the n images, spread evenly.
+
+    Raises UserError for a broken one; if those are to be skipped, when all are.
+    """
+    tried = np.linspace(0, n - 1, min(n, PROBE)).astype(int).tolist()
+    good, error = [], None
+    for i in tried:
+        try:
+            good.append(read(i)[1])
+        except UserError as e:
+            error = e
+            if not skip_broken:
+                raise _advised(error) from None
+    if not good:
+        raise UserError(f"None of {len(tried)} images tried of {title} can be decoded; the last: {error}")
+    sizes = set(map(_size, good))
+    return max(map(_channels, good)), sizes.pop() if len(sizes) == 1 else None
+
+
+def _decode_all(decode: Callable, n: int, shape: tuple[int, int, int] | None, skip_broken: bool) -> dict:
+    """All images of one shape, decoded by threads. Without a shape they are only looked through for broken ones.
+
+    Returns images: uint8 (N, *shape), or None if there is no shape or not all have it; kept: int64 (N,), which of the n
+    these are, or None for all; broken: why the others are not; digest of the images. Raises UserError for a broken
+    image, unless they are to be skipped.
+    """
+    images = None if shape is None else torch.empty(n, *shape, dtype=torch.uint8)
+
+    def block(start: int) -> tuple[list[tuple[int, UserError]], bool]:
+        broken, alike = [], shape is not None
+        for i in range(start, min(start + 64, n)):
+            try:
+                pixels = decode(i)
+            except UserError as error:
+                broken.append((i, error))
+                continue
+            if alike and pixels.shape == shape:
+                images[i] = pixels
+            else:
+                alike = False
+        return broken, alike
+
+    broken, alike = [], True
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # more would wait for each other
+        for bad, same in pool.map(block, range(0, n, 64)):
+            broken += bad
+            alike &= same
+            if not skip_broken and (broken or not alike):
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+    kept = None
     if broken:
-        say(f"Left out {len(broken)} broken image(s) of {title}; the first: {broken[0]}")
-    return images, labels, broken, fingerprint
+        if not skip_broken:
+            raise _advised(broken[0][1])
+        if len(broken) == n:
+            raise UserError(f"None of the {n} images can be decoded; the first: {broken[0][1]}")
+        kept = torch.tensor(sorted(set(range(n)) - {i for i, _ in broken}))
+    if not alike:
+        images = None
+    elif kept is not None:
+        images = images[kept]
+    digest = None if images is None else _digest(images)
+    return dict(images=images, kept=kept, broken=[str(error) for _, error in broken], digest=digest)
 
 
-def _fingerprint(images: Tensor, labels: Tensor | None) -> str:
-    """What the pixels and labels are, in 16 hex digits."""
-    digest = hashlib.sha256(np.ascontiguousarray(images.numpy()))
-    if labels is not None:
-        digest.update(labels.numpy())
-    return digest.hexdigest()[:16]
+def _cached(identity: str, make: Callable[[], dict], announcement: str) -> dict:
+    """What make() returns, made once per machine and kept on disk; its tensors are mapped, not read.
+
+    Raises UserError if the cache cannot be written or read.
+    """
+    folder = Path(os.environ.get("SSL_VIT_CACHE") or Path.home() / ".cache" / "ssl_vit")
+    file = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".lock"), "w") as lock:  # the other processes wait here, before any group starts
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                say(announcement)
+                _save(make(), file)
+    except OSError as error:
+        raise UserError(
+            f"Cannot keep decoded images in {folder} ({_one_line(error)}): name a folder with room in SSL_VIT_CACHE, "
+            "or set data.cache_gb=0."
+        ) from None
+    try:
+        return torch.load(file, mmap=True, weights_only=True)
+    except Exception as error:  # torch's readers raise a dozen types for a damaged file
+        raise UserError(f"The decoded images in {file} are damaged ({_one_line(error)}): delete the file.") from None
 
 
-def _histograms(images: Tensor) -> Tensor:
-    """How often each value occurs per channel, float64 (C, 256): exact, and no float copy of the set."""
-    channels = images.cpu().transpose(0, 1).flatten(1)
-    return torch.stack([torch.bincount(c.int(), minlength=256) for c in channels]).double()
+def _save(made: dict, file: Path) -> None:
+    """Write a file that is there whole or not at all. Raises OSError if it cannot."""
+    partial = file.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as stream:
+            torch.save(made, stream)
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # torch's writer may have a RuntimeError for a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(str(error)) from None
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images.numpy())).hexdigest()
+
+
+def _fingerprint(content: str, labels: Tensor | None) -> str:
+    """What the images and labels are, in 16 hex digits."""
+    return hashlib.sha256(content.encode() + (b"" if labels is None else labels.numpy().tobytes())).hexdigest()[:16]
+
+
+def _mean_std(images: Tensor) -> tuple[list[float], list[float]]:
+    """Per channel, in [0, 1], to four digits. images: uint8 (N, C, H, W), on the CPU."""
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for part in images.split(max(1, 2**22 // images[0].numel())):  # no float copy of the whole set
+        pixels = part.transpose(0, 1).flatten(1).double()
+        total, squares = total + pixels.sum(1), squares + pixels.square().sum(1)  # whole numbers below 2^53: exact
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return [round(m, 4) for m in (mean / 255).tolist()], [max(round(s, 4), 1e-3) for s in (std / 255).tolist()]

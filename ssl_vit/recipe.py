@@ -139,7 +139,6 @@ class Recipe:
     backbone: Backbone
     monitor: Monitor
     runtime: Runtime
-    given: frozenset[str]  # the keys that the recipe or the command line set
     tag: str  # '' or a short hash of what the command line changed
 
     def as_dict(self) -> dict:
@@ -148,9 +147,9 @@ class Recipe:
         return dict(recipe=self.name, objective=dict(name=self.objective_name, **asdict(self.objective)), **sections)
 
     def add_facts(self, facts: dict[str, Any]) -> None:
-        """Fill in what the data say of themselves, wherever recipe and command line are silent."""
+        """Fill in what the data say of themselves, wherever recipe and command line are silent or say null."""
         for key, value in facts.items():
-            if f"data.{key}" not in self.given:
+            if getattr(self.data, key) is None:
                 setattr(self.data, key, value)
 
     def learning_rate(self) -> tuple[float, str]:
@@ -176,7 +175,7 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
     path = find(recipe)
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not text, or a date that no calendar has
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
         raise UserError(f"{path} must hold sections of settings: {', '.join(SECTIONS)}, objective.")
@@ -188,7 +187,7 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
             raise UserError(f"{text!r} is not a setting: write key=value, as in train.epochs=20.")
         try:
             changes[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (ValueError, yaml.YAMLError):
             raise UserError(f"The value of {key}={value} cannot be read; quote it like a YAML value.") from None
     if data is not None:
         changes["data.name"] = data
@@ -202,15 +201,19 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
     parts: dict[str, dict] = {section: {} for section in sections}
     for key, (value, source) in values.items():
         if key not in known:
-            raise UserError(f"Unknown key {key!r} in {source}.{nearest(key, known)}")
+            same = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]  # the section is wrong or left out
+            hint = f" Did you mean {same[0]!r}?" if same else nearest(key, known)
+            raise UserError(f"Unknown key {key!r} in {source}.{hint}")
         section, _, leaf = key.partition(".")
         parts[section][leaf] = _checked(sections[section], key, leaf, value, source)
+        if key in changes:
+            changes[key] = parts[section][leaf]  # one setting has one hash, however it is written
     changed = {
         k: v for k, v in changes.items() if k != "train.seed" and k != "data.name" and k.split(".")[0] not in MAY_CHANGE
     }
     tag = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6] if changed else ""
     built = {section: cls(**parts[section]) for section, cls in sections.items()}
-    result = Recipe(name=path.stem, objective_name=name, given=frozenset(values), tag=tag, **built)
+    result = Recipe(name=path.stem, objective_name=name, tag=tag, **built)
     _check_together(result)
     return result
 
@@ -256,7 +259,7 @@ def _checked(cls: type, key: str, leaf: str, value: Any, source: str) -> Any:
     bounds = next(f for f in fields(cls) if f.name == leaf).metadata
     try:
         value = _coerce(kind, value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{key} in {source} must be {_type_name(kind)}, not {value!r}.") from None
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float):

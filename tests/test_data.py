@@ -1,0 +1,487 @@
+"""Where images come from: layouts, formats, splits, the cache, and the same views from memory and from workers."""
+
+import io
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loop import environment
+
+from ssl_vit import data, views
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+from ssl_vit.randomness import Order
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet():
+    data.say_once.cache_clear()
+
+
+def pixels(seed: int, height: int = 12, width: int = 10, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def save(path: Path, array: np.ndarray | int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(array) if isinstance(array, int) else array).save(path)
+    return path
+
+
+def png(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "png")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train: two classes of eight images, 12 x 10; test: three of each."""
+    for label, animal in enumerate(("cat", "dog")):
+        for i in range(8):
+            save(tmp_path / "pets" / "train" / animal / f"{i}.png", 100 * label + i)
+        for i in range(3):
+            save(tmp_path / "pets" / "test" / animal / f"{i}.png", 1000 + 100 * label + i)
+    return tmp_path / "pets"
+
+
+def parquet(file: Path, features: datasets.Features | None = None, **columns) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(file))
+    return file
+
+
+def load(path, role: str = "train", classes=None, **settings) -> data.ImageSet:
+    return data.load(recipes.Data(name=str(path), **settings), role, classes)
+
+
+def photos(images: data.ImageSet) -> list[torch.Tensor]:
+    return [images.photo(i) for i in range(len(images))] if images.images is None else list(images.images)
+
+
+def as_array(image: torch.Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+# -- names and layouts ------------------------------------------------------------------------------------------------
+
+
+def test_digits_hold_out_a_fixed_stratified_360():
+    train, report = (data.load(recipes.Data(), role) for role in ("train", "report"))
+    assert (len(train), len(report), report.split) == (1437, 360, "the fixed 360")
+    assert report.labels.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    both = torch.cat([train.images, report.images]).flatten(1)
+    assert len(both.unique(dim=0)) == 1797
+    assert train.facts() | dict(mean=0, std=0) == dict(size=8, channels=1, mean=0, std=0, flip=False)
+    assert torch.equal(data.load(recipes.Data(channels=3), "train").images, train.images.expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "files, classes, report",
+    [
+        (["train/cat/{i}.png", "train/dog/{i}.png", "test/cat/{i}.png", "test/dog/{i}.png"], ["cat", "dog"], "test"),
+        (["train/{i}.png", "val/{i}.png"], None, "val"),
+        (["train/cat/a/{i}.png", "train/dog/b/c/{i}.png", "validation/{i}.png"], ["cat", "dog"], "validation"),
+        (["cat/{i}.png", "dog/deep/{i}.png"], ["cat", "dog"], None),
+        (["test/{i}.png", "dog/{i}.png", "cat/{i}.png"], ["cat", "dog", "test"], None),  # a class called test
+        (["{i}.png"], None, None),
+        (["a/b/c/{i}.png"], None, None),
+        (["{i}.png", "cat/{i}.png", "dog/{i}.png"], None, None),  # not every image has a label
+        (["train/cat/{i}.png", "train/dog/{i}.png", "test/cat/{i}.png"], ["cat", "dog"], "test"),
+    ],
+)
+def test_folder_layouts(tmp_path, files, classes, report):
+    for k, file in enumerate(files):
+        for i in range(20):
+            save(tmp_path / "set" / file.format(i=i), 100 * k + i)
+    save(tmp_path / "set" / ".thumbnails" / "0.png", 0)
+    (tmp_path / "set" / "README.md").write_text("Not an image.")
+    train = load(tmp_path / "set")
+    test = load(tmp_path / "set", "report", train.classes)
+    assert (train.classes, train.labels is None) == (classes, classes is None)
+    assert test.split == (report or "train (hashed tenth)") and train.name == "set"
+    assert len(train) + len(test) == 20 * len(files)
+    assert len(torch.cat([train.images, test.images]).flatten(1).unique(dim=0)) == 20 * len(files)
+
+
+def test_labels_belong_to_their_images(folder):
+    for settings in (dict(), dict(cache_gb=0)):
+        train = load(folder, **settings)
+        expected = [pixels(100 * label + i) for label in (0, 1) for i in range(8)]
+        assert train.labels.tolist() == [0] * 8 + [1] * 8
+        for image, wanted in zip(photos(train), expected, strict=True):
+            assert np.array_equal(as_array(image), wanted)
+
+
+def test_the_hashed_tenth_stays_when_files_are_added_and_is_said_once(tmp_path, capsys):
+    for i in range(60):
+        save(tmp_path / f"{i}.png", i)
+    before = {image.numpy().tobytes() for image in load(tmp_path, "report").images}
+    for i in range(60, 120):
+        save(tmp_path / f"{i}.png", i)
+    train, report = load(tmp_path), load(tmp_path, "report")
+    load(tmp_path)
+    after = {image.numpy().tobytes() for image in report.images}
+    assert before and before < after and not after & {image.numpy().tobytes() for image in train.images}
+    said = capsys.readouterr().out
+    assert said.count("a hashed tenth (") == 1 and f"({len(report)} images)" in said
+
+
+def test_parquet_file_and_folder(tmp_path):
+    class_label = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    for split, count in (("train", 6), ("test", 4)):
+        parquet(
+            tmp_path / "set" / f"{split}-00000-of-00001.parquet",
+            class_label,
+            img=[dict(bytes=png(pixels(i)), path=None) for i in range(count)],
+            label=[i % 2 for i in range(count)],
+        )
+    train = load(tmp_path / "set")
+    test = load(tmp_path / "set", "report", train.classes)
+    assert (len(train), len(test), test.split, train.classes) == (6, 4, "test", ["cat", "dog"])
+    assert train.labels.tolist() == [0, 1, 0, 1, 0, 1] and np.array_equal(as_array(train.images[5]), pixels(5))
+    # a column of bytes; a column called key; labels that are words; one file
+    words = dict(picture=[png(pixels(i)) for i in range(30)], key=["x"] * 30, label=["b", "a", "c"] * 10)
+    alone = load(parquet(tmp_path / "one.parquet", **words), image="picture")
+    assert len(alone) + len(load(tmp_path / "one.parquet", "report", image="picture")) == 30
+    assert alone.classes == ["a", "b", "c"]
+
+
+def test_other_numbers_of_channels_are_arrays(tmp_path):
+    features = datasets.Features(image=datasets.Array3D((6, 6, 5), "uint8"))
+    arrays = [pixels(i, 6, 6, 5) for i in range(30)]
+    file = parquet(tmp_path / "train.parquet", features, image=arrays)
+    for settings in (dict(), dict(cache_gb=0)):
+        train = load(file, **settings)
+        assert train.channels == 5 and train.facts()["size"] == 6 and len(train.facts()["mean"]) == 5
+        assert {image.permute(1, 2, 0).numpy().tobytes() for image in photos(train)} < {a.tobytes() for a in arrays}
+
+
+def test_known_names_are_fetched_from_the_hub(monkeypatch):
+    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=["a", "b"]))
+    image = dict(bytes=png(pixels(0)), path=None)
+    split = datasets.Dataset.from_dict(dict(img=[image] * 4, fine_label=[0, 1, 0, 1]), features=features)
+    unlabelled = datasets.Dataset.from_dict(dict(img=[image] * 2, fine_label=[-1, -1]), features=features)
+    asked = []
+    splits = dict(train=split, test=unlabelled)
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda hub_id: asked.append(hub_id) or splits)
+    train, test = load("cifar100"), load("cifar100", "report")
+    assert asked == ["uoft-cs/cifar100"] * 2 and train.labels.tolist() == [0, 1, 0, 1] and test.labels is None
+    assert train.facts()["flip"] is True
+    reports = {name: hub[3] for name, hub in data.HUB.items()}
+    assert reports["cifar10"] == "test" and reports["tiny-imagenet"] == "valid"
+    assert reports["imagenet-1k"] == "validation"
+
+
+def test_an_unreachable_hub_is_not_waited_for(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(data.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(data.socket, "create_connection", refuse)
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="--data PATH"):
+        load("nobody/nothing")
+    assert time.perf_counter() - started < 5
+
+
+def test_twenty_thousand_files_are_listed_quickly(tmp_path, monkeypatch):
+    source = save(tmp_path / "one.png", 0)
+    for c in range(20):
+        (tmp_path / "set" / "train" / f"class{c:02d}").mkdir(parents=True)
+        for i in range(1000):
+            os.link(source, tmp_path / "set" / "train" / f"class{c:02d}" / f"{i}.png")
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(data.Image, "open", lambda file: opened.append(file) or real(file))
+    started = time.perf_counter()
+    images = load(tmp_path / "set", cache_gb=0)
+    assert time.perf_counter() - started < 10  # half a second; the imagefolder loader took 34
+    assert len(images) > 17_500 and len(images.classes) == 20 and len(opened) == 256
+
+
+# -- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def test_image_formats(tmp_path):
+    colours, grey = pixels(0), pixels(1)[..., 0]
+    deep = np.random.default_rng(2).integers(0, 2**16, (12, 10)).astype(np.uint16)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the tag that asks viewers to turn the image: it is not
+    files = {
+        "rgb": (Image.fromarray(colours), None, colours),
+        "rgba as rgb": (Image.fromarray(pixels(3, channels=4)), None, pixels(3, channels=4)[..., :3]),
+        "rgba": (Image.fromarray(pixels(3, channels=4)), 4, pixels(3, channels=4)),
+        "grey": (Image.fromarray(grey), None, grey[..., None]),
+        "grey as rgb": (Image.fromarray(grey), 3, np.stack([grey] * 3, -1)),
+        "16 bit": (Image.fromarray(deep), None, (deep >> 8).astype(np.uint8)[..., None]),
+        "16 bit as rgb": (Image.fromarray(deep), 3, np.stack([(deep >> 8).astype(np.uint8)] * 3, -1)),
+        "black and white": (Image.fromarray(grey > 127), None, ((grey > 127) * 255).astype(np.uint8)[..., None]),
+    }
+    palette = Image.fromarray(colours).quantize(16)
+    files["palette"] = (palette, None, np.asarray(palette.convert("RGB")))
+    for name, (image, channels, expected) in files.items():
+        (tmp_path / name / "train").mkdir(parents=True)
+        image.save(tmp_path / name / "train" / "0.png", exif=turned)
+        for settings in (dict(), dict(cache_gb=0)):
+            found = load(tmp_path / name, channels=channels, **settings)
+            assert np.array_equal(as_array(photos(found)[0]), expected), name
+            assert found.facts()["size"] == [12, 10]
+    (tmp_path / "cmyk" / "train").mkdir(parents=True)
+    Image.fromarray(colours).convert("CMYK").save(tmp_path / "cmyk" / "train" / "0.jpg", quality=100)
+    assert load(tmp_path / "cmyk").images.shape == (1, 3, 12, 10)
+
+
+def test_grey_images_among_colours_become_colours(tmp_path):
+    save(tmp_path / "0.png", pixels(0)[..., 0])
+    save(tmp_path / "1.png", pixels(1)[..., 0].astype(np.uint16) * 256)
+    for i in range(2, 5):
+        save(tmp_path / f"{i}.png", i)
+    images = load(tmp_path)
+    assert images.channels == 3 and torch.equal(images.images[0, 0], images.images[0, 2])
+    assert np.array_equal(images.images[1, 1].numpy(), pixels(1)[..., 0])
+
+
+def test_facts_are_exact(tmp_path):
+    arrays = np.stack([pixels(i) // (i + 1) for i in range(9)])
+    for i, array in enumerate(arrays):
+        save(tmp_path / "train" / f"{i}.png", array)
+    facts = load(tmp_path).facts()
+    exact = arrays.astype(np.float64) / 255
+    assert facts["mean"] == [round(m, 4) for m in exact.mean((0, 1, 2))]
+    assert facts["std"] == [round(s, 4) for s in exact.std((0, 1, 2))]
+    assert (facts["size"], facts["channels"], facts["flip"]) == ([12, 10], 3, True)
+    many = torch.from_numpy(pixels(0, 3000, 1500)).permute(2, 0, 1)[None].repeat(3, 1, 1, 1)  # more than one part
+    mean, std = data._mean_std(many)
+    exact = many[0].double() / 255
+    assert mean == [round(m, 4) for m in exact.mean((1, 2)).tolist()]
+    assert std == [round(s, 4) for s in exact.std((1, 2), correction=0).tolist()]
+
+
+# -- from memory and from workers -------------------------------------------------------------------------------------
+
+
+def plan(count: int, batch: int, steps: int = 3):
+    order = Order(0, count, batch)
+    for step in range(steps):
+        yield step, np.arange(batch), order.indices(step, np.arange(batch))
+
+
+SPECS = {
+    "crop+flip": views.crop_flip((8, 8), 0.5),
+    "dino": views.dino((8, 8), (6, 6), 2, 0.5, blur=False),
+    "none": views.none((8, 6)),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_streamed_views_are_the_cached_ones_up_to_rounding(folder, name):
+    spec = SPECS[name]
+    cached, streamed = load(folder), load(folder, cache_gb=0)
+    assert cached.images is not None and streamed.images is None
+    one, other = (list(data.chunks(s, spec, plan(16, 12), 5, CPU, 0)) for s in (cached, streamed))
+    assert len(one) == len(other) == 3
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.indices, b.indices) and torch.equal(a.draw.rows, b.draw.rows)
+        assert a.draw.step == b.draw.step
+        for key, view in a.views(cached, spec).items():
+            found = b.views(streamed, spec)[key]
+            assert found.shape == view.shape
+            # the workers round to 1/255 in both directions of the resize; colours stretch that
+            assert (found - view).abs().max() < (0.04 if name == "dino" else 1.01 / 255)
+
+
+def test_parts_of_a_chunk_have_its_views(folder):
+    spec = SPECS["dino"]
+    for images in (load(folder), load(folder, cache_gb=0)):
+        [chunk] = data.chunks(images, spec, plan(16, 12, 1), 5, CPU, 0)
+        whole = chunk.views(images, spec)
+        parts = [chunk.part(a, b) for a, b in ((0, 5), (5, 6), (6, 12))]
+        assert [len(p) for p in parts] == [5, 1, 6]
+        assert torch.equal(torch.cat([p.indices for p in parts]), chunk.indices)
+        for key, view in whole.items():
+            found = torch.cat([part.views(images, spec)[key] for part in parts])
+            assert torch.allclose(found, view, atol=1e-6)
+
+
+def test_workers_change_nothing(folder):
+    spec, images = SPECS["crop+flip"], load(folder, cache_gb=0)
+    alone, helped = (list(data.chunks(images, spec, plan(16, 12), 5, CPU, workers)) for workers in (0, 2))
+    for a, b in zip(alone, helped, strict=True):
+        assert a.draw.step == b.draw.step and torch.equal(a.crops["image"], b.crops["image"])
+    whole = [list(data.evaluation_views(images, (8, 8), 0.875, CPU, None, 5, workers)) for workers in (0, 2)]
+    assert all(map(torch.equal, *whole))
+    for dataset in (data._Crops(images.photo, spec, 0), data._Whole(images.photo, (8, 8), 1.0)):
+        pickle.loads(pickle.dumps(dataset))  # as the start method spawn does
+
+
+def test_evaluation_views_are_the_same_from_both(folder):
+    cached, streamed = load(folder), load(folder, cache_gb=0)
+    chosen = torch.tensor([3, 15, 0, 7, 7])
+    one, other = (torch.cat(list(data.evaluation_views(s, (8, 8), 0.875, CPU, chosen, 2))) for s in (cached, streamed))
+    assert one.shape == (5, 3, 8, 8) and (one - other).abs().max() < 0.51 / 255
+    everything = torch.cat(list(data.evaluation_views(cached, (12, 10), 1.0, CPU)))
+    assert torch.allclose(everything * 255, cached.images.float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_later_is_one_sentence(folder, workers):
+    images = load(folder, cache_gb=0)
+    (folder / "train" / "dog" / "2.png").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"dog/2\.png cannot be decoded") as error:
+        list(data.chunks(images, SPECS["none"], plan(16, 16, 1), 0, CPU, workers))
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+class _Kill:
+    def __call__(self, i: int):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_sentence(folder):
+    images = load(folder, cache_gb=0)
+    images.photo = _Kill()
+    with pytest.raises(UserError, match="decoding process died"):
+        list(data.chunks(images, SPECS["none"], plan(16, 16, 1), 0, CPU, 1))
+
+
+def test_images_that_differ_in_size_are_streamed(folder, monkeypatch, capsys):
+    save(folder / "train" / "cat" / "3.png", pixels(7, 20, 30))
+    images = load(folder)
+    assert images.images is None and images.facts()["size"] is None and len(images) == 16  # the probe saw it
+    assert "differ" not in capsys.readouterr().out
+    monkeypatch.setattr(data, "PROBE", 2)
+    images = load(folder)
+    assert images.images is None and images.facts()["size"] is None
+    said = capsys.readouterr().out
+    assert said.count("differ in size") == 1 and said.count("\n") == 2 and "Decoding 16 images" in said
+    monkeypatch.setattr(data, "_decode_all", pytest.fail)  # what was found is remembered
+    assert load(folder).images is None
+    [chunk] = data.chunks(images, SPECS["crop+flip"], plan(16, 16, 1), 0, CPU, 0)
+    assert chunk.views(images, SPECS["crop+flip"])["image"].shape == (16, 3, 8, 8)
+
+
+@pytest.mark.parametrize("cache_gb", [4.0, 0.0])
+def test_broken_images_are_named_or_left_out(folder, capsys, cache_gb):
+    whole = (folder / "train" / "cat" / "5.png").read_bytes()
+    (folder / "train" / "cat" / "5.png").write_bytes(whole[:150])  # the header is good
+    (folder / "train" / "cat" / "6.png").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"cat/6\.png cannot be decoded .*data.skip_broken=true"):
+        load(folder, cache_gb=cache_gb)
+    os.remove(folder / "train" / "cat" / "6.png")
+    (folder / "train" / "cat" / "6.png").symlink_to("nowhere")
+    capsys.readouterr()
+    images = load(folder, skip_broken=True, cache_gb=cache_gb)
+    assert len(images) == 14 and images.labels.tolist() == [0] * 6 + [1] * 8 and len(images.broken) == 2
+    assert "Left out 2 broken image(s) of pets/train; the first: Image cat/5.png" in capsys.readouterr().out
+    for image, i in zip(photos(images), [0, 1, 2, 3, 4, 7], strict=False):
+        assert np.array_equal(as_array(image), pixels(i))
+    [chunk] = data.chunks(images, SPECS["none"], plan(14, 14, 1), 0, CPU, 0)
+    assert sorted(chunk.indices.tolist()) == list(range(14))
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_load_decodes_nothing(folder, monkeypatch):
+    first = load(folder)
+    monkeypatch.setattr(data, "_decode_all", pytest.fail)
+    again = load(folder)
+    assert torch.equal(first.images, again.images) and first.fingerprint == again.fingerprint
+
+
+def test_two_processes_at_once_decode_once_and_later_ones_never(tmp_path, monkeypatch):
+    columns = dict(image=[dict(bytes=png(pixels(i)), path=None) for i in range(300)], label=[0, 1] * 150)
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    parquet(tmp_path / "set" / "train-00000-of-00001.parquet", features, **columns)
+    code = (
+        "import sys; from ssl_vit import data, recipe; "
+        "print(data.load(recipe.Data(name=sys.argv[1]), 'train').fingerprint)"
+    )
+    env = environment() | dict(SSL_VIT_CACHE=str(tmp_path / "cache"))
+    command = [sys.executable, "-c", code, str(tmp_path / "set")]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
+    later = load(tmp_path / "set")
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum(text.count("Decoding") for text in said) == 1
+    assert {text.splitlines()[-1] for text in said} == {later.fingerprint}
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 1 and not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_labels_are_not_those_of_an_older_training_set(folder):
+    """The report split's files stay, but the numbers of its classes change with a new training class."""
+    assert load(folder, "report", load(folder).classes).labels.tolist() == [0, 0, 0, 1, 1, 1]
+    save(folder / "train" / "bee" / "0.png", 50)
+    train = load(folder)
+    assert train.classes == ["bee", "cat", "dog"]
+    assert load(folder, "report", train.classes).labels.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_the_fingerprint_is_of_pixels_and_labels(folder, tmp_path):
+    first = load(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert load(tmp_path / "copy").fingerprint == first.fingerprint
+    os.rename(tmp_path / "copy" / "train" / "cat" / "0.png", tmp_path / "copy" / "train" / "cat" / "9.png")
+    moved = load(tmp_path / "copy")
+    save(tmp_path / "copy" / "train" / "cat" / "9.png", 77)
+    changed = load(tmp_path / "copy")
+    assert len({first.fingerprint, moved.fingerprint, changed.fingerprint, load(folder, cache_gb=0).fingerprint}) == 4
+
+
+def test_a_cache_that_cannot_be_used(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="SSL_VIT_CACHE"):
+        load(folder)
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "good"))
+    load(folder)
+    [file] = (tmp_path / "good").glob("*.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="delete the file"):
+        load(folder)
+
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    file.unlink()
+    monkeypatch.setattr(data.torch, "save", full)
+    with pytest.raises(UserError, match="failed writing file.*SSL_VIT_CACHE"):
+        load(folder)
+    assert not list((tmp_path / "good").glob("*.p*t*"))
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_are_missing_or_no_classes(tmp_path, capsys):
+    images = [png(pixels(i)) for i in range(20)]
+    half = load(parquet(tmp_path / "half.parquet", image=images, label=[0, None] * 10))
+    assert half.labels is None and "have no label" in capsys.readouterr().out
+    lists = parquet(tmp_path / "lists.parquet", image=images, label=[[0, 1]] * 20)
+    assert load(lists).labels is None
+    with pytest.raises(UserError, match="'label'"):
+        load(lists, label="label")
+    boxes = parquet(tmp_path / "real.parquet", image=images, label=[0.5] * 20)
+    assert load(boxes).labels is None
+
+
+def test_numbered_classes_keep_their_order(tmp_path):
+    images = [png(pixels(i)) for i in range(40)]
+    train = load(parquet(tmp_path / "train.parquet", image=images, label=[10, 9, 2, 1] * 10))
+    assert train.classes == ["1", "2", "9", "10"]

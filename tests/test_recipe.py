@@ -1,0 +1,161 @@
+"""A recipe: what wins over what, what is refused, what a run is called."""
+
+import dataclasses
+import math
+
+import pytest
+import yaml
+
+from ssl_vit import objectives
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+
+SHIPPED = sorted(str(p.relative_to(recipes.RECIPES).with_suffix("")) for p in recipes.RECIPES.rglob("*.yaml"))
+
+
+def schema(name: str) -> type:
+    return objectives.find(name).Config
+
+
+def read(*settings: str, recipe: str = "mae", data: str | None = None) -> recipes.Recipe:
+    return recipes.read(str(recipe), list(settings), data, schema)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(**sections) -> str:
+        tree = dict(objective=dict(name="reconstruct"), train=dict(steps=1)) | sections
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+        return str(tmp_path / "own.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize("name", [n for n in SHIPPED if not n.startswith("study/")])
+def test_every_shipped_recipe_is_valid(name):
+    recipe = read(recipe=name)
+    assert recipe.learning_rate()[0] > 0
+    assert yaml.safe_load(yaml.safe_dump(recipe.as_dict())) == recipe.as_dict()  # what recipe.yaml will hold
+
+
+def test_command_line_wins_over_recipe_over_facts_over_defaults(file):
+    facts = dict(size=8, channels=1, mean=[0.3], std=[0.4], flip=False)
+    own = file(data=dict(mean=[0.1], std=[0.2]))
+    recipe = read("data.std=[0.9]", recipe=own)
+    assert (recipe.data.size, recipe.data.flip) == (None, None)
+    recipe.add_facts(facts)
+    assert (recipe.data.size, recipe.data.channels, recipe.data.flip) == (8, 1, False)
+    assert recipe.data.mean == [0.1] and recipe.data.std == [0.9]
+    assert recipe.optim.weight_decay == 0.05  # nobody speaks of it: the default
+
+
+def test_facts_fill_in_what_is_null():
+    recipe = read("data.size=null")
+    recipe.add_facts(dict(size=8))
+    assert recipe.data.size == 8
+
+
+def test_numbers_may_be_written_in_any_way(file):
+    recipe = read("optim.weight_decay=1e-5", "train.batch_size=1e2", recipe=file(optim=dict(lr="1e-4", clip="3")))
+    assert recipe.optim.lr == 1e-4 and recipe.optim.weight_decay == 1e-5 and recipe.optim.clip == 3.0
+    assert recipe.train.batch_size == 100 and isinstance(recipe.train.batch_size, int)
+    assert isinstance(recipe.optim.lr, float)
+
+
+@pytest.mark.parametrize(
+    "rule, factor", [("absolute", 1), ("B/256", 2), ("B/512", 1), ("sqrt(B/1024)", math.sqrt(0.5))]
+)
+def test_learning_rate_says_how_it_was_made(rule, factor):
+    recipe = read("optim.lr=1e-3", f"optim.lr_rule={rule}", "train.batch_size=512")
+    lr, arithmetic = recipe.learning_rate()
+    assert lr == pytest.approx(1e-3 * factor, rel=1e-12)
+    assert arithmetic == ("absolute" if rule == "absolute" else f"0.001 · {rule} with B = 512")
+
+
+def test_run_name_hashes_what_changes_the_result_and_only_that(tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert read().run_name() == "mae-digits-s0"
+    assert read("train.seed=3").run_name() == "mae-digits-s3"
+    assert read("runtime.threads=1", "monitor.log_every=3").run_name() == "mae-digits-s0"
+    assert read(data=str(tmp_path / "photos")).run_name() == "mae-photos-s0"
+    assert read(data="owner/name").run_name() == "mae-owner-name-s0"
+    names = {read(*s).run_name() for s in ([], ["train.steps=9"], ["data.size=16"], ["objective.ratio=0.5"])}
+    assert len(names) == 4
+    name = read("optim.lr=1e-3", "objective.ratio=0.5", "train.seed=2").run_name()
+    assert name == read("train.seed=2", "objective.ratio=0.50", "optim.lr=0.001").run_name()
+    prefix, tag, seed = name.rsplit("-", 2)
+    assert (prefix, len(tag), seed) == ("mae-digits", 6, "s2")
+
+
+def test_differences_name_the_keys_that_matter():
+    old = yaml.safe_load(yaml.safe_dump(read().as_dict()))
+    new = read("runtime.threads=1", "monitor.log_every=7", "optim.lr=1", "data.size=[8, 9]").as_dict()
+    assert recipes.differences(old, read().as_dict()) == []
+    assert recipes.differences(old, new) == ["data.size", "optim.lr"]
+    assert recipes.differences(old, old | dict(images=dict(fingerprint="x"))) == ["images.fingerprint"]
+
+
+def test_describe_lists_every_key():
+    text = recipes.describe(recipes.SECTIONS)
+    for section, cls in recipes.SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            assert f"  {section}.{f.name}=" in text
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("train.stepz=3", ["'train.stepz'", "the command line", "'train.steps'"]),
+        ("lr=3", ["'lr'", "'optim.lr'"]),
+        ("train.lr=3", ["'train.lr'", "'optim.lr'"]),
+        ("objective.rato=0.5", ["'objective.rato'", "'objective.ratio'"]),
+        ("train.steps=abc", ["train.steps", "whole number", "'abc'"]),
+        ("train.steps=1.5", ["train.steps", "whole number", "1.5"]),
+        ("train.steps=-1", ["train.steps", "at least 0", "-1"]),
+        ("train.batch_size=0", ["train.batch_size", "at least 1"]),
+        ("optim.lr=nan", ["optim.lr", "finite"]),
+        ("optim.lr=-1e-3", ["optim.lr", "above 0"]),
+        ("optim.lr=1e999", ["optim.lr", "finite"]),
+        ("optim.lr=" + "9" * 400, ["optim.lr", "a number"]),
+        ("optim.lr=true", ["optim.lr", "a number"]),
+        ("optim.lr_rule=B/128", ["optim.lr_rule", "B/256"]),
+        ("optim.betas=[0.9, 1.5]", ["optim.betas"]),
+        ("views.scale=[0.9, 0.1]", ["views.scale"]),
+        ("data.size=0", ["data.size"]),
+        ("data.size=[8, 8, 8]", ["data.size"]),
+        ("data.flip=1", ["data.flip", "true or false"]),
+        ("data.report_split=2024-13-45", ["data.report_split"]),
+        ("data.size=[8", ["data.size", "cannot be read"]),
+        ("objective.name=mea", ["'mea'", "reconstruct"]),
+        ("objective.name=", ["objective.name", "missing"]),
+        ("train.epochs=null", ["budget"]),
+        ("steps", ["'steps'", "key=value"]),
+    ],
+)
+def test_a_bad_setting_is_named(setting, words):
+    with pytest.raises(UserError) as error:
+        read(setting)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_bad_key_names_its_file(file):
+    own = file(optim=dict(lrr=1))
+    with pytest.raises(UserError, match="'optim.lrr' in .*own.yaml.* 'optim.lr'"):
+        read(recipe=own)
+
+
+@pytest.mark.parametrize(
+    "content", [b"train: [", b"\x89PNG\r\n\x1a\n", b"- 1\n- 2\n", b"train: 3", b"", b"data:\n  name: 2024-13-45\n"]
+)
+def test_a_file_that_is_no_recipe(tmp_path, content):
+    (tmp_path / "own.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="own.yaml") as error:
+        read(recipe=tmp_path / "own.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="'maee'.*Did you mean 'mae'"):
+        read(recipe="maee")
+    with pytest.raises(UserError, match="There is no recipe"):
+        read(recipe=tmp_path)
