@@ -66,7 +66,11 @@ def extract(source: Source, images: ImageSet, device: torch.device, batch: int =
     Raises UserError, naming the image, if a feature is not a finite number.
     """
     started = time.perf_counter()
-    size = source.size or tuple(images.images.shape[-2:])
+    size = source.size or images.size
+    if size is None:
+        raise UserError(
+            f"The images of {images.name} differ in size: name a run before {source.name}, to take its size."
+        )
     views = evaluation_views(images, size, weights.crop_pct(size), device, batch=batch)
     if source.backbone is None:
         raw = torch.cat([view.flatten(1).cpu() for view in views]).numpy()

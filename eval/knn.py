@@ -11,10 +11,10 @@ training mean, unit length, k = 20, weights exp(similarity / 0.07). DINO's proto
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from eval import features, results
@@ -26,12 +26,10 @@ KS = (1, 5, 10, 20, 100, 200)
 PRIMARY = 20
 
 
-def evaluate(source: features.Source, config: recipes.Data, device: torch.device, ks: list[int]) -> list[dict]:
+def evaluate(
+    source: features.Source, train: data.ImageSet, test: data.ImageSet, device: torch.device, ks: list[int]
+) -> list[dict]:
     """The rows of one backbone, a row for each pooling, centring and k; they are written to its folder."""
-    train = data.load(config, "train").to(device)
-    test = data.load(config, "report", train.classes).to(device)
-    if train.labels is None or test.labels is None:
-        raise UserError(f"k-NN needs labels, and {config.name} has none in its {train.split} or {test.split} split.")
     started = time.perf_counter()
     bank, queries = (features.extract(source, images, device) for images in (train, test))
     labels, truth = train.labels.cpu().numpy(), test.labels.cpu().numpy()
@@ -56,10 +54,8 @@ def evaluate(source: features.Source, config: recipes.Data, device: torch.device
         if source.name == "pixels-pca64":
             pair = features.pca(*pair)
         for protocol, centre in (("knn", True), ("knn-uncentred", False)):
-            predicted = neighbours.vote(
-                *_places(neighbours.prepare(*pair, centre=centre), labels), ks=ks, classes=len(train.classes)
-            )
-            for k, answer in predicted.items():
+            near, asked = neighbours.prepare(*pair, centre=centre)
+            for k, answer in neighbours.vote(near, labels, asked, ks, len(train.classes)).items():
                 value = float((answer == truth).mean())
                 rows.append(common | dict(protocol=f"{protocol}-k{k}", pooling=pooling, value=value))
                 predictions.append(answer)
@@ -69,9 +65,13 @@ def evaluate(source: features.Source, config: recipes.Data, device: torch.device
     return rows
 
 
-def _places(pair: tuple[np.ndarray, np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    train, queries = pair
-    return train, labels, queries
+def load(config: recipes.Data, device: torch.device) -> tuple[data.ImageSet, data.ImageSet]:
+    """The training images and those of the report split. Raises UserError if either has no labels."""
+    train = data.load(config, "train").to(device)
+    test = data.load(dataclasses.replace(config, channels=train.channels), "report", train.classes).to(device)
+    if train.labels is None or test.labels is None:
+        raise UserError(f"k-NN needs labels, and {config.name} has none in its {train.split} or {test.split} split.")
+    return train, test
 
 
 def table(rows: list[list[dict]]) -> str:
@@ -104,14 +104,15 @@ def main() -> None:
         config = config or source.data()
         size = size or source.size
         sources.append(source)
-    count = len(data.load(config, "train"))
+    train, test = load(config, device)
+    count = len(train)
     ks = args.k or [k for k in KS if k <= count]
     if max(ks) > count or min(ks) < 1:
         raise UserError(f"--k must lie between 1 and the {count} training images, and {max(ks)} does not.")
     if PRIMARY not in ks:
         ks.append(PRIMARY)
 
-    rows = [evaluate(source, config, device, sorted(ks)) for source in sources]
+    rows = [evaluate(source, train, test, device, sorted(ks)) for source in sources]
     print(f"\nk-NN on {rows[0][0]['eval_data']} ({rows[0][0]['split']}, n = {rows[0][0]['n']:,}), accuracy in %\n")
     print(table(rows))
     skipped = [k for k in KS if k > count and not args.k]

@@ -13,8 +13,8 @@ from ssl_vit.checkpoint import write as write_whole
 
 # what identifies a measurement; the rest of a row is what came of it
 IDENTITY = (
-    "run recipe objective backbone data eval_data split protocol pooling layer label_fraction subset_seed seed chosen n "
-    "metric"
+    "run recipe objective backbone data eval_data split protocol pooling layer label_fraction subset_seed seed chosen "
+    "n metric"
 ).split()
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "faiss-cpu", "scikit-learn", "numpy")
 

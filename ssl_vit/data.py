@@ -144,6 +144,11 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     )
 
 
+def cores() -> int:
+    """CPU cores for each process of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +192,7 @@ def chunks(
             yield Chunk(Draw(seed, step, torch.from_numpy(rows), device), torch.from_numpy(indices))
         return
     dataset = _Crops(images.photo, spec, seed)
-    batches = ([(step, int(r), int(i)) for r, i in zip(rows, indices)] for step, rows, indices in plan)
+    batches = ([(step, int(r), int(i)) for r, i in zip(rows, indices, strict=True)] for step, rows, indices in plan)
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate
     )
@@ -202,7 +207,6 @@ def evaluation_views(
     device: torch.device,
     indices: Tensor | None = None,
     batch: int = 256,
-    workers: int = 0,
 ) -> Iterator[Tensor]:
     """Batches of unaugmented views, float32 (B, C, H, W) in [0, 1], of these images (default: all, in order)."""
     indices = torch.arange(len(images)) if indices is None else indices.cpu()
@@ -211,6 +215,7 @@ def evaluation_views(
             yield views.whole(images.images[part.to(images.images.device)].to(device), size, crop_pct)
         return
     dataset = _Whole(images.photo, size, crop_pct)
+    workers = cores() if len(indices) > batch else 0
     loader = DataLoader(dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate)
     for part in _batches(loader):
         yield part.to(device).float() / 255
@@ -420,7 +425,7 @@ def _folder(root: Path, files: list[str]) -> dict[str, datasets.Dataset]:
     if not tops & set(SPLITS["train"]) and len(splits) < len(tops):
         splits = []
     rows = {split: dict(image=[], label=[], **{FILE: []}) for split in splits or ["train"]}
-    for file, parts in zip(files, paths):
+    for file, parts in zip(files, paths, strict=True):
         inner = parts[1:] if splits else parts
         split = rows.get(parts[0] if splits else "train")
         if split is not None and inner:
@@ -469,7 +474,7 @@ def _labels(
 def _identity(rows: datasets.Dataset, image: str, split: str, channels: int) -> str:
     """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint."""
     if FILE in rows.column_names:
-        files = [(name, *_stat(cell["path"])) for name, cell in zip(rows[FILE][:], rows[image][:])]
+        files = [(name, *_stat(cell["path"])) for name, cell in zip(rows[FILE][:], rows[image][:], strict=True)]
     else:
         files = rows._fingerprint
     return hashlib.sha256(json.dumps([files, split, image, channels]).encode()).hexdigest()

@@ -79,7 +79,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                 "Delete it, or pass another --output."
             ) from None
         say(f"Going on from step {done} of {total}.")
-    elif total:
+    elif total and type(objective).fit is not Objective.fit:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
     if recipe.runtime.compile:
         for module in objective.modules():
@@ -96,7 +96,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
     plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, size)
     workers = recipe.runtime.workers
-    workers = max(1, (os.cpu_count() or 1) // local_processes()) if workers == "auto" else workers
+    workers = data.cores() if workers == "auto" else workers
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, workers)
 
     def save(step: int) -> None:
@@ -209,7 +209,10 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
     """The objective with its backbone, drawn from the seed alone."""
     cls = objectives.find(recipe.objective_name)
     if cls.labelled and images.labels is None:
-        raise UserError(f"The {recipe.objective_name} objective needs labels, and {recipe.data.name} has none.")
+        raise UserError(
+            f"The {recipe.objective_name} objective needs labels of two classes or more, and {recipe.data.name} has "
+            "none."
+        )
     if recipe.data.size is None:
         raise UserError(
             f"The images of {recipe.data.name} differ in size: set data.size, or use a photo recipe "
@@ -246,10 +249,11 @@ def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) 
     return math.ceil(t.epochs * len(images) / t.batch_size), per_image
 
 
-def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device, most: int = 10_000) -> Tensor:
-    """Unaugmented training images in [0, 1] for `Objective.fit`: all, or as many as `most`, spread evenly."""
-    chosen = torch.from_numpy(np.linspace(0, len(images) - 1, min(most, len(images))).astype(np.int64))
+def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device) -> Tensor:
+    """Unaugmented training images in [0, 1] for `Objective.fit`: all, or 10,000 or a GiB of them, spread evenly."""
     size = tuple(recipe.data.size)
+    most = min(10_000, len(images), max(1, 2**28 // (images.channels * math.prod(size))))
+    chosen = torch.from_numpy(np.linspace(0, len(images) - 1, most).astype(np.int64))
     return torch.cat(list(data.evaluation_views(images, size, weights.crop_pct(size), device, chosen)))
 
 
@@ -294,15 +298,11 @@ def plan_chunks(
 # -- surroundings -----------------------------------------------------------------------------------------------------
 
 
-def local_processes() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def set_threads(asked: int | str) -> int:
     """CPU threads for torch and faiss. Launchers set one by their own; results in the last bits depend on it."""
     import faiss
 
-    threads = max(1, len(os.sched_getaffinity(0)) // local_processes()) if asked == "auto" else asked
+    threads = data.cores() if asked == "auto" else asked
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     return threads

@@ -58,7 +58,8 @@ def test_mae_loss_and_gradients_equal_transformers(normalise):
     ours = small_objective("mae", f"objective.normalise={str(normalise).lower()}")
     config = ViTMAEConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=2,
-        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=64,
         mask_ratio=0.75, norm_pix_loss=normalise, layer_norm_eps=1e-6,
     )  # fmt: skip
     torch.manual_seed(0)
