@@ -104,11 +104,11 @@ class DINO(Objective):
         two = torch.cat([batch.views["global1"], batch.views["global2"]])
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher.tokens(two)[:, 0])
-        student = self.head(self.backbone.tokens(two, batch.draw)[:, 0])
+        seen = self.backbone.tokens(two, batch.draw)[:, 0]
         if "local" in batch.views:
             local = batch.views["local"].transpose(0, 1).flatten(0, 1)
-            seen = self.backbone.tokens(local, batch.draw.named("local"))[:, 0]
-            student = torch.cat([student, self.head(seen)])
+            seen = torch.cat([seen, self.backbone.tokens(local, batch.draw.named("local"))[:, 0]])
+        student = self.head(seen)  # all crops at once, as BatchNorm's statistics are over them
         with torch.autocast(two.device.type, enabled=False):
             temperature = self.teacher_temperature(batch.step, batch.total)
             result = self.compare(
