@@ -19,7 +19,7 @@ ARGUMENTS go to ssl_vit/pretrain.py:
   --data NAME|PATH|OWNER/NAME   other images than the embedded digits, e.g. cifar10 or a folder
   --output DIR                  where the run goes (default: runs/RECIPE-DATA[-HASH]-sSEED)
   key=value                     any field of the recipe, e.g. train.epochs=20 optim.lr=1e-3
-For example: ./launch.sh dino --data ~/photos train.epochs=20
+For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several
@@ -250,16 +250,19 @@ run_recipe() {
     case $arg in
       --output | --init-from) skip=yes ;;
       --output=* | --init-from=* | backbone.init_from=*) ;;
-      train.flops=*) ;;  # wins over train.steps
       *) control+=("$arg") ;;
     esac
   done
-  control+=(train.steps=0)
+  control+=(train.flops=null train.steps=0)  # flops would win over steps
 
   local pretrain=("${here}ssl_vit/pretrain.py" --recipe "$recipe")
   run=$(python "${pretrain[@]}" "$@" --print-output)  # a wrong argument is refused here, before the launcher starts
   random=$(python "${pretrain[@]}" "${control[@]}" --print-output)
   show "${launch[@]}" "${pretrain[@]}" "$@"
+  if grep -qs '^  classes: null' "$run/recipe.yaml"; then
+    printf '\nThe images have no labels to compare by k-NN with. See %s/pictures and log.jsonl.\n' "$run"
+    return
+  fi
   if [ "$run" = "$random" ]; then
     show python "${here}eval/knn.py" --backbone "$run" pixels
   else

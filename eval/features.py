@@ -67,14 +67,17 @@ def extract(source: Source, images: ImageSet, device: torch.device, batch: int =
     """
     started = time.perf_counter()
     size = source.size or images.size
-    if size is None:
-        raise UserError(
-            f"The images of {images.name} differ in size: name a run before {source.name}, to take its size."
-        )
+    if source.backbone is None and (size is None or max(size) > 64):
+        size = (64, 64)  # a photo's pixels are no feature
     views = evaluation_views(images, size, weights.crop_pct(size), device, batch=batch)
     if source.backbone is None:
         raw = torch.cat([view.flatten(1).cpu() for view in views]).numpy()
-        return Features({"raw": raw}, 0.0, time.perf_counter() - started)
+        return Features({f"raw {size[0]}x{size[1]}": raw}, 0.0, time.perf_counter() - started)
+    if images.channels != len(source.backbone.mean):
+        raise UserError(
+            f"{source.name} takes images of {len(source.backbone.mean)} channels, and those of {images.name} have "
+            f"{images.channels}."
+        )
     backbone = source.backbone.to(device)
     found: dict[str, list] = {}
     flops = 0.0

@@ -181,13 +181,17 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
     """A new backbone for these images, its weights drawn from the seed. Raises UserError for what cannot be built."""
     size = (data.size, data.size) if isinstance(data.size, int) else tuple(data.size)
     name, args = config.name, dict(in_chans=data.channels, num_classes=0)
-    is_vit = name.startswith("vit_")
     if name.removeprefix("vit_") in SIZES:
         name = f"{name}_patch{SIZES[name.removeprefix('vit_')]}_224"
     if name not in timm.list_models():
         known = [f"vit_{s}" for s in SIZES]
         raise UserError(f"Unknown backbone {config.name!r}: give one of {', '.join(known)}, or a model timm knows.")
-    if is_vit:
+    is_vit = timm.models.is_model_in_modules(name, ["vision_transformer", "deit"])
+    if not is_vit:
+        own = [k for k in ("width", "depth", "heads", "layer_scale", "registers", "drop_path") if getattr(config, k)]
+        if own:
+            raise UserError(f"{name} is no plain ViT and has no backbone.{own[0]}: leave it out, or name a vit_*.")
+    else:
         patch = resolve_patch(config.patch, size)
         args |= dict(
             img_size=size,
@@ -214,6 +218,7 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
             model.apply(xavier)
             if is_vit:  # as the linear layer that it is
                 nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(len(model.patch_embed.proj.weight), -1))
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (data.channels, *size)}
     return wrap(model, data.mean, data.std, args)
 
 

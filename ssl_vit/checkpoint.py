@@ -68,7 +68,8 @@ class Run:
                 raise UserError(
                     f"{self.path} is a run with other settings ({', '.join(keys)}). Start a new one: {command}"
                 )
-        write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        if not self.finished:
+            write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     @property
     def finished(self) -> bool:
@@ -129,7 +130,7 @@ class Run:
             stream.write(json.dumps(line) + "\n")
 
     def cut_log(self, step: int) -> dict:
-        """Drop what was logged after `step`, or half written; returns the last line left, or {}."""
+        """Drop what was logged after `step`, or half written; returns the last line left that has seconds, or {}."""
         lines = []
         if self.log_file.exists():
             for text in self.log_file.read_text().splitlines():
@@ -140,7 +141,7 @@ class Run:
                 if line["step"] <= step:
                     lines.append(line)
         write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
-        return lines[-1] if lines else {}
+        return next((line for line in reversed(lines) if "seconds" in line), {})
 
 
 def write(file: Path, text: str) -> None:

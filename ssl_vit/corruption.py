@@ -18,7 +18,7 @@ def hidden_count(patches: int, ratio: float) -> int:
 
 def random_order(draw: Draw, grid: tuple[int, int]) -> Tensor:
     """A random order of the patches, int64 (B, N); those that come last are hidden. MAE (arXiv 2111.06377), sec. 3."""
-    return draw.uniform("mask", math.prod(grid)).argsort(1)
+    return draw.uniform("mask", math.prod(grid)).argsort(dim=1, stable=True)
 
 
 def block_order(draw: Draw, grid: tuple[int, int], count: int, rounds: int = 16) -> Tensor:
@@ -47,7 +47,7 @@ def block_order(draw: Draw, grid: tuple[int, int], count: int, rounds: int = 16)
         h, w, top, start = (v.view(-1, 1, 1) for v in (h, w, top, start))
         block = (row >= top) & (row < top + h) & (column >= start) & (column < start + w)
         first_covered = torch.where(block & (first_covered == rounds), float(t), first_covered)
-    return (first_covered.flatten(1) + tie).argsort(1, descending=True)
+    return (first_covered.flatten(1) + tie).argsort(dim=1, descending=True, stable=True)
 
 
 def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:

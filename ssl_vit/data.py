@@ -146,7 +146,8 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
 
 def cores() -> int:
     """CPU cores for each process of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def evaluation_views(
             yield views.whole(images.images[part.to(images.images.device)].to(device), size, crop_pct)
         return
     dataset = _Whole(images.photo, size, crop_pct)
-    workers = cores() if len(indices) > batch else 0
+    workers = min(cores(), 16) if len(indices) > batch else 0
     loader = DataLoader(dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate)
     for part in _batches(loader):
         yield part.to(device).float() / 255
@@ -434,13 +435,15 @@ def _folder(root: Path, files: list[str]) -> dict[str, datasets.Dataset]:
             split[FILE].append(os.path.join(*inner))
     # labels are folders: there must be two or more, and every image of a split in one
     several = len({label for columns in rows.values() for label in columns["label"]} - {None}) > 1
-    for columns in rows.values():
-        if not several or None in columns["label"]:
-            del columns["label"]
-    return {
-        split: datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
-        for split, columns in rows.items()
-    }
+    found = {}
+    for split, columns in rows.items():
+        features = {"image": datasets.Image(decode=False), FILE: datasets.Value("string")}
+        if several and None not in columns["label"]:
+            # with all names of the split, so that a held-out tenth of it has no class that the rest does not know
+            features["label"] = datasets.ClassLabel(names=sorted(set(columns["label"])))
+        columns = {name: columns[name] for name in features}
+        found[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return found
 
 
 def _labels(
@@ -607,7 +610,7 @@ def _decode_all(decode: Callable, n: int, shape: tuple[int, int, int] | None, sk
         return broken, alike
 
     broken, alike = [], True
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # more would wait for each other
+    with ThreadPoolExecutor(min(8, cores())) as pool:  # more would wait for each other
         for bad, same in pool.map(block, range(0, n, 64)):
             broken += bad
             alike &= same

@@ -20,6 +20,7 @@ from ssl_vit.recipe import Recipe
 from ssl_vit.weights import crop_pct
 
 TRIES = 3  # alarms in a row before the user hears of it
+REMEDY = "Lower optim.lr, set optim.clip, or use train.precision=fp32."
 
 
 def trackers(setting: str) -> list[str]:
@@ -83,12 +84,13 @@ class Monitor:
             first = self.accelerator.gather(first.to(self.accelerator.device)[None]).min()
         self.losses.clear()
         if first < 2**62:
-            saved = list(self.run.checkpoints())
-            kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was written yet"
-            raise UserError(
-                f"The loss of step {int(first)} is not a finite number; {kept}. Lower optim.lr, set optim.clip, or use "
-                "train.precision=fp32."
-            )
+            raise UserError(f"The loss of step {int(first)} is not a finite number; {self.intact}. {REMEDY}")
+
+    @property
+    def intact(self) -> str:
+        """What a failing run leaves behind."""
+        saved = list(self.run.checkpoints())
+        return f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was written yet"
 
     def _line(self, done: int, lr: float) -> None:
         names = sorted(self.sums)
@@ -140,23 +142,21 @@ class Monitor:
 
 
 class OnlineKnn:
-    """k-NN and feature rank on a fixed slice of the training images: a trend to watch, not a result."""
+    """Feature rank, and with labels k-NN, on a fixed slice of the training images: a trend to watch, not a result."""
 
     def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, bank: int = 5000, queries: int = 1000):
-        if images.labels is None:
-            raise UserError("monitor.knn_every needs labels, and these images have none: set monitor.knn_every=0.")
         order = np.random.default_rng(0).permutation(len(images))
         queries = min(queries, len(images) // 5)
         chosen = torch.from_numpy(np.sort(order[: queries + bank]))
         is_query = torch.from_numpy(np.isin(chosen.numpy(), order[:queries]))
         self.images, self.device, self.chosen, self.is_query = images, device, chosen, is_query.numpy()
-        self.labels = images.labels.cpu()[chosen].numpy()
+        self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()
         size = recipe.data.size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
 
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:
-        """{"knn": accuracy of k = 20 on mean-pooled patches, "knn_cls": on the class token, "rank": RankMe}."""
+        """{"rank": RankMe of mean-pooled patches, "knn": their accuracy at k = 20, "knn_cls": the class token's}."""
         training = backbone.training
         backbone.eval()
         pooled, first = [], []
@@ -166,8 +166,10 @@ class OnlineKnn:
             first.append(prefix[:, :1].flatten(1).float().cpu())
         backbone.train(training)
         features = torch.cat(pooled).numpy()
-        result = dict(knn=self._accuracy(features), rank=effective_rank(features[:2048]))
-        if first[0].shape[1]:
+        result = dict(rank=effective_rank(features[:2048]))
+        if self.labels is not None:
+            result["knn"] = self._accuracy(features)
+        if self.labels is not None and first[0].shape[1]:
             result["knn_cls"] = self._accuracy(torch.cat(first).numpy())
         return result
 

@@ -6,7 +6,7 @@ On a laptop, in about two minutes, on scikit-learn's handwritten digits:
 
     python ssl_vit/pretrain.py --recipe mae
 
-The same command again goes on where a stopped run was, to the same weights bit for bit.
+The same command again goes on where a stopped run was: on a CPU to the same weights bit for bit.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                 "Delete it, or pass another --output."
             ) from None
         say(f"Going on from step {done} of {total}.")
-    elif total and type(objective).fit is not Objective.fit:
+    elif total and objective.fits:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
     if recipe.runtime.compile:
         for module in objective.modules():
@@ -88,19 +88,22 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                     block.compile()
     describe(recipe, path, images, objective, accelerator, total, flops_per_image, f"{lr:.3g} ({rule})")
 
-    accelerator.init_trackers("tensorboard")  # the name of the folder
+    accelerator.init_trackers("ssl_vit")
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
-    micro = size = micro_batch(recipe, share, device)
+    micro = size = micro_batch(recipe, objective, share, device)
     refuse_cut(objective, size, recipe.train.batch_size)
     order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
     plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, size)
     workers = recipe.runtime.workers
-    workers = data.cores() if workers == "auto" else workers
+    workers = min(data.cores(), 16) if workers == "auto" else workers
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, workers)
 
     def save(step: int) -> None:
         watch.check_finite()
+        norms = torch.stack(torch._foreach_norm(list(objective.parameters())))
+        if not norms.isfinite().all():
+            raise UserError(f"The weights after step {step} are not finite numbers; {watch.intact}. {monitor.REMEDY}")
         if accelerator.is_main_process:
             state = dict(objective=objective.state_dict(), optimizer=optimizer.state_dict())
             run.save(step, state, recipe.runtime.keep_every)
@@ -116,7 +119,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                 )
                 if fits:
                     break
-                micro = halve(micro, recipe, watch)
+                micro = halve(micro, recipe, objective, watch)
                 refuse_cut(objective, micro, recipe.train.batch_size)
 
             now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
@@ -169,7 +172,7 @@ def gradients(
                 part = chunk.part(start, min(start + micro, len(chunk)))
                 labels = None
                 if objective.labelled:
-                    labels = images.labels[part.indices.to(images.labels.device)].to(part.draw.device)
+                    labels = images.labels[part.indices.to(images.labels.device, non_blocking=True)]
                 batch = Batch(part.views(images, objective.views), labels, part.draw, step, total)
                 with accelerator.autocast():
                     result = objective(batch)
@@ -216,7 +219,7 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
     if recipe.data.size is None:
         raise UserError(
             f"The images of {recipe.data.name} differ in size: set data.size, or use a photo recipe "
-            "(--recipe mae-photos)."
+            "(--recipe mae-photos or dino-photos)."
         )
     if len(recipe.data.mean) != recipe.data.channels or len(recipe.data.std) != recipe.data.channels:
         raise UserError(f"data.mean and data.std must have {recipe.data.channels} values, one per channel.")
@@ -257,12 +260,17 @@ def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.devi
     return torch.cat(list(data.evaluation_views(images, size, weights.crop_pct(size), device, chosen)))
 
 
-def micro_batch(recipe: recipes.Recipe, share: int, device: torch.device) -> int:
-    """Rows at a time on this device."""
+def micro_batch(recipe: recipes.Recipe, objective: Objective, share: int, device: torch.device) -> int:
+    """Rows at a time on this device: as asked, in whole groups of rows that must stay together."""
     asked = recipe.runtime.per_device_batch
     if asked == "auto":
-        return share if device.type == "cuda" else min(share, 256)
-    return min(asked, share)
+        asked = share if device.type == "cuda" else 256
+    together = objective.row_multiple
+    if share % together:
+        raise UserError(
+            f"Mixing pairs images, and {share} on a process is odd: change train.batch_size, or mix nothing."
+        )
+    return max(min(asked, share) // together, 1) * together
 
 
 def refuse_cut(objective: Objective, micro: int, batch_size: int) -> None:
@@ -274,15 +282,16 @@ def refuse_cut(objective: Objective, micro: int, batch_size: int) -> None:
         )
 
 
-def halve(micro: int, recipe: recipes.Recipe, watch: monitor.Monitor) -> int:
+def halve(micro: int, recipe: recipes.Recipe, objective: Objective, watch: monitor.Monitor) -> int:
     """Half as many rows at a time, after a step that did not fit."""
-    if recipe.runtime.per_device_batch != "auto" or micro == 1:
-        raise UserError(
-            f"Out of memory with {micro} images at a time: set runtime.per_device_batch to "
-            + ("auto or less." if micro > 1 else "1 on a larger device, or take a smaller backbone or data.size.")
-        )
-    watch.say(f"Out of memory with {micro} images at a time: trying {math.ceil(micro / 2)}.")
-    return math.ceil(micro / 2)
+    together = objective.row_multiple
+    if micro == together:
+        raise UserError(f"Out of memory with {micro} image(s) at a time: take a smaller backbone or data.size.")
+    if recipe.runtime.per_device_batch != "auto":
+        raise UserError(f"Out of memory with {micro} images at a time: set runtime.per_device_batch to auto or less.")
+    half = math.ceil(micro / together / 2) * together
+    watch.say(f"Out of memory with {micro} images at a time: trying {half}.")
+    return half
 
 
 def plan_chunks(
@@ -312,7 +321,8 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
     """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
     precision = recipe.train.precision
     if precision == "auto":
-        able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
+        able = not on_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         precision = recipe.train.precision = "bf16" if able else "fp32"
     names = monitor.trackers(recipe.monitor.trackers)
     try:
@@ -407,12 +417,12 @@ def finish(run: checkpoint.Run, recipe: recipes.Recipe, objective: Objective, im
 
 
 def main() -> int:
+    configs = {f"{name}: objective": objectives.find(name).Config for name in objectives.names()}
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings (key=value):\n"
-        + recipes.describe(recipes.SECTIONS)
-        + "\n  objective.*: see ssl_vit/objectives/",
+        allow_abbrev=False,
+        epilog="settings (key=value):\n" + recipes.describe(recipes.SECTIONS | configs),
     )
     parser.add_argument("--recipe", required=True, help="a name in recipes/, or a YAML file")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")

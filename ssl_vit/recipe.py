@@ -82,7 +82,7 @@ class Views:
         "crop+flip", "augmentation: none, crop and flip, DINO's colours on top, or DeiT III's 3-Augment"
     )
     scale: list[float] = setting([0.2, 1.0], "area of the random crop, as a fraction of the image")
-    blur: bool = setting(True, "blur in dino and three-augment; its sigma, up to 2 px, is meant for 224 px")
+    blur: bool = setting(True, "blur in dino; its sigma, up to 2 px, is meant for 224 px")
 
 
 @dataclass
@@ -117,7 +117,9 @@ class Runtime:
     )
     threads: int | Literal["auto"] = setting("auto", "CPU threads; auto: cores / local processes", at_least=1)
     save_every: int = setting(500, "steps between checkpoints; the last one is kept", at_least=1)
-    keep_every: int = setting(0, "also keep the checkpoints of every so many steps; 0: none", at_least=0)
+    keep_every: int = setting(
+        0, "of the checkpoints, also keep those at multiples of so many steps; 0: none", at_least=0
+    )
     compile: bool = setting(False, "torch.compile the transformer blocks")
 
 

@@ -64,7 +64,9 @@ def load(source: str) -> Backbone:
         else:
             names = timm.list_models(pretrained=True)
             raise UserError(f"There is no run, timm folder or timm model {source!r}.{nearest(source, names)}")
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if not folder.is_dir() and folder == path:  # timm's client, when the hub is out of reach
+            raise UserError(f"The weights of {source} are not here, and could not be fetched: {error}") from None
         unfinished = " (the run has not finished: start it again and it goes on)" if folder != path else ""
         raise UserError(f"{folder} holds no backbone{unfinished}.") from None
     except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:

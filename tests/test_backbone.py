@@ -160,6 +160,14 @@ def test_init_from_takes_weights_and_normalisation_and_resamples_positions(tmp_p
         weights.initialise(build("backbone.width=32"), str(tmp_path / "old"))
 
 
+def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
+    with pytest.raises(UserError, match="backbone.width"):
+        build("backbone.name=resnet18")
+    deit = build("backbone.name=deit_tiny_patch16_224")
+    assert isinstance(deit, backbones.TokenBackbone) and deit.width == 16 and deit.input_size == (16, 16)
+    assert deit.tokens(IMAGES).shape == (2, 65, 16)
+
+
 @pytest.mark.parametrize("source", ["nowhere", "vit_tiny_patch16_22"])
 def test_no_such_backbone(source):
     with pytest.raises(UserError, match=source):

@@ -83,7 +83,7 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "run", "pixels", "pixels-pca64"])
     knn.main()
     said = capsys.readouterr().out
-    assert "| pixels-digits | raw |" in said and "(random init)" in said and "smoke test" in said
+    assert "| pixels-digits | raw 8x8 |" in said and "(random init)" in said and "smoke test" in said
 
     rows = results.read(tmp_path / "run")
     assert {r["pooling"] for r in rows} == {"cls", "mean"} and len(rows) == 2 * 2 * len(knn.KS)

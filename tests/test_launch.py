@@ -98,7 +98,7 @@ def test_a_run_is_training_then_its_control_then_knn(project):
     assert ran[0] == "pip -q -e ."  # lower bounds: no constraints in an environment of another's making
     assert ran[1:] == [
         f"accelerate launch -q {FLAGS} ssl_vit/pretrain.py --recipe mae",
-        f"accelerate launch -q {FLAGS} ssl_vit/pretrain.py --recipe mae train.steps=0",
+        f"accelerate launch -q {FLAGS} ssl_vit/pretrain.py --recipe mae train.flops=null train.steps=0",
         "python eval/knn.py --backbone runs/trained runs/random pixels",
     ]
     setup, after = done.stdout.split("Device: CPU (", 1)
@@ -112,12 +112,12 @@ def test_arguments_pass_through_and_the_control_stays_a_control(project):
     done, ran = project.launch("dino", *args)
     assert done.returncode == 0, done.stderr
     assert ran[1].endswith(f"--recipe dino {' '.join(args)}")
-    assert ran[2].endswith("--recipe dino --data my photos optim.lr=1 train.steps=0")
+    assert ran[2].endswith("--recipe dino --data my photos optim.lr=1 train.flops=9 train.flops=null train.steps=0")
 
 
 def test_arguments_without_a_recipe_go_to_mae(project):
     for args in (["--data", "cifar10"], ["train.epochs=1"]):
-        assert project.launch(*args)[1][-2].endswith(f"--recipe mae {' '.join(args)} train.steps=0")
+        assert project.launch(*args)[1][-2].endswith(f"--recipe mae {' '.join(args)} train.flops=null train.steps=0")
 
 
 def test_a_recipe_of_ones_own(project, tmp_path):

@@ -11,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import SMALL
+from PIL import Image
 from safetensors.torch import load_file
 
-from ssl_vit import errors, pretrain
+from ssl_vit import checkpoint, errors, pretrain, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "train.batch_size=32", "runtime.threads=1"]
@@ -202,22 +204,22 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    settings = [
-        "optim.lr=1e30",
-        "optim.warmup=0.6",
-        "objective.normalise=false",
-        "monitor.log_every=3",
-        "train.steps=100",
-    ]
-    started = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), *settings, "runtime.save_every=1"))
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    from ssl_vit.objectives.reconstruct import Reconstruct
+
+    forward = Reconstruct.forward
+
+    def broken(self, batch):
+        result = forward(self, batch)
+        return dict(loss=result["loss"] + (torch.inf if batch.step == 6 else 0.0))
+
+    monkeypatch.setattr(Reconstruct, "forward", broken)
+    started = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), "monitor.log_every=100"))
     assert started.wait() == 2
-    last = started.said.strip().splitlines()[-1]
-    step = int(re.search(r"loss of step (\d+) is not a finite number", last)[1])
+    assert "loss of step 6 is not a finite number; the checkpoint of step 4 is intact" in started.said
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
-    assert saved.name == f"step-{step:08d}.pt" and f"checkpoint of step {step} is intact" in last
-    state = torch.load(saved, weights_only=True)
-    assert set(state) == {"objective", "optimizer"}
+    assert saved.name == "step-00000004.pt"
+    assert set(torch.load(saved, weights_only=True)) == {"objective", "optimizer"}
 
 
 def test_watching_changes_nothing(tmp_path):
@@ -355,3 +357,56 @@ def test_a_batch_that_must_not_be_cut_is_refused(tmp_path):
     started = Started(tmp_path, *arguments("dino", *settings))
     assert started.wait() == 2
     assert "objective.batch_norm=true needs the whole batch of 32" in started.said
+
+
+def test_seconds_go_on_after_a_line_that_has_none(tmp_path):
+    run_ = checkpoint.Run(tmp_path)
+    for line in (dict(step=5, seconds=7.5), dict(step=5, knn=0.3), dict(step=9, seconds=11.0)):
+        run_.log(line)
+    assert run_.cut_log(5) == dict(step=5, seconds=7.5)
+    assert [line["step"] for line in log_of(tmp_path)] == [5, 5]
+
+
+def test_mixed_pairs_stay_together(tmp_path):
+    mixing = ["objective.mixup=0.8", "--output", "run"]
+    run(tmp_path, *arguments("supervised", *mixing, "runtime.per_device_batch=5"))  # 4 at a time
+    odd = Started(tmp_path, *arguments("supervised", *mixing, "train.batch_size=25", "--output", "odd"))
+    assert odd.wait() == 2 and "Mixing pairs images" in odd.said
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """A finite loss whose gradient is not: the step's weights are worthless, and the older checkpoint stays."""
+    from ssl_vit.objectives.reconstruct import Reconstruct
+
+    forward = Reconstruct.forward
+
+    def broken(self, batch):
+        result = forward(self, batch)
+        if batch.step == 7:
+            result["loss"].register_hook(lambda gradient: gradient * torch.nan)
+        return result
+
+    monkeypatch.setattr(Reconstruct, "forward", broken)
+    started = Started(tmp_path, *arguments("mae", "--output", "run"))
+    assert started.wait() == 2
+    assert "weights after step 8 are not finite" in started.said and "checkpoint of step 4 is intact" in started.said
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004.pt"]
+
+
+def test_images_without_labels_are_watched_by_rank_alone(tmp_path):
+    for i in range(40):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+    run(tmp_path, *arguments("dino", "--data", str(tmp_path), "--output", "run", "monitor.knn_every=6"))
+    watched = [line for line in log_of(tmp_path / "run") if "rank" in line]
+    assert [line["step"] for line in watched] == [6, 12] and not any("knn" in line for line in watched)
+
+
+def test_convolutions_with_batch_norm_are_trained_whole(tmp_path):
+    cnn = ["backbone.name=resnet10t", "backbone.width=null", "backbone.depth=null", "backbone.heads=null"]
+    cnn += ["backbone.drop_path=0", "train.steps=2"]
+    cut = Started(tmp_path, *arguments("supervised", *cnn, "runtime.per_device_batch=16", "--output", "cut"))
+    assert cut.wait() == 2 and "BatchNorm in ResNet needs the whole batch" in cut.said
+    run(tmp_path, *arguments("supervised", *cnn, "--output", "whole"))
+    assert weights.load(str(tmp_path / "whole")).input_size == (8, 8)

@@ -7,11 +7,15 @@ from ssl_vit.errors import UserError, nearest
 from ssl_vit.objectives.base import Objective
 
 
+def names() -> list[str]:
+    """The objectives there are."""
+    return sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"base"})
+
+
 def find(name: str) -> type[Objective]:
     """The objective class of the file called `name`. Raises UserError with the names there are."""
-    names = sorted({m.name for m in pkgutil.iter_modules(__path__)} - {"base"})
-    if name not in names:
-        raise UserError(f"Unknown objective {name!r}.{nearest(name, names)} Objectives: {', '.join(names)}.")
+    if name not in names():
+        raise UserError(f"Unknown objective {name!r}.{nearest(name, names())} Objectives: {', '.join(names())}.")
     module = importlib.import_module(f"{__name__}.{name}")
     for found in vars(module).values():
         if isinstance(found, type) and issubclass(found, Objective) and found.__module__ == module.__name__:

@@ -58,6 +58,8 @@ class Objective(nn.Module):
     Config: ClassVar[type]  # a dataclass of `recipe.setting`s: the objective's part of the recipe
     views: views.ViewSpec  # what views one image becomes, by name
     labelled: ClassVar[bool] = False  # whether labels are needed
+    fits: bool = False  # whether `fit` has anything to learn
+    row_multiple: int = 1  # rows that must stay together: 2 where row r is mixed with row r^1
 
     def __init__(self, config, backbone: Backbone, facts: Facts):
         super().__init__()
@@ -90,7 +92,9 @@ class Objective(nn.Module):
 
     @property
     def whole_batch(self) -> str | None:
-        """The setting that ties the rows of a batch together, so that it must not be cut; None if nothing does."""
+        """What ties the rows of a batch together, so that it must not be cut; None if nothing does."""
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
+            return f"BatchNorm in {type(self.backbone.model).__name__}"
         return None
 
     @property

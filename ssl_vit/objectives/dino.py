@@ -60,6 +60,8 @@ class DINO(Objective):
             raise UserError("DINO reads the class token, and this backbone has none.")
         if len(config.local_scale) != 2 or config.local_scale[0] > config.local_scale[1]:
             raise UserError(f"objective.local_scale must be two rising fractions, not {config.local_scale}.")
+        if facts.views.kind not in ("crop+flip", "dino"):
+            raise UserError(f"DINO needs crops: views.kind must be crop+flip or dino, not {facts.views.kind}.")
         side = backbone.patch[0]
         local = config.local_size or max(side, round(min(facts.size) * 3 / 7 / side) * side)
         if local % side or local % backbone.patch[1]:
@@ -93,7 +95,7 @@ class DINO(Objective):
 
     @property
     def whole_batch(self) -> str | None:
-        return "objective.batch_norm=true" if self.config.batch_norm else None
+        return "objective.batch_norm=true" if self.config.batch_norm else super().whole_batch
 
     def begin_step(self) -> None:
         self.teacher_sum.zero_()

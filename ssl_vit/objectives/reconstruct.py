@@ -84,9 +84,12 @@ class Reconstruct(Objective):
         else:
             self.decoder = LinearHead(width, backbone.prefix_tokens, self.target.width)
 
+    @property
+    def fits(self) -> bool:
+        return isinstance(self.target, targets.KMeans)
+
     def fit(self, images: Tensor, seed: int) -> None:
-        if isinstance(self.target, targets.KMeans):
-            self.target.fit(self.backbone.normalise(images), seed)
+        self.target.fit(self.backbone.normalise(images), seed)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         images = batch.views["image"]

@@ -38,6 +38,7 @@ class Supervised(Objective):
         if facts.classes < 2:
             raise UserError("Supervised training needs at least two classes, and the images have one.")
         self.classes = facts.classes
+        self.row_multiple = 2 if config.mixup or config.cutmix else 1
         self.views = facts.single_view()
         if isinstance(backbone, TokenBackbone):
             backbone.add_classifier(facts.classes, config.pool)
