@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -37,9 +37,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     """Train until the recipe's budget is spent, then write the backbone. Returns the exit code."""
     stop = StopSignal()
     threads = set_threads(recipe.runtime.threads)
-    images = data.load(
-        recipe.data, "train"
-    )  # before the processes form a group: decoding may take longer than it waits
+    # before the processes form a group: decoding may take longer than a group waits
+    images = data.load(recipe.data, "train")
     recipe.add_facts(images.facts())
     accelerator = start_accelerator(recipe, path)
     device, processes = accelerator.device, accelerator.num_processes
@@ -81,6 +80,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         say(f"Going on from step {done} of {total}.")
     elif total and objective.fits:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
+        for buffer in objective.buffers():  # fitted alike everywhere, but for rounding
+            buffer.copy_(broadcast(buffer))
     if recipe.runtime.compile:
         for module in objective.modules():
             if isinstance(module, backbones.TokenBackbone):

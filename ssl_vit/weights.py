@@ -99,7 +99,7 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
     if wrong:
         raise UserError(
             f"The weights of {source} do not fit this backbone: {'; '.join(sorted(wrong)[:4])}. "
-            "Give the recipe the same backbone.* settings as theirs."
+            "Give the recipe the same backbone.* settings and data.channels as theirs."
         )
     backbone.model.load_state_dict(weights, strict=False)
     backbone.mean.copy_(old.mean)

@@ -308,7 +308,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_pr
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-@pytest.mark.parametrize("name", ["dino", "supervised"])
+@pytest.mark.parametrize("name", ["dino", "supervised", "beit"])
 def test_two_processes_equal_one(name, tmp_path):
     run(tmp_path, *arguments(name, "--output", str(tmp_path / "one")))
     two = launched([*TORCHRUN, SCRIPT, *arguments(name, "--output", str(tmp_path / "two"))], tmp_path)
