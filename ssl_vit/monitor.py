@@ -58,7 +58,7 @@ class Monitor:
             initial=done,
             unit="step",
             dynamic_ncols=True,
-            disable=not accelerator.is_main_process,
+            disable=not accelerator.is_main_process or not total,
             mininterval=1.0,
         )
 

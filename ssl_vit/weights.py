@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from ssl_vit.backbone import Backbone, TokenBackbone, wrap
@@ -22,20 +23,25 @@ def save(backbone: Backbone, folder: Path) -> None:
     model, size = backbone.model, backbone.input_size
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    # the model's own, and not those of the published model of the same architecture
-    facts = dict(
-        mean=backbone.mean.flatten().tolist(),
-        std=backbone.std.flatten().tolist(),
-        input_size=[len(backbone.mean), *size],
-        crop_pct=crop_pct(size),
-        interpolation="bilinear",
-        custom_load=False,
+    partial.mkdir()
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
+    published = model.pretrained_cfg
+    config = dict(
+        architecture=published["architecture"],
+        num_classes=model.num_classes,
+        num_features=model.num_features,
+        model_args=backbone.args,
+        # the model's own, and not those of the published model of the same architecture
+        pretrained_cfg=dict(
+            mean=backbone.mean.flatten().tolist(),
+            std=backbone.std.flatten().tolist(),
+            input_size=[len(backbone.mean), *size],
+            crop_pct=crop_pct(size),
+            interpolation="bilinear",
+            num_classes=model.num_classes,
+            **{key: published[key] for key in ("first_conv", "classifier") if key in published},
+        ),
     )
-    published = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "test_input_size", "test_crop_pct")
-    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in published} | facts
-    timm.models.save_for_hf(model, partial, model_args=backbone.args, safe_serialization=True)
-    config = json.loads((partial / "config.json").read_text())
-    config["pretrained_cfg"] |= facts
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

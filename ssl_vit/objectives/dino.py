@@ -164,11 +164,9 @@ class DINO(Objective):
 
     def alarm(self, logged: dict[str, float]) -> str | None:
         largest = math.log(self.config.prototypes)
-        if logged["kl"] > 0.01 * largest:
-            return None
         if logged["teacher_entropy"] > 0.98 * largest:
             kind = "the teacher's answer is uniform, whatever the image"
-        elif logged["teacher_entropy"] < 0.02 * largest:
+        elif logged["teacher_entropy"] < 0.02 * largest and logged["kl"] < 0.02 * largest:
             kind = "the teacher gives one and the same prototype to every image"
         else:
             return None
