@@ -57,7 +57,7 @@ def test_a_saved_backbone_loads_in_plain_timm(settings, tmp_path):
     plain = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(plain)
     assert config["mean"] == pytest.approx((0.5, 0.45, 0.4)) and config["std"] == pytest.approx((0.25, 0.2, 0.3))
-    assert config["input_size"] == (3, *b.input_size) and config["crop_pct"] == 1.0
+    assert tuple(config["input_size"]) == (3, *b.input_size) and config["crop_pct"] == 1.0
     with torch.no_grad():
         assert torch.equal(plain.forward_features(standardised(images)), b.model.forward_features(standardised(images)))
         again = weights.load(str(tmp_path / "backbone")).eval()
