@@ -12,6 +12,7 @@ fp32) matmul rate at 8192³ (1024³).
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def matmul_rate(device: torch.device) -> float:
 
 def trial(recipe: str, folder: Path, arguments: list[str]) -> dict:
     """One run of pretrain.py, read from its log. The first lines are warm-up and do not count for the speed."""
-    command = [sys.executable, "ssl_vit/pretrain.py", "--recipe", recipe, "--output", str(folder), *arguments]
+    output = os.path.relpath(folder, ROOT)
+    command = [sys.executable, "ssl_vit/pretrain.py", "--recipe", recipe, "--output", output, *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     row = dict(recipe=recipe, command=" ".join(["python", *command[1:]]), exit=result.returncode)
     if result.returncode:
@@ -80,7 +82,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for recipe in OBJECTIVES:
         for variant, extra in variants.items():
-            folder = args.output / "runs" / f"{recipe}-{variant}"
+            folder = args.output.resolve() / "runs" / f"{recipe}-{variant}"
             common = ["--data", args.data, f"train.steps={args.steps}", "monitor.knn_every=0", "monitor.trackers=none"]
             row = trial(recipe, folder, [*common, *extra, *args.settings]) | dict(variant=variant) | about
             if "flops_per_second" in row:
