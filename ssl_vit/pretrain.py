@@ -322,8 +322,7 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
     """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
     precision = recipe.train.precision
     if precision == "auto":
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
-        able = not on_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        able = not told_to_use_cpu() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         precision = recipe.train.precision = "bf16" if able else "fp32"
     names = monitor.trackers(recipe.monitor.trackers)
     try:
@@ -340,11 +339,7 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
         raise UserError(
             f"Accelerate is configured for {kind}; this loop is data-parallel: choose multi-GPU, CPU or no."
         )
-    if (
-        "WORLD_SIZE" not in os.environ
-        and os.environ.get("ACCELERATE_USE_CPU") == "true"
-        and "MASTER_PORT" in os.environ
-    ):
+    if "WORLD_SIZE" not in os.environ and told_to_use_cpu() and "MASTER_PORT" in os.environ:
         say(
             "warning: accelerate launch --cpu started one process, whatever --num_processes says. For more: "
             f"torchrun --nproc_per_node 2 {' '.join(sys.argv)}"
@@ -355,6 +350,11 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
             f"take a multiple of {accelerator.num_processes}."
         )
     return accelerator
+
+
+def told_to_use_cpu() -> bool:
+    """Whether `accelerate launch --cpu` started this process."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
 class StopSignal:

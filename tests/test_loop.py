@@ -410,3 +410,13 @@ def test_convolutions_with_batch_norm_are_trained_whole(tmp_path):
     assert cut.wait() == 2 and "BatchNorm in ResNet needs the whole batch" in cut.said
     run(tmp_path, *arguments("supervised", *cnn, "--output", "whole"))
     assert weights.load(str(tmp_path / "whole")).input_size == (8, 8)
+
+
+def test_accelerate_launch_with_two_cpu_processes_says_that_it_is_one(tmp_path):
+    two = [*LAUNCH]
+    two[two.index("--num_processes") + 1] = "2"
+    started = launched([*two, SCRIPT, *arguments("mae", "train.steps=1", "--output", "run")], tmp_path)
+    said, _ = started.communicate(timeout=180)
+    assert started.returncode == 0, said
+    assert "started one process" in said and "torchrun --nproc_per_node 2" in said
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["runtime"]["processes"] == 1
