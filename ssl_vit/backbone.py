@@ -146,7 +146,7 @@ class TokenBackbone(Backbone):
         return self.model.forward_head(self.tokens(images, draw))
 
     def attention(self, images: Tensor) -> Tensor:
-        """The last block's attention of the class token to the patches, averaged over nothing: (B, heads, H, W)."""
+        """The last block's attention of the class token to the patches, for each head: (B, heads, H, W)."""
         m = self.model
         x = m.norm_pre(self.add_positions(self.patch_embed(images), self.grid(images)))
         for block in m.blocks[:-1]:
