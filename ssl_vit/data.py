@@ -4,6 +4,7 @@ Sets whose images share one size and fit `data.cache_gb` are decoded once into a
 lives on the device and is indexed there. Others are decoded, and cropped from the original, by worker processes.
 """
 
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from ssl_vit import recipe as recipes
-from ssl_vit import views
+from ssl_vit import subsets, views
 from ssl_vit.errors import UserError, nearest, say
 from ssl_vit.randomness import Draw
 
@@ -80,6 +81,17 @@ class ImageSet:
             self.labels = self.labels.to(device)
         return self
 
+    def part(self, chosen: Tensor) -> "ImageSet":
+        """These images, int64 (M,), alone."""
+        return dataclasses.replace(
+            self,
+            labels=None if self.labels is None else self.labels[chosen],
+            fingerprint=_fingerprint(self.fingerprint, chosen),
+            count=len(chosen),
+            images=None if self.images is None else self.images[chosen],
+            photo=self.photo and functools.partial(_photo, self.photo, chosen),
+        )
+
     def facts(self) -> dict:
         """What the data are, for the recipe: size, channels, mean and std in [0, 1], flip."""
         if self.images is not None:
@@ -93,10 +105,25 @@ class ImageSet:
 
 
 def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> ImageSet:
-    """The images that `config` names. role: "train" or "report"; classes: the training set's, so that labels agree.
+    """The images that `config` names. classes: the training set's, so that labels agree.
 
+    role: "train"; "held out", what `data.hold_out` leaves out of it; or "report", the split of the figures.
     Raises UserError for an unknown name, a missing path, an unreachable hub, an empty folder, a broken image.
     """
+    whole = _load(config, "report" if role == "report" else "train", classes)
+    if role == "report" or (config.subset is None and not config.hold_out):
+        return whole
+    labels = np.zeros(len(whole), dtype=int) if whole.labels is None else whole.labels.numpy()
+    chosen = np.arange(len(whole))
+    if config.subset is not None:
+        chosen = subsets.balanced(labels, config.subset, config.subset_seed)
+    if config.hold_out:
+        fit, rest = subsets.hold_out(labels[chosen], config.subset_seed)
+        chosen = chosen[rest if role == "held out" else fit]
+    return whole.part(torch.from_numpy(chosen))
+
+
+def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSet:
     if config.name == "digits":
         return _digits(role, config.channels or 1)
     rows, split, image, label, flip = _rows(config, role)
@@ -138,7 +165,7 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
         count=len(rows) if kept is None else len(kept),
         size=size,
         images=images,
-        photo=functools.partial(_photo, decode, kept) if images is None else None,
+        photo=functools.partial(_photo, functools.partial(_advising, decode), kept) if images is None else None,
         flip=flip,
         broken=broken,
     )
@@ -546,9 +573,14 @@ def _decode(read: Callable, channels: int, i: int) -> Tensor:
 
 
 def _photo(decode: Callable, kept: Tensor | None, i: int) -> Tensor:
-    """Image i of those kept, decoded. Raises UserError, naming it."""
+    """Image i of those kept, decoded."""
+    return decode(i if kept is None else int(kept[i]))
+
+
+def _advising(decode: Callable, i: int) -> Tensor:
+    """Image i, decoded. Raises UserError, naming it and the remedy."""
     try:
-        return decode(i if kept is None else int(kept[i]))
+        return decode(i)
     except UserError as error:
         raise _advised(error) from None
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
@@ -142,7 +142,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     if accelerator.is_main_process:
         finish(run, recipe, objective, images, device)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return 0
 
 
@@ -438,7 +439,9 @@ def main() -> int:
     if args.print_output:
         print(path)
         return 0
-    return pretrain(recipe, path)
+    code = pretrain(recipe, path)
+    PartialState().destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ class Data:
     label: str | None = setting(None, "the column that holds the labels")
     train_split: str | None = setting(None, "the split to train on")
     report_split: str | None = setting(None, "the split whose figures are reported")
+    subset: float | None = setting(
+        None, "train on a class-balanced part of the images: a fraction below 1, or so many of each class", above=0
+    )
+    subset_seed: int = setting(0, "which images that part holds; the parts of one seed are nested", at_least=0)
+    hold_out: bool = setting(False, "leave out a tenth of the training images, to choose settings on")
     size: int | list[int] | None = setting(None, "training resolution, S or [H, W]; the images' own if they share one")
     channels: int | None = setting(None, "1 grey, 3 RGB, others as stored", at_least=1)
     mean: list[float] | None = setting(None, "per channel, in [0, 1]")
