@@ -1,13 +1,25 @@
-"""Frozen features of a backbone: a run, a timm model, or raw pixels as the control."""
+"""Frozen features of a backbone: a run, a timm model, or raw pixels as the control.
 
-import time
+They are computed once per backbone and images, on all processes, and kept in SOURCE/features/ as .npy files.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
+from numpy.lib.format import open_memmap
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from ssl_vit import recipe as recipes
 from ssl_vit import weights
@@ -29,8 +41,15 @@ class Source:
     size: tuple[int, int] | None  # None: the images' own
 
     def data(self) -> recipes.Data | None:
-        """The images of its pre-training, as its recipe names them."""
-        return recipes.Data(**self.settings["data"]) if self.settings else None
+        """The images of its pre-training, as its recipe names them; all of them, where it saw a part."""
+        if not self.settings:
+            return None
+        return recipes.Data(**self.settings["data"] | dict(subset=None, hold_out=False))
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks that have features."""
+        return self.backbone.depth if self.backbone else 1
 
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
@@ -47,55 +66,103 @@ def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | No
 def _slug(data: recipes.Data | None) -> str:
     if data is None:
         raise UserError("Which images? Pass --data, or name a run first: its own images are taken then.")
-    return Path(data.name).resolve().name if Path(data.name).exists() else data.name.replace("/", "-")
+    return recipes.short(data.name)
 
 
 @dataclass
 class Features:
-    """Features by pooling, float32 (n, D) each, in the order of the images; FLOPs and seconds spent."""
+    """Of all images of a split, in their order: float32 (n, D), mapped from disk, by (block, pooling).
 
-    by_pooling: dict[str, np.ndarray]
-    flops: float
-    seconds: float
+    Blocks count from 0. Poolings are "cls" (if there is a class token) and "mean" (of the patches), each after the
+    final norm; of raw pixels "raw HxW".
+    """
+
+    arrays: dict[tuple[int, str], np.ndarray]
+    flops_per_image: float
+
+    def poolings(self, block: int) -> dict[str, np.ndarray]:
+        """{pooling: (n, D)} of one block; -1 is the last."""
+        block = block % (1 + max(b for b, _ in self.arrays))
+        return {pooling: values for (b, pooling), values in self.arrays.items() if b == block}
 
 
-@torch.inference_mode()
-def extract(source: Source, images: ImageSet, device: torch.device, batch: int = 256) -> Features:
-    """Last-block features of all images, pooled as "cls" (if there is a class token) and "mean" of the patches.
+def extract(source: Source, images: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)) -> Features:
+    """The features after these blocks. Every process computes its share and returns all.
 
     Raises UserError, naming the image, if a feature is not a finite number.
     """
-    started = time.perf_counter()
     size = source.size or images.size
     if source.backbone is None and (size is None or max(size) > 64):
         size = (64, 64)  # a photo's pixels are no feature
-    views = evaluation_views(images, size, weights.crop_pct(size), device, batch=batch)
+    if source.backbone is not None:
+        source.backbone.to(state.device)
+    blocks = sorted({block % source.depth for block in blocks})
+    zero = torch.zeros(1, images.channels, *size, device=state.device)
+    shapes = {key: value.shape[1] for key, value in _pool(source, zero, blocks).items()}
+    flops = _flops(source.backbone, zero) if source.backbone else 0.0
+
+    folder = source.folder / "features"
+    key = _key(source, images, size)
+    files = {k: folder / f"{key}-block{k[0]}-{k[1].replace(' ', '-')}.npy" for k in shapes}
+    with _lock(folder) if state.is_main_process else nullcontext():  # against another evaluator of the same backbone
+        state.wait_for_everyone()
+        missing = {k: file for k, file in files.items() if not file.exists()}
+        if missing:
+            _compute(source, images, state, size, missing, shapes)
+    return Features({k: np.load(file, mmap_mode="r") for k, file in files.items()}, flops)
+
+
+@torch.inference_mode()
+def _compute(
+    source: Source,
+    images: ImageSet,
+    state: PartialState,
+    size: tuple[int, int],
+    files: dict[tuple[int, str], Path],
+    shapes: dict[tuple[int, str], int],
+) -> None:
+    """Write the arrays of these files, each process its share of the rows."""
+    partial = {k: file.with_suffix(".partial.npy") for k, file in files.items()}
+    if state.is_main_process:
+        for k, file in partial.items():
+            _allocate(file, (len(images), shapes[k]))
+    state.wait_for_everyone()
+    arrays = {k: open_memmap(file, mode="r+") for k, file in partial.items()}
+    blocks = sorted({block for block, _ in files})
+    mine = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index]
+    views = evaluation_views(images, size, weights.crop_pct(size), state.device, torch.from_numpy(mine))
+    with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
+        at = mine[0] if len(mine) else 0
+        for view in views:
+            for k, values in _pool(source, view, blocks).items():
+                if k in arrays:
+                    arrays[k][at : at + len(view)] = values.float().cpu().numpy()
+            at += len(view)
+            bar.update(len(view))
+    for array in arrays.values():
+        array.flush()
+    state.wait_for_everyone()
+    bad = min((i for array in arrays.values() for i in _not_finite(array)), default=None)  # the same on all processes
+    if bad is not None:
+        raise UserError(f"{source.name} gives features that are not finite, first for image {bad}: it is broken.")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for k, file in partial.items():
+            os.replace(file, files[k])
+    state.wait_for_everyone()
+
+
+def _pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str], Tensor]:
+    """Features (B, D) by (block, pooling) of images (B, C, H, W) in [0, 1]."""
     if source.backbone is None:
-        raw = torch.cat([view.flatten(1).cpu() for view in views]).numpy()
-        return Features({f"raw {size[0]}x{size[1]}": raw}, 0.0, time.perf_counter() - started)
-    if images.channels != len(source.backbone.mean):
-        raise UserError(
-            f"{source.name} takes images of {len(source.backbone.mean)} channels, and those of {images.name} have "
-            f"{images.channels}."
-        )
-    backbone = source.backbone.to(device)
-    found: dict[str, list] = {}
-    flops = 0.0
-    for view in views:
-        if not flops:
-            flops = _flops(backbone, view[:1]) * len(images)
-        [(prefix, patches)] = backbone.features(view)
-        found.setdefault("mean", []).append(patches.flatten(1, 2).mean(1).float().cpu())
-        if prefix.shape[1]:
-            found.setdefault("cls", []).append(prefix[:, 0].float().cpu())
-    features = {pooling: torch.cat(parts).numpy() for pooling, parts in sorted(found.items())}
-    for values in features.values():
-        bad = np.flatnonzero(~np.isfinite(values).all(1))
-        if len(bad):
-            raise UserError(
-                f"{source.name} gives features that are not finite, first for image {bad[0]}: it is broken."
-            )
-    return Features(features, flops, time.perf_counter() - started)
+        return {(0, f"raw {view.shape[-2]}x{view.shape[-1]}"): view.flatten(1)}
+    found = {}
+    with torch.inference_mode():
+        for block, (prefix, patches) in zip(blocks, source.backbone.features(view, blocks), strict=True):
+            if prefix.shape[1]:
+                found[block, "cls"] = prefix[:, 0]
+            found[block, "mean"] = patches.flatten(1, 2).mean(1)
+    return found
 
 
 def pca(train: np.ndarray, others: np.ndarray, dimensions: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +173,57 @@ def pca(train: np.ndarray, others: np.ndarray, dimensions: int = 64) -> tuple[np
     return fitted.transform(train), fitted.transform(others)
 
 
-def _flops(backbone: Backbone, view: torch.Tensor) -> float:
+def _key(source: Source, images: ImageSet, size: tuple[int, int]) -> str:
+    """What the features depend on, in 16 hex digits: weights, mean, std, images and their size."""
+    digest = hashlib.sha256(json.dumps([images.fingerprint, images.split, list(size)]).encode())
+    if source.backbone is None:
+        digest.update(b"pixels")
+    else:
+        digest.update(json.dumps([type(source.backbone.model).__name__, source.backbone.args], default=str).encode())
+        for name, tensor in [*source.backbone.model.state_dict().items(), *source.backbone.named_buffers()]:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _allocate(file: Path, shape: tuple[int, int]) -> None:
+    """An empty float32 .npy file of this shape, its disk space reserved: a mapped file that lacks it kills the process.
+
+    Raises UserError if there is no room.
+    """
+    try:
+        open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(file, "r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise UserError(f"Cannot keep features in {file.parent} ({error.strerror}): make room there.") from None
+
+
+def _not_finite(array: np.ndarray) -> Iterator[int]:
+    """The first row that holds a value that is not finite, if any."""
+    for start in range(0, len(array), 4096):
+        bad = np.flatnonzero(~np.isfinite(array[start : start + 4096]).all(1))
+        if len(bad):
+            yield start + int(bad[0])
+            return
+
+
+def _progress(text: str, total: int, state: PartialState) -> tqdm:
+    return tqdm(desc=text, total=total, unit="image", leave=False, disable=not state.is_main_process, mininterval=1.0)
+
+
+@torch.inference_mode()
+def _flops(backbone: Backbone, view: Tensor) -> float:
     fused = [m for m in backbone.modules() if getattr(m, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False

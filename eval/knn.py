@@ -8,118 +8,97 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 
 The neighbours are training images, the queries those of the report split. Primary protocol: features centred by the
 training mean, unit length, k = 20, weights exp(similarity / 0.07). DINO's protocol is the same without centring.
+`accelerate launch` computes the features on all its processes.
 """
 
-import argparse
-import dataclasses
 import time
-from pathlib import Path
 
-import torch
+import numpy as np
 
-from eval import features, results
-from ssl_vit import data, errors, neighbours
-from ssl_vit import recipe as recipes
-from ssl_vit.errors import UserError
+from eval import features, inputs, pictures, results
+from ssl_vit import errors, neighbours
+from ssl_vit.errors import UserError, say
 
 KS = (1, 5, 10, 20, 100, 200)
 PRIMARY = 20
 
 
-def evaluate(
-    source: features.Source, train: data.ImageSet, test: data.ImageSet, device: torch.device, ks: list[int]
-) -> list[dict]:
-    """The rows of one backbone, a row for each pooling, centring and k; they are written to its folder."""
+def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None) -> list[dict]:
+    """The rows of one backbone: for each part of the labels, pooling, centring and k. They are written to its folder.
+
+    ks: default all of KS that there are training images for. Only the first process gets rows.
+    """
     started = time.perf_counter()
-    bank, queries = (features.extract(source, images, device) for images in (train, test))
+    train, test = asked.images(source)
+    bank, queries = (features.extract(source, images, asked.state) for images in (train, test))
+    if not asked.state.is_main_process:
+        return []
     labels, truth = train.labels.cpu().numpy(), test.labels.cpu().numpy()
-    common = results.describe_run(source.folder, source.settings) | dict(
-        backbone=source.settings.get("backbone", {}).get("name", source.name),
-        eval_data=test.name,
-        split=test.split,
-        layer=-1,
-        label_fraction=1.0,
-        subset_seed=None,
-        chosen="last checkpoint",
-        n=len(truth),
-        metric="accuracy",
-        eval_flops=bank.flops + queries.flops,
-        **results.surroundings(),
-    )
-    if source.backbone is None:
-        common |= dict(recipe=source.name)
+    common = inputs.row(source, test)
     rows, predictions = [], []
-    for pooling, vectors in bank.by_pooling.items():
-        pair = vectors, queries.by_pooling[pooling]
-        if source.name == "pixels-pca64":
-            pair = features.pca(*pair)
-        for protocol, centre in (("knn", True), ("knn-uncentred", False)):
-            near, asked = neighbours.prepare(*pair, centre=centre)
-            for k, answer in neighbours.vote(near, labels, asked, ks, len(train.classes)).items():
-                value = float((answer == truth).mean())
-                rows.append(common | dict(protocol=f"{protocol}-k{k}", pooling=pooling, value=value))
-                predictions.append(answer)
+    for part, chosen in asked.labelled(train):
+        flops = bank.flops_per_image * (len(chosen) + len(test))
+        for pooling, vectors in bank.poolings(-1).items():
+            pair = vectors[chosen], queries.poolings(-1)[pooling]
+            if source.name == "pixels-pca64":
+                pair = features.pca(*pair)
+            for protocol, centre in (("knn", True), ("knn-uncentred", False)):
+                near, far = neighbours.prepare(*pair, centre=centre)
+                able = choose(ks, len(chosen))
+                for k, answer in neighbours.vote(near, labels[chosen], far, able, len(train.classes)).items():
+                    value = float((answer == truth).mean())
+                    rows.append(
+                        common
+                        | part
+                        | dict(protocol=f"{protocol}-k{k}", pooling=pooling, value=value, eval_flops=flops)
+                    )
+                    predictions.append(answer)
     for row in rows:
         row["seconds"] = round(time.perf_counter() - started, 3)
     results.write(source.folder, rows, predictions, truth)
+    if source.backbone is not None:
+        pictures.write(source, train, test, bank, queries)
     return rows
 
 
-def load(config: recipes.Data, device: torch.device) -> tuple[data.ImageSet, data.ImageSet]:
-    """The training images and those of the report split. Raises UserError if either has no labels."""
-    train = data.load(config, "train").to(device)
-    test = data.load(dataclasses.replace(config, channels=train.channels), "report", train.classes).to(device)
-    if train.labels is None or test.labels is None:
-        raise UserError(f"k-NN needs labels, and {config.name} has none in its {train.split} or {test.split} split.")
-    return train, test
+def choose(ks: list[int] | None, count: int) -> list[int]:
+    """The k to vote with, of `count` neighbours. Raises UserError for one asked for that is more."""
+    if ks and (max(ks) > count or min(ks) < 1):
+        raise UserError(f"--k must lie between 1 and the {count} training images, and {max(ks)} does not.")
+    return sorted({k for k in (*(ks or KS), PRIMARY) if k <= count})
 
 
-def table(rows: list[list[dict]]) -> str:
-    """Primary and uncentred accuracy per backbone and pooling, in percent, as Markdown."""
-    lines = ["| backbone | features | k-NN (k=20) | uncentred |", "|---|---|---:|---:|"]
-    for of_backbone in rows:
-        poolings = dict.fromkeys(row["pooling"] for row in of_backbone)
-        for pooling in poolings:
-            value = {r["protocol"]: r["value"] for r in of_backbone if r["pooling"] == pooling}
-            name = of_backbone[0]["run"] + (" (random init)" if of_backbone[0]["recipe"] == "random" else "")
-            shown = [value[p] for p in (f"knn-k{PRIMARY}", f"knn-uncentred-k{PRIMARY}")]
-            lines.append(f"| {name} | {pooling} | " + " | ".join(f"{100 * v:.1f}" for v in shown) + " |")
+def table(rows: list[dict]) -> str:
+    """Primary and uncentred accuracy per backbone, labels and pooling, in percent, as Markdown."""
+    lines = ["| backbone | labels | features | k-NN (k=20) | uncentred |", "|---|---:|---|---:|---:|"]
+    shown: dict[tuple, dict[str, list]] = {}
+    for row in rows:
+        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        key = name, f"{row['train_n']:,}", row["pooling"]
+        shown.setdefault(key, {}).setdefault(row["protocol"], []).append(row["value"])
+    for key, values in shown.items():
+        cells = [values.get(f"{p}-k{PRIMARY}") for p in ("knn", "knn-uncentred")]
+        cells = ["–" if cell is None else f"{100 * np.mean(cell):.1f}" for cell in cells]
+        lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
-    )
-    parser.add_argument("--data", help="default: the images of the first run's pre-training")
+    parser = inputs.parser(__doc__)
     parser.add_argument("--k", type=int, nargs="+", help=f"default: {' '.join(map(str, KS))}")
     args = parser.parse_args()
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = recipes.Data(name=args.data) if args.data else None
-    size, sources = None, []
-    for name in args.backbone:
-        source = features.open_source(name, config, size)
-        config = config or source.data()
-        size = size or source.size
-        sources.append(source)
-    train, test = load(config, device)
-    count = len(train)
-    ks = args.k or [k for k in KS if k <= count]
-    if max(ks) > count or min(ks) < 1:
-        raise UserError(f"--k must lie between 1 and the {count} training images, and {max(ks)} does not.")
-    if PRIMARY not in ks:
-        ks.append(PRIMARY)
-
-    rows = [evaluate(source, train, test, device, sorted(ks)) for source in sources]
-    print(f"\nk-NN on {rows[0][0]['eval_data']} ({rows[0][0]['split']}, n = {rows[0][0]['n']:,}), accuracy in %\n")
-    print(table(rows))
-    skipped = [k for k in KS if k > count and not args.k]
+    asked = inputs.Inputs(args)
+    rows = [row for source in asked.sources for row in evaluate(source, asked, args.k)]
+    if not rows:
+        return
+    inputs.announce(rows)
+    say(table(rows))
+    fewest = min(row["train_n"] for row in rows)
+    skipped = [k for k in KS if k > fewest and not args.k]
     if skipped:
-        print(f"k = {', '.join(map(str, skipped))} left out: there are {count} training images.")
-    if config.name == "digits" and Path("pixels") in map(Path, args.backbone):
-        print(
+        say(f"k = {', '.join(map(str, skipped))} left out where there are but {fewest} training images.")
+    if asked.config.name == "digits" and any(row["recipe"] == "pixels" for row in rows):
+        say(
             "\nOn these 8x8 digits raw pixels win: this is a smoke test. The real comparison starts at natural images, "
             "such as --data cifar10."
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_vit.checkpoint import write as write_whole
+from ssl_vit.recipe import short
 
 # what identifies a measurement; the rest of a row is what came of it
 IDENTITY = (
@@ -59,7 +60,7 @@ def describe_run(folder: Path, settings: dict) -> dict:
         run=folder.name,
         recipe=settings.get("recipe") if last["images"] or not settings else "random",
         objective=settings.get("objective", {}).get("name"),
-        data=settings.get("data", {}).get("name"),
+        data=short(settings["data"]["name"]) if settings else None,
         seed=settings.get("train", {}).get("seed"),
         images_seen=last["images"],
         train_flops=last["flops"],

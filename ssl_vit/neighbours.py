@@ -15,6 +15,13 @@ def prepare(train: np.ndarray, queries: np.ndarray, centre: bool = True) -> tupl
     return unit[0], unit[1]
 
 
+def nearest(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(similarity, index) of the k training features nearest to each query by inner product, exact, both (m, k)."""
+    index = faiss.IndexFlatIP(train.shape[1])
+    index.add(train)
+    return index.search(queries, k)
+
+
 def vote(
     train: np.ndarray,
     labels: np.ndarray,

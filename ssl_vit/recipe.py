@@ -168,9 +168,13 @@ class Recipe:
 
     def run_name(self) -> str:
         """RECIPE-DATA[-HASH]-sSEED."""
-        data = Path(self.data.name).resolve().name if Path(self.data.name).exists() else self.data.name
-        parts = [self.name, data.replace("/", "-")] + ([self.tag] if self.tag else []) + [f"s{self.train.seed}"]
+        parts = [self.name, short(self.data.name)] + ([self.tag] if self.tag else []) + [f"s{self.train.seed}"]
         return "-".join(parts)
+
+
+def short(data: str) -> str:
+    """The name of images in names of files and rows: a path's last part, or owner-name."""
+    return Path(data).resolve().name if Path(data).exists() else data.replace("/", "-")
 
 
 def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[str], type]) -> Recipe:

@@ -22,16 +22,23 @@ def balanced(labels: np.ndarray, amount: float, seed: int) -> np.ndarray:
     return np.flatnonzero(rank < amount)
 
 
-def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices to fit on, indices to choose settings on): of each class the last tenth, at least one image.
+def hold_out(labels: np.ndarray, seed: int, fold: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(indices to fit on, indices to choose settings on): of each class a tenth, at least one image.
 
-    Raises UserError if a class has but one image.
+    fold: which tenth, counted from the last; those of different folds are disjoint. Raises UserError if a class has
+    but one image, of which none is left to fit on.
     """
     rank, size = _ranks(labels, seed)
     if size.min() < 2:
         raise UserError("A class has but one labelled image: none is left to choose settings on.")
-    chosen = rank >= size - np.maximum(np.round(size / 10), 1)
+    tenth = np.maximum(np.round(size / 10), 1)
+    chosen = (rank >= size - (fold + 1) * tenth) & (rank < size - fold * tenth)
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def folds(labels: np.ndarray) -> int:
+    """How many tenths settings are chosen on, one after another: 1 where a tenth is 200 images, else up to 5."""
+    return 1 if len(labels) >= 2000 else min(5, int(np.bincount(labels)[np.unique(labels)].min()))
 
 
 def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

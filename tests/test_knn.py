@@ -5,9 +5,9 @@ import math
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
-import torch
 from conftest import SMALL
 from sklearn.neighbors import KNeighborsClassifier
 from test_loop import ROOT, TINY, environment
@@ -83,7 +83,7 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "run", "pixels", "pixels-pca64"])
     knn.main()
     said = capsys.readouterr().out
-    assert "| pixels-digits | raw 8x8 |" in said and "(random init)" in said and "smoke test" in said
+    assert "| pixels-digits | 1,437 | raw 8x8 |" in said and "(random init)" in said and "smoke test" in said
 
     rows = results.read(tmp_path / "run")
     assert {r["pooling"] for r in rows} == {"cls", "mean"} and len(rows) == 2 * 2 * len(knn.KS)
@@ -96,6 +96,7 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
         assert set(results.IDENTITY) <= row.keys() and row["eval_flops"] > 0
     knn.main()  # again: rows are replaced, not added
     assert len(results.read(tmp_path / "run")) == len(rows)
+    assert {p.name for p in (tmp_path / "run/pictures").iterdir()} >= {"digits-neighbours.png", "digits-patches.png"}
 
     pixels = results.read(tmp_path / "runs" / "pixels-digits")
     value = {r["protocol"]: r["value"] for r in pixels}["knn-k20"]
@@ -113,6 +114,8 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
         (["--backbone", "nowhere"], "nowhere"),
         (["--backbone", "pixels"], "--data"),
         (["--backbone", "pixels", "--data", "digits", "--k", "5000"], "1437"),
+        (["--backbone", "pixels", "--data", "digits", "--k", "30", "--labels", "2"], "20 training images"),
+        (["--backbone", "pixels", "--data", "digits", "--labels", "500"], "one has"),
     ],
 )
 def test_bad_input_is_refused(arguments, said, monkeypatch, tmp_path):
@@ -122,33 +125,46 @@ def test_bad_input_is_refused(arguments, said, monkeypatch, tmp_path):
         knn.main()
 
 
+def test_fewer_labels_are_rows_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--backbone", "pixels", "--data", "digits", "--labels", "1%", "10", "all", "--label-seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", ["knn.py", *asked])
+    knn.main()
+    rows = [r for r in results.read(tmp_path / "runs/pixels-digits") if r["protocol"] == "knn-k5"]
+    found = {(r["label_fraction"], r["subset_seed"], r["train_n"]) for r in rows}
+    assert found == {
+        (0.01, 0, 10),
+        (0.01, 1, 10),
+        ("10 per class", 0, 100),
+        ("10 per class", 1, 100),
+        (1.0, None, 1437),
+    }
+    by_size = {n: np.mean([r["value"] for r in rows if r["train_n"] == n]) for n in (10, 100, 1437)}
+    assert by_size[10] < by_size[100] < by_size[1437]
+    assert "left out where there are but 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "200%", "2.5", "some"])
+def test_a_part_of_the_labels_that_is_none_is_refused(text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "pixels", "--labels", text])
+    with pytest.raises(SystemExit) as stopped:
+        knn.main()
+    assert stopped.value.code == 2 and "--labels" in capsys.readouterr().err
+
+
+def test_images_of_one_class_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = datasets.Dataset.from_dict(dict(image=[[[i % 250] * 8] * 8 for i in range(40)], label=[3] * 40))
+    table.to_parquet("one.parquet")
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "pixels", "--data", "one.parquet"])
+    with pytest.raises(UserError, match="of one class"):
+        knn.main()
+
+
 def test_a_run_without_a_backbone_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("recipe: mae\n")
     with pytest.raises(UserError, match="holds no backbone"):
         features.open_source(str(tmp_path), None, None)
-
-
-def test_features_that_are_not_finite_are_refused_with_the_image(monkeypatch, tmp_path):
-    from conftest import small_recipe
-
-    from ssl_vit import backbone as backbones
-
-    recipe = small_recipe("mae", "data.size=8", "data.channels=1", "data.mean=[0.3]", "data.std=[0.3]")
-    backbone = backbones.build(recipe.backbone, recipe.data, 0).eval()
-    images = data.load(recipes.Data(), "report")
-    forward = type(backbone).features
-
-    def broken(self, batch, blocks=(-1,)):
-        [(prefix, patches)] = forward(self, batch, blocks)
-        prefix, patches = prefix.clone(), patches.clone()
-        if len(batch) > 1:
-            prefix[3] = torch.nan
-        return [(prefix, patches)]
-
-    monkeypatch.setattr(type(backbone), "features", broken)
-    source = features.Source("broken", tmp_path, {}, backbone, (8, 8))
-    with pytest.raises(UserError, match="image 3"):
-        features.extract(source, images, torch.device("cpu"))
 
 
 def test_results_are_json_lines(tmp_path):

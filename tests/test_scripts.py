@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_loop import ROOT, environment
 
-SCRIPTS = ["ssl_vit/pretrain.py", "eval/knn.py"]
+SCRIPTS = ["ssl_vit/pretrain.py", "eval/knn.py", "eval/linear_probe.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,172 @@
+"""Linear heads on frozen features: many at once for a sweep, one by a published protocol, one by convex means."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from ssl_vit.schedules import cosine
+
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # for features of unit expected length
+PENALTIES = tuple(10.0**e for e in range(-4, 4))  # scikit-learn's C
+MOMENTUM = 0.9
+
+
+class Scale:
+    """Standardises features by the mean and standard deviation of the training features, per dimension, then divides
+    by the root of their number, so that one learning rate means the same for every width."""
+
+    def __init__(self, features: np.ndarray):
+        total = squares = np.zeros(features.shape[1])
+        for start in range(0, len(features), 8192):
+            part = features[start : start + 8192].astype(np.float64)
+            total, squares = total + part.sum(0), squares + (part**2).sum(0)
+        mean = total / len(features)
+        std = np.sqrt(np.maximum(squares / len(features) - mean**2, 0))
+        self.mean = mean.astype(np.float32)
+        self.factor = (1 / (np.maximum(std, 1e-6) * math.sqrt(len(std)))).astype(np.float32)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.mean) * self.factor
+
+
+def sweep(
+    features: dict[str, np.ndarray],
+    labels: np.ndarray,
+    others: dict[str, np.ndarray],
+    classes: int,
+    rates: dict[str, tuple[float, ...]],
+    steps: int,
+    batch: int,
+    seed: int,
+    device: torch.device,
+) -> dict[tuple[str, float], np.ndarray]:
+    """The classes, int64 (m,), that softmax regression predicts for the others, by (name of the features, rate).
+
+    A head for each of the named features (n, D) and each of its learning rates: all are trained side by side by SGD
+    with momentum 0.9 and a cosine from the rate to 0, on the same batches, without weight decay, from zero.
+    """
+    scales = {name: Scale(values) for name, values in features.items()}
+    weights = {n: torch.zeros(v.shape[1] + 1, len(rates[n]), classes, device=device) for n, v in features.items()}
+    speeds = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    peaks = {name: torch.tensor(r, device=device)[:, None] for name, r in rates.items()}
+    target = torch.from_numpy(labels)
+    rng = np.random.default_rng(seed)
+    for step, chosen in zip(range(steps), _batches(rng, len(labels), batch), strict=False):
+        truth = F.one_hot(target[chosen], classes).float().to(device)[:, None]
+        factor = cosine(step, steps, 1.0, 0.0)
+        for name, values in features.items():
+            x, weight = _with_one(scales[name](values[chosen]), device), weights[name]
+            error = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]).softmax(-1) - truth
+            speeds[name].mul_(MOMENTUM).add_((x.T @ error.flatten(1)).view_as(weight), alpha=1 / len(x))
+            weight.addcmul_(peaks[name] * -factor, speeds[name])
+    answers: dict[tuple[str, float], np.ndarray] = {}
+    for name, values in others.items():
+        found = [
+            (_with_one(scales[name](values[at : at + 8192]), device) @ weights[name].flatten(1))
+            .unflatten(1, weights[name].shape[1:])
+            .argmax(-1)
+            .cpu()
+            for at in range(0, len(values), 8192)
+        ]
+        for rate, answer in zip(rates[name], torch.cat(found).numpy().T, strict=True):
+            answers[name, rate] = answer
+    return answers
+
+
+def logistic(features: np.ndarray, labels: np.ndarray, others: np.ndarray, penalty: float) -> np.ndarray:
+    """The classes, int64 (m,), that scikit-learn's L2-penalised logistic regression predicts for the others (m, D).
+
+    Features are standardised by the training features'. penalty: C, the inverse of the strength.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    model = LogisticRegression(C=penalty, max_iter=1000).fit(scaler.transform(features), labels)
+    return model.predict(scaler.transform(others))
+
+
+@dataclass
+class Protocol:
+    """How a published evaluation trains its linear layer: on augmented views, from features of the last `blocks`."""
+
+    blocks: int
+    epochs: int
+    batch: int
+    rate: float  # for 256 images
+    optimizer: Literal["lars", "sgd"]
+    batch_norm: bool
+    warmup: int  # epochs
+    scale: tuple[float, float] = (0.08, 1.0)  # of the random crop; a flip comes with it
+
+
+PROTOCOLS = {
+    # He et al. 2021, arXiv 2111.06377, table 10; official main_linprobe.py
+    "mae": Protocol(1, 90, 16384, 0.1, "lars", True, 10),
+    # Caron et al. 2021, arXiv 2104.14294, appendix F.1; official eval_linear.py, ViT-S
+    "dino": Protocol(4, 100, 1024, 0.001, "sgd", False, 0),
+}
+
+
+def train(
+    protocol: Protocol,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    warmup: int,
+    lr: float,
+    width: int,
+    classes: int,
+    seed: int,
+    device: torch.device,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Train a head on `steps` batches of features (B, width) and labels (B,); returns what predicts (m,) from (m, width).
+
+    Weights start normal with deviation 0.01. Linear warm-up, then half a cosine to 0.
+    """
+    norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if protocol.batch_norm else nn.Identity()
+    linear = nn.Linear(width, classes)
+    nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(linear.bias)
+    head = nn.Sequential(norm, linear).to(device).train()
+    if protocol.optimizer == "lars":  # weights adapt, biases do not: official util/lars.py
+        groups = [dict(params=[linear.weight], always_adapt=True), dict(params=[linear.bias], always_adapt=False)]
+        optimizer = Lars(groups, lr=lr, momentum=MOMENTUM, weight_decay=0.0, trust_coeff=0.001)
+    else:
+        optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=MOMENTUM)
+    for step, (features, labels) in zip(range(steps), batches, strict=False):
+        now = lr * (step + 1) / warmup if step < warmup else cosine(step - warmup, steps - warmup, lr, 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = now
+        optimizer.zero_grad()
+        F.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+    head.eval()
+
+    @torch.no_grad()
+    def predict(features: np.ndarray) -> np.ndarray:
+        parts = (features[at : at + 8192] for at in range(0, len(features), 8192))
+        return torch.cat([head(torch.from_numpy(np.array(part)).to(device)).argmax(1).cpu() for part in parts]).numpy()
+
+    return predict
+
+
+def _batches(rng: np.random.Generator, n: int, size: int) -> Iterator[np.ndarray]:
+    """Indices of batch after batch, in a new order each epoch; what does not fill a batch goes into the next."""
+    left = np.empty(0, dtype=np.int64)
+    while True:
+        while len(left) < size:
+            left = np.concatenate([left, rng.permutation(n)])
+        chosen, left = left[:size], left[size:]
+        yield np.sort(chosen)
+
+
+def _with_one(features: np.ndarray, device: torch.device) -> Tensor:
+    """(B, D) → (B, D + 1) with a one for the bias."""
+    return F.pad(torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(device), (0, 1), value=1.0)

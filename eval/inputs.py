@@ -1,0 +1,123 @@
+"""What every evaluator is asked: which backbones, on which images, with how many labels."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from datetime import timedelta
+
+import faiss
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from eval import features, results
+from ssl_vit import data, subsets
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError, say
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments that all evaluators share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
+    )
+    parser.add_argument("--data", help="default: the images of the first run's pre-training")
+    parser.add_argument(
+        "--labels",
+        type=part,
+        nargs="+",
+        default=[None],
+        metavar="PART",
+        help="labelled training images: all, a share such as 1%%, or so many of each class; parts are nested",
+    )
+    parser.add_argument(
+        "--label-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="which images a part holds (default: 0)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads; default: cores / local processes")
+    return parser
+
+
+class Inputs:
+    """The backbones to evaluate, and the images to evaluate them on. Raises UserError for what is not there."""
+
+    def __init__(self, args: argparse.Namespace):
+        threads = args.threads or data.cores()
+        torch.set_num_threads(threads)
+        faiss.omp_set_num_threads(threads)
+        # the first process votes and fits alone, and the others may wait for it long
+        self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+        self.config = recipes.Data(name=args.data) if args.data else None
+        self.parts = [(part, seed) for part in args.labels for seed in (args.label_seeds if part else [None])]
+        self.sources: list[features.Source] = []
+        size = None
+        for name in args.backbone:
+            source = features.open_source(name, self.config, size)
+            self.config = self.config or source.data()
+            size = size or source.size
+            self.sources.append(source)
+        self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
+
+    def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
+        """(training images, those of the report split), with as many channels as the backbone takes."""
+        channels = self.config.channels if source.backbone is None else len(source.backbone.mean)
+        if channels not in self._loaded:
+            config = dataclasses.replace(self.config, channels=channels)
+            train = data.load(config, "train").to(self.state.device)
+            config.channels = train.channels
+            test = data.load(config, "report", train.classes).to(self.state.device)
+            for images in (train, test):
+                if images.labels is None:
+                    raise UserError(f"The {images.split} split of {config.name} has no labels to evaluate with.")
+            if len(set(train.labels.tolist())) < 2:
+                raise UserError(
+                    f"All training images of {config.name} are of one class: there is nothing to tell apart."
+                )
+            self._loaded[channels] = train, test
+        return self._loaded[channels]
+
+    def labelled(self, train: data.ImageSet) -> Iterator[tuple[dict, np.ndarray]]:
+        """(row keys, indices of the training images whose labels are used), for each part asked for."""
+        labels = train.labels.cpu().numpy()
+        for part, seed in self.parts:
+            chosen = subsets.balanced(labels, part, seed) if part else np.arange(len(labels))
+            yield dict(label_fraction=describe_part(part), subset_seed=seed, train_n=len(chosen)), chosen
+
+
+def part(text: str) -> float | None:
+    """How many labelled images: "all" → None, "1%" → 0.01, "5" of each class → 5.0."""
+    if text == "all":
+        return None
+    number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    whole = number >= 1 and number == int(number) and not text.endswith("%")
+    if not whole and not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"write all, a share such as 1%, or a number of each class, not {text}")
+    return number
+
+
+def describe_part(part: float | None) -> float | str:
+    """A row's label_fraction: 1.0, the fraction, or "N per class"."""
+    return 1.0 if part is None else part if part < 1 else f"{int(part)} per class"
+
+
+def row(source: features.Source, test: data.ImageSet) -> dict:
+    """What all rows of a backbone on these test images have in common."""
+    said = results.describe_run(source.folder, source.settings)
+    if source.backbone is None:
+        said["recipe"] = source.name
+    return said | dict(
+        backbone=source.settings.get("backbone", {}).get("name", source.name),
+        eval_data=test.name,
+        split=test.split,
+        layer=-1,
+        chosen="last checkpoint",
+        n=len(test),
+        metric="accuracy",
+        **results.surroundings(),
+    )
+
+
+def announce(rows: list[dict]) -> None:
+    """Say on what the figures were obtained."""
+    test = rows[0]
+    say(f"\n{test['eval_data']} ({test['split']}, n = {test['n']:,}), accuracy in %\n")

@@ -1,0 +1,303 @@
+"""Linear probes of frozen features.
+
+    python eval/linear_probe.py --backbone RUN [RUN|timm name|timm folder|pixels …] [--data …] [--labels 1% 10% all]
+    accelerate launch eval/linear_probe.py --preset mae --backbone RUN …
+
+On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
+
+    python eval/linear_probe.py --backbone runs/mae-digits-s0 pixels
+
+Presets:
+  sweep     learning rates × poolings (class token, mean of patches, both) × depths (last block, last four), trained
+            side by side in one pass over the features; chosen on a tenth of train, then trained again on all of it
+  logistic  scikit-learn's L2-penalised logistic regression on the last block; penalty chosen alike. For small sets
+  mae       MAE's protocol: BatchNorm without weights, LARS, batch 16,384, 90 epochs of random crops and flips
+  dino      DINO's: class tokens of the last four blocks, SGD, 100 epochs of random crops and flips
+The last two pass the images through the backbone in every epoch.
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate.utils import gather
+from torch import Tensor
+from tqdm import tqdm
+
+from eval import features, heads, inputs, results
+from ssl_vit import data, errors, subsets, views
+from ssl_vit.errors import UserError, say
+from ssl_vit.randomness import Order
+
+PRESETS = ("sweep", "logistic", *heads.PROTOCOLS)
+STEPS, EPOCHS = 1000, 10  # a sweep's length: so many steps, or epochs if that is more
+
+
+class Probe:
+    """A backbone's features of training and test images, and the rows that come of them."""
+
+    def __init__(self, source: features.Source, asked: inputs.Inputs, blocks: list[int]):
+        self.source, self.state = source, asked.state
+        self.train, self.test = asked.images(source)
+        self.blocks = sorted({b % source.depth for b in blocks})
+        self.bank, self.queries = (
+            features.extract(source, images, asked.state, self.blocks) for images in (self.train, self.test)
+        )
+        self.labels, self.truth = self.train.labels.cpu().numpy(), self.test.labels.cpu().numpy()
+        self.classes = len(self.train.classes)
+        self.seed = source.settings["train"]["seed"] if source.settings else 0
+        self.rows: list[dict] = []
+        self.predictions: list[np.ndarray] = []
+
+    def add(self, answer: np.ndarray, **keys) -> None:
+        self.rows.append(dict(value=float((answer == self.truth).mean()), **keys))
+        self.predictions.append(answer)
+
+
+def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None:
+    """Rows for each pooling, and "chosen" for the best of all; per_block: one for each block and pooling instead."""
+    sets = {name: combine(probe.bank, *name)[chosen] for name in combinations(probe, per_block)}
+    tests = {name: combine(probe.queries, *name) for name in sets}
+    labels = probe.labels[chosen]
+    batch = min(max(len(chosen) // 8, 16), 1024)
+    steps = max(STEPS, EPOCHS * len(chosen) // batch)
+    options = dict(classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device)
+    scores: dict[tuple, float] = {}
+    folds = subsets.folds(labels)
+    for fold in range(folds):
+        fit, rest = subsets.hold_out(labels, probe.seed, fold)
+        tried = heads.sweep(
+            {name: values[fit] for name, values in sets.items()},
+            labels[fit],
+            {name: values[rest] for name, values in sets.items()},
+            rates=dict.fromkeys(sets, heads.RATES),
+            **options,
+        )
+        for key, answer in tried.items():
+            scores[key] = scores.get(key, 0.0) + float((answer == labels[rest]).mean()) / folds
+    groups: dict[tuple, list] = {}  # the row's pooling and layer → the features and rates it may choose from
+    for key in scores:
+        pooling, blocks = key[0]
+        groups.setdefault((pooling, blocks[0] if per_block else -1), []).append(key)
+    if not per_block:
+        groups["chosen", -1] = list(scores)
+    best = {group: max(keys, key=scores.__getitem__) for group, keys in groups.items()}
+    names = {name for name, _ in best.values()}
+    answers = heads.sweep(
+        {name: sets[name] for name in names},
+        labels,
+        {name: tests[name] for name in names},
+        rates={name: tuple(sorted({r for n, r in best.values() if n == name})) for name in names},
+        **options,
+    )
+    work = (
+        6 * steps * min(1024, len(chosen)) * probe.classes * len(heads.RATES) * sum(v.shape[1] for v in sets.values())
+    )
+    for (pooling, layer), (name, rate) in best.items():
+        probe.add(
+            answers[name, rate],
+            protocol="linear-block" if per_block else "linear-sweep",
+            pooling=pooling,
+            layer=layer,
+            chosen=f"{'learning rate' if per_block else how(pooling)} on {where(folds)}",
+            settings=dict(
+                rate=rate,
+                pooling=name[0],
+                blocks=list(name[1]),
+                validation=scores[name, rate],
+                tried=len(groups[pooling, layer]),
+                at_the_edge=rate in (heads.RATES[0], heads.RATES[-1]),
+            ),
+            eval_flops=probe.bank.flops_per_image * (len(chosen) + len(probe.test)) + work,
+            **part,
+        )
+
+
+def how(pooling: str) -> str:
+    return "learning rate, pooling and depth" if pooling == "chosen" else "learning rate and depth"
+
+
+def where(folds: int) -> str:
+    return "a tenth of train" if folds == 1 else f"{folds} tenths of train, in turns"
+
+
+def combinations(probe: Probe, per_block: bool) -> list[tuple[str, tuple[int, ...]]]:
+    """(pooling, blocks) of the features that a sweep looks at."""
+    poolings = list(probe.bank.poolings(-1))
+    if per_block:
+        return [(pooling, (block,)) for block in probe.blocks for pooling in poolings]
+    if len(poolings) > 1:
+        poolings.append("concat")
+    depths = dict.fromkeys((tuple(probe.blocks[-1:]), tuple(probe.blocks[-4:])))
+    return [(pooling, blocks) for pooling in poolings for blocks in depths]
+
+
+def combine(found: features.Features, pooling: str, blocks: tuple[int, ...]) -> np.ndarray:
+    """(n, D) of these blocks, one beside the other; "concat" is all poolings."""
+    parts = [values for b in blocks for p, values in found.poolings(b).items() if pooling in (p, "concat")]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+
+
+def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
+    """A row for each pooling of the last block."""
+    labels = probe.labels[chosen]
+    folds = subsets.folds(labels)
+    for pooling, values in probe.bank.poolings(-1).items():
+        values = values[chosen]
+        scores = dict.fromkeys(heads.PENALTIES, 0.0)
+        for fold in range(folds):
+            fit, rest = subsets.hold_out(labels, probe.seed, fold)
+            for c in tqdm(heads.PENALTIES, desc=f"logistic regression, {pooling}", leave=False):
+                answer = heads.logistic(values[fit], labels[fit], values[rest], c)
+                scores[c] += float((answer == labels[rest]).mean()) / folds
+        penalty = max(scores, key=scores.__getitem__)
+        probe.add(
+            heads.logistic(values, labels, probe.queries.poolings(-1)[pooling], penalty),
+            protocol="logistic",
+            pooling=pooling,
+            layer=-1,
+            chosen=f"penalty on {where(folds)}",
+            settings=dict(
+                C=penalty,
+                validation=scores[penalty],
+                tried=len(scores),
+                at_the_edge=penalty in (heads.PENALTIES[0], heads.PENALTIES[-1]),
+            ),
+            eval_flops=probe.bank.flops_per_image * (len(chosen) + len(probe.test)),
+            **part,
+        )
+
+
+def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs: int | None) -> None:
+    """One row, of the preset's protocol. Every process computes its share of the features and trains the same head."""
+    protocol = heads.PROTOCOLS[preset]
+    pooling = next(iter(probe.bank.poolings(-1)))  # the class token; the mean where a model has none
+    blocks = probe.blocks[-protocol.blocks :]
+    tests = combine(probe.queries, pooling, tuple(blocks))
+    batch = min(protocol.batch, len(chosen))
+    length = epochs or protocol.epochs
+    steps = length * len(chosen) // batch
+    predict = heads.train(
+        protocol,
+        augmented(probe, chosen, protocol, pooling, blocks, steps, batch),
+        steps,
+        warmup=min(steps, protocol.warmup * len(chosen) // batch),
+        lr=protocol.rate * batch / 256,
+        width=tests.shape[1],
+        classes=probe.classes,
+        seed=probe.seed,
+        device=probe.state.device,
+    )
+    answer = predict(tests)
+    probe.add(
+        answer,
+        protocol=f"linear-{preset}" + (f"-{epochs}ep" if epochs else ""),
+        pooling=pooling,
+        layer=-1,
+        chosen="last epoch",
+        settings=dict(epochs=length, batch=batch, lr=protocol.rate * batch / 256),
+        eval_flops=probe.bank.flops_per_image * (length * len(chosen) + len(probe.test)),
+        **part,
+    )
+
+
+def augmented(
+    probe: Probe,
+    chosen: np.ndarray,
+    protocol: heads.Protocol,
+    pooling: str,
+    blocks: list[int],
+    steps: int,
+    batch: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(features (B, D), labels (B,)) of global batches of random crops and flips, the same on all processes."""
+    source, state, images = probe.source, probe.state, probe.train
+    if source.backbone is None:
+        raise UserError(
+            "The presets mae and dino pass images through a backbone: pixels have none. Use --preset sweep."
+        )
+    spec = views.crop_flip(source.size, 0.5 if images.flip else 0.0, protocol.scale)
+    order = Order(probe.seed, len(chosen), batch)
+    share = -(-batch // state.num_processes)  # the last process repeats a few rows, which are cut off again
+    mine = np.minimum(np.arange(share) + share * state.process_index, batch - 1)
+    cut = [mine[at : at + 256] for at in range(0, share, 256)]
+    plan = ((step, rows, chosen[order.indices(step, rows)]) for step in range(steps) for rows in cut)
+    workers = min(data.cores(), 16)
+    stream = data.chunks(images, spec, plan, probe.seed, state.device, workers)
+    for _ in tqdm(range(steps), desc=f"linear probe of {source.name}", leave=False, disable=not state.is_main_process):
+        parts, labels = [], []
+        for _ in cut:
+            chunk = next(stream)
+            with torch.no_grad():
+                found = source.backbone.features(chunk.views(images, spec)["image"], blocks)
+            tokens = [prefix[:, 0] if pooling == "cls" else patches.flatten(1, 2).mean(1) for prefix, patches in found]
+            parts.append(torch.cat(tokens, 1).float())
+            labels.append(images.labels[chunk.indices.to(images.labels.device)].to(state.device))
+        yield gather(torch.cat(parts))[:batch], gather(torch.cat(labels))[:batch]
+
+
+def table(rows: list[dict]) -> str:
+    """Accuracy per backbone, labels and pooling, in percent, as Markdown."""
+    lines = [
+        "| backbone | labels | protocol | features | block | accuracy | chosen |",
+        "|---|---:|---|---|---:|---:|---|",
+    ]
+    for row in rows:
+        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        settings = ", ".join(f"{k} {v:g}" for k, v in row["settings"].items() if k in ("rate", "C", "lr"))
+        edge = " (at the edge of what was tried)" if row["settings"].get("at_the_edge") else ""
+        block = "last" if row["layer"] == -1 else row["layer"]
+        lines.append(
+            f"| {name} | {row['train_n']:,} | {row['protocol']} | {row['pooling']} | {block} | "
+            f"{100 * row['value']:.1f} | {settings}{edge} |"
+        )
+    return "\n".join(lines)
+
+
+def evaluate(
+    source: features.Source, asked: inputs.Inputs, preset: str, per_block: bool, epochs: int | None
+) -> list[dict]:
+    """The rows of one backbone, written to its folder; only the first process gets any."""
+    started = time.perf_counter()
+    depth = source.depth
+    needed = {"logistic": 1} | {name: p.blocks for name, p in heads.PROTOCOLS.items()}
+    last = depth if per_block else min(needed.get(preset, 4), depth)
+    probe = Probe(source, asked, list(range(depth - last, depth)))
+    main = asked.state.is_main_process
+    for part, chosen in asked.labelled(probe.train):
+        if preset in heads.PROTOCOLS:
+            published(probe, part, chosen, preset, epochs)
+        elif main and preset == "logistic":
+            logistic(probe, part, chosen)
+        elif main:
+            sweep(probe, part, chosen, per_block)
+    if not main:
+        return []
+    common = inputs.row(source, probe.test) | dict(seconds=round(time.perf_counter() - started, 3))
+    rows = [common | row for row in probe.rows]
+    results.write(source.folder, rows, probe.predictions, probe.truth)
+    return rows
+
+
+def main() -> None:
+    parser = inputs.parser(__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="sweep")
+    parser.add_argument("--per-block", action="store_true", help="sweep: the accuracy after every block instead")
+    parser.add_argument("--epochs", type=int, help="mae, dino: instead of the protocol's; the rows are named after it")
+    args = parser.parse_args()
+    if args.per_block and args.preset != "sweep":
+        raise UserError("--per-block belongs to --preset sweep.")
+    if args.epochs is not None and (args.preset not in heads.PROTOCOLS or args.epochs < 1):
+        raise UserError("--epochs belongs to --preset mae or dino, and is 1 or more.")
+    asked = inputs.Inputs(args)
+    rows = [
+        row for source in asked.sources for row in evaluate(source, asked, args.preset, args.per_block, args.epochs)
+    ]
+    if rows:
+        inputs.announce(rows)
+        say(table(rows))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,114 @@
+"""Frozen features: those of plain timm, kept on disk, the same on one process and two."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import PartialState
+from conftest import SMALL, small_recipe
+from test_loop import ROOT, TINY, environment
+
+from eval import features
+from ssl_vit import backbone as backbones
+from ssl_vit import data, views, weights
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+
+DIGITS = ["data.size=8", "data.channels=1", "data.mean=[0.3]", "data.std=[0.3]"]
+
+
+def small_source(folder, name="mae"):
+    recipe = small_recipe(name, *DIGITS)
+    backbone = backbones.build(recipe.backbone, recipe.data, 0).eval()
+    return features.Source("small", folder, {}, backbone, (8, 8))
+
+
+@pytest.fixture
+def state():
+    return PartialState(cpu=True)
+
+
+@pytest.fixture
+def images():
+    return data.load(recipes.Data(), "report")
+
+
+def test_they_are_those_of_plain_timm_before_and_after_a_file(tmp_path, state, images):
+    source = small_source(tmp_path)
+    weights.save(source.backbone, tmp_path / "saved")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    loaded = features.open_source(str(tmp_path / "saved"), recipes.Data(), None)
+    loaded.folder = tmp_path / "other"
+    with torch.no_grad():
+        batch = views.whole(images.images, (8, 8), 1.0)
+        mean, std = (torch.tensor(plain.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
+        tokens = plain.forward_features((batch - mean) / std)
+        each = plain.forward_intermediates((batch - mean) / std, indices=[0], norm=True, intermediates_only=True)
+    for found in (features.extract(s, images, state, [0, -1]) for s in (source, loaded)):
+        last = found.poolings(-1)
+        assert np.allclose(last["cls"], tokens[:, 0], atol=1e-5)
+        assert np.allclose(last["mean"], tokens[:, 1:].mean(1), atol=1e-5)
+        assert np.allclose(found.poolings(0)["mean"], each[0].mean((2, 3)), atol=1e-5)
+        assert found.flops_per_image > 0
+
+
+def test_they_are_computed_once_and_again_when_the_weights_differ(tmp_path, state, images, monkeypatch):
+    source = small_source(tmp_path)
+    first = features.extract(source, images, state).poolings(-1)["cls"].copy()
+    calls = []
+    forward = type(source.backbone).features
+    monkeypatch.setattr(
+        type(source.backbone), "features", lambda self, x, blocks=(-1,): calls.append(len(x)) or forward(self, x, blocks)
+    )
+    again = features.extract(source, images, state).poolings(-1)["cls"]
+    assert np.array_equal(first, again) and max(calls) == 1  # one made-up image, to know shapes and FLOPs
+    with torch.no_grad():
+        source.backbone.model.norm.bias += 1
+    moved = features.extract(source, images, state).poolings(-1)["cls"]
+    assert np.allclose(moved, first + 1, atol=1e-5) and max(calls) > 1
+
+
+def test_features_that_are_not_finite_are_refused_with_the_image(tmp_path, state, images, monkeypatch):
+    source = small_source(tmp_path)
+    forward = type(source.backbone).features
+
+    def broken(self, batch, blocks=(-1,)):
+        [(prefix, patches)] = forward(self, batch, blocks)
+        prefix = prefix.clone()
+        if len(batch) > 1:
+            prefix[3] = torch.nan
+        return [(prefix, patches)]
+
+    monkeypatch.setattr(type(source.backbone), "features", broken)
+    for _ in range(2):  # and nothing of it is kept
+        with pytest.raises(UserError, match="image 3"):
+            features.extract(source, images, state)
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """k-NN and MAE's linear probe through the scripts, by torchrun: the same rows, every test image once."""
+    settings = ["--recipe", "mae", *TINY, *SMALL["mae"], "train.steps=0", "--output", "run"]
+    subprocess.run(
+        [sys.executable, str(ROOT / "ssl_vit/pretrain.py"), *settings], check=True, env=environment(), cwd=tmp_path
+    )
+    evaluators = [["knn.py"], ["linear_probe.py", "--preset", "mae", "--epochs", "2"]]
+    found = []
+    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]):
+        for script, *arguments in evaluators:
+            command = [*launcher, str(ROOT / "eval" / script), "--backbone", "run", *arguments]
+            subprocess.run(command, check=True, env=environment(), cwd=tmp_path, capture_output=True)
+        lines = (tmp_path / "run/results.jsonl").read_text().splitlines()
+        found.append({(r["protocol"], r["pooling"]): r for r in map(json.loads, lines)})
+        (tmp_path / "run/results.jsonl").unlink()
+        for file in (tmp_path / "run/features").iterdir():
+            file.unlink()
+    one, two = found
+    assert one.keys() == two.keys() and ("linear-mae-2ep", "cls") in one
+    for key, row in one.items():
+        assert row["n"] == two[key]["n"] == 360
+        assert row["value"] == pytest.approx(two[key]["value"], abs=2 / 360), key  # a near tie may fall otherwise
+        assert row["predictions"] == two[key]["predictions"]

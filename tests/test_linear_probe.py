@@ -1,0 +1,188 @@
+"""Linear heads against plain float64 loops; the rows of each preset; what is chosen, and on what."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from eval import features, heads, linear_probe, results
+from ssl_vit import data
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+
+CPU = torch.device("cpu")
+rng = np.random.default_rng(0)
+CENTRES = rng.normal(size=(4, 6))
+LABELS, TRUTH = rng.integers(0, 4, 300), rng.integers(0, 4, 200)
+TRAIN = (CENTRES[LABELS] + rng.normal(size=(300, 6)) * [1, 2, 1, 1, 3, 1] + 5).astype(np.float32)
+OTHERS = (CENTRES[TRUTH] + rng.normal(size=(200, 6)) * [1, 2, 1, 1, 3, 1] + 5).astype(np.float32)
+OPTIONS = dict(classes=4, steps=60, batch=32, seed=0, device=CPU)
+
+
+def one_hot(labels):
+    return np.eye(4)[labels]
+
+
+def softmax(x):
+    x = np.exp(x - x.max(1, keepdims=True))
+    return x / x.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("rate", [0.1, 3.0])
+def test_a_sweep_trains_each_head_as_a_plain_float64_loop(rate):
+    found = heads.sweep(dict(a=TRAIN), LABELS, dict(a=OTHERS), rates=dict(a=(0.1, 3.0)), **OPTIONS)
+    mean, std = TRAIN.astype(np.float64).mean(0), TRAIN.astype(np.float64).std(0)
+    x, y = [np.c_[(v - mean) / std / np.sqrt(6), np.ones(len(v))] for v in (TRAIN, OTHERS)]
+    weight, speed = np.zeros((7, 4)), np.zeros((7, 4))
+    batches = heads._batches(np.random.default_rng(0), 300, 32)
+    for step in range(60):
+        chosen = next(batches)
+        speed = 0.9 * speed + x[chosen].T @ (softmax(x[chosen] @ weight) - one_hot(LABELS[chosen])) / 32
+        weight -= rate * 0.5 * (1 + np.cos(np.pi * step / 59)) * speed
+    assert (found["a", rate] == (y @ weight).argmax(1)).mean() > 0.99
+
+
+def test_batches_visit_every_image_equally_often():
+    batches = heads._batches(np.random.default_rng(1), 10, 4)
+    seen = np.concatenate([next(batches) for _ in range(10)])
+    assert np.bincount(seen).tolist() == [4] * 10
+
+
+def test_lars_and_batch_norm_as_a_plain_float64_loop():
+    protocol = heads.PROTOCOLS["mae"]
+    chosen = np.random.default_rng(2).integers(0, 300, (4, 64))
+    batches = ((torch.from_numpy(TRAIN[i]), torch.from_numpy(LABELS[i])) for i in chosen)
+    predict = heads.train(protocol, batches, 4, 1, 5.0, 6, 4, seed=0, device=CPU)
+
+    start = torch.nn.init.normal_(torch.empty(4, 6), std=0.01, generator=torch.Generator().manual_seed(0))
+    weight, bias = start.double().numpy(), np.zeros(4)
+    speeds, average, variance = [0.0, 0.0], np.zeros(6), np.ones(6)
+    for step, i in enumerate(chosen):
+        x = TRAIN[i].astype(np.float64)
+        average = 0.9 * average + 0.1 * x.mean(0)
+        variance = 0.9 * variance + 0.1 * x.var(0, ddof=1)
+        x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
+        error = (softmax(x @ weight.T + bias) - one_hot(LABELS[i])) / 64
+        gradient = error.T @ x
+        gradient *= 0.001 * np.linalg.norm(weight) / np.linalg.norm(gradient)
+        speeds = [0.9 * speeds[0] + gradient, 0.9 * speeds[1] + error.sum(0)]
+        now = 5.0 if step == 0 else 5.0 * 0.5 * (1 + np.cos(np.pi * (step - 1) / 2))
+        weight, bias = weight - now * speeds[0], bias - now * speeds[1]
+    logits = (OTHERS - average) / np.sqrt(variance + 1e-6) @ weight.T + bias
+    assert (predict(OTHERS) == logits.argmax(1)).mean() > 0.98
+
+
+def test_logistic_regression_is_scikit_learn_on_standardised_features():
+    mean, std = TRAIN.mean(0), TRAIN.std(0)
+    expected = LogisticRegression(C=0.1, max_iter=1000).fit((TRAIN - mean) / std, LABELS).predict((OTHERS - mean) / std)
+    assert (heads.logistic(TRAIN, LABELS, OTHERS, 0.1) == expected).mean() > 0.99
+
+
+@pytest.mark.parametrize("broken", ["constant features", "shuffled labels"])
+def test_what_says_nothing_gives_chance(broken):
+    train = np.ones_like(TRAIN) if broken == "constant features" else TRAIN
+    others = np.ones_like(OTHERS) if broken == "constant features" else OTHERS
+    labels = np.random.default_rng(3).permutation(LABELS)
+    answers = heads.sweep(dict(a=train), labels, dict(a=others), rates=dict(a=(0.3, 10.0)), **OPTIONS)
+    answers["logistic"] = heads.logistic(train, labels, others, 1.0)
+    batches = iter([(torch.from_numpy(train), torch.from_numpy(labels))] * 20)
+    answers["dino"] = heads.train(heads.PROTOCOLS["dino"], batches, 20, 0, 0.1, 6, 4, seed=0, device=CPU)(others)
+    for name, answer in answers.items():
+        assert 0.1 < (answer == TRUTH).mean() < 0.4, name
+
+
+def run(monkeypatch, tmp_path, *arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(linear_probe, "STEPS", 60)
+    monkeypatch.setattr(linear_probe, "EPOCHS", 1)
+    monkeypatch.setattr(sys, "argv", ["linear_probe.py", *arguments])
+    linear_probe.main()
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    from test_features import small_source
+
+    from ssl_vit import weights
+
+    weights.save(small_source(tmp_path).backbone, tmp_path / "small")
+    return ["--backbone", "small", "--data", "digits"]
+
+
+def test_a_sweep_chooses_on_train_alone(tmp_path, monkeypatch, backbone, capsys):
+    run(monkeypatch, tmp_path, *backbone, "--labels", "all", "10")
+    rows = results.read(tmp_path / "runs/small-digits")
+    assert {(r["pooling"], r["train_n"]) for r in rows} == {
+        (p, n) for p in ("cls", "mean", "concat", "chosen") for n in (1437, 100)
+    }
+    assert {r["chosen"].split(" on ")[1] for r in rows} == {"5 tenths of train, in turns"}
+    for row in rows:
+        assert row["protocol"] == "linear-sweep" and row["layer"] == -1 and row["n"] == 360
+        assert row["settings"]["tried"] == len(heads.RATES) * (6 if row["pooling"] == "chosen" else 2)
+        assert set(results.IDENTITY) <= row.keys()
+    assert "| small-digits | 1,437 | linear-sweep | chosen |" in capsys.readouterr().out
+
+    # other test images change no choice
+    before = {results.row_id(r): r["settings"] for r in rows}
+    load = data.load
+
+    def other(config, role, classes=None):
+        images = load(config, role, classes)
+        if role == "report":
+            images.labels = images.labels.roll(1)
+        return images
+
+    monkeypatch.setattr(data, "load", other)
+    run(monkeypatch, tmp_path, *backbone, "--labels", "all", "10")
+    again = results.read(tmp_path / "runs/small-digits")
+    assert {results.row_id(r): r["settings"] for r in again} == before
+    assert [r["value"] for r in again] != [r["value"] for r in rows]
+
+
+def test_every_block_has_its_row(tmp_path, monkeypatch, backbone):
+    run(monkeypatch, tmp_path, *backbone, "--per-block")
+    rows = results.read(tmp_path / "runs/small-digits")
+    assert {(r["layer"], r["pooling"]) for r in rows} == {(b, p) for b in (0, 1) for p in ("cls", "mean")}
+    assert {r["protocol"] for r in rows} == {"linear-block"}
+
+
+@pytest.mark.parametrize("preset", ["logistic", "mae", "dino"])
+def test_presets(preset, tmp_path, monkeypatch, backbone):
+    epochs = [] if preset == "logistic" else ["--epochs", "2"]
+    monkeypatch.setattr(heads, "PENALTIES", (0.01, 1.0))
+    run(monkeypatch, tmp_path, *backbone, "--preset", preset, *epochs)
+    rows = results.read(tmp_path / "runs/small-digits")
+    expected = {"logistic"} if preset == "logistic" else {f"linear-{preset}-2ep"}
+    assert {r["protocol"] for r in rows} == expected and {r["n"] for r in rows} == {360}
+    assert {r["pooling"] for r in rows} == ({"cls", "mean"} if preset == "logistic" else {"cls"})
+
+
+def test_the_backbone_is_left_as_it_was(tmp_path, monkeypatch, backbone):
+    opened = []
+    original = features.open_source
+    monkeypatch.setattr(features, "open_source", lambda *a: opened.append(original(*a)) or opened[-1])
+    before = features.open_source(str(tmp_path / "small"), recipes.Data(), None).backbone.state_dict()
+    run(monkeypatch, tmp_path, *backbone, "--preset", "mae", "--epochs", "1")
+    used = opened[-1].backbone
+    assert not used.training and all(p.grad is None for p in used.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in used.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "mae", "--per-block"], "--per-block belongs"),
+        (["--epochs", "3"], "--epochs belongs"),
+        (["--labels", "1"], "but one labelled image"),
+    ],
+)
+def test_bad_input_is_refused(arguments, said, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=said):
+        run(monkeypatch, tmp_path, "--backbone", "pixels", "--data", "digits", *arguments)
+
+
+def test_pixels_have_no_augmented_features(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--preset sweep"):
+        run(monkeypatch, tmp_path, "--backbone", "pixels", "--data", "digits", "--preset", "mae")
