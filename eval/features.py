@@ -54,19 +54,18 @@ class Source:
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
     """A run directory, a timm folder or model, or a control. data, size: those of the figures beside it."""
-    if name in CONTROLS:
-        return Source(name, Path("runs") / f"{name}-{_slug(data)}", {}, None, size)
     path = Path(name)
-    backbone = weights.load(name).eval()
-    if (path / "recipe.yaml").exists():
+    backbone = None if name in CONTROLS else weights.load(name).eval()
+    if backbone and (path / "recipe.yaml").exists():
         return Source(name, path, yaml.safe_load((path / "recipe.yaml").read_text()), backbone, backbone.input_size)
-    return Source(name, Path("runs") / f"{path.name}-{_slug(data)}", {}, backbone, backbone.input_size)
-
-
-def _slug(data: recipes.Data | None) -> str:
     if data is None:
         raise UserError("Which images? Pass --data, or name a run first: its own images are taken then.")
-    return recipes.short(data.name)
+    return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size)
+
+
+def folder_of(name: str, data: str) -> Path:
+    """Where the rows of a backbone go that is no run."""
+    return Path("runs") / f"{Path(name).name}-{recipes.short(data)}"
 
 
 @dataclass

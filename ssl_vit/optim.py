@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
 from ssl_vit.backbone import Backbone
-from ssl_vit.objectives.base import cosine
+from ssl_vit.schedules import cosine
 
 
 def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim.AdamW:

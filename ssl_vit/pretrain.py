@@ -23,10 +23,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from ssl_vit import backbone as backbones
-from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, weights
+from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, pictures, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Facts, Objective
@@ -110,8 +109,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             run.save(step, state, recipe.runtime.keep_every)
 
     objective.train()
-    stop.listen()
-    with watch:
+    with stop, watch:
         for step in range(done, total):
             chunks = [next(stream) for _ in range(math.ceil(share / size))]
             while True:
@@ -208,6 +206,11 @@ def average_gradients(accelerator: Accelerator, objective: Objective, fits: bool
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
+
+
+def read(recipe: str, settings: list[str], data: str | None) -> recipes.Recipe:
+    """The recipe of that name or file with these `key=value`, checked against its objective's own settings too."""
+    return recipes.read(recipe, settings, data, lambda name: objectives.find(name).Config)
 
 
 def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
@@ -321,14 +324,11 @@ def set_threads(asked: int | str) -> int:
 
 def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
     """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
-    precision = recipe.train.precision
-    if precision == "auto":
-        able = not told_to_use_cpu() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-        precision = recipe.train.precision = "bf16" if able else "fp32"
+    resolve_precision(recipe)
     names = monitor.trackers(recipe.monitor.trackers)
     try:
         accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
             cpu=not torch.accelerator.is_available(),  # else torchrun's processes on a CPU do not form a group
             log_with=names or None,
             project_dir=path,
@@ -353,6 +353,13 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
     return accelerator
 
 
+def resolve_precision(recipe: recipes.Recipe) -> None:
+    """Replace train.precision=auto by what this device can do."""
+    if recipe.train.precision == "auto":
+        able = not told_to_use_cpu() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        recipe.train.precision = "bf16" if able else "fp32"
+
+
 def told_to_use_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
@@ -366,10 +373,14 @@ class StopSignal:
         # accelerate launch dies of SIGTERM without passing it on to its one child
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
-    def listen(self) -> None:
+    def __enter__(self) -> "StopSignal":
         """From here on a signal waits for the step; before the first step there is nothing to save."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame) -> None:
         if self._asked and number == signal.SIGINT:
@@ -406,14 +417,9 @@ def finish(run: checkpoint.Run, recipe: recipes.Recipe, objective: Objective, im
     chosen = torch.arange(min(8, len(images)))
     [batch] = data.evaluation_views(images, size, weights.crop_pct(size), device, chosen)
     with torch.no_grad():
-        pictures = objective.show(batch, Draw(recipe.train.seed, recipe.train.steps, chosen, device))
-    for name, panels in pictures.items():
-        (run.path / "pictures").mkdir(exist_ok=True)
-        rows = panels.flatten(0, 1)
-        rows = rows if rows.shape[1] in (1, 3) else rows[:, :1]
-        scale = max(1, 96 // rows.shape[-1])
-        rows = rows.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-        save_image(make_grid(rows, nrow=panels.shape[1], pad_value=1.0), run.path / "pictures" / f"{name}.png")
+        shown = objective.show(batch, Draw(recipe.train.seed, recipe.train.steps, chosen, device))
+    for name, panels in shown.items():
+        pictures.save(panels, run.path / "pictures" / f"{name}.png")
     weights.save(objective.exported, run.path / "backbone")
     say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: python eval/knn.py --backbone {run.path}")
 
@@ -434,7 +440,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")
     args = parser.parse_intermixed_args()
     settings = args.settings + ([f"backbone.init_from={args.init_from}"] if args.init_from else [])
-    recipe = recipes.read(args.recipe, settings, args.data, lambda name: objectives.find(name).Config)
+    recipe = read(args.recipe, settings, args.data)
     path = args.output or Path("runs") / recipe.run_name()
     if args.print_output:
         print(path)

@@ -234,7 +234,9 @@ def find(recipe: str) -> Path:
     for path in (RECIPES / f"{recipe}.yaml", Path(recipe)):
         if path.is_file():
             return path
-    names = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+    names = sorted(
+        str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml") if p.parent.name != "study"
+    )
     raise UserError(f"There is no recipe {recipe!r}.{nearest(recipe, names)} Recipes: {', '.join(names)}.")
 
 

@@ -9,8 +9,8 @@ from conftest import make_batch, small_objective
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from ssl_vit.backbone import sincos_positions
-from ssl_vit.objectives.base import cosine
 from ssl_vit.randomness import Draw
+from ssl_vit.schedules import cosine
 
 
 class GivenDraw(Draw):

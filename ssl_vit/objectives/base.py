@@ -5,11 +5,11 @@ the optimizer see all of it. It knows neither the loop nor where images come fro
 batch was cut into micro-batches or processes.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
@@ -112,13 +112,9 @@ class Objective(nn.Module):
         return self.backbone
 
 
-def cosine(step: int, total: int, start: float, end: float) -> float:
-    """A half cosine from start, at step 0, to end, at the last of `total` steps."""
-    at = min(step / max(total - 1, 1), 1.0)
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * at))
-
-
-def ramp(step: int, total: int, fraction: float, start: float, end: float) -> float:
-    """A line from start to end over the first `fraction` of the steps, then end."""
-    length = fraction * total
-    return end if step >= length else start + (end - start) * step / length
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """Move the parameters of `average`, in place, to decay · their own + (1 − decay) · those of `module`."""
+    pairs = zip(average.parameters(), module.parameters(), strict=True)
+    ours, theirs = map(list, zip(*pairs, strict=True))
+    torch._foreach_lerp_(ours, theirs, 1 - decay)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ssl_vit import views
 from ssl_vit.backbone import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
-from ssl_vit.objectives.base import Batch, Facts, Objective, cosine, ramp
+from ssl_vit.objectives.base import Batch, Facts, Objective, follow
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
+from ssl_vit.schedules import cosine, ramp
 
 
 @dataclass
@@ -146,10 +147,8 @@ class DINO(Objective):
     @torch.no_grad()
     def on_optimizer_step(self, step: int, total: int, reduce) -> None:
         momentum = cosine(step, total, self.config.momentum, 1.0)
-        for old, new in ((self.teacher, self.backbone), (self.teacher_head, self.head)):
-            pairs = zip(old.parameters(), new.parameters(), strict=True)
-            ours, theirs = map(list, zip(*pairs, strict=True))
-            torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        follow(self.teacher, self.backbone, momentum)
+        follow(self.teacher_head, self.head, momentum)
         mean = reduce(self.teacher_sum) / reduce(self.teacher_count)
         self.center.lerp_(mean, 1 - self.config.center_momentum)
 

@@ -3,6 +3,7 @@
 Sources: DeiT (arXiv 2012.12877) for mixup, cutmix and label smoothing; DeiT III (2204.07118) for binary cross-entropy.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ssl_vit import views
 from ssl_vit.backbone import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
-from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.objectives.base import Batch, Facts, Objective, follow
 from ssl_vit.recipe import setting
 
 
@@ -25,6 +26,9 @@ class Config:
     cutmix: float = setting(0.0, "alpha of cutmix's Beta law; 0: none", at_least=0)
     mix_probability: float = setting(1.0, "of mixing an image at all", at_least=0, at_most=1)
     pool: Literal["token", "avg"] = setting("token", "what the head reads: the class token, or the mean of the patches")
+    ema: float | None = setting(
+        None, "export an average of the weights, with this decay per step; null: the last weights", above=0, at_most=1
+    )
 
 
 class Supervised(Objective):
@@ -41,9 +45,22 @@ class Supervised(Objective):
         self.row_multiple = 2 if config.mixup or config.cutmix else 1
         self.views = facts.single_view()
         if isinstance(backbone, TokenBackbone):
+            if config.pool == "token" and not backbone.model.has_class_token:
+                raise UserError("This backbone has no class token to read: use objective.pool=avg.")
             backbone.add_classifier(facts.classes, config.pool)
         else:
             backbone.add_classifier(facts.classes)
+        self.average = None if config.ema is None else copy.deepcopy(backbone).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Supervised":
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    @property
+    def exported(self) -> Backbone:
+        return self.backbone if self.average is None else self.average
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         c, images = self.config, batch.views["image"]
@@ -60,3 +77,12 @@ class Supervised(Objective):
                 loss = F.binary_cross_entropy_with_logits(logits, target)
         accuracy = (logits.argmax(1) == batch.labels).float().mean()
         return dict(loss=loss, accuracy=accuracy)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
+        if self.average is None:
+            return
+        # as TensorFlow's moving average: a short run would else export its start
+        follow(self.average, self.backbone, min(self.config.ema, (1 + step) / (10 + step)))
+        for ours, theirs in zip(self.average.buffers(), self.backbone.buffers(), strict=True):
+            ours.copy_(theirs)
