@@ -62,7 +62,9 @@ def test_they_are_computed_once_and_again_when_the_weights_differ(tmp_path, stat
     calls = []
     forward = type(source.backbone).features
     monkeypatch.setattr(
-        type(source.backbone), "features", lambda self, x, blocks=(-1,): calls.append(len(x)) or forward(self, x, blocks)
+        type(source.backbone),
+        "features",
+        lambda self, x, blocks=(-1,): calls.append(len(x)) or forward(self, x, blocks),
     )
     again = features.extract(source, images, state).poolings(-1)["cls"]
     assert np.array_equal(first, again) and max(calls) == 1  # one made-up image, to know shapes and FLOPs

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import SMALL
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from test_loop import ROOT, TINY, environment
 
@@ -97,6 +98,19 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
     knn.main()  # again: rows are replaced, not added
     assert len(results.read(tmp_path / "run")) == len(rows)
     assert {p.name for p in (tmp_path / "run/pictures").iterdir()} >= {"digits-neighbours.png", "digits-patches.png"}
+
+    # transfer: other images, of another size and more channels, become what the backbone was trained on
+    colours = np.random.default_rng(0).integers(0, 256, (200, 12, 12, 3), dtype=np.uint8)
+    colours[::2, :6] //= 4
+    table = dict(image=list(map(Image.fromarray, colours)), label=[i % 2 for i in range(200)])
+    datasets.Dataset.from_dict(table).to_parquet("other.parquet")
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "run", "pixels", "--data", "other.parquet", "--k", "3"])
+    knn.main()
+    for folder, expected in (("run", {"cls", "mean"}), ("runs/pixels-other.parquet", {"raw 8x8"})):
+        moved = [r for r in results.read(tmp_path / folder) if r["eval_data"] == "other.parquet"]
+        assert {r["pooling"] for r in moved} == expected
+        assert all(r["n"] + r["train_n"] == 200 and r["value"] > 0.7 for r in moved)
+    assert {r["data"] for r in results.read(tmp_path / "run")} == {"digits"}
 
     pixels = results.read(tmp_path / "runs" / "pixels-digits")
     value = {r["protocol"]: r["value"] for r in pixels}["knn-k20"]
