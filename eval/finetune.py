@@ -1,0 +1,258 @@
+"""Fine-tuning: a backbone and a new classifier are trained together on labels; accuracy on the report split.
+
+    accelerate launch eval/finetune.py --backbone RUN [RUN|timm name|timm folder …] [--data NAME|PATH|owner/name]
+        [--labels all 0.1 10 …] [--label-seeds 0 1 …] [--lr 5e-4 1e-3 …] [key=value of recipes/finetune.yaml …]
+
+On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `train.steps=0 --output runs/random`:
+
+    python eval/finetune.py --backbone runs/mae-digits-s0 runs/random
+
+A randomly initialised backbone is the control: the same budget of labels, from scratch. With several --lr each is
+tried on nine tenths of the labelled images and judged on the last tenth; the best is trained again on all of them, and
+only that one sees the report split. Epochs of few images are few steps: with few labels raise train.epochs.
+
+Each training is a run of the loop in RUN/finetune/: the same command goes on where it was stopped.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval import features, inputs, results
+from ssl_vit import data, errors, pretrain, weights
+from ssl_vit import recipe as recipes
+from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.errors import UserError, say
+
+# settings that are not the user's here, and why
+ELSEWHERE = {
+    "objective.name": "fine-tuning is supervised",
+    "train.seed": "it is that of the pre-training",
+    "data.name": "pass --data",
+    "data.subset": "pass --labels",
+    "data.subset_seed": "pass --label-seeds",
+    "data.hold_out": "pass several --lr, and the best is chosen on held-out images",
+    **dict.fromkeys(("data.channels", "data.mean", "data.std"), "the backbone's weights are made for their own"),
+    **{
+        f"backbone.{f.name}": "it belongs to the backbone that is fine-tuned"
+        for f in dataclasses.fields(recipes.Backbone)
+        if f.name != "drop_path"
+    },
+}
+
+
+def evaluate(source: features.Source, asked: inputs.Inputs, settings: list[str], rates: list[float]) -> list[dict]:
+    """The rows of one backbone, one for each part of the labels. They are written to its folder.
+
+    settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for the recipe's.
+    """
+    if source.backbone is None:
+        raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
+    train, test = asked.images(source)
+    truth = test.labels.cpu().numpy()
+    rows = []
+    for (part, seed), (keys, _) in zip(asked.parts, asked.labelled(train), strict=True):
+        started = time.perf_counter()
+        own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
+        own += [f"data.subset={part}", f"data.subset_seed={seed}"] if part else []
+        chosen, flops = "last checkpoint", 0.0
+        if rates:
+            best, chosen, flops = choose(source, asked, settings + own, rates)
+            own.append(f"optim.lr={best}")
+        recipe = make_recipe(source, asked.config, settings + own)
+        path = tune(source, recipe, train)
+        predicted, spent = predict(path, test, asked.state)
+        row = inputs.row(source, test) | keys
+        row |= dict(
+            protocol=protocol(settings, rates),
+            pooling=recipe.objective.pool,
+            chosen=chosen,
+            lr=recipe.optim.lr,
+            value=float((predicted == truth).mean()),
+            eval_flops=flops + results.describe_run(path, {})["train_flops"] + spent,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        if asked.state.is_main_process:
+            results.write(source.folder, [row], [predicted], truth)
+        rows.append(row)
+    return rows
+
+
+def choose(
+    source: features.Source, asked: inputs.Inputs, settings: list[str], rates: list[float]
+) -> tuple[float, str, float]:
+    """(the best learning rate on held-out training images, how it was chosen, FLOPs spent on that)."""
+    accuracies, flops = [], 0.0
+    for rate in rates:
+        recipe = make_recipe(source, asked.config, [*settings, "data.hold_out=true", f"optim.lr={rate}"])
+        path = tune(source, recipe, asked.images(source)[0])
+        held_out = data.load(recipe.data, "held out").to(asked.state.device)
+        predicted, spent = predict(path, held_out, asked.state)
+        accuracies.append(float((predicted == held_out.labels.cpu().numpy()).mean()))
+        flops += results.describe_run(path, {})["train_flops"] + spent
+        say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are right")
+    alike = [rate for rate, accuracy in zip(rates, accuracies, strict=True) if accuracy == max(accuracies)]
+    best = alike[len(alike) // 2]  # few held-out images make ties: their middle is the safest
+    edge = ", at the edge of the grid" if best in (rates[0], rates[-1]) else ""
+    if edge:
+        say(f"warning: lr {best:g} is the best{edge}: pass --lr further out.")
+    return best, f"lr {best:g} of {len(rates)} on a tenth of train{edge}", flops
+
+
+def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
+    """The recipe finetune for this backbone on these images; size, channels, mean and std are the backbone's."""
+    recipe = pretrain.read("finetune", settings, images.name)
+    asked, backbone = recipe.data, source.backbone
+    recipe.data = dataclasses.replace(
+        images,
+        subset=asked.subset,
+        subset_seed=asked.subset_seed,
+        hold_out=asked.hold_out,
+        size=asked.size or list(source.size),
+        channels=len(backbone.mean),
+        mean=backbone.mean.flatten().tolist(),
+        std=backbone.std.flatten().tolist(),
+    )
+    recipe.backbone = architecture(source, recipe.backbone.drop_path)
+    return recipe
+
+
+def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
+    """The backbone's part of the recipe: a model of the same shape that starts from these weights."""
+    start = str(Path(source.name).resolve()) if Path(source.name).exists() else source.name
+    model = source.backbone.model
+    if not isinstance(source.backbone, TokenBackbone):  # no plain ViT: the name says all
+        return recipes.Backbone(name=model.pretrained_cfg["architecture"], init_from=start)
+    if source.settings:
+        own = recipes.Backbone(**source.settings["backbone"])
+    else:
+        own = recipes.Backbone(
+            name=model.pretrained_cfg["architecture"],
+            width=model.embed_dim,
+            depth=len(model.blocks),
+            heads=model.blocks[0].attn.num_heads,
+            patch=source.backbone.patch[0],
+            registers=model.num_reg_tokens,
+            layer_scale=source.backbone.args.get("init_values"),
+        )
+    return dataclasses.replace(own, drop_path=drop_path, init_from=start)
+
+
+def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
+    """Train by this recipe, or go on, or find it done; returns the run directory. Exits if it is told to stop."""
+    pretrain.resolve_precision(recipe)
+    identity = {k: v for k, v in recipe.as_dict().items() if k not in recipes.MAY_CHANGE}
+    # all that a run must not differ in when it goes on, and the weights: a folder may hold others by now
+    recipe.tag = _hash([identity, train.fingerprint, _digest(source.backbone)])
+    path = source.folder / "finetune" / recipe.run_name()
+    code = pretrain.pretrain(recipe, path)
+    if code:
+        PartialState().destroy_process_group()
+        sys.exit(code)
+    return path
+
+
+@torch.inference_mode()
+def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[np.ndarray, float]:
+    """(the class that a fine-tuned run gives each image, int64 (n,), on all processes; FLOPs)."""
+    backbone = weights.load(str(path)).eval().to(state.device)
+    size = backbone.input_size
+    mine = torch.arange(len(images))[state.process_index :: state.num_processes]
+    views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
+    answers = torch.cat([backbone.classify(view).argmax(1).cpu() for view in views])
+    predicted = np.full(len(images), -1)
+    for at, answer in gather_object([(mine.numpy(), answers.numpy())]):
+        predicted[at] = answer
+    return predicted, len(images) * _flops(backbone)
+
+
+def _flops(backbone: Backbone) -> float:
+    """Of classifying one image, with unfused attention, as those of training are counted."""
+    twin = copy.deepcopy(backbone).cpu()
+    for module in twin.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter:
+        twin.classify(torch.zeros(1, len(twin.mean), *twin.input_size))
+    return float(counter.get_total_flops())
+
+
+def protocol(settings: list[str], rates: list[float]) -> str:
+    """The name of the schedule: "finetune", with a hash of what differs from the recipe, so that no two share it."""
+    base, recipe = pretrain.read("finetune", [], None).as_dict(), pretrain.read("finetune", settings, None).as_dict()
+    keys = [key for key in recipes.differences(base, recipe) if not key.startswith("data.") or key == "data.size"]
+    changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
+    if rates:
+        changed["optim.lr"] = rates
+    return f"finetune-{_hash(changed)}" if changed else "finetune"
+
+
+def _hash(thing) -> str:
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def _digest(backbone: Backbone) -> str:
+    digest = hashlib.sha256()
+    for name, weight in backbone.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def table(rows: list[dict]) -> str:
+    """Accuracy in percent per backbone and number of labels, the mean over the label seeds, as Markdown."""
+    lines = ["| backbone | labels | fine-tuned | learning rate |", "|---|---:|---:|---|"]
+    shown: dict[tuple, list[dict]] = {}
+    for row in rows:
+        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        shown.setdefault((name, f"{row['train_n']:,}"), []).append(row)
+    for key, alike in shown.items():
+        accuracy = 100 * np.mean([row["value"] for row in alike])
+        rates = ", ".join(dict.fromkeys(f"{row['lr']:g}" for row in alike))
+        lines.append("| " + " | ".join([*key, f"{accuracy:.1f}", rates]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = inputs.parser(__doc__)
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of recipes/finetune.yaml")
+    # settings may stand anywhere, also behind an option that takes several values
+    settings = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
+    args = parser.parse_args([a for a in sys.argv[1:] if a not in settings] + ["--", *settings])
+    for key in (text.partition("=")[0] for text in settings):
+        if key in ELSEWHERE:
+            raise UserError(f"{key} cannot be set here: {ELSEWHERE[key]}.")
+        if key == "optim.lr" and args.lr:
+            raise UserError("Learning rates are given twice, by --lr and by optim.lr: leave one out.")
+    rates = sorted(set(args.lr))
+    settings += [f"runtime.threads={args.threads}"] if args.threads else []
+    if len(rates) == 1:
+        settings, rates = [*settings, f"optim.lr={rates[0]}"], []
+    given = pretrain.read("finetune", settings, None).data  # checked before anything loads
+
+    asked = inputs.Inputs(args)
+    facts = [text.partition("=")[0].removeprefix("data.") for text in settings if text.startswith("data.")]
+    asked.config = dataclasses.replace(asked.config, **{fact: getattr(given, fact) for fact in facts})
+    rows = [row for source in asked.sources for row in evaluate(source, asked, settings, rates)]
+    inputs.announce(rows)
+    say(table(rows))
+    places = dict.fromkeys(str(source.folder / "results.jsonl") for source in asked.sources)
+    say(f"\nRows: {', '.join(places)}")
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    errors.run(main)

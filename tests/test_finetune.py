@@ -1,0 +1,423 @@
+"""Fine-tuning: the loop's own training of a run's weights, judged once on the report split; the averaged weights."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SMALL, make_batch, small_objective
+from PIL import Image
+from safetensors.torch import load_file
+from test_loop import ROOT, TINY, TORCHRUN, Started, arguments, launched, log_of, run, steps_done, until
+from timm.layers import resample_abs_pos_embed
+
+from eval import finetune, results
+from ssl_vit import data, errors, flops, optim, pretrain, weights
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+
+QUICK = ["train.batch_size=32", "train.steps=3", "monitor.trackers=none", "monitor.log_every=1", "--threads", "1"]
+NO_VIT = ["backbone.width=null", "backbone.depth=null", "backbone.heads=null", "train.batch_size=32"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """runs/mae, of a few steps, and runs/random, of none."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    for name, steps in (("mae", 4), ("random", 0)):
+        recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], f"train.steps={steps}", "train.seed=3"], None)
+        assert pretrain.pretrain(recipe, folder / "runs" / name) == 0
+    return folder
+
+
+@pytest.fixture
+def tune(pretrained, tmp_path, monkeypatch):
+    """Call the script in a folder of its own that holds those runs; returns the rows of the first backbone."""
+    shutil.copytree(pretrained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, backbones=("runs/mae",)) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--backbone", *backbones, *QUICK, *arguments])
+        finetune.main()
+        return results.read(tmp_path / backbones[0])
+
+    return call
+
+
+def tuned(folder) -> list:
+    """The run directories of all fine-tunings of a run, in the order of their making."""
+    return sorted((folder / "finetune").iterdir(), key=lambda path: path.stat().st_ctime_ns)
+
+
+# -- the script -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_beside_its_control_with_all_labels_and_few(tune, tmp_path, capsys):
+    asked = ["--labels", "all", "0.1", "--label-seeds", "0", "1"]
+    rows = tune(*asked, backbones=("runs/mae", "runs/random"))
+    said = capsys.readouterr().out
+    assert "| mae | 1,437 |" in said and "| random (random init) | 142 |" in said and "runs/mae/results.jsonl" in said
+    parts = [(r["label_fraction"], r["subset_seed"], r["train_n"]) for r in rows]
+    assert parts == [(1.0, None, 1437), (0.1, 0, 142), (0.1, 1, 142)]
+    assert len({results.row_id(r) for r in rows}) == len(rows) == len(tuned(tmp_path / "runs/mae"))
+    assert len({r["protocol"] for r in rows}) == 1 and rows[0]["protocol"].startswith("finetune-")
+    for row in rows:
+        stored = np.load(tmp_path / "runs/mae" / row["predictions"])
+        assert row["n"] == 360 == len(stored["true"]) and stored["index"].tolist() == list(range(360))
+        assert row["value"] == pytest.approx((stored["predicted"] == stored["true"]).mean())
+        assert row["recipe"] == "mae" and row["seed"] == 3 and row["images_seen"] == 4 * 32 and row["train_flops"] > 0
+        assert (row["pooling"], row["layer"], row["chosen"]) == ("avg", -1, "last checkpoint")
+        assert set(results.IDENTITY) <= row.keys()
+    assert {r["recipe"] for r in results.read(tmp_path / "runs/random")} == {"random"}
+    for path in tuned(tmp_path / "runs/mae"):
+        settings = yaml.safe_load((path / "recipe.yaml").read_text())
+        assert settings["train"]["seed"] == 3 and settings["backbone"]["width"] == 16
+        assert settings["backbone"]["drop_path"] == 0.1 and settings["backbone"]["positions"] == "sincos"
+        assert rows[0]["eval_flops"] > log_of(path)[-1]["flops"] > 0
+
+    stamps = [p.stat().st_mtime_ns for p in tmp_path.rglob("finetune/*/backbone/model.safetensors")]
+    again = tune(*asked, backbones=("runs/mae", "runs/random"))
+    assert "is finished" in capsys.readouterr().out
+    assert stamps == [p.stat().st_mtime_ns for p in tmp_path.rglob("finetune/*/backbone/model.safetensors")]
+    assert [(r["predictions"], r["value"]) for r in again] == [(r["predictions"], r["value"]) for r in rows]
+
+
+def test_other_weights_in_the_same_folder_are_another_training(tune, tmp_path):
+    tune("--data", "digits", backbones=("runs/mae/backbone",))
+    shutil.copy("runs/random/backbone/model.safetensors", "runs/mae/backbone/model.safetensors")
+    tune("--data", "digits", backbones=("runs/mae/backbone",))
+    assert len(tuned(tmp_path / "runs/backbone-digits")) == 2
+
+
+def test_a_new_classifier_on_the_weights_of_the_run(tune, tmp_path):
+    tune("train.steps=0")
+    [path] = tuned(tmp_path / "runs/mae")
+    old, new = weights.load("runs/mae").eval(), weights.load(str(path)).eval()
+    images = data.load(recipes.Data(), "report").images[:20].float() / 255
+    with torch.no_grad():
+        pairs = zip(old.features(images)[0], new.features(images)[0], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert torch.equal(new.classify(images), torch.zeros(20, 10))  # so training starts at ln K
+    tune("objective.mixup=0", "objective.cutmix=0")
+    assert log_of(tuned(tmp_path / "runs/mae")[-1])[0]["loss"] == pytest.approx(math.log(10), abs=1e-6)
+
+
+def test_lower_layers_learn_more_slowly(tune, monkeypatch):
+    built = []
+    build = optim.build
+
+    def remember(objective, *rest):
+        built.append((objective, build(objective, *rest)))
+        return built[-1][1]
+
+    monkeypatch.setattr(optim, "build", remember)
+    tune("optim.layer_decay=0.5", "optim.lr=1e-3", "optim.warmup=0", "train.steps=1")
+    [(objective, optimizer)] = built
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {n.removeprefix("backbone.model."): rate[id(p)] for n, p in objective.named_parameters() if id(p) in rate}
+    peak = 1e-3 * 32 / 256
+    assert found["head.weight"] == found["head.bias"] == pytest.approx(peak)
+    assert found["norm.weight"] == found["blocks.1.attn.qkv.weight"] == pytest.approx(peak / 2)
+    assert found["blocks.0.mlp.fc1.weight"] == pytest.approx(peak / 4)
+    assert found["patch_embed.proj.weight"] == found["cls_token"] == pytest.approx(peak / 8)
+    assert len(found) == sum(p.requires_grad for p in objective.parameters())
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 8)])
+def test_other_resolutions_resample_the_positions(size, tune, tmp_path):
+    [row] = tune(f"data.size={list(size)}", "train.steps=0")
+    [path] = tuned(tmp_path / "runs/mae")
+    old, new = (load_file(p / "backbone/model.safetensors")["pos_embed"] for p in (tmp_path / "runs/mae", path))
+    grid = size[0] // 2, size[1] // 2
+    assert torch.equal(new, resample_abs_pos_embed(old, grid, (4, 4), num_prefix_tokens=1))
+    assert weights.load(str(path)).input_size == size
+    assert row["n"] == 360 and row["protocol"] != "finetune"
+
+
+def pictures(folder, splits=("train", "test"), channels=3):
+    """Dark and bright images of 10x10, 20 to train on and 7 to report on."""
+    for split, count in zip(splits, (20, 7), strict=False):
+        for i in range(count):
+            name = folder / split / ("dark" if i % 2 else "bright") / f"{i}.png"
+            name.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(i).integers(0, 60, (10, 10, channels)) + (0 if i % 2 else 190)
+            Image.fromarray(noise.astype(np.uint8)).save(name)
+    return str(folder)
+
+
+def test_other_images_come_in_the_backbone_s_size_and_channels(tune, tmp_path):
+    [row] = tune("--data", pictures(tmp_path / "photos"), "train.steps=60", "train.epochs=1", "optim.lr=2e-2")
+    assert (row["eval_data"], row["data"], row["n"], row["value"]) == ("photos", "digits", 7, 1.0)
+    [path] = tuned(tmp_path / "runs/mae")
+    settings = yaml.safe_load((path / "recipe.yaml").read_text())
+    assert settings["data"]["channels"] == 1 and settings["data"]["size"] == [8, 8]
+
+
+def test_a_timm_folder_and_a_model_that_is_no_vit(tune, tmp_path):
+    tune("--data", "digits", backbones=("runs/mae/backbone",))
+    [row] = results.read(tmp_path / "runs/backbone-digits")
+    assert row["seed"] is None and row["run"] == "backbone-digits"
+    [path] = tuned(tmp_path / "runs/backbone-digits")
+    assert yaml.safe_load((path / "recipe.yaml").read_text())["backbone"]["width"] == 16
+    cnn = pretrain.read("supervised", ["backbone.name=test_resnet", *NO_VIT, "train.steps=0"], None)
+    assert pretrain.pretrain(cnn, tmp_path / "runs/cnn") == 0
+    [row] = tune("train.steps=1", "objective.ema=0.9", backbones=("runs/cnn",))
+    assert row["backbone"] == "test_resnet" and row["n"] == 360
+
+
+# -- choosing the learning rate ---------------------------------------------------------------------------------------
+
+
+def judged(monkeypatch, best: float | None) -> list[tuple[str, float, int]]:
+    """Record what is judged, (split, learning rate, images); only that learning rate's answers are right."""
+    seen, predict = [], finetune.predict
+
+    def record(path, images, state):
+        settings = yaml.safe_load((path / "recipe.yaml").read_text())
+        seen.append((images.split, settings["optim"]["lr"], len(images), settings["images"]["count"]))
+        predicted, spent = predict(path, images, state)
+        return (images.labels.numpy() if settings["optim"]["lr"] == best else predicted), spent
+
+    monkeypatch.setattr(finetune, "predict", record)
+    return seen
+
+
+def test_the_learning_rate_is_chosen_on_held_out_training_images(tune, monkeypatch):
+    seen = judged(monkeypatch, best=2e-3)
+    [row] = tune("--lr", "2e-3", "1e-3", "4e-3", "--labels", "20")
+    # 18 of each class to train on, 2 to choose by; then all 20, and the test once
+    assert seen == [("train", lr, 20, 180) for lr in (1e-3, 2e-3, 4e-3)] + [("the fixed 360", 2e-3, 360, 200)]
+    assert row["chosen"] == "lr 0.002 of 3 on a tenth of train" and row["lr"] == 2e-3 and row["train_n"] == 200
+    # what was spent on choosing counts
+    one = tune("--lr", "2e-3", "--labels", "20")[-1]
+    assert 2 * one["eval_flops"] < row["eval_flops"] and one["protocol"] != row["protocol"]
+
+
+def test_the_best_at_the_edge_of_the_grid_is_said(tune, monkeypatch, capsys):
+    judged(monkeypatch, best=4e-3)
+    [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
+    assert row["chosen"].endswith("at the edge of the grid") and "warning: lr 0.004" in capsys.readouterr().out
+
+
+def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch, capsys):
+    def right(path, images, state):
+        return images.labels.numpy(), 0.0
+
+    monkeypatch.setattr(finetune, "predict", right)
+    [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
+    assert row["lr"] == 2e-3 and "warning" not in capsys.readouterr().out
+
+
+def test_held_out_images_are_none_of_those_trained_on():
+    config = recipes.Data(subset=20, subset_seed=1, hold_out=True)
+    fit, held_out, test = (data.load(config, role) for role in ("train", "held out", "report"))
+    both = data.load(recipes.Data(subset=20, subset_seed=1), "train")
+    rows = [{row.numpy().tobytes() for row in s.images.flatten(1)} for s in (fit, held_out, both, test)]
+    assert not rows[0] & rows[1] and rows[0] | rows[1] == rows[2] and not rows[2] & rows[3]
+
+
+def test_unequal_schedules_have_unequal_names():
+    plain = finetune.protocol([], [])
+    assert plain == "finetune"
+    for same in (["runtime.threads=1"], ["data.label=y"], ["objective.pool=avg"], ["data.subset=5", "data.flip=true"]):
+        assert finetune.protocol(same, []) == plain
+    named = [
+        finetune.protocol(*changed)
+        for changed in (
+            (["train.epochs=7"], []),
+            (["train.epochs=7.5"], []),
+            (["data.size=16"], []),
+            (["backbone.drop_path=0"], []),
+            ([], [1e-3, 2e-3]),
+            ([], [1e-3, 4e-3]),
+        )
+    ]
+    assert len({plain, *named}) == 7 and all(name.startswith("finetune-") for name in named)
+
+
+# -- it measures what it says -----------------------------------------------------------------------------------------
+
+
+def test_shuffled_labels_and_constant_images_give_chance(tune, monkeypatch):
+    settings = ["train.steps=120", "train.batch_size=64", "optim.lr=4e-2", "optim.warmup=0.3", "optim.layer_decay=1"]
+    settings += ["views.kind=none", "backbone.drop_path=0", "objective.mixup=0", "objective.cutmix=0"]
+    [row] = tune(*settings)
+    assert row["value"] > 0.5
+    load = data.load
+
+    def shuffled(config, role, classes=None):
+        images = load(config, role, classes)
+        if role == "train":
+            images.labels = images.labels[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+            images.fingerprint = "shuffled"
+        return images
+
+    monkeypatch.setattr(data, "load", shuffled)
+    assert tune(*settings)[0]["value"] < 0.3
+
+    def constant(config, role, classes=None):
+        images = load(config, role, classes)
+        images.images, images.fingerprint = torch.full_like(images.images, 90), "constant"
+        return images
+
+    monkeypatch.setattr(data, "load", constant)
+    row = tune(*settings, "train.steps=10")[-1]
+    assert len(np.unique(np.load(f"runs/mae/{row['predictions']}")["predicted"])) == 1
+    assert row["value"] == pytest.approx(0.1, abs=0.005)
+
+
+# -- processes and signals --------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_and_judge_alike(tune, tmp_path):
+    settings = ["--lr", "1e-3", "1e-2", "--labels", "20"]
+    command = ["--backbone", "runs/mae", *QUICK, *settings]
+    two = launched([*TORCHRUN, str(ROOT / "eval/finetune.py"), *command], tmp_path)
+    said, _ = two.communicate(timeout=180)
+    assert two.returncode == 0, said
+    [row] = results.read(tmp_path / "runs/mae")
+    both = np.load(tmp_path / "runs/mae" / row["predictions"])
+    (tmp_path / "runs/mae/finetune").rename(tmp_path / "two")
+    (tmp_path / "runs/mae/results.jsonl").unlink()
+    [one] = tune(*settings)
+    alone = np.load(tmp_path / "runs/mae" / one["predictions"])
+    assert one["n"] == row["n"] == 360 and (both["true"] == alone["true"]).all()
+    assert (both["predicted"] != alone["predicted"]).sum() <= 2  # rounding
+    assert one["eval_flops"] == row["eval_flops"] and said.count("| mae | 200 |") == 1
+
+
+def _script(arguments, folder, log):
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    os.chdir(folder)
+    sys.argv = ["finetune.py", *arguments]
+    errors.run(finetune.main)
+
+
+def test_it_stops_when_told_and_goes_on(pretrained, tmp_path):
+    shutil.copytree(pretrained / "runs", tmp_path / "runs")
+    command = ["--backbone", "runs/mae", *QUICK, "train.steps=80", "runtime.save_every=1000", "--labels", "5", "all"]
+    for stop in (True, False):  # stopped in the first of two trainings, then run to the end
+        child = multiprocessing.get_context("fork").Process(
+            target=_script, args=(command, tmp_path, tmp_path / "said.txt")
+        )
+        child.start()
+        if stop:
+            until(lambda: any(steps_done(p) >= 10 for p in (tmp_path / "runs/mae").glob("finetune/*")))
+            os.kill(child.pid, signal.SIGINT)
+        child.join(60)
+        said = (tmp_path / "said.txt").read_text()
+        assert child.exitcode == (143 if stop else 0), said
+        assert len(results.read(tmp_path / "runs/mae")) == (0 if stop else 2)
+    assert "Stopped after step" in said and "Going on from step" in said
+
+
+def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for name in ("a", "b", "a"):  # the last time it is finished
+        recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=2"], None)
+        assert pretrain.pretrain(recipe, tmp_path / name) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    a, b = (tmp_path / name / "backbone/model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["backbone.depth=3"], "backbone.depth cannot be set here: it belongs to the backbone"),
+        (["backbone.init_from=x"], "belongs to the backbone"),
+        (["data.subset=5"], "pass --labels"),
+        (["data.hold_out=true"], "pass several --lr"),
+        (["train.seed=1"], "it is that of the pre-training"),
+        (["objective.name=dino"], "fine-tuning is supervised"),
+        (["train.epoch=3"], "Unknown key 'train.epoch'.* Did you mean 'train.epochs'"),
+        (["epochs=3"], "Did you mean 'train.epochs'"),
+        (["--lr", "0"], "optim.lr in the command line must be above 0"),
+        (["--lr", "1e-3", "2e-3", "optim.lr=1e-3"], "given twice"),
+        (["--labels", "5000"], "There are no 5000 labelled images"),
+        (["--labels", "1", "--lr", "1e-3", "2e-3"], "A class has but one labelled image"),
+        (["--data", "nowhere"], "Unknown data 'nowhere'"),
+    ],
+)
+def test_bad_input_is_refused(asked, said, tune, tmp_path):
+    with pytest.raises(UserError, match=said):
+        tune(*asked)
+    assert not list(tmp_path.glob("runs/mae/finetune/*/backbone"))
+
+
+def test_what_cannot_be_fine_tuned_is_refused(tune, tmp_path):
+    with pytest.raises(UserError, match="no class token to read: use objective.pool=avg"):
+        small_objective("supervised", "backbone.name=vit_medium_patch16_gap_240")
+    with pytest.raises(UserError, match="pixels has no weights to fine-tune"):
+        tune("--data", "digits", backbones=("pixels",))
+    with pytest.raises(UserError, match="no labels"):
+        for i in range(30):
+            (tmp_path / "plain").mkdir(exist_ok=True)
+            Image.fromarray(np.full((8, 8), 8 * i, dtype=np.uint8)).save(tmp_path / "plain" / f"{i}.png")
+        tune("--data", "plain")
+    photos = tmp_path / "photos"
+    pictures(photos)
+    (photos / "test/dark").rename(photos / "test/grey")
+    with pytest.raises(UserError, match="classes that the training split lacks: grey"):
+        tune("--data", str(photos))
+
+
+# -- averaged weights -------------------------------------------------------------------------------------------------
+
+
+def test_the_average_equals_a_plain_float64_loop():
+    objective = small_objective("supervised", "objective.ema=0.7").double()
+    assert objective.exported is objective.average and not objective.average.training
+    expected = {n: p.detach().clone() for n, p in objective.backbone.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+    for step in range(40):
+        optimizer.zero_grad()
+        objective(make_batch(objective, torch.arange(8), step=step, total=40, dtype=torch.float64))["loss"].backward()
+        optimizer.step()
+        objective.on_optimizer_step(step, 40, lambda t: t)
+        decay = min(0.7, (1 + step) / (10 + step))
+        for name, weight in objective.backbone.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * weight.detach()
+    for name, weight in objective.average.named_parameters():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-9, atol=1e-12)
+        assert not weight.requires_grad and weight.grad is None
+    assert (1 + 39) / (10 + 39) > 0.7 > 1 / 10  # both sides of the minimum were met
+    images = make_batch(objective, torch.arange(4), dtype=torch.float64).views["image"]
+    objective.eval()
+    with torch.no_grad():
+        assert not torch.allclose(objective.exported.features(images)[0][1], objective.backbone.features(images)[0][1])
+
+
+def test_the_average_costs_nothing_and_is_not_trained():
+    plain, averaged = (small_objective("supervised", *s) for s in ([], ["objective.ema=0.9"]))
+    assert flops.per_image(plain, 3, True) == flops.per_image(averaged, 3, True)
+    trained = [
+        sum(len(g["params"]) for g in optim.build(o, recipes.Optim(), 1.0).param_groups) for o in (plain, averaged)
+    ]
+    assert trained[0] == trained[1]
+    assert plain.exported is plain.backbone and plain.state_dict().keys() < averaged.state_dict().keys()
+
+
+def test_a_run_with_an_average_ends_with_the_same_bytes_wherever_it_is_killed(tmp_path):
+    asked = arguments("supervised", "objective.ema=0.9", "train.steps=30")
+    run(tmp_path, *asked, "--output", "whole")
+    started = Started(tmp_path, *asked, "--output", "killed")
+    until(lambda: steps_done(tmp_path / "killed") >= 6)
+    started.kill()
+    run(tmp_path, *asked, "--output", "killed")
+    run(tmp_path, *arguments("supervised", "train.steps=30", "--output", "last"))
+    whole, killed, last = (tmp_path / r / "backbone/model.safetensors" for r in ("whole", "killed", "last"))
+    assert whole.read_bytes() == killed.read_bytes() != last.read_bytes()
+    losses = [[line["loss"] for line in log_of(tmp_path / r)] for r in ("whole", "last")]
+    assert losses[0] == losses[1]  # the average is only watched
+    assert not any(json.dumps(key).startswith('"average') for key in load_file(whole))
