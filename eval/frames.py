@@ -1,0 +1,339 @@
+"""Run directories as groups of seeds, and their rows as matrices of right and wrong: what a report compares.
+
+    from eval.frames import group_runs, read_run, read_tests
+    tests = read_tests(group_runs([read_run(Path("runs/mae-digits-s0")), read_run(Path("runs/dino-digits-s0"))]))
+
+Runs that differ in nothing but their seed are a Group. A Column is one way to measure; a Test, the images it is
+measured on. Rows of different tests are never put beside each other.
+"""
+
+import collections
+import functools
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from eval import intervals, plots, results
+from ssl_vit.errors import UserError
+
+PRIMARY = "knn-k20"
+MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune")  # protocols, after the primary
+FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between the runs of one recipe, beside the seed
+BUDGET = ("train.flops", "train.epochs", "train.steps")
+POOLINGS = dict(cls="class token", mean="mean of patches", concat="both", chosen="chosen on train")
+NAMES = {
+    "random": "random init",
+    "pixels": "raw pixels",
+    "pixels-pca64": "raw pixels, PCA",
+    "linear-sweep": "linear",
+    "linear-mae": "linear, MAE's",
+    "linear-dino": "linear, DINO's",
+    "linear-block": "linear, of one block",
+    "logistic": "logistic regression",
+    "finetune": "fine-tuned",
+}
+
+
+@dataclass
+class Run:
+    """A run directory. settings: its recipe.yaml, or {} for a foreign backbone and for raw pixels."""
+
+    folder: Path
+    settings: dict
+    log: list[dict]
+    rows: list[dict]
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings["train"]["seed"] if self.settings else None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A way to measure. Only rows of one column are compared."""
+
+    protocol: str
+    pooling: str
+    layer: int | str  # -1: the last
+    labels: float | str  # label_fraction
+
+    @property
+    def finetunes(self) -> bool:
+        return self.protocol.startswith("finetune")
+
+    @property
+    def evaluator(self) -> str:
+        if knn := re.fullmatch(r"knn(-uncentred)?-k(\d+)", self.protocol):
+            return f"k-NN{', uncentred' if knn[1] else ''} (k = {knn[2]})"
+        if other := re.fullmatch(r"(finetune|linear-mae|linear-dino)-(.+)", self.protocol):
+            return f"{NAMES[other[1]]} ({other[2]})"
+        return NAMES.get(self.protocol, self.protocol)
+
+    @property
+    def features(self) -> str:
+        layer = "" if self.layer == -1 else f", {self.layer} blocks" if isinstance(self.layer, str) else ""
+        return POOLINGS.get(self.pooling, self.pooling) + layer
+
+    @property
+    def name(self) -> str:
+        return f"{self.evaluator}, {self.features}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is of the last blocks, or of the whole model, with all labels."""
+        return self.of_last and self.labels == 1.0
+
+    @property
+    def of_last(self) -> bool:
+        return self.layer == -1 or isinstance(self.layer, str)
+
+    @property
+    def order(self) -> tuple:
+        """Sorts columns as they stand in the tables."""
+        starts = [i for i, start in enumerate(MAIN) if self.protocol.startswith(start)]
+        rank = -1 if self.protocol == PRIMARY else min(starts, default=len(MAIN))
+        k = [int(digits) for digits in re.findall(r"k(\d+)$", self.protocol)]
+        poolings = list(POOLINGS)
+        pooling = poolings.index(self.pooling) if self.pooling in poolings else len(poolings)
+        return rank, re.sub(r"k\d+$", "", self.protocol), k, pooling, self.pooling, str(self.layer)
+
+
+@dataclass(eq=False)
+class Group:
+    """Runs that differ in nothing but their seed: a row of the tables."""
+
+    recipe: str
+    runs: list[Run]
+    label: str = ""
+    family: str = ""  # the label without what concerns the budget
+    colour: int | None = None
+
+    @property
+    def pixels(self) -> bool:
+        return self.recipe.startswith("pixels")
+
+    @property
+    def control(self) -> bool:
+        return self.pixels or self.recipe == "random" or self.runs[0].rows[0]["objective"] == "supervised"
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it was trained elsewhere, so that its cost is not known."""
+        return not self.runs[0].settings and not self.pixels
+
+    def label_in(self, column: Column) -> str:
+        return self.label.replace(NAMES["random"], "from scratch") if column.finetunes else self.label
+
+    def mean(self, key: str) -> float:
+        """train_flops or images_seen of its rows, the mean of the seeds."""
+        return float(np.mean([run.rows[0][key] for run in self.runs]))
+
+    @property
+    def tests(self) -> set[tuple]:
+        return {(row["eval_data"], row["split"]) for run in self.runs for row in run.rows}
+
+
+@dataclass
+class Frame:
+    """What a group reached in a column. correct (S, n): in [0, 1], the mean over the subsets of labels of a seed."""
+
+    seeds: list[int | None]
+    correct: np.ndarray
+    rows: list[dict]
+
+    @functools.cached_property
+    def estimate(self) -> intervals.Estimate:
+        return intervals.interval(self.correct)
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        return [(row["run"], results.row_id(row)) for row in self.rows]
+
+    def minus(self, other: "Frame") -> np.ndarray | None:
+        """The difference (S, n), paired by seed; None where they have no seed in common."""
+        if [None] in (self.seeds, other.seeds):
+            return self.correct - other.correct
+        common = [seed for seed in self.seeds if seed in other.seeds]
+        mine, theirs = ([frame.seeds.index(seed) for seed in common] for frame in (self, other))
+        return self.correct[mine] - other.correct[theirs] if common else None
+
+
+@dataclass
+class Test:
+    """The images and labels that a set of rows was measured on, and what each group reached in each column."""
+
+    data: str
+    split: str
+    truth: np.ndarray
+    first: Run  # that the others must agree with
+    groups: list[Group] = field(default_factory=list)
+    frames: dict[Column, dict[Group, Frame]] = field(default_factory=dict)
+    place: str = ""  # before the names of its charts, where there are several tests
+
+    def columns(self, wanted: Callable[[Column], bool]) -> list[Column]:
+        """Those wanted, in order. A column that raw pixels alone have is left out where the others have one."""
+        found = [column for column in self.frames if wanted(column)]
+        common = [c for c in found if not all(group.pixels for group in self.frames[c])]
+        return sorted(common or found, key=lambda column: column.order)
+
+    @property
+    def main(self) -> list[Column]:
+        """The primary protocol, linear probes and fine-tuning."""
+        return self.columns(lambda c: c.whole and (c.protocol == PRIMARY or c.protocol.startswith(MAIN)))
+
+    @property
+    def primary(self) -> list[Column]:
+        """The columns that conclusions rest on: the pooling is fixed, or chosen on train, never the best on test."""
+        sweep = {c.protocol for c in self.main if c.pooling == "chosen"}
+        return [c for c in self.main if c.pooling == "chosen" or c.protocol not in sweep]
+
+    def frame(self, group: Group, column: Column) -> Frame | None:
+        """Raw pixels have no pooling: their one figure of a protocol stands in each of its columns."""
+        found = self.frames.get(column, {}).get(group)
+        if found is None and group.pixels:
+            alike = [c for c, of in self.frames.items() if group in of and _alike(c, column)]
+            found = self.frames[alike[0]][group] if alike else None
+        return found
+
+    def in_column(self, column: Column) -> dict[Group, Frame]:
+        return {g: frame for g in self.groups if (frame := self.frame(g, column)) is not None}
+
+
+def _alike(pixels: Column, column: Column) -> bool:
+    return pixels.protocol == column.protocol and pixels.labels == column.labels and pixels.pooling not in POOLINGS
+
+
+def read_run(folder: Path) -> Run:
+    """A run directory with its rows. Raises UserError if it is none, or was not evaluated."""
+    recipe, log = folder / "recipe.yaml", folder / "log.jsonl"
+    rows = results.read(folder)
+    if not rows and not recipe.exists():
+        raise UserError(f"{folder} is no run directory: it holds neither recipe.yaml nor results.jsonl.")
+    if not rows:
+        raise UserError(f"{folder} was not evaluated; run `python eval/knn.py --backbone {shlex.quote(str(folder))}`.")
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return Run(folder, yaml.safe_load(recipe.read_text()) if recipe.exists() else {}, lines, rows)
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """Runs of identical settings but for the seed together. Raises UserError if a seed is there twice."""
+    by_key: dict[str, dict[int | None, Run]] = {}
+    for run in runs:
+        of_seed = by_key.setdefault(_key(run), {})
+        if run.seed in of_seed:
+            seed = "" if run.seed is None else f" and have the same seed, {run.seed}"
+            raise UserError(f"{of_seed[run.seed].folder} and {run.folder} are the same recipe{seed}: leave one out.")
+        of_seed[run.seed] = run
+    groups = []
+    for of_seed in by_key.values():
+        members = [of_seed[seed] for seed in sorted(of_seed, key=lambda s: (s is None, s))]
+        groups.append(Group(members[0].rows[0]["recipe"] or members[0].folder.name, members))
+    _name(groups)
+    _name(groups, BUDGET)
+    for number, group in enumerate(g for g in sorted(groups, key=lambda g: g.label) if not g.control):
+        group.colour = number
+    return groups
+
+
+def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:
+    """{section.key: value} of the settings that make the recipe."""
+    flat = {"recipe": run.settings.get("recipe")}
+    for section, values in run.settings.items():
+        if section not in FREE and section != "recipe":
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+    return {key: value for key, value in flat.items() if key != "train.seed" and key not in without}
+
+
+def _key(run: Run, without: tuple[str, ...] = ()) -> str:
+    identity = _flat(run, without) if run.settings else run.folder.name
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def _name(groups: list[Group], without: tuple[str, ...] = ()) -> None:
+    """Label the groups by recipe, with what differs where two share it; without the budget, name their families."""
+    for group in groups:
+        key = _key(group.runs[0], without)
+        alike = [g for g in groups if g.recipe == group.recipe and (not g.pixels or g.tests & group.tests)]
+        others = [g for g in alike if _key(g.runs[0], without) != key]
+        name = NAMES.get(group.recipe, group.recipe)
+        if others:
+            name += f" ({_difference(group, others, without) or key})"
+        if without:
+            group.family = name
+        else:
+            group.label = name
+
+
+def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> str:
+    """What sets a group apart from others of its recipe, in at most two settings; '' if that takes more."""
+    mine, theirs = _flat(group.runs[0], without), [_flat(g.runs[0], without) for g in others]
+    keys = [k for k in mine if any(other.get(k) != mine[k] for other in theirs)]
+    if not keys:
+        return group.runs[0].folder.name
+    budget = [k for k in BUDGET if k in keys and mine[k] is not None]
+    if set(keys) <= set(BUDGET):
+        spent = [plots.number(g.mean("train_flops")) for g in (group, *others)]
+        return f"{spent[0]} FLOPs" if spent.count(spent[0]) == 1 else ""
+    for shown in (["recipe"], ["data.name"], [k for k in keys if k not in BUDGET] + budget[:1]):
+        unique = not any(all(other.get(k) == mine[k] for k in shown) for other in theirs)
+        if unique and len(shown) <= 2:
+            return ", ".join(f"{k}={mine[k]:g}" if type(mine[k]) is float else f"{k}={mine[k]}" for k in shown)
+    return ""
+
+
+def read_tests(groups: list[Group]) -> list[Test]:
+    """The rows of all groups by what they were measured on. Raises UserError for rows of different tests."""
+    tests: dict[tuple, Test] = {}
+    cells: dict[tuple, dict] = collections.defaultdict(dict)
+    for group in groups:
+        for run in group.runs:
+            for row in run.rows:
+                key = row["eval_data"], row["split"]
+                answers = _answers(run, row)
+                test = tests.setdefault(key, Test(*key, answers["true"], run))
+                if not np.array_equal(test.truth, answers["true"]):
+                    raise UserError(
+                        f"{test.first.folder} and {run.folder} hold rows of different tests: {row['eval_data']} "
+                        f"({row['split']}) has other images there (n = {len(test.truth)} and {len(answers['true'])}); "
+                        "evaluate both on the same images."
+                    )
+                test.groups += [] if group in test.groups else [group]
+                column = Column(row["protocol"], row["pooling"], row["layer"], row["label_fraction"])
+                cell = cells[(*key, column, group)].setdefault(run.seed, {})
+                if row["subset_seed"] in cell:
+                    twice = results.row_id(cell[row["subset_seed"]][0]), results.row_id(row)
+                    raise UserError(
+                        f"{run.folder / 'results.jsonl'} measures {column.protocol} ({column.pooling}) twice: delete "
+                        f"the outdated one of the rows {twice[0]} and {twice[1]}."
+                    )
+                cell[row["subset_seed"]] = row, answers["predicted"] == answers["true"]
+    for (data, split, column, group), by_seed in cells.items():
+        correct = np.stack([np.mean([right for _, right in cell.values()], axis=0) for cell in by_seed.values()])
+        rows = [row for cell in by_seed.values() for row, _ in cell.values()]
+        tests[data, split].frames.setdefault(column, {})[group] = Frame(list(by_seed), correct, rows)
+    for number, test in enumerate(tests.values(), 1):
+        test.place = f"{number}-" if len(tests) > 1 else ""
+        if test.main:
+            by = test.in_column(test.main[0])
+            test.groups.sort(key=lambda g: -by[g].estimate.mean if g in by else 0.0)
+    return list(tests.values())
+
+
+def _answers(run: Run, row: dict) -> dict[str, np.ndarray]:
+    file = run.folder / row["predictions"]
+    if not file.exists():
+        raise UserError(f"{file} is missing; evaluate {run.folder} again ({row['protocol']}), or delete its row.")
+    with np.load(file) as stored:
+        return dict(stored)
+
+
+def ranked(frames: dict[Group, Frame], controls: bool) -> list[Group]:
+    """The controls, or the others, the best first."""
+    return sorted((g for g in frames if g.control == controls), key=lambda g: -frames[g].estimate.mean)

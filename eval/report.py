@@ -1,0 +1,371 @@
+"""One page that compares runs: tables with intervals, paired comparisons, charts, pictures and where it all comes from.
+
+    python eval/report.py RUN [RUN …] [--output DIR]
+
+On a laptop, after `./launch.sh`:
+
+    python eval/report.py runs/*-digits*
+
+It writes DIR/report.html (one file that needs nothing else), DIR/report.md and its charts, DIR/*.svg. It trains and
+evaluates nothing: all it reads are run directories. Runs that differ in nothing but their seed are one recipe.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from eval import charts, intervals, plots
+from eval.frames import NAMES, PRIMARY, Column, Frame, Group, Run, Test, group_runs, ranked, read_run, read_tests
+from eval.pages import (
+    Block,
+    Cell,
+    Code,
+    Figure,
+    Folded,
+    Gallery,
+    Heading,
+    Items,
+    Table,
+    Text,
+    html,
+    markdown,
+    markdown_table,
+)
+from ssl_vit import errors
+
+DEFINITIONS = {
+    "knn-k": "k nearest training images by cosine of features centred by the training mean, weights exp(similarity / "
+    "0.07). k = 20 is the primary protocol.",
+    "knn-uncentred": "The same without centring: DINO's protocol.",
+    "linear-sweep": "A linear classifier on frozen features; its settings, and in the column “chosen on train” the "
+    "pooling too, are chosen on a held-out slice of the training images.",
+    "linear-block": "The same for each block alone; the learning rate is chosen on the held-out slice.",
+    "linear-mae": "A linear classifier on frozen features, trained as in the MAE paper.",
+    "linear-dino": "A linear classifier on frozen features, trained as in the DINO paper.",
+    "logistic": "Logistic regression on frozen features; its regularisation is chosen on a held-out slice of train.",
+    "finetune": "All weights are trained on with labels. The random initialisation under this protocol is training "
+    "from scratch. A code behind the name stands for other settings, which are never put into one column.",
+}
+PICTURES = dict(
+    reconstruction="what is reconstructed",
+    attention="attention of the class token",
+    neighbours="nearest training images of test images",
+    patches="PCA of patch features as RGB",
+)
+INTERVALS = (
+    "The same test images serve every seed: seeds and images are crossed. The half-width of a 95 % interval is the "
+    "hypotenuse of t(S − 1) times the standard error over the S seeds and 1.96 times that over the test images; a "
+    "difference is taken image by image and paired by seed first. With one seed only the second part exists. The "
+    "bootstrap beside it resamples seeds and images independently, 1,000 times; with few seeds it is too narrow."
+)
+COMPARED = (
+    "Differences on the same test images, paired by seed. “Detectable” is the smallest true difference that such a "
+    "comparison finds in 80 of 100 cases; what is smaller may exist unseen. “Seeds for 1 point”: how many would find a "
+    "difference of one point; “images” means that no number would, as the test images are too few. Each interval is of "
+    "one comparison: of twenty true zeros about one is excluded by chance."
+)
+ONE_SEED = "one seed: images only"
+
+
+def report(runs: list[Run], command: str) -> tuple[str, list[Block], list[Table]]:
+    """Title, content, and the main tables."""
+    groups = group_runs(runs)
+    tests = read_tests(groups)
+    recipes = len({group.family for group in groups if not group.control})
+    names = ", ".join(dict.fromkeys(test.data for test in tests))
+    blocks: list[Block] = []
+    for test in tests:
+        blocks += summary(test)
+    blocks += mixed(runs)
+    mains = []
+    for test in tests:
+        of = f": {test.data} ({test.split})" if len(tests) > 1 else ""
+        if test.main:
+            mains.append(main_table(test))
+            blocks += [Heading(f"Accuracy{of}"), charts.at_a_glance(test), mains[-1]]
+        blocks += details(test) + comparisons(test, of)
+        blocks += charts.compute(test, of) + charts.label_efficiency(test, of) + charts.by_block(test, of)
+    blocks += charts.curves(groups) + gallery(groups) + provenance(runs, tests, command)
+    what = f"{recipes} recipe{'s' * (recipes > 1)} compared" if recipes else "Controls"
+    return f"{what} on {names}", blocks, mains
+
+
+def percent(value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}".replace("-", "−")
+
+
+def with_interval(estimate: intervals.Estimate, sign: str = "") -> str:
+    return f"{percent(estimate.mean, sign)} ± {percent(estimate.half_width)}"
+
+
+def summary(test: Test) -> list[Block]:
+    """What the primary protocol says, in words."""
+    blocks: list[Block] = []
+    if test.data == "digits":
+        blocks.append(
+            Text("This is a smoke test: 8×8 digits show that a recipe learns, not which one is best.", "warning")
+        )
+    counts = sorted({len(g.runs) for g in test.groups if not g.control} or {1})
+    single = [g.label for g in test.groups if not g.control and len(g.runs) == 1]
+    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    where = f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds} per recipe), by"
+    for column in [c for c in test.main if c.protocol == PRIMARY] or test.main[:1]:
+        frames = test.in_column(column)
+        recipes = ranked(frames, controls=False)
+        if recipes:
+            best = recipes[0]
+            reached = f"{with_interval(frames[best].estimate)} %."
+            start = f"{best.label} is {'the highest, ' if len(recipes) > 1 else ''}at"
+            others = recipes[1:2] + ranked(frames, controls=True)
+            words = f"{where} {column.name}, {start} {reached}{_told(frames, best, others, column)}"
+            blocks.append(Text(words, "lead"))
+            where = "By"
+    if single:
+        words = (
+            f"One seed only: {_list(single)}. The interval then is of these test images, not of another training run."
+        )
+        blocks.append(Text(words))
+    return blocks
+
+
+def _told(frames: dict[Group, Frame], best: Group, others: list[Group], column: Column) -> str:
+    """The best recipe beside the second and the controls, in words; what is not distinguishable apart."""
+    clear, unclear = [], []
+    for other in others:
+        name = f"{other.label_in(column)} at {percent(frames[other].estimate.mean)} %"
+        difference = frames[best].minus(frames[other])
+        if difference is None:
+            continue  # no seed in common
+        estimate = intervals.interval(difference)
+        if estimate.excludes_zero:
+            size = f"{percent(abs(estimate.mean))} ± {percent(estimate.half_width)} points"
+            clear.append(f"{size} {'above' if estimate.mean > 0 else 'below'} {name}")
+        else:
+            unclear.append(f"{name} (difference {with_interval(estimate, '+')} points)")
+    words = f" It is {_list(clear)}." if clear else ""
+    return words + (f" It is not distinguishable from {_list(unclear)}." if unclear else "")
+
+
+def _list(parts: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def mixed(runs: list[Run]) -> list[Block]:
+    """A warning where the rows come from several states of the code or of its packages."""
+    rows = [row for run in runs for row in run.rows]
+    several = [
+        f"{len(found)} {name}"
+        for name, found in (
+            ("commits of this code", {row["commit"] for row in rows}),
+            ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
+        )
+        if len(found) > 1
+    ]
+    if not several:
+        return []
+    return [Text(f"These rows were made by {' and '.join(several)}; which ones is told at the end.", "warning")]
+
+
+def best_of(frames: dict[Group, Frame]) -> set[Group]:
+    """The best recipe beside the controls, and all that are not distinguishable from it; none if there is only one."""
+    recipes = ranked(frames, controls=False)
+    if len(recipes) < 2:
+        return set()
+    differences = {g: frames[recipes[0]].minus(frames[g]) for g in recipes[1:]}
+    apart = {g for g, d in differences.items() if d is not None and intervals.interval(d).excludes_zero}
+    return set(recipes) - apart
+
+
+def table_rows(test: Test, columns: list[Column]) -> list[tuple[str, Group, list[Frame | None]]]:
+    """(label, group, frames) of each row; the random initialisation has one more row, as what starts from scratch."""
+    lines = []
+    for group in test.groups:
+        by_label: dict[str, list[Frame | None]] = {}
+        for number, column in enumerate(columns):
+            frames = by_label.setdefault(group.label_in(column), [None] * len(columns))
+            frames[number] = test.frame(group, column)
+        lines += [(label, group, frames) for label, frames in by_label.items() if any(frames)]
+    return lines
+
+
+def table(test: Test, columns: list[Column], caption: str, extra: tuple[str, list[str]] | None = None) -> Table:
+    """Recipes × columns, controls under the others."""
+    best = [best_of(test.in_column(column)) for column in columns]
+    parts: dict[bool, list] = {False: [], True: []}
+    used: list[Frame] = []
+    for label, group, frames in table_rows(test, columns):
+        count = len(group.runs)
+        note = ONE_SEED if count == 1 else f"{count} seeds"
+        cells = []
+        for frame, marked in zip(frames, best, strict=True):
+            fewer = frame is not None and len(frame.seeds) < count
+            few = (ONE_SEED if len(frame.seeds) == 1 else f"{len(frame.seeds)} seeds") if fewer else ""
+            cells.append(Cell() if frame is None else Cell(with_interval(frame.estimate), few, group in marked))
+        used += filter(None, frames)
+        cells += [Cell(words) for words in _cost(group)] if extra else []
+        parts[group.control].append((_named(label, "no seed" if group.runs[0].seed is None else note), cells))
+    head: list[tuple[str, list[str]]] = []
+    for column in columns:
+        if not head or head[-1][0] != column.evaluator:
+            head.append((column.evaluator, []))
+        head[-1][1].append(column.features)
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    return Table(head + ([extra] if extra else []), filled, caption, charts.sources_of(used))
+
+
+def _cost(group: Group) -> list[str]:
+    """FLOPs, images and seconds of training, the means of the seeds."""
+    if group.foreign:
+        return ["unknown"] * 3
+    seconds = [next((line["seconds"] for line in reversed(run.log) if "seconds" in line), 0) for run in group.runs]
+    means = group.mean("train_flops"), group.mean("images_seen"), float(np.mean(seconds))
+    return [plots.number(means[0]), f"{means[1]:,.0f}", f"{means[2]:,.0f}"]
+
+
+def main_table(test: Test) -> Table:
+    return table(
+        test,
+        test.main,
+        f"Accuracy in % ± half-width of the 95 % interval on {test.data} ({test.split}, {len(test.truth):,} images), "
+        "all labels, last blocks. Marked in each column: the best recipe beside the controls, with all that are not "
+        "distinguishable from it; between single seeds the test images alone decide. Raw pixels have no pooling: "
+        "their figure is repeated.",
+        ("training", ["FLOPs", "images seen", "seconds"]),
+    )
+
+
+def details(test: Test) -> list[Block]:
+    """Every other way to measure the last blocks with all labels: more k, uncentred, and what has no place above."""
+    columns = test.columns(lambda c: c.whole and c not in test.main)
+    if not columns:
+        return []
+    caption = "The other protocols, in % ± half-width. Conclusions rest on the primary one, not on the best of these."
+    return [Folded("Every k, centred and uncentred", [table(test, columns, caption)])]
+
+
+def comparisons(test: Test, of: str) -> list[Block]:
+    """Each recipe against each control, paired, by the primary columns."""
+    blocks: list[Block] = []
+    for column in test.primary:
+        frames = test.in_column(column)
+        parts, drawn = [], []
+        for control in ranked(frames, controls=True):
+            name, lines, estimates = control.label_in(column), [], {}
+            for group in ranked(frames, controls=False):
+                difference = frames[group].minus(frames[control])
+                if difference is not None:
+                    estimates[group] = intervals.interval(difference)
+                    lines.append((_named(group.label), _compared(estimates[group], difference)))
+            if estimates:
+                parts.append((f"against {name}", lines))
+                svg = charts.against(name, estimates, column)
+                drawn.append((f"{charts.file_name(test, 'against', column)}-{charts.slug(name)}", svg))
+        if not parts:
+            continue
+        sources = charts.sources_of(frames.values())
+        head = [("", ["difference ± 95 %", "bootstrap", "detectable", "seeds for 1 point", "seeds"])]
+        blocks += [
+            Heading(column.name, 3),
+            Figure(drawn, "Hollow: not distinguishable from zero. Each chart has its own scale."),
+            Table(head, parts, f"In points. {charts.counted(sources)}", sources),
+        ]
+    return [Heading(f"Against the controls{of}"), Text(COMPARED), *blocks] if blocks else []
+
+
+def _compared(estimate: intervals.Estimate, difference: np.ndarray) -> list[Cell]:
+    seeds = "1: images only" if estimate.images_only else str(estimate.seeds)
+    bootstrap = "–"
+    if estimate.seeds >= 3:
+        bootstrap = " to ".join(percent(end, "+") for end in intervals.bootstrap(difference))
+    needed = estimate.seeds_for_a_point
+    needed = (
+        "–" if estimate.images_only else "images" if needed is None else f"{needed:,}" if needed <= 1000 else "> 1,000"
+    )
+    words = with_interval(estimate, "+"), bootstrap, percent(estimate.detectable), needed, seeds
+    return [Cell(text) for text in words]
+
+
+def _named(label: str, note: str = "") -> Cell:
+    """A row's name, with what stands in brackets in the small line under it."""
+    name, _, rest = label.partition(" (")
+    return Cell(name, "; ".join(filter(None, (rest.removesuffix(")"), note))))
+
+
+def gallery(groups: list[Group]) -> list[Block]:
+    """The pictures of each recipe's first seed."""
+    pictures = [
+        (file, f"{group.label}: {_shows(file.stem)}")
+        for group in sorted(groups, key=lambda g: (g.control, g.label))
+        for file in sorted((group.runs[0].folder / "pictures").glob("*.png"))
+    ]
+    return [Heading("Pictures"), Text("Of the first seed of each recipe."), Gallery(pictures)] if pictures else []
+
+
+def _shows(stem: str) -> str:
+    """What a picture of this name shows."""
+    data, _, kind = stem.rpartition("-")
+    return f"{data}: {PICTURES[kind]}" if data and kind in PICTURES else PICTURES.get(stem, stem)
+
+
+def provenance(runs: list[Run], tests: list[Test], command: str) -> list[Block]:
+    """How to make the page again, what the protocols are, and which code made the rows."""
+    protocols = {column.protocol for test in tests for column in test.frames}
+    # the longest name that a protocol begins with defines it
+    used = {max((start for start in DEFINITIONS if p.startswith(start)), key=len, default=None) for p in protocols}
+    definitions = [(_defined(start), words) for start, words in DEFINITIONS.items() if start in used]
+    made: dict[tuple, set[str]] = {}
+    for run in runs:
+        for row in run.rows:
+            versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+            made.setdefault((row["commit"] or "no commit recorded", versions), set()).add(run.folder.name)
+    return [
+        Heading("Where it comes from"),
+        Text("This page is made by the command"),
+        Code(command),
+        Text(
+            "from the rows in results.jsonl of these run directories and the predictions beside them. The HTML page "
+            "lists under each table and chart the rows behind it. A figure is the share of test images whose class was "
+            "predicted."
+        ),
+        Heading("The protocols", 3),
+        Items(definitions),
+        Heading("The intervals", 3),
+        Text(INTERVALS),
+        Heading("The code behind the rows", 3),
+        Items([(commit, f"{versions}. Runs: {', '.join(sorted(of))}") for (commit, versions), of in made.items()]),
+    ]
+
+
+def _defined(start: str) -> str:
+    return {"knn-k": "k-NN", "knn-uncentred": "k-NN, uncentred"}.get(start) or NAMES[start]
+
+
+def charts_in(blocks: Iterable[Block]) -> dict[str, str]:
+    """{file name without .svg: SVG text} of the charts that are not folded away."""
+    return {name: svg for block in blocks if isinstance(block, Figure) for name, svg in block.charts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories that were evaluated")
+    parser.add_argument("--output", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
+    args = parser.parse_args()
+    command = shlex.join(["python", "eval/report.py", *sys.argv[1:]])
+    title, blocks, mains = report([read_run(folder) for folder in args.runs], command)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, svg in charts_in(blocks).items():
+        (args.output / f"{name}.svg").write_text(svg)
+    (args.output / "report.md").write_text(markdown(title, blocks, args.output))
+    (args.output / "report.html").write_text(html(title, blocks))
+    for table in mains:
+        print(f"\n{markdown_table(table)}\n\n{table.caption}")
+    print(f"\nWritten: {args.output / 'report.html'}, {args.output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,110 @@
+"""Intervals over crossed seeds and images: against hand calculation, SciPy's t-test, and simulated data sets."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.intervals import Estimate, bootstrap, interval, paired
+
+
+def simulate(count, seeds, images, of_seed, of_image, residual, mean=0.0, draw=0):
+    """Data sets (count, S, n) of crossed normal effects with these standard deviations."""
+    rng = np.random.default_rng(draw)
+    shared = of_seed * rng.normal(size=(count, seeds, 1)) + of_image * rng.normal(size=(count, 1, images))
+    return mean + shared + residual * rng.normal(size=(count, seeds, images))
+
+
+def test_a_small_example_by_hand():
+    """Seeds reach 1/4 and 3/4; the images' means are 0.5, 0.5, 0, 1."""
+    found = interval(np.array([[0, 0, 0, 1], [1, 1, 0, 1]]))
+    assert (found.mean, found.seeds, found.images, found.images_only) == (0.5, 2, 4, False)
+    assert found.se_seeds == pytest.approx(0.25)  # sd sqrt(1/8), over sqrt(2)
+    assert found.se_images == pytest.approx(math.sqrt(0.5 / 3 / 4))
+    assert found.half_width == pytest.approx(math.hypot(12.7062047 * 0.25, 1.9599640 * math.sqrt(1 / 24)))
+    # the residuals are all ±1/4: 8/16 over 1 · 3 degrees of freedom
+    assert found.se_limit == pytest.approx(math.sqrt((0.5 / 3 - (8 / 16) / 3 / 2) / 4))
+
+
+def test_without_effects_of_images_it_is_the_t_interval_of_the_seeds():
+    values = np.array([0.41, 0.44, 0.40, 0.47])
+    found = interval(np.repeat(values[:, None], 50, axis=1))
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert found.se_images == pytest.approx(0, abs=1e-12)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(tuple(expected))
+
+    a, b = np.random.default_rng(0).normal(size=(2, 5))
+    difference = paired(np.repeat(a[:, None], 9, axis=1), np.repeat(b[:, None], 9, axis=1))
+    assert difference.excludes_zero == (stats.ttest_rel(a, b).pvalue < 0.05)
+    assert difference.se_seeds == pytest.approx((a - b).std(ddof=1) / math.sqrt(5))
+
+
+def test_one_seed_speaks_of_images_only():
+    correct = np.array([[1, 0, 1, 1, 0]], dtype=bool)
+    found = interval(correct)
+    assert found.images_only and found.se_seeds == 0 and found.seeds_for_a_point is None
+    assert found.half_width == pytest.approx(1.9599640 * math.sqrt(0.3 / 5))
+    assert found.detectable == pytest.approx(2.8015852 * math.sqrt(0.3 / 5))
+
+
+def test_a_control_without_seeds_is_constant():
+    rng = np.random.default_rng(0)
+    a, control = rng.random((3, 40)) < 0.7, rng.random((1, 40)) < 0.4
+    assert paired(a, control) == paired(a, np.repeat(control, 3, axis=0))
+    assert paired(a, control).seeds == 3 and paired(control, control).half_width == 0
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("effects", [(0.02, 0.3, 0.3), (0.05, 0.3, 0.0), (0.005, 0.4, 0.2)])
+def test_coverage(seeds, effects):
+    """Of 95 % intervals at least 93 % hold the truth, whichever effect is the largest."""
+    found = [interval(x) for x in simulate(1000, seeds, 100, *effects)]
+    assert np.mean([not e.excludes_zero for e in found]) >= 0.93
+
+
+@pytest.mark.parametrize(("seeds", "effects"), [(3, (0.05, 0.3, 0.0)), (5, (0.02, 0.4, 0.2))])
+def test_the_detectable_difference_is_detected_in_four_of_five_cases(seeds, effects):
+    of_seed, of_image, residual = effects
+    truth = Estimate(
+        mean=0,
+        seeds=seeds,
+        images=100,
+        se_seeds=math.sqrt((of_seed**2 + residual**2 / 100) / seeds),
+        se_images=math.sqrt((of_image**2 + residual**2 / seeds) / 100),
+        se_limit=of_image / 10,
+    )
+    data = simulate(1000, seeds, 100, *effects, mean=truth.detectable, draw=1)
+    assert 0.75 <= np.mean([interval(x).excludes_zero for x in data]) <= 0.88
+
+
+def test_seeds_for_a_point():
+    """The least number of seeds whose detectable difference is a point, by trying them one after another."""
+    of_seed, residual, images, of_image = 0.008, 0.2, 10_000, 0.1
+
+    def with_seeds(count):
+        parts = of_seed / math.sqrt(count), math.hypot(of_image, residual / math.sqrt(count)) / math.sqrt(images)
+        return Estimate(0.0, count, images, *parts, of_image / math.sqrt(images))
+
+    least = next(count for count in range(2, 100) if with_seeds(count).detectable <= 0.01)
+    assert least > 3
+    assert with_seeds(3).seeds_for_a_point == with_seeds(20).seeds_for_a_point == least
+    few_images = Estimate(0.0, 3, 100, 0.001, 0.02, 0.02)
+    assert few_images.seeds_for_a_point is None and not few_images.images_only
+
+
+def test_the_limit_of_the_images_is_found_beneath_the_residual():
+    data = simulate(200, 3, 400, 0.0, 0.3, 0.6)
+    assert np.mean([interval(x).se_limit ** 2 for x in data]) == pytest.approx(0.3**2 / 400, rel=0.1)
+
+
+def test_the_bootstrap_agrees_where_it_can():
+    """With many seeds its interval is nearly ours; it is reproducible, and of one seed it is that of the images."""
+    [data] = simulate(1, 40, 400, 0.05, 0.3, 0.3, mean=0.1)
+    low, high = bootstrap(data)
+    found = interval(data)
+    assert (low + high) / 2 == pytest.approx(found.mean, abs=0.005)
+    assert (high - low) / 2 == pytest.approx(found.half_width, rel=0.15)
+    assert bootstrap(data) == (low, high) != bootstrap(data, seed=1)
+    low, high = bootstrap(data[:1])
+    assert (high - low) / 2 == pytest.approx(interval(data[:1]).half_width, rel=0.1)

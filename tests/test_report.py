@@ -1,0 +1,464 @@
+"""The report of synthetic run directories: groups, averages, marks, refusals, and pages that stand alone."""
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from eval import intervals, plots, results
+from eval import report as reports
+from eval.frames import Column, group_runs, read_run, read_tests
+from ssl_vit.errors import UserError
+
+N = 200
+TRUTH = np.arange(N) % 10
+KNN = dict(protocol="knn-k20", pooling="cls")
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+def answers(share, seed):
+    """Predictions (N,) of which about this share are right; which ones is drawn by the seed."""
+    wrong = np.random.default_rng(seed).permutation(N)[round(share * N) :]
+    predicted = TRUTH.copy()
+    predicted[wrong] = (TRUTH[wrong] + 1) % 10
+    return predicted
+
+
+def settings(recipe, seed=0, **changes):
+    """A recipe.yaml; changes as section__key."""
+    tree = dict(
+        recipe=recipe,
+        objective=dict(name="supervised" if recipe == "supervised" else "reconstruct"),
+        train=dict(epochs=10.0, steps=100, flops=None, seed=seed),
+        data=dict(name="cifar10"),
+        monitor=dict(log_every=10 + seed),
+        runtime=dict(threads=1 + seed),
+        resolved=dict(lr=0.1 + seed),
+        images=dict(count=500 + seed),
+    )
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return tree
+
+
+def write_run(folder, recipe, share, seed=0, tree=None, measures=(KNN,), truth=TRUTH, flops=1e12, **keys):
+    """A run directory with a row for each of the measures, which may bring a share of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if tree:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+        lines = [dict(step=s, loss=1 / s, images=10 * s, flops=flops * s / 100, seconds=s) for s in (50, 100)]
+        lines.append(dict(step=100, knn=0.3, knn_cls=0.2, rank=5.0))
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if flops))
+    rows, predictions = [], []
+    for number, measure in enumerate(measures):
+        measure = dict(measure)
+        predicted = answers(measure.pop("share", share), [*map(ord, recipe or "foreign"), seed, number])[: len(truth)]
+        row = dict(
+            run=folder.name,
+            recipe=recipe,
+            objective=tree["objective"]["name"] if tree else None,
+            backbone="vit_tiny",
+            data="cifar10",
+            eval_data="cifar10",
+            split="test",
+            layer=-1,
+            label_fraction=1.0,
+            subset_seed=None,
+            seed=tree["train"]["seed"] if tree else None,
+            chosen="last checkpoint",
+            n=len(truth),
+            metric="accuracy",
+            value=float((predicted == truth).mean()),
+            images_seen=1000 if flops else 0,
+            train_flops=flops,
+            eval_flops=1.0,
+            seconds=1.0,
+            versions=dict(torch="2"),
+            commit="abc",
+            train_n=500,
+        )
+        rows.append(row | measure | keys)
+        predictions.append(predicted)
+    results.write(folder, rows, predictions, truth)
+    return folder
+
+
+def many(folder, recipe, share, seeds=3, **keys):
+    """Run directories of so many seeds."""
+    changes = keys.pop("changes", {})
+    return [
+        write_run(folder / f"{recipe}-s{seed}", recipe, share, seed, settings(recipe, seed, **changes), **keys)
+        for seed in range(seeds)
+    ]
+
+
+def controls(folder, measures=(KNN,), **keys):
+    pixels = [{**m, "pooling": "raw 32x32"} for m in measures if m["protocol"] != "finetune" and not m.get("layer")]
+    random = many(folder, "random", 0.2, measures=measures, flops=0.0, changes=dict(train__steps=0), **keys)
+    return [*random, write_run(folder / "pixels-cifar10", "pixels", 0.45, measures=pixels, flops=0.0, **keys)]
+
+
+def groups_of(folders):
+    return group_runs([read_run(folder) for folder in folders])
+
+
+def the_test(folders):
+    [test] = read_tests(groups_of(folders))
+    return test
+
+
+def by_label(test):
+    """The frames of the first main column."""
+    return {group.label: frame for group, frame in test.in_column(test.main[0]).items()}
+
+
+def write_report(folders, output, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, folders), "--output", str(output)])
+    reports.main()
+    return (output / "report.html").read_text(), (output / "report.md").read_text()
+
+
+# groups
+
+
+def test_seeds_and_what_only_changes_rounding_are_one_group(tmp_path):
+    groups = groups_of(many(tmp_path, "mae", 0.5) + many(tmp_path, "dino", 0.5))
+    assert [(g.label, [run.seed for run in g.runs]) for g in groups] == [("mae", [0, 1, 2]), ("dino", [0, 1, 2])]
+
+
+def test_labels_tell_what_differs_where_a_recipe_is_there_twice(tmp_path):
+    one = write_run(tmp_path / "a", "mae", 0.5, tree=settings("mae"))
+    budget = write_run(tmp_path / "b", "mae", 0.5, tree=settings("mae", train__flops=1e13, train__steps=9), flops=1e13)
+    [a, b] = groups_of([one, budget])
+    assert (a.label, b.label, a.family, b.family) == ("mae (10¹² FLOPs)", "mae (10¹³ FLOPs)", "mae", "mae")
+
+    ratio = write_run(tmp_path / "c", "mae", 0.5, tree=settings("mae", objective__ratio=0.5))
+    other = write_run(tmp_path / "d", "mae", 0.5, tree=settings("mae", objective__ratio=0.9))
+    assert [g.label for g in groups_of([ratio, other])] == ["mae (objective.ratio=0.5)", "mae (objective.ratio=0.9)"]
+
+    # of three settings a hash remains
+    changes = dict(objective__a=1, objective__b=2, objective__c=3)
+    far = write_run(tmp_path / "e", "mae", 0.5, tree=settings("mae", **changes))
+    assert re.fullmatch(r"mae \([0-9a-f]{6}\)", groups_of([one, far])[1].label)
+
+    foreign = [write_run(tmp_path / name, None, 0.5) for name in ("vit-x", "vit-y")]
+    assert [g.label for g in groups_of(foreign)] == ["vit-x", "vit-y"]
+
+
+def test_subset_seeds_are_averaged_within_a_seed(tmp_path):
+    shares = [dict(KNN, label_fraction=0.1, subset_seed=s, train_n=50, share=0.3 + 0.1 * s) for s in range(3)]
+    test = the_test(many(tmp_path, "mae", 0.5, seeds=2, measures=[KNN, *shares]))
+    [frame] = test.frames[Column("knn-k20", "cls", -1, 0.1)].values()
+    assert frame.correct.shape == (2, N) and frame.seeds == [0, 1] and len(frame.rows) == 6
+    assert frame.estimate.mean == pytest.approx(0.4)
+    assert set(np.unique((3 * frame.correct).round(6))) <= {0, 1, 2, 3}
+
+
+def test_other_settings_of_fine_tuning_have_a_column_of_their_own(tmp_path):
+    plain, other = dict(protocol="finetune", pooling="mean"), dict(protocol="finetune-0a1b2c", pooling="mean")
+    folders = many(tmp_path, "mae", 0.6, measures=[KNN, plain]) + many(tmp_path, "dino", 0.6, measures=[KNN, other])
+    table = reports.main_table(the_test(folders))
+    assert [over for over, _ in table.head] == ["k-NN (k = 20)", "fine-tuned", "fine-tuned (0a1b2c)", "training"]
+    [(_, rows)] = table.parts
+    filled = {name.text: [bool(cell.text) for cell in cells[:3]] for name, cells in rows}
+    assert filled == {"mae": [True, True, False], "dino": [True, False, True]}
+
+
+def test_k200_is_not_k20(tmp_path):
+    folders = many(tmp_path, "mae", 0.5, measures=[KNN, dict(KNN, protocol="knn-k200")])
+    test = the_test(folders)
+    assert [c.protocol for c in test.main] == ["knn-k20"]
+    [folded] = reports.details(test)
+    assert folded.blocks[0].head == [("k-NN (k = 200)", ["class token"])]
+
+
+def test_the_random_initialisation_fine_tuned_is_from_scratch(tmp_path):
+    measures = [KNN, dict(protocol="finetune", pooling="mean")]
+    test = the_test(many(tmp_path, "mae", 0.6, measures=measures) + controls(tmp_path, measures))
+    rows = {name.text: cells for name, cells in reports.main_table(test).parts[1][1]}
+    assert rows["random init"][0].text and not rows["random init"][1].text
+    assert rows["from scratch"][1].text and not rows["from scratch"][0].text
+    titles = [title for b in reports.comparisons(test, "") if isinstance(b, reports.Table) for title, _ in b.parts]
+    assert titles == ["against raw pixels", "against random init", "against from scratch"]
+
+
+def test_raw_pixels_stand_in_every_pooling(tmp_path):
+    measures = [KNN, dict(KNN, pooling="mean")]
+    table = reports.main_table(the_test(many(tmp_path, "mae", 0.6, measures=measures) + controls(tmp_path)))
+    assert table.head[0] == ("k-NN (k = 20)", ["class token", "mean of patches"])
+    pixels = next(cells for name, cells in table.parts[1][1] if name.text == "raw pixels")
+    assert pixels[0].text == pixels[1].text and pixels[0].text.startswith("45.0 ± ")
+
+
+# marks and comparisons
+
+
+def best(folders):
+    test = the_test(folders)
+    return {group.label for group in reports.best_of(test.in_column(test.main[0]))}
+
+
+def test_the_best_is_marked_with_all_that_are_not_distinguishable(tmp_path):
+    mae, dino = many(tmp_path, "mae", 0.80), many(tmp_path, "dino", 0.3)
+    assert best(mae + dino + controls(tmp_path)) == {"mae"}
+    assert best(mae + dino + many(tmp_path, "beit", 0.78)) == {"mae", "beit"}
+    assert best(mae + controls(tmp_path)) == set()  # one recipe is no competition
+    assert best(mae + dino + many(tmp_path, "supervised", 0.95)) == {"mae"}  # with labels: a control
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    a, b = many(tmp_path, "mae", 0.6), many(tmp_path, "dino", 0.5)
+    test = the_test([*a, *b[1:], *controls(tmp_path)])
+    frames = by_label(test)
+    expected = frames["mae"].correct[1:] * 1.0 - frames["dino"].correct
+    assert np.array_equal(frames["mae"].minus(frames["dino"]), expected)
+    assert frames["mae"].minus(frames["raw pixels"]).shape == (3, N)
+    apart = by_label(the_test([a[0], b[1]]))
+    assert apart["mae"].minus(apart["dino"]) is None
+
+
+def test_the_table_of_comparisons(tmp_path):
+    test = the_test(many(tmp_path, "mae", 0.6) + controls(tmp_path))
+    _, _, _, _, table = reports.comparisons(test, "")
+    cells = {title: lines[0][1] for title, lines in table.parts}["against random init"]
+    frames = by_label(test)
+    estimate = intervals.paired(frames["mae"].correct, frames["random init"].correct)
+    low, high = intervals.bootstrap(frames["mae"].minus(frames["random init"]))
+    assert cells[0].text == f"+{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f}"
+    assert cells[1].text == f"+{100 * low:.1f} to +{100 * high:.1f}"
+    assert cells[2].text == f"{100 * estimate.detectable:.1f}" and cells[4].text == "3"
+
+
+def test_the_summary_does_not_claim_what_is_not_there(tmp_path):
+    shares = [write_run(tmp_path / "mae", "mae", 0.46, tree=settings("mae")), *controls(tmp_path)]
+    lead, single = reports.summary(the_test(shares))
+    assert lead.text.startswith(
+        "On cifar10 (test, 200 images; 1 seed per recipe), by k-NN (k = 20), class token, mae is at 46.0 ± 6.9 %."
+    )
+    assert "points above random init at 20.0 %" in lead.text
+    assert "It is not distinguishable from raw pixels at 45.0 % (difference +1.0 ± " in lead.text
+    assert single.text.startswith("One seed only: mae.")
+    two = reports.summary(the_test(many(tmp_path, "mae", 0.46) + many(tmp_path, "dino", 0.45)))
+    assert "mae is the highest, at 46.0" in two[0].text and "not distinguishable from dino" in two[0].text
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("nothing", "nothing is no run directory"),
+        ("unevaluated", "python eval/knn.py --backbone"),
+        ("twice", "mae-s0 and .*again are the same recipe and have the same seed, 0"),
+        ("n", r"mae-s0 and .*short hold rows of different tests: cifar10 \(test\) .* 200 and 50"),
+        ("labels", "mae-s0 and .*other hold rows of different tests"),
+        ("predictions", r"predictions/.*npz is missing; evaluate .*mae-s0 again"),
+        ("measured twice", "measures knn-k20 .* twice: delete the outdated one of the rows"),
+    ],
+)
+def test_refusals(case, said, tmp_path, monkeypatch):
+    run = many(tmp_path, "mae", 0.5, seeds=1)[0]
+    folders = [run]
+    if case == "nothing":
+        folders.append(tmp_path / "nothing")
+    elif case == "unevaluated":
+        folders.append(tmp_path / "new")
+        folders[1].mkdir()
+        (folders[1] / "recipe.yaml").write_text(yaml.safe_dump(settings("mae")))
+    elif case == "twice":
+        folders.append(write_run(tmp_path / "again", "mae", 0.5, tree=settings("mae")))
+    elif case == "n":
+        folders.append(write_run(tmp_path / "short", "dino", 0.5, tree=settings("dino"), truth=TRUTH[:50]))
+    elif case == "labels":
+        folders.append(write_run(tmp_path / "other", "dino", 0.5, tree=settings("dino"), truth=TRUTH[::-1]))
+    elif case == "predictions":
+        next((run / "predictions").iterdir()).unlink()
+    else:
+        write_run(run, "mae", 0.5, tree=settings("mae"), chosen="another learning rate")
+    with pytest.raises(UserError, match=said) as error:
+        write_report(folders, tmp_path / "out", monkeypatch)
+    assert len(re.findall(r"[.:;](\s|$)", str(error.value))) <= 3 and not (tmp_path / "out").exists()
+
+
+# the pages
+
+
+class Checker(HTMLParser):
+    """Sees that every element is closed, nothing is loaded from elsewhere, and no script runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.images = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "link", "iframe")
+        for name, value in attributes:
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith(("data:", "#")) or tag == "a"
+        self.images += tag == "img"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check_html(page):
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == [] and "url(" not in page and "@import" not in page
+    return checker
+
+
+def everything(folder):
+    """Runs with all kinds of rows, several budgets, a foreign backbone, pictures, and one recipe of a single seed."""
+    poolings = [dict(KNN, pooling=p) for p in ("cls", "mean")]
+    measures = [
+        *poolings,
+        dict(KNN, protocol="knn-uncentred-k20"),
+        dict(KNN, label_fraction=0.1, subset_seed=0, train_n=50, share=0.25),
+        *(dict(protocol="linear-sweep", pooling=p) for p in ("cls", "mean", "concat", "chosen")),
+        *(dict(protocol="linear-block", pooling="cls", layer=b, share=0.3 + 0.1 * b) for b in range(3)),
+        dict(protocol="finetune", pooling="mean", share=0.9),
+    ]
+    folders = many(folder, "mae", 0.6, measures=measures) + many(folder, "dino", 0.5, seeds=1, measures=measures)
+    tree = settings("mae", train__flops=1e13)
+    folders.append(write_run(folder / "mae-long", "mae", 0.7, tree=tree, flops=1e13, measures=poolings))
+    folders.append(write_run(folder / "vit_base<script>", None, 0.8, flops=0.0, measures=poolings, commit="def"))
+    for name in ("reconstruction", "cifar10-neighbours"):
+        (folders[0] / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folders[0] / "pictures" / f"{name}.png")
+    return folders + many(folder, "supervised", 0.9, measures=measures) + controls(folder, measures)
+
+
+def test_a_full_report(tmp_path, monkeypatch, capsys):
+    folders = everything(tmp_path)
+    page, text = write_report(folders, tmp_path / "out", monkeypatch)
+    said = capsys.readouterr().out
+    checker = check_html(page)
+    assert "<script>" not in page and "vit_base&lt;script&gt;" in page and r"vit_base\<script\>" in text
+    assert checker.images == 2 and "nearest training images of test images" in page
+
+    sections = re.findall(r"<h2[^>]*>([^<]+)", page)
+    assert sections == [
+        "Accuracy",
+        "Against the controls",
+        "What it costs",
+        "With fewer labels",
+        "Block by block",
+        "While training",
+        "Pictures",
+        "Where it comes from",
+    ]
+    assert re.findall(r"^## (.+)$", text, re.M) == sections
+    assert "2 recipes compared" not in page and "3 recipes compared on cifar10" in page  # mae, dino, the foreign one
+    assert "one seed: images only" in page and "one seed: images only" in text and "One seed only: " in page
+    assert "2 commits of this code" in page and "2 commits of this code" in text
+    assert "from scratch" in page and "reports/" not in page
+    assert f"python eval/report.py {folders[0]}" in page and f"python eval/report.py {folders[0]}" in text
+    assert "| mae" in said and "report.html" in said and "from scratch" in said
+
+    files = sorted((tmp_path / "out").glob("*.svg"))
+    assert {f"({file.name})" for file in files} == set(re.findall(r"!\[[^]]*\](\([^)]+\))", text))
+    for file in files:
+        ElementTree.fromstring(file.read_text())
+    known = {results.row_id(row) for folder in folders for row in results.read(folder)}
+    named = {word for ids in re.findall(r"<code>([0-9a-f ]+)</code>", page) for word in ids.split()}
+    assert named == known
+
+
+def test_sections_without_rows_are_left_out(tmp_path, monkeypatch):
+    page, text = write_report([write_run(tmp_path / "vit", None, 0.8, flops=0.0)], tmp_path / "out", monkeypatch)
+    check_html(page)
+    assert re.findall(r"<h2[^>]*>([^<]+)", page) == ["Accuracy", "Where it comes from"]
+    assert "unknown" in page and "smoke test" not in page and "commits of this code" not in page
+
+
+def test_several_tests_have_sections_of_their_own(tmp_path, monkeypatch):
+    folders = many(tmp_path, "mae", 0.6) + many(tmp_path, "dino", 0.5)
+    for folder in folders:
+        row = results.read(folder)[0]
+        results.write(folder, [row | dict(eval_data="digits", n=50)], [answers(0.5, 1)[:50]], TRUTH[:50])
+    page, _ = write_report(folders, tmp_path / "out", monkeypatch)
+    check_html(page)
+    sections = re.findall(r"<h2[^>]*>([^<]+)", page)
+    assert sections.count("Accuracy: cifar10 (test)") == sections.count("Accuracy: digits (test)") == 1
+    assert "This is a smoke test" in page and "2 recipes compared on cifar10, digits" in page
+
+
+def test_pictures_beneath_the_report_are_linked_in_markdown(tmp_path, monkeypatch):
+    run = many(tmp_path / "runs", "mae", 0.6, seeds=1)[0]
+    (run / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(run / "pictures" / "attention.png")
+    _, text = write_report([run], tmp_path, monkeypatch)
+    assert "[mae: attention of the class token](<runs/mae-s0/pictures/attention.png>)" in text
+
+
+# the charts
+
+
+def test_labels_do_not_overlap_and_stay_near():
+    places = plots._spread([100, 101, 102, 200], [16] * 4, 0, 300)
+    assert places == pytest.approx([85, 101, 117, 200])
+    low = plots._spread([5, 5, 5], [16] * 3, 0, 300)
+    assert low == pytest.approx([8, 24, 40])
+    high = plots._spread([299, 290], [16] * 2, 0, 300)
+    assert sorted(high) == pytest.approx([276, 292]) and high[0] > high[1]
+
+
+def test_ticks_and_numbers():
+    assert plots.ticks(0.31, 0.58) == pytest.approx([0.3, 0.4, 0.5, 0.6])
+    assert plots.ticks(-0.12, 0.04) == pytest.approx([-0.15, -0.1, -0.05, 0, 0.05])
+    assert plots.log_ticks(8e11, 3e13) == pytest.approx([1e12, 2e12, 5e12, 1e13, 2e13])
+    assert plots.log_ticks(90, 1.1e6) == pytest.approx([1e2, 1e3, 1e4, 1e5, 1e6])
+    told = [plots.number(v) for v in (0, 0.25, 1500, 1e12, 2.5e13, 4e-5)]
+    assert told == ["0", "0.25", "1,500", "10¹²", "2.5·10¹³", "4·10⁻⁵"]
+    assert plots.number(1e5, power=True) == "10⁵"
+
+
+def test_a_chart_escapes_names_and_holds_its_marks():
+    series = [
+        plots.Series("a <b> & c", [1e12, 1e13], [0.2, 0.4], [0.1, 0.05], 0),
+        plots.Series("control", [], [0.3], [0.02]),
+    ]
+    root = ElementTree.fromstring(plots.lines(series, "T", "s", "x", log=True))
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    hovers = [e.text for e in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert "a <b> & c" in texts and "10¹²" in texts
+    assert hovers == ["control: 30.0 ± 2.0 %", "a <b> & c: 20.0 ± 10.0 % at 10¹²", "a <b> & c: 40.0 ± 5.0 % at 10¹³"]
+    _, _, width, height = map(float, root.get("viewBox").split())
+    for circle in root.iter("{http://www.w3.org/2000/svg}circle"):
+        assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
+
+
+def test_a_hollow_dot_may_be_no_difference():
+    rows = [plots.Dot("clear", 0.05, 0.02, 1), plots.Dot("unclear", 0.01, 0.02, 2)]
+    svg = plots.dots(rows, "T", "s", zero=True)
+    fills = re.findall(r'<circle[^>]*style="fill:var\(--(\w+)\)', svg)
+    assert fills == ["c1", "ground"] and "+1.0 ± 2.0" in svg
+
+
+def test_the_curve_of_a_long_log_is_thinned(tmp_path):
+    run = many(tmp_path, "mae", 0.5, seeds=1)[0]
+    lines = [dict(step=s, loss=1.0 / s) for s in range(1, 5001)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, figure, *_ = reports.charts.curves(groups_of([run]))
+    [(name, svg)] = figure.charts
+    [path] = re.findall(r'<polyline points="([^"]+)"', svg)
+    assert name == "loss-mae" and len(path.split()) == 300 and "seed 0: 2·10⁻⁴ at the end" in svg
