@@ -13,21 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import yaml
 from accelerate import PartialState
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ssl_vit import recipe as recipes
 from ssl_vit import weights
 from ssl_vit.backbone import Backbone
 from ssl_vit.data import ImageSet, evaluation_views
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, say
+from ssl_vit.flops import count
 
 CONTROLS = ("pixels", "pixels-pca64")
+VERSION = 1  # raise it when other code would make other features of the same weights and images
 
 
 @dataclass
@@ -41,10 +43,11 @@ class Source:
     size: tuple[int, int] | None  # None: the images' own
 
     def data(self) -> recipes.Data | None:
-        """The images of its pre-training, as its recipe names them; all of them, where it saw a part."""
+        """The images of its pre-training, as its recipe names them: all, where it saw a part, with their own facts."""
         if not self.settings:
             return None
-        return recipes.Data(**self.settings["data"] | dict(subset=None, hold_out=False))
+        facts = dict.fromkeys(("size", "channels", "mean", "std", "flip", "subset"))
+        return recipes.Data(**self.settings["data"] | facts | dict(hold_out=False))
 
     @property
     def depth(self) -> int:
@@ -64,8 +67,10 @@ def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | No
 
 
 def folder_of(name: str, data: str) -> Path:
-    """Where the rows of a backbone go that is no run."""
-    return Path("runs") / f"{Path(name).name}-{recipes.short(data)}"
+    """Where the rows of a backbone go that is no run. Folders of the same name are told apart."""
+    path = Path(name)
+    own = f"-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}" if path.exists() else ""
+    return Path("runs") / f"{path.name}{own}-{recipes.short(data)}"
 
 
 @dataclass
@@ -97,8 +102,8 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
         source.backbone.to(state.device)
     blocks = sorted({block % source.depth for block in blocks})
     zero = torch.zeros(1, images.channels, *size, device=state.device)
-    shapes = {key: value.shape[1] for key, value in _pool(source, zero, blocks).items()}
-    flops = _flops(source.backbone, zero) if source.backbone else 0.0
+    shapes = {key: value.shape[1] for key, value in pool(source, zero, blocks).items()}
+    flops = count(source.backbone, lambda twin: twin.features(zero.cpu())) if source.backbone else 0.0
 
     folder = source.folder / "features"
     key = _key(source, images, size)
@@ -123,6 +128,9 @@ def _compute(
     """Write the arrays of these files, each process its share of the rows."""
     partial = {k: file.with_suffix(".partial.npy") for k, file in files.items()}
     if state.is_main_process:
+        gigabytes = 4e-9 * len(images) * sum(shapes[k] for k in files)
+        if gigabytes > 1:
+            say(f"Features of {source.name} on {images.name}/{images.split}: {gigabytes:.1f} GB go to {source.folder}.")
         for k, file in partial.items():
             _allocate(file, (len(images), shapes[k]))
     state.wait_for_everyone()
@@ -133,7 +141,7 @@ def _compute(
     with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
         at = mine[0] if len(mine) else 0
         for view in views:
-            for k, values in _pool(source, view, blocks).items():
+            for k, values in pool(source, view, blocks).items():
                 if k in arrays:
                     arrays[k][at : at + len(view)] = values.float().cpu().numpy()
             at += len(view)
@@ -143,6 +151,8 @@ def _compute(
     state.wait_for_everyone()
     bad = min((i for array in arrays.values() for i in _not_finite(array)), default=None)  # the same on all processes
     if bad is not None:
+        for file in partial.values() if state.is_main_process else ():
+            file.unlink()
         raise UserError(f"{source.name} gives features that are not finite, first for image {bad}: it is broken.")
     state.wait_for_everyone()
     if state.is_main_process:
@@ -151,16 +161,16 @@ def _compute(
     state.wait_for_everyone()
 
 
-def _pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str], Tensor]:
+@torch.no_grad()
+def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str], Tensor]:
     """Features (B, D) by (block, pooling) of images (B, C, H, W) in [0, 1]."""
     if source.backbone is None:
         return {(0, f"raw {view.shape[-2]}x{view.shape[-1]}"): view.flatten(1)}
     found = {}
-    with torch.inference_mode():
-        for block, (prefix, patches) in zip(blocks, source.backbone.features(view, blocks), strict=True):
-            if prefix.shape[1]:
-                found[block, "cls"] = prefix[:, 0]
-            found[block, "mean"] = patches.flatten(1, 2).mean(1)
+    for block, (prefix, patches) in zip(blocks, source.backbone.features(view, blocks), strict=True):
+        if prefix.shape[1]:
+            found[block, "cls"] = prefix[:, 0]
+        found[block, "mean"] = patches.flatten(1, 2).mean(1)
     return found
 
 
@@ -173,22 +183,20 @@ def pca(train: np.ndarray, others: np.ndarray, dimensions: int = 64) -> tuple[np
 
 
 def _key(source: Source, images: ImageSet, size: tuple[int, int]) -> str:
-    """What the features depend on, in 16 hex digits: weights, mean, std, images and their size."""
-    digest = hashlib.sha256(json.dumps([images.fingerprint, images.split, list(size)]).encode())
-    if source.backbone is None:
-        digest.update(b"pixels")
-    else:
-        digest.update(json.dumps([type(source.backbone.model).__name__, source.backbone.args], default=str).encode())
-        for name, tensor in [*source.backbone.model.state_dict().items(), *source.backbone.named_buffers()]:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    """What the features depend on, in 16 hex digits: weights, mean, std, images, their size, and the code."""
+    about = [images.fingerprint, images.split, list(size), VERSION, str(torch.__version__), timm.__version__]
+    about.append("pixels" if source.backbone is None else weights.digest(source.backbone))
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as stream:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder} ({error.strerror}): features are kept beside the run.") from None
+    with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
@@ -219,15 +227,3 @@ def _not_finite(array: np.ndarray) -> Iterator[int]:
 
 def _progress(text: str, total: int, state: PartialState) -> tqdm:
     return tqdm(desc=text, total=total, unit="image", leave=False, disable=not state.is_main_process, mininterval=1.0)
-
-
-@torch.inference_mode()
-def _flops(backbone: Backbone, view: Tensor) -> float:
-    fused = [m for m in backbone.modules() if getattr(m, "fused_attn", False)]
-    for module in fused:
-        module.fused_attn = False
-    with FlopCounterMode(display=False) as counter:
-        backbone.features(view)
-    for module in fused:
-        module.fused_attn = True
-    return float(counter.get_total_flops())

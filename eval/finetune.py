@@ -9,12 +9,11 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `tr
 
 A randomly initialised backbone is the control: the same budget of labels, from scratch. With several --lr each is
 tried on nine tenths of the labelled images and judged on the last tenth; the best is trained again on all of them, and
-only that one sees the report split. Epochs of few images are few steps: with few labels raise train.epochs.
+only that one sees the report split. With few labels the recipe's epochs become 300 steps, if they are less.
 
 Each training is a run of the loop in RUN/finetune/: the same command goes on where it was stopped.
 """
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -26,14 +25,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.flop_counter import FlopCounterMode
 
 from eval import features, inputs, results
-from ssl_vit import data, errors, pretrain, weights
+from ssl_vit import data, errors, flops, pretrain, weights
 from ssl_vit import recipe as recipes
-from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.backbone import TokenBackbone
 from ssl_vit.errors import UserError, say
 
+STEPS = 300  # a training has at least so many steps, however few images it has
 # settings that are not the user's here, and why
 ELSEWHERE = {
     "objective.name": "fine-tuning is supervised",
@@ -56,8 +55,6 @@ def evaluate(source: features.Source, asked: inputs.Inputs, settings: list[str],
 
     settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for the recipe's.
     """
-    if source.backbone is None:
-        raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
     train, test = asked.images(source)
     truth = test.labels.cpu().numpy()
     rows = []
@@ -65,21 +62,22 @@ def evaluate(source: features.Source, asked: inputs.Inputs, settings: list[str],
         started = time.perf_counter()
         own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
         own += [f"data.subset={part}", f"data.subset_seed={seed}"] if part else []
-        chosen, flops = "last checkpoint", 0.0
+        own += few(settings, keys["train_n"])
+        choice, spent = {}, 0.0
         if rates:
-            best, chosen, flops = choose(source, asked, settings + own, rates)
+            best, choice, spent = choose(source, asked, settings + own, rates)
             own.append(f"optim.lr={best}")
         recipe = make_recipe(source, asked.config, settings + own)
         path = tune(source, recipe, train)
-        predicted, spent = predict(path, test, asked.state)
+        predicted, judging = predict(path, test, asked.state)
         row = inputs.row(source, test) | keys
         row |= dict(
             protocol=protocol(settings, rates),
             pooling=recipe.objective.pool,
-            chosen=chosen,
-            lr=recipe.optim.lr,
+            chosen="learning rate on a tenth of train" if rates else "last checkpoint",
+            settings=dict(lr=recipe.optim.lr, **choice),
             value=float((predicted == truth).mean()),
-            eval_flops=flops + results.describe_run(path, {})["train_flops"] + spent,
+            eval_flops=spent + results.describe_run(path, {})["train_flops"] + judging,
             seconds=round(time.perf_counter() - started, 3),
         )
         if asked.state.is_main_process:
@@ -88,25 +86,32 @@ def evaluate(source: features.Source, asked: inputs.Inputs, settings: list[str],
     return rows
 
 
+def few(settings: list[str], images: int) -> list[str]:
+    """The recipe's epochs of few images are few steps: the settings that make them enough, unless the user set them."""
+    train = pretrain.read("finetune", settings, None).train
+    asked = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
+    return [f"train.steps={STEPS}"] if not asked and train.epochs * images < STEPS * train.batch_size else []
+
+
 def choose(
     source: features.Source, asked: inputs.Inputs, settings: list[str], rates: list[float]
-) -> tuple[float, str, float]:
-    """(the best learning rate on held-out training images, how it was chosen, FLOPs spent on that)."""
-    accuracies, flops = [], 0.0
+) -> tuple[float, dict, float]:
+    """(the best learning rate on held-out training images, what a row says of it, FLOPs spent on that)."""
+    accuracies, total = [], 0.0
     for rate in rates:
         recipe = make_recipe(source, asked.config, [*settings, "data.hold_out=true", f"optim.lr={rate}"])
         path = tune(source, recipe, asked.images(source)[0])
         held_out = data.load(recipe.data, "held out").to(asked.state.device)
         predicted, spent = predict(path, held_out, asked.state)
         accuracies.append(float((predicted == held_out.labels.cpu().numpy()).mean()))
-        flops += results.describe_run(path, {})["train_flops"] + spent
+        total += results.describe_run(path, {})["train_flops"] + spent
         say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are right")
     alike = [rate for rate, accuracy in zip(rates, accuracies, strict=True) if accuracy == max(accuracies)]
     best = alike[len(alike) // 2]  # few held-out images make ties: their middle is the safest
-    edge = ", at the edge of the grid" if best in (rates[0], rates[-1]) else ""
+    edge = best in (rates[0], rates[-1])
     if edge:
-        say(f"warning: lr {best:g} is the best{edge}: pass --lr further out.")
-    return best, f"lr {best:g} of {len(rates)} on a tenth of train{edge}", flops
+        say(f"warning: lr {best:g} is the best, at the edge of the grid: pass --lr further out.")
+    return best, dict(tried=len(rates), validation=max(accuracies), at_the_edge=edge), total
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
@@ -145,7 +150,8 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
             registers=model.num_reg_tokens,
             layer_scale=source.backbone.args.get("init_values"),
         )
-    return dataclasses.replace(own, drop_path=drop_path, init_from=start)
+    # positions that pre-training kept fixed are trained too, as in MAE's fine-tuning, so that all are treated alike
+    return dataclasses.replace(own, positions="learned", drop_path=drop_path, init_from=start)
 
 
 def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
@@ -153,7 +159,7 @@ def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) 
     pretrain.resolve_precision(recipe)
     identity = {k: v for k, v in recipe.as_dict().items() if k not in recipes.MAY_CHANGE}
     # all that a run must not differ in when it goes on, and the weights: a folder may hold others by now
-    recipe.tag = _hash([identity, train.fingerprint, _digest(source.backbone)])
+    recipe.tag = _hash([identity, train.fingerprint, weights.digest(source.backbone)])
     path = source.folder / "finetune" / recipe.run_name()
     code = pretrain.pretrain(recipe, path)
     if code:
@@ -169,28 +175,22 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[np.
     size = backbone.input_size
     mine = torch.arange(len(images))[state.process_index :: state.num_processes]
     views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
-    answers = torch.cat([backbone.classify(view).argmax(1).cpu() for view in views])
+    answers = torch.cat([torch.empty(0).long(), *(backbone.classify(view).argmax(1).cpu() for view in views)])
     predicted = np.full(len(images), -1)
     for at, answer in gather_object([(mine.numpy(), answers.numpy())]):
         predicted[at] = answer
-    return predicted, len(images) * _flops(backbone)
-
-
-def _flops(backbone: Backbone) -> float:
-    """Of classifying one image, with unfused attention, as those of training are counted."""
-    twin = copy.deepcopy(backbone).cpu()
-    for module in twin.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    with FlopCounterMode(display=False) as counter:
-        twin.classify(torch.zeros(1, len(twin.mean), *twin.input_size))
-    return float(counter.get_total_flops())
+    zero = torch.zeros(1, images.channels, *size)
+    return predicted, len(images) * flops.count(backbone, lambda twin: twin.classify(zero))
 
 
 def protocol(settings: list[str], rates: list[float]) -> str:
     """The name of the schedule: "finetune", with a hash of what differs from the recipe, so that no two share it."""
     base, recipe = pretrain.read("finetune", [], None).as_dict(), pretrain.read("finetune", settings, None).as_dict()
-    keys = [key for key in recipes.differences(base, recipe) if not key.startswith("data.") or key == "data.size"]
+    keys = [
+        key
+        for key in recipes.differences(base, recipe)
+        if not key.startswith("data.") or key in ("data.size", "data.flip")
+    ]
     changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
     if rates:
         changed["optim.lr"] = rates
@@ -199,14 +199,6 @@ def protocol(settings: list[str], rates: list[float]) -> str:
 
 def _hash(thing) -> str:
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:6]
-
-
-def _digest(backbone: Backbone) -> str:
-    digest = hashlib.sha256()
-    for name, weight in backbone.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def table(rows: list[dict]) -> str:
@@ -218,7 +210,7 @@ def table(rows: list[dict]) -> str:
         shown.setdefault((name, f"{row['train_n']:,}"), []).append(row)
     for key, alike in shown.items():
         accuracy = 100 * np.mean([row["value"] for row in alike])
-        rates = ", ".join(dict.fromkeys(f"{row['lr']:g}" for row in alike))
+        rates = ", ".join(dict.fromkeys(f"{row['settings']['lr']:g}" for row in alike))
         lines.append("| " + " | ".join([*key, f"{accuracy:.1f}", rates]) + " |")
     return "\n".join(lines)
 
@@ -244,6 +236,9 @@ def main() -> None:
     given = pretrain.read("finetune", settings, None).data  # checked before anything loads
 
     asked = inputs.Inputs(args)
+    for source in asked.sources:
+        if source.backbone is None:
+            raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
     facts = [text.partition("=")[0].removeprefix("data.") for text in settings if text.startswith("data.")]
     asked.config = dataclasses.replace(asked.config, **{fact: getattr(given, fact) for fact in facts})
     rows = [row for source in asked.sources for row in evaluate(source, asked, settings, rates)]

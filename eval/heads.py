@@ -1,7 +1,7 @@
 """Linear heads on frozen features: many at once for a sweep, one by a published protocol, one by convex means."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,14 +18,40 @@ PENALTIES = tuple(10.0**e for e in range(-4, 4))  # scikit-learn's C
 MOMENTUM = 0.9
 
 
+@dataclass
+class Columns:
+    """Features side by side: some rows of arrays (n, D) that may lie on disk; nothing is read until it is taken."""
+
+    arrays: list[np.ndarray]
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        return sum(array.shape[1] for array in self.arrays)
+
+    def part(self, chosen: np.ndarray) -> "Columns":
+        return Columns(self.arrays, self.rows[chosen])
+
+    def take(self, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(len(chosen), width)."""
+        return np.concatenate([array[self.rows[chosen]] for array in self.arrays], 1)
+
+    def chunks(self, size: int = 8192) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+
 class Scale:
     """Standardises features by the mean and standard deviation of the training features, per dimension, then divides
     by the root of their number, so that one learning rate means the same for every width."""
 
-    def __init__(self, features: np.ndarray):
-        total = squares = np.zeros(features.shape[1])
-        for start in range(0, len(features), 8192):
-            part = features[start : start + 8192].astype(np.float64)
+    def __init__(self, features: Columns):
+        total = squares = np.zeros(features.width)
+        for chunk in features.chunks():
+            part = chunk.astype(np.float64)
             total, squares = total + part.sum(0), squares + (part**2).sum(0)
         mean = total / len(features)
         std = np.sqrt(np.maximum(squares / len(features) - mean**2, 0))
@@ -37,23 +63,23 @@ class Scale:
 
 
 def sweep(
-    features: dict[str, np.ndarray],
+    features: dict[Hashable, Columns],
     labels: np.ndarray,
-    others: dict[str, np.ndarray],
+    others: dict[Hashable, Columns],
     classes: int,
-    rates: dict[str, tuple[float, ...]],
+    rates: dict[Hashable, tuple[float, ...]],
     steps: int,
     batch: int,
     seed: int,
     device: torch.device,
-) -> dict[tuple[str, float], np.ndarray]:
+) -> dict[tuple[Hashable, float], np.ndarray]:
     """The classes, int64 (m,), that softmax regression predicts for the others, by (name of the features, rate).
 
-    A head for each of the named features (n, D) and each of its learning rates: all are trained side by side by SGD
+    A head for each of the named features and each of its learning rates: all are trained side by side by SGD
     with momentum 0.9 and a cosine from the rate to 0, on the same batches, without weight decay, from zero.
     """
     scales = {name: Scale(values) for name, values in features.items()}
-    weights = {n: torch.zeros(v.shape[1] + 1, len(rates[n]), classes, device=device) for n, v in features.items()}
+    weights = {n: torch.zeros(v.width + 1, len(rates[n]), classes, device=device) for n, v in features.items()}
     speeds = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     peaks = {name: torch.tensor(r, device=device)[:, None] for name, r in rates.items()}
     target = torch.from_numpy(labels)
@@ -62,18 +88,18 @@ def sweep(
         truth = F.one_hot(target[chosen], classes).float().to(device)[:, None]
         factor = cosine(step, steps, 1.0, 0.0)
         for name, values in features.items():
-            x, weight = _with_one(scales[name](values[chosen]), device), weights[name]
+            x, weight = _with_one(scales[name](values.take(chosen)), device), weights[name]
             error = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]).softmax(-1) - truth
             speeds[name].mul_(MOMENTUM).add_((x.T @ error.flatten(1)).view_as(weight), alpha=1 / len(x))
             weight.addcmul_(peaks[name] * -factor, speeds[name])
-    answers: dict[tuple[str, float], np.ndarray] = {}
+    answers: dict[tuple[Hashable, float], np.ndarray] = {}
     for name, values in others.items():
         found = [
-            (_with_one(scales[name](values[at : at + 8192]), device) @ weights[name].flatten(1))
+            (_with_one(scales[name](chunk), device) @ weights[name].flatten(1))
             .unflatten(1, weights[name].shape[1:])
             .argmax(-1)
             .cpu()
-            for at in range(0, len(values), 8192)
+            for chunk in values.chunks()
         ]
         for rate, answer in zip(rates[name], torch.cat(found).numpy().T, strict=True):
             answers[name, rate] = answer
@@ -99,7 +125,7 @@ class Protocol:
 
     blocks: int
     epochs: int
-    batch: int
+    batch: int  # images, at most
     rate: float  # for 256 images
     optimizer: Literal["lars", "sgd"]
     batch_norm: bool
@@ -110,9 +136,10 @@ class Protocol:
 PROTOCOLS = {
     # He et al. 2021, arXiv 2111.06377, table 10; official main_linprobe.py
     "mae": Protocol(1, 90, 16384, 0.1, "lars", True, 10),
-    # Caron et al. 2021, arXiv 2104.14294, appendix F.1; official eval_linear.py, ViT-S
+    # Caron et al. 2021, arXiv 2104.14294, appendix F.1; official eval_linear.py
     "dino": Protocol(4, 100, 1024, 0.001, "sgd", False, 0),
 }
+DINO_WIDE = 768  # from ViT-B on, DINO reads the last block alone: class token and mean of the patches
 
 
 def train(
@@ -125,8 +152,8 @@ def train(
     classes: int,
     seed: int,
     device: torch.device,
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Train a head on `steps` batches of features (B, width) and labels (B,); returns what predicts (m,) from (m, width).
+) -> Callable[[Columns], np.ndarray]:
+    """Train a head on `steps` batches of features (B, width) and labels (B,); returns what predicts classes (m,).
 
     Weights start normal with deviation 0.01. Linear warm-up, then half a cosine to 0.
     """
@@ -150,9 +177,9 @@ def train(
     head.eval()
 
     @torch.no_grad()
-    def predict(features: np.ndarray) -> np.ndarray:
-        parts = (features[at : at + 8192] for at in range(0, len(features), 8192))
-        return torch.cat([head(torch.from_numpy(np.array(part)).to(device)).argmax(1).cpu() for part in parts]).numpy()
+    def predict(features: Columns) -> np.ndarray:
+        found = [head(torch.from_numpy(chunk).to(device)).argmax(1).cpu() for chunk in features.chunks()]
+        return torch.cat(found).numpy()
 
     return predict
 

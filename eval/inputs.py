@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -22,7 +23,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
     )
-    parser.add_argument("--data", help="default: the images of the first run's pre-training")
+    parser.add_argument(
+        "--data", help="a name, a folder, owner/name, or a run: its images; default: those of the first run"
+    )
     parser.add_argument(
         "--labels",
         type=part,
@@ -32,9 +35,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="labelled training images: all, a share such as 1%%, or so many of each class; parts are nested",
     )
     parser.add_argument(
-        "--label-seeds", type=int, nargs="+", default=[0], metavar="SEED", help="which images a part holds (default: 0)"
+        "--label-seeds",
+        type=natural,
+        nargs="+",
+        default=[0],
+        metavar="SEED",
+        help="which images a part holds (default: 0)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads; default: cores / local processes")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: cores / local processes")
     return parser
 
 
@@ -47,14 +55,20 @@ class Inputs:
         faiss.omp_set_num_threads(threads)
         # the first process votes and fits alone, and the others may wait for it long
         self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-        self.config = recipes.Data(name=args.data) if args.data else None
+        self.config, size = None, None
+        if args.data and (Path(args.data) / "recipe.yaml").exists():
+            like = features.open_source(args.data, None, None)
+            self.config, size = like.data(), like.size
+        elif args.data:
+            self.config = recipes.Data(name=args.data)
         self.parts = [(part, seed) for part in args.labels for seed in (args.label_seeds if part else [None])]
         self.sources: list[features.Source] = []
-        size = None
         for name in args.backbone:
             source = features.open_source(name, self.config, size)
             self.config = self.config or source.data()
             size = size or source.size
+            if any(other.folder.name == source.folder.name for other in self.sources):
+                raise UserError(f"Two backbones are called {source.folder.name}: evaluate them one after the other.")
             self.sources.append(source)
         self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
 
@@ -80,8 +94,24 @@ class Inputs:
         """(row keys, indices of the training images whose labels are used), for each part asked for."""
         labels = train.labels.cpu().numpy()
         for part, seed in self.parts:
-            chosen = subsets.balanced(labels, part, seed) if part else np.arange(len(labels))
+            chosen = subsets.stratified(labels, part, seed) if part else np.arange(len(labels))
             yield dict(label_fraction=describe_part(part), subset_seed=seed, train_n=len(chosen)), chosen
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return number
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
 
 
 def part(text: str) -> float | None:

@@ -28,15 +28,16 @@ def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None
 
     ks: default all of KS that there are training images for. Only the first process gets rows.
     """
-    started = time.perf_counter()
     train, test = asked.images(source)
     bank, queries = (features.extract(source, images, asked.state) for images in (train, test))
     if not asked.state.is_main_process:
         return []
     labels, truth = train.labels.cpu().numpy(), test.labels.cpu().numpy()
     common = inputs.row(source, test)
-    rows, predictions = [], []
+    rows = []
     for part, chosen in asked.labelled(train):
+        started = time.perf_counter()
+        found, predictions = [], []
         flops = bank.flops_per_image * (len(chosen) + len(test))
         for pooling, vectors in bank.poolings(-1).items():
             pair = vectors[chosen], queries.poolings(-1)[pooling]
@@ -47,15 +48,16 @@ def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None
                 able = choose(ks, len(chosen))
                 for k, answer in neighbours.vote(near, labels[chosen], far, able, len(train.classes)).items():
                     value = float((answer == truth).mean())
-                    rows.append(
+                    found.append(
                         common
                         | part
                         | dict(protocol=f"{protocol}-k{k}", pooling=pooling, value=value, eval_flops=flops)
                     )
                     predictions.append(answer)
-    for row in rows:
-        row["seconds"] = round(time.perf_counter() - started, 3)
-    results.write(source.folder, rows, predictions, truth)
+        for row in found:
+            row["seconds"] = round(time.perf_counter() - started, 3)
+        results.write(source.folder, found, predictions, truth)
+        rows += found
     if source.backbone is not None:
         pictures.write(source, train, test, bank, queries)
     return rows
@@ -63,8 +65,9 @@ def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None
 
 def choose(ks: list[int] | None, count: int) -> list[int]:
     """The k to vote with, of `count` neighbours. Raises UserError for one asked for that is more."""
-    if ks and (max(ks) > count or min(ks) < 1):
-        raise UserError(f"--k must lie between 1 and the {count} training images, and {max(ks)} does not.")
+    for k in ks or ():
+        if not 1 <= k <= count:
+            raise UserError(f"--k must lie between 1 and the {count} training images, and {k} does not.")
     return sorted({k for k in (*(ks or KS), PRIMARY) if k <= count})
 
 

@@ -12,12 +12,13 @@ Presets:
             side by side in one pass over the features; chosen on a tenth of train, then trained again on all of it
   logistic  scikit-learn's L2-penalised logistic regression on the last block; penalty chosen alike. For small sets
   mae       MAE's protocol: BatchNorm without weights, LARS, batch 16,384, 90 epochs of random crops and flips
-  dino      DINO's: class tokens of the last four blocks, SGD, 100 epochs of random crops and flips
+  dino      DINO's: class tokens of the last four blocks (from ViT-B on of the last, and the mean of its patches), SGD,
+            100 epochs of random crops and flips
 The last two pass the images through the backbone in every epoch.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -37,13 +38,12 @@ STEPS, EPOCHS = 1000, 10  # a sweep's length: so many steps, or epochs if that i
 class Probe:
     """A backbone's features of training and test images, and the rows that come of them."""
 
-    def __init__(self, source: features.Source, asked: inputs.Inputs, blocks: list[int]):
+    def __init__(self, source: features.Source, asked: inputs.Inputs, blocks: list[int], train_features: bool):
         self.source, self.state = source, asked.state
         self.train, self.test = asked.images(source)
-        self.blocks = sorted({b % source.depth for b in blocks})
-        self.bank, self.queries = (
-            features.extract(source, images, asked.state, self.blocks) for images in (self.train, self.test)
-        )
+        self.blocks = blocks
+        self.queries = features.extract(source, self.test, asked.state, blocks)
+        self.bank = features.extract(source, self.train, asked.state, blocks) if train_features else None
         self.labels, self.truth = self.train.labels.cpu().numpy(), self.test.labels.cpu().numpy()
         self.classes = len(self.train.classes)
         self.seed = source.settings["train"]["seed"] if source.settings else 0
@@ -57,8 +57,9 @@ class Probe:
 
 def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None:
     """Rows for each pooling, and "chosen" for the best of all; per_block: one for each block and pooling instead."""
-    sets = {name: combine(probe.bank, *name)[chosen] for name in combinations(probe, per_block)}
-    tests = {name: combine(probe.queries, *name) for name in sets}
+    everything = np.arange(len(probe.test))
+    sets = {name: combine(probe.bank, *name, chosen) for name in combinations(probe, per_block)}
+    tests = {name: combine(probe.queries, *name, everything) for name in sets}
     labels = probe.labels[chosen]
     batch = min(max(len(chosen) // 8, 16), 1024)
     steps = max(STEPS, EPOCHS * len(chosen) // batch)
@@ -68,9 +69,9 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
     for fold in range(folds):
         fit, rest = subsets.hold_out(labels, probe.seed, fold)
         tried = heads.sweep(
-            {name: values[fit] for name, values in sets.items()},
+            {name: values.part(fit) for name, values in sets.items()},
             labels[fit],
-            {name: values[rest] for name, values in sets.items()},
+            {name: values.part(rest) for name, values in sets.items()},
             rates=dict.fromkeys(sets, heads.RATES),
             **options,
         )
@@ -91,9 +92,10 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
         rates={name: tuple(sorted({r for n, r in best.values() if n == name})) for name in names},
         **options,
     )
-    work = (
-        6 * steps * min(1024, len(chosen)) * probe.classes * len(heads.RATES) * sum(v.shape[1] for v in sets.values())
+    columns = folds * len(heads.RATES) * sum(v.width for v in sets.values()) + sum(
+        sets[n].width for n, _ in best.values()
     )
+    work = 4 * steps * batch * probe.classes * columns  # a product forward and one for the gradient
     for (pooling, layer), (name, rate) in best.items():
         probe.add(
             answers[name, rate],
@@ -109,7 +111,7 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
                 tried=len(groups[pooling, layer]),
                 at_the_edge=rate in (heads.RATES[0], heads.RATES[-1]),
             ),
-            eval_flops=probe.bank.flops_per_image * (len(chosen) + len(probe.test)) + work,
+            eval_flops=probe.queries.flops_per_image * (len(chosen) + len(probe.test)) + work,
             **part,
         )
 
@@ -124,7 +126,7 @@ def where(folds: int) -> str:
 
 def combinations(probe: Probe, per_block: bool) -> list[tuple[str, tuple[int, ...]]]:
     """(pooling, blocks) of the features that a sweep looks at."""
-    poolings = list(probe.bank.poolings(-1))
+    poolings = list(probe.queries.poolings(-1))
     if per_block:
         return [(pooling, (block,)) for block in probe.blocks for pooling in poolings]
     if len(poolings) > 1:
@@ -133,10 +135,10 @@ def combinations(probe: Probe, per_block: bool) -> list[tuple[str, tuple[int, ..
     return [(pooling, blocks) for pooling in poolings for blocks in depths]
 
 
-def combine(found: features.Features, pooling: str, blocks: tuple[int, ...]) -> np.ndarray:
-    """(n, D) of these blocks, one beside the other; "concat" is all poolings."""
-    parts = [values for b in blocks for p, values in found.poolings(b).items() if pooling in (p, "concat")]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+def combine(found: features.Features, pooling: str, blocks: Sequence[int], rows: np.ndarray) -> heads.Columns:
+    """These blocks' features of these images, one beside the other; "concat" is all poolings."""
+    arrays = [values for b in blocks for p, values in found.poolings(b).items() if pooling in (p, "concat")]
+    return heads.Columns(arrays, rows)
 
 
 def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
@@ -144,7 +146,7 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
     labels = probe.labels[chosen]
     folds = subsets.folds(labels)
     for pooling, values in probe.bank.poolings(-1).items():
-        values = values[chosen]
+        values = values[chosen]  # scikit-learn wants all at once
         scores = dict.fromkeys(heads.PENALTIES, 0.0)
         for fold in range(folds):
             fit, rest = subsets.hold_out(labels, probe.seed, fold)
@@ -164,7 +166,7 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
                 tried=len(scores),
                 at_the_edge=penalty in (heads.PENALTIES[0], heads.PENALTIES[-1]),
             ),
-            eval_flops=probe.bank.flops_per_image * (len(chosen) + len(probe.test)),
+            eval_flops=probe.queries.flops_per_image * (len(chosen) + len(probe.test)),
             **part,
         )
 
@@ -172,9 +174,11 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
 def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs: int | None) -> None:
     """One row, of the preset's protocol. Every process computes its share of the features and trains the same head."""
     protocol = heads.PROTOCOLS[preset]
-    pooling = next(iter(probe.bank.poolings(-1)))  # the class token; the mean where a model has none
+    pooling = next(iter(probe.queries.poolings(-1)))  # the class token; the mean where a model has none
     blocks = probe.blocks[-protocol.blocks :]
-    tests = combine(probe.queries, pooling, tuple(blocks))
+    if preset == "dino" and probe.source.backbone.width >= heads.DINO_WIDE:
+        pooling, blocks = "concat", probe.blocks[-1:]
+    tests = combine(probe.queries, pooling, blocks, np.arange(len(probe.test)))
     batch = min(protocol.batch, len(chosen))
     length = epochs or protocol.epochs
     steps = length * len(chosen) // batch
@@ -184,7 +188,7 @@ def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs:
         steps,
         warmup=min(steps, protocol.warmup * len(chosen) // batch),
         lr=protocol.rate * batch / 256,
-        width=tests.shape[1],
+        width=tests.width,
         classes=probe.classes,
         seed=probe.seed,
         device=probe.state.device,
@@ -197,7 +201,7 @@ def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs:
         layer=-1,
         chosen="last epoch",
         settings=dict(epochs=length, batch=batch, lr=protocol.rate * batch / 256),
-        eval_flops=probe.bank.flops_per_image * (length * len(chosen) + len(probe.test)),
+        eval_flops=probe.queries.flops_per_image * (length * len(chosen) + len(probe.test)),
         **part,
     )
 
@@ -213,10 +217,6 @@ def augmented(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(features (B, D), labels (B,)) of global batches of random crops and flips, the same on all processes."""
     source, state, images = probe.source, probe.state, probe.train
-    if source.backbone is None:
-        raise UserError(
-            "The presets mae and dino pass images through a backbone: pixels have none. Use --preset sweep."
-        )
     spec = views.crop_flip(source.size, 0.5 if images.flip else 0.0, protocol.scale)
     order = Order(probe.seed, len(chosen), batch)
     share = -(-batch // state.num_processes)  # the last process repeats a few rows, which are cut off again
@@ -229,10 +229,8 @@ def augmented(
         parts, labels = [], []
         for _ in cut:
             chunk = next(stream)
-            with torch.no_grad():
-                found = source.backbone.features(chunk.views(images, spec)["image"], blocks)
-            tokens = [prefix[:, 0] if pooling == "cls" else patches.flatten(1, 2).mean(1) for prefix, patches in found]
-            parts.append(torch.cat(tokens, 1).float())
+            found = features.pool(source, chunk.views(images, spec)["image"], blocks)
+            parts.append(torch.cat([v for (_, p), v in found.items() if pooling in (p, "concat")], 1).float())
             labels.append(images.labels[chunk.indices.to(images.labels.device)].to(state.device))
         yield gather(torch.cat(parts))[:batch], gather(torch.cat(labels))[:batch]
 
@@ -258,25 +256,28 @@ def table(rows: list[dict]) -> str:
 def evaluate(
     source: features.Source, asked: inputs.Inputs, preset: str, per_block: bool, epochs: int | None
 ) -> list[dict]:
-    """The rows of one backbone, written to its folder; only the first process gets any."""
-    started = time.perf_counter()
+    """The rows of one backbone, written to its folder part by part; only the first process gets any."""
     depth = source.depth
     needed = {"logistic": 1} | {name: p.blocks for name, p in heads.PROTOCOLS.items()}
     last = depth if per_block else min(needed.get(preset, 4), depth)
-    probe = Probe(source, asked, list(range(depth - last, depth)))
-    main = asked.state.is_main_process
+    if source.backbone is None and preset in heads.PROTOCOLS:
+        raise UserError(f"--preset {preset} passes images through a backbone, and {source.name} is none: use sweep.")
+    probe = Probe(source, asked, list(range(depth - last, depth)), preset not in heads.PROTOCOLS)
+    main, rows, common = asked.state.is_main_process, [], inputs.row(source, probe.test)
     for part, chosen in asked.labelled(probe.train):
+        started = time.perf_counter()
         if preset in heads.PROTOCOLS:
             published(probe, part, chosen, preset, epochs)
         elif main and preset == "logistic":
             logistic(probe, part, chosen)
         elif main:
             sweep(probe, part, chosen, per_block)
-    if not main:
-        return []
-    common = inputs.row(source, probe.test) | dict(seconds=round(time.perf_counter() - started, 3))
-    rows = [common | row for row in probe.rows]
-    results.write(source.folder, rows, probe.predictions, probe.truth)
+        if main:
+            seconds = round(time.perf_counter() - started, 3)
+            found = [common | dict(seconds=seconds) | row for row in probe.rows]
+            results.write(source.folder, found, probe.predictions, probe.truth)
+            rows += found
+        probe.rows, probe.predictions = [], []
     return rows
 
 

@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate
 from eval.features import Features, Source
 from ssl_vit import neighbours, pictures, weights
 from ssl_vit.data import ImageSet, evaluation_views
+from ssl_vit.recipe import short
 
 SHOWN, NEAREST = 6, 6
 
@@ -28,7 +29,7 @@ def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queri
     nearest = neighbours.nearest(near, far, min(NEAREST, len(near)))[1]
     found = _views(source, train, torch.from_numpy(nearest.flatten()), device).unflatten(0, nearest.shape)
     folder = source.folder / "pictures"
-    pictures.save(torch.cat([images[:, None], found], 1), folder / f"{test.name}-neighbours.png")
+    pictures.save(torch.cat([images[:, None], found], 1), folder / f"{short(test.name)}-neighbours.png")
 
     [(_, patches)] = source.backbone.features(images.to(device))
     colours = components(patches.float().cpu())
@@ -36,7 +37,7 @@ def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queri
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
     if images.shape[1] == 3:
-        pictures.save(torch.stack([images, colours]), folder / f"{test.name}-patches.png")
+        pictures.save(torch.stack([images, colours]), folder / f"{short(test.name)}-patches.png")
 
 
 def components(patches: Tensor) -> Tensor:

@@ -20,19 +20,20 @@ IDENTITY = (
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "faiss-cpu", "scikit-learn", "numpy")
 
 
-def row_id(row: dict) -> str:
+def row_id(row: dict, without: str | None = None) -> str:
     """First 12 hex digits of the SHA-256 over the keys that identify the measurement."""
-    identity = json.dumps({key: row[key] for key in IDENTITY}, sort_keys=True)
+    identity = json.dumps({key: row[key] for key in IDENTITY if key != without}, sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def write(folder: Path, rows: list[dict], predictions: list[np.ndarray], truth: np.ndarray) -> None:
-    """Add rows to folder/results.jsonl, each replacing the row of the same identity, and their predictions."""
+    """Add rows to folder/results.jsonl, and their predictions. Each replaces the row of the same identity, also if that
+    was obtained on another number of test images: the images of that name have changed since."""
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     file = folder / "results.jsonl"
     with open(folder / ".results.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = {row_id(row): row for row in read(folder)}
+        known = {row_id(row, "n"): row for row in read(folder)}
         for row, predicted in zip(rows, predictions, strict=True):
             row["predictions"] = f"predictions/{row_id(row)}.npz"
             np.savez_compressed(
@@ -41,7 +42,7 @@ def write(folder: Path, rows: list[dict], predictions: list[np.ndarray], truth: 
                 predicted=predicted.astype(np.int32),
                 true=truth.astype(np.int32),
             )
-            known[row_id(row)] = row
+            known[row_id(row, "n")] = row
         write_whole(file, "".join(json.dumps(row) + "\n" for row in known.values()))
 
 
@@ -58,13 +59,18 @@ def describe_run(folder: Path, settings: dict) -> dict:
     last = next((line for line in reversed(lines) if "images" in line), dict(images=0, flops=0.0))
     return dict(
         run=folder.name,
-        recipe=settings.get("recipe") if last["images"] or not settings else "random",
+        recipe="random" if _untrained(settings, last) else settings.get("recipe"),
         objective=settings.get("objective", {}).get("name"),
         data=short(settings["data"]["name"]) if settings else None,
         seed=settings.get("train", {}).get("seed"),
         images_seen=last["images"],
         train_flops=last["flops"],
     )
+
+
+def _untrained(settings: dict, last: dict) -> bool:
+    """Whether a run holds weights as they were drawn."""
+    return bool(settings) and not last["images"] and not settings["backbone"].get("init_from")
 
 
 def surroundings() -> dict:

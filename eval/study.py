@@ -51,20 +51,30 @@ class Plan:
 
 @dataclass
 class Part:
-    """One command. It may start when `after` is done; it is done when `mark` exists."""
+    """One command. It is done when `mark` exists, which lies in the run it belongs to and goes with it."""
 
     name: str
     kind: str  # parts of one kind take about as long
     command: list[str]
     mark: Path
-    after: "Part | None" = None
+    needs: "Part | None" = None  # must be done
+    after: "Part | None" = None  # must have ended
     started: float = 0.0
+    device: str = ""
     process: subprocess.Popen | None = None
     failed: bool = False
 
     @property
     def done(self) -> bool:
         return self.mark.exists()
+
+    @property
+    def ended(self) -> bool:
+        return self.done or self.failed
+
+    @property
+    def evaluates(self) -> bool:
+        return self.needs is not None
 
 
 def read(name: str) -> Plan:
@@ -79,62 +89,87 @@ def read(name: str) -> Plan:
     except (yaml.YAMLError, TypeError) as error:
         keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")
         raise UserError(f"{path} is no plan ({' '.join(str(error).split())}): it has the keys {keys}.") from None
+    kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list)
+    for key, kind in kinds.items():
+        if not isinstance(getattr(plan, key), kind) or (key == "arms" and not plan.arms):
+            raise UserError(
+                f"{key} of {path} is no {kind.__name__}, or empty: recipes/study/compare.yaml shows how it is."
+            )
     for arm, what in plan.arms.items():
         if not isinstance(what, dict) or "recipe" not in what or what.keys() - {"recipe", "settings"}:
             raise UserError(f"Arm {arm!r} of {path} must name a recipe, and may have settings: {{recipe: mae}}.")
     for line in plan.evaluators:
         if not isinstance(line, list) or not line or line[0] not in EVALUATORS:
             raise UserError(f"{line} in {path} is no evaluator: write [NAME, ARGUMENT, …], of {', '.join(EVALUATORS)}.")
+    plan.evaluators = [list(map(str, line)) for line in plan.evaluators]
     return plan
 
 
-def parts(plan: Plan, images: str | None, settings: list[str], threads: int, folder: Path) -> tuple[list[Part], list]:
-    """(all commands, the folders of all runs). Raises UserError if a recipe refuses its settings."""
-    found, runs = [], []
-    limit = [f"runtime.threads={threads}"]
+def parts(plan: Plan, images: str | None, settings: list[str], threads: int) -> tuple[list[Part], list[Path]]:
+    """(all commands, the folders of all runs). Raises UserError if a recipe refuses its settings, or if a run of that
+    name is of other settings."""
+    found: list[Part] = []
+    runs: list[Path] = []
+    given = [] if images is None else ["--data", images]
 
-    def evaluations(where: str, rows: Path, after: Part | None, images: list[str]) -> None:
+    def evaluations(backbone: str, rows: Path, needs: Part, more: list[str]) -> None:
+        after = needs
         for i, (name, *arguments) in enumerate(plan.evaluators):
-            if where in plan.controls and name == "finetune":
+            if backbone in plan.controls and name == "finetune":
                 continue
-            command = [_script("eval", name), *images, "--threads", str(threads), "--backbone", where, *arguments]
-            mark = folder / "done" / f"{_hash([name, where, images, arguments])}.json"
-            after = Part(f"{rows.name} {name}-{i}", f"{name}-{i}", [sys.executable, *command], mark, after)
+            command = [_script("eval", name), *more, "--threads", str(threads), "--backbone", backbone, *arguments]
+            mark = rows / "done" / f"{_hash([name, *more, *arguments])}.json"
+            after = Part(f"{rows.name} {name}-{i}", f"{name}-{i}", [sys.executable, *command], mark, needs, after)
             found.append(after)
 
-    given = [] if images is None else ["--data", images]
     for seed in range(plan.seeds):
         for arm, what in plan.arms.items():
             own = [*plan.settings, *settings, *what.get("settings", []), f"train.seed={seed}"]
             recipe = pretrain.read(what["recipe"], own, images)
             run = Path("runs") / recipe.run_name()
-            command = [_script("ssl_vit", "pretrain"), "--recipe", what["recipe"], *given, *limit, *own]
-            part = Part(
-                f"{run.name} pre-training",
-                f"pre-training {arm}",
-                [sys.executable, *command],
-                run / "backbone" / "config.json",
-            )
+            if run in runs:
+                raise UserError(f"Arm {arm!r} is the same as another: both would be {run}.")
+            _refuse_other(run, recipe)
+            command = [_script("ssl_vit", "pretrain"), "--recipe", what["recipe"], *given]
+            command += [f"runtime.threads={threads}", *own]
+            mark = run / "backbone" / "config.json"
+            part = Part(f"{run.name} pre-training", f"pre-training {arm}", [sys.executable, *command], mark)
             found.append(part)
             runs.append(run)
-            evaluations(str(run), run, part, given)
-    named = images or recipe.data.name
+            evaluations(str(run), run, part, [])  # on the images that its recipe names
     for control in plan.controls:
-        run = features.folder_of(control, named)
-        runs.append(run)
-        evaluations(control, run, None, ["--data", named])
+        rows = features.folder_of(control, recipe.data.name)
+        evaluations(control, rows, found[0], ["--data", str(runs[0])])
+        runs.append(rows)
     return found, runs
 
 
+def _refuse_other(run: Path, recipe: recipes.Recipe) -> None:
+    """Raises UserError if there is a run of that name whose recipe says otherwise."""
+    if not (run / "recipe.yaml").exists():
+        return
+    old, new = yaml.safe_load((run / "recipe.yaml").read_text()), recipe.as_dict()
+    for section, values in new.items():  # what is open was resolved there, from the images
+        if isinstance(values, dict):
+            new[section] = old.get(section, {}) | {k: v for k, v in values.items() if v not in (None, "auto")}
+    if isinstance(new["data"]["size"], int):
+        new["data"]["size"] = [new["data"]["size"]] * 2
+    keys = [key for key in recipes.differences(old, old | new)]
+    if keys:
+        raise UserError(
+            f"{run} is a run with other settings ({', '.join(keys)}): remove it, or work in another folder."
+        )
+
+
 def work(everything: list[Part], jobs: int, folder: Path) -> list[Part]:
-    """Run all parts, so many at a time; returns those that failed. On SIGTERM or Ctrl-C the running ones are told."""
+    """Run all parts, so many at a time; returns those that failed. When told to stop, it tells the running ones."""
     took: dict[str, list[float]] = {}
     for part in everything:
-        if part.done and part.mark.suffix == ".json" and part.mark.parent.name == "done":
+        if part.done and part.evaluates:
             took.setdefault(part.kind, []).append(json.loads(part.mark.read_text())["seconds"])
     running: list[Part] = []
-    devices = max(1, torch.cuda.device_count())
-    begun, count = time.monotonic(), 0
+    devices = _devices(jobs)
+    begun = time.monotonic()
 
     def stop(number, frame) -> None:
         for part in running:
@@ -144,17 +179,17 @@ def work(everything: list[Part], jobs: int, folder: Path) -> list[Part]:
         say("\nStopped. The same command goes on from there.")
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     while True:
-        waiting = [p for p in everything if not p.done and not p.failed and p.process is None]
-        for part in waiting:  # what cannot come any more
-            part.failed = part.after is not None and part.after.failed
-        ready = [p for p in waiting if not p.failed and (p.after is None or p.after.done)]
+        waiting = [p for p in everything if not p.ended and p.process is None]
+        for part in waiting:
+            part.failed = part.needs is not None and part.needs.failed
+        ready = [p for p in waiting if all(q is None or q.ended for q in (p.needs, p.after)) and not p.failed]
         for part in ready[: jobs - len(running)]:
             log = folder / "logs" / f"{part.name.replace(' ', '-')}.txt"
             environment = os.environ | dict(PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-            if devices > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = str(count % devices)
+            if devices:
+                part.device = environment["CUDA_VISIBLE_DEVICES"] = devices.pop(0)
             with open(log, "w") as stream:
                 stream.write(f"$ {shlex.join(part.command)}\n")
                 stream.flush()
@@ -163,17 +198,19 @@ def work(everything: list[Part], jobs: int, folder: Path) -> list[Part]:
                 )
             part.started = time.monotonic()
             running.append(part)
-            count += 1
             say(f"{_clock(begun)}  started  {part.name}   {_left(everything, running, took, jobs)}")
         if not running:
             break
         time.sleep(0.2)
         for part in [p for p in running if p.process.poll() is not None]:
             running.remove(part)
+            if part.device:
+                devices.append(part.device)
             seconds = time.monotonic() - part.started
             took.setdefault(part.kind, []).append(seconds)
             code, part.process = part.process.returncode, None
-            if code == 0 and part.mark.parent.name == "done":
+            if code == 0 and part.evaluates:
+                part.mark.parent.mkdir(exist_ok=True)
                 part.mark.write_text(json.dumps(dict(command=part.command, seconds=round(seconds, 1))))
             part.failed = not part.done
             if part.failed:
@@ -185,6 +222,14 @@ def work(everything: list[Part], jobs: int, folder: Path) -> list[Part]:
     for number, handler in before.items():
         signal.signal(number, handler)
     return [part for part in everything if part.failed]
+
+
+def _devices(jobs: int) -> list[str]:
+    """A GPU for each of so many jobs, of those that this process may use; [] without any."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else list(map(str, range(count)))
+    return [names[i % count] for i in range(jobs)] if count else []
 
 
 def _left(everything: list[Part], running: list[Part], took: dict[str, list[float]], jobs: int) -> str:
@@ -225,29 +270,31 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
     plan = read(args.plan)
-    plan.seeds = args.seeds or plan.seeds
+    plan.seeds = plan.seeds if args.seeds is None else args.seeds
     if plan.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("--seeds and --jobs are 1 or more.")
     if args.evaluators:
         plan.evaluators = [line for line in plan.evaluators if line[0] in args.evaluators]
     jobs = args.jobs or torch.cuda.device_count() or data.cores()
     threads = max(1, data.cores() // jobs)
-    named = args.data or "digits"
-    folder = Path("runs") / f"{plan.name}-{recipes.short(named)}"
-    everything, runs = parts(plan, args.data, args.settings, threads, folder)
+    if any(text.startswith("data.name=") for text in [*plan.settings, *args.settings]):
+        raise UserError("Name the images with --data.")
+    folder = Path("runs") / f"{plan.name}-{recipes.short(args.data or 'digits')}"
+    everything, runs = parts(plan, args.data, args.settings, threads)
     if args.dry_run:
         for part in everything:
             if not part.done:
                 print(shlex.join(part.command))
         return 0
-    for sub in ("logs", "done"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
     failed = work(everything, jobs, folder)
+    there = [str(run) for run in runs if (run / "results.jsonl").exists()]
+    if there:
+        report = [_script("eval", "report"), *there, "--output", str(folder / "report")]
+        subprocess.run([sys.executable, *report], check=not failed)
     if failed:
         say(f"{len(failed)} of {len(everything)} parts failed. Mend what is said above, then start it again.")
-        return 1
-    report = [_script("eval", "report"), *map(str, runs), "--output", str(folder / "report")]
-    return subprocess.run([sys.executable, *report], check=False).returncode
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

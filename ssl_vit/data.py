@@ -116,7 +116,7 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     labels = np.zeros(len(whole), dtype=int) if whole.labels is None else whole.labels.numpy()
     chosen = np.arange(len(whole))
     if config.subset is not None:
-        chosen = subsets.balanced(labels, config.subset, config.subset_seed)
+        chosen = subsets.stratified(labels, config.subset, config.subset_seed)
     if config.hold_out:
         fit, rest = subsets.hold_out(labels[chosen], config.subset_seed)
         chosen = chosen[rest if role == "held out" else fit]

@@ -1,12 +1,14 @@
-"""What a training step costs, counted: a forward and a backward pass of two rows, with unfused attention.
+"""What a training step or a forward pass costs, counted with unfused attention.
 
 Counted on the CPU from a copy, so that the figure is the same on every device and nothing of the run is touched.
 Multiplications and additions count one each; element-wise work does not count.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.objectives.base import Batch, Objective
@@ -15,16 +17,22 @@ from ssl_vit.randomness import Draw
 
 def per_image(objective: Objective, channels: int, labelled: bool) -> float:
     """FLOPs of one image in one optimizer step, all its views, heads, decoder and teacher included."""
-    twin = copy.deepcopy(objective).cpu().float().train()
-    for module in twin.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
     rows = 2
     views = {
         name: torch.full((rows, *([view.count] if view.count else []), channels, *view.size), 0.5)
-        for name, view in twin.views.items()
+        for name, view in objective.views.items()
     }
     labels = torch.zeros(rows, dtype=torch.long) if labelled else None
+    batch = Batch(views, labels, Draw(0, 0, torch.arange(rows)), step=0, total=1)
+    return count(objective, lambda twin: twin.train()(batch)["loss"].backward()) / rows
+
+
+def count(module: nn.Module, call: Callable[[nn.Module], object]) -> float:
+    """FLOPs of call(a copy of the module)."""
+    twin = copy.deepcopy(module).cpu().float()
+    for part in twin.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
     with FlopCounterMode(display=False) as counter:
-        twin(Batch(views, labels, Draw(0, 0, torch.arange(rows)), step=0, total=1))["loss"].backward()
-    return counter.get_total_flops() / rows
+        call(twin)
+    return float(counter.get_total_flops())

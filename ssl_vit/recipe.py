@@ -68,7 +68,7 @@ class Data:
     train_split: str | None = setting(None, "the split to train on")
     report_split: str | None = setting(None, "the split whose figures are reported")
     subset: float | None = setting(
-        None, "train on a class-balanced part of the images: a fraction below 1, or so many of each class", above=0
+        None, "train on a part of the images: below 1 a fraction of each class, else so many of each class", above=0
     )
     subset_seed: int = setting(0, "which images that part holds; the parts of one seed are nested", at_least=0)
     hold_out: bool = setting(False, "leave out a tenth of the training images, to choose settings on")
@@ -174,7 +174,8 @@ class Recipe:
 
 def short(data: str) -> str:
     """The name of images in names of files and rows: a path's last part, or owner-name."""
-    return Path(data).resolve().name if Path(data).exists() else data.replace("/", "-")
+    is_path = data.startswith(("/", ".", "~")) or Path(data).exists()
+    return Path(data).resolve().name if is_path else data.replace("/", "-")
 
 
 def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[str], type]) -> Recipe:
@@ -241,8 +242,12 @@ def find(recipe: str) -> Path:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Keys, outside of what may change, whose values differ between two recipes in the form of `as_dict`."""
-    a, b = _flat(old), _flat(new)
+    """Keys, outside of what may change, whose values differ between two recipes in the form of `as_dict`.
+
+    A setting that the old one does not know yet had its default.
+    """
+    defaults = {name: asdict(cls()) for name, cls in SECTIONS.items()}
+    a, b = _flat(defaults) | _flat(old), _flat(new)
     return sorted(k for k in a.keys() | b.keys() if k.split(".")[0] not in MAY_CHANGE and a.get(k) != b.get(k))
 
 

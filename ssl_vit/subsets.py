@@ -1,12 +1,12 @@
-"""Which training images are used: class-balanced parts of them, and a slice to choose settings on."""
+"""Which training images are used: stratified parts of them, and a slice to choose settings on."""
 
 import numpy as np
 
 from ssl_vit.errors import UserError
 
 
-def balanced(labels: np.ndarray, amount: float, seed: int) -> np.ndarray:
-    """Indices, rising, of a part of the images that has the classes in equal measure.
+def stratified(labels: np.ndarray, amount: float, seed: int) -> np.ndarray:
+    """Indices, rising, of a part of the images that has something of every class.
 
     amount: below 1 a fraction of every class, rounded, but at least one image; otherwise so many of each class.
     The parts of one seed are nested: a smaller one lies in every larger one. labels: int (n,).

@@ -4,12 +4,14 @@
 `weights_only` files are read: no pickle ever runs.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
 import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
@@ -50,6 +52,15 @@ def save(backbone: Backbone, folder: Path) -> None:
 def crop_pct(size) -> float:
     """How much of the short side the evaluation view keeps: 0.875, and all of it up to 64 px."""
     return 1.0 if max(size) <= 64 else 0.875
+
+
+def digest(backbone: Backbone) -> str:
+    """The SHA-256 of all that the features of a backbone depend on: architecture, weights, mean and std."""
+    found = hashlib.sha256(json.dumps([type(backbone.model).__name__, backbone.args], default=str).encode())
+    for name, tensor in [*backbone.model.state_dict().items(), ("mean", backbone.mean), ("std", backbone.std)]:
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def load(source: str) -> Backbone:

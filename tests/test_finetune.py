@@ -51,6 +51,12 @@ def tune(pretrained, tmp_path, monkeypatch):
     return call
 
 
+def folder_of(tmp_path):
+    """Where the rows of a timm folder go."""
+    [folder] = tmp_path.glob("runs/backbone-*-digits")
+    return folder
+
+
 def tuned(folder) -> list:
     """The run directories of all fine-tunings of a run, in the order of their making."""
     return sorted((folder / "finetune").iterdir(), key=lambda path: path.stat().st_ctime_ns)
@@ -79,7 +85,7 @@ def test_a_run_beside_its_control_with_all_labels_and_few(tune, tmp_path, capsys
     for path in tuned(tmp_path / "runs/mae"):
         settings = yaml.safe_load((path / "recipe.yaml").read_text())
         assert settings["train"]["seed"] == 3 and settings["backbone"]["width"] == 16
-        assert settings["backbone"]["drop_path"] == 0.1 and settings["backbone"]["positions"] == "sincos"
+        assert settings["backbone"]["drop_path"] == 0.1 and settings["backbone"]["positions"] == "learned"
         assert rows[0]["eval_flops"] > log_of(path)[-1]["flops"] > 0
 
     stamps = [p.stat().st_mtime_ns for p in tmp_path.rglob("finetune/*/backbone/model.safetensors")]
@@ -93,7 +99,7 @@ def test_other_weights_in_the_same_folder_are_another_training(tune, tmp_path):
     tune("--data", "digits", backbones=("runs/mae/backbone",))
     shutil.copy("runs/random/backbone/model.safetensors", "runs/mae/backbone/model.safetensors")
     tune("--data", "digits", backbones=("runs/mae/backbone",))
-    assert len(tuned(tmp_path / "runs/backbone-digits")) == 2
+    assert len(tuned(folder_of(tmp_path))) == 2
 
 
 def test_a_new_classifier_on_the_weights_of_the_run(tune, tmp_path):
@@ -162,9 +168,9 @@ def test_other_images_come_in_the_backbone_s_size_and_channels(tune, tmp_path):
 
 def test_a_timm_folder_and_a_model_that_is_no_vit(tune, tmp_path):
     tune("--data", "digits", backbones=("runs/mae/backbone",))
-    [row] = results.read(tmp_path / "runs/backbone-digits")
-    assert row["seed"] is None and row["run"] == "backbone-digits"
-    [path] = tuned(tmp_path / "runs/backbone-digits")
+    [row] = results.read(folder_of(tmp_path))
+    assert row["seed"] is None and row["run"].startswith("backbone-")
+    [path] = tuned(folder_of(tmp_path))
     assert yaml.safe_load((path / "recipe.yaml").read_text())["backbone"]["width"] == 16
     cnn = pretrain.read("supervised", ["backbone.name=test_resnet", *NO_VIT, "train.steps=0"], None)
     assert pretrain.pretrain(cnn, tmp_path / "runs/cnn") == 0
@@ -194,7 +200,9 @@ def test_the_learning_rate_is_chosen_on_held_out_training_images(tune, monkeypat
     [row] = tune("--lr", "2e-3", "1e-3", "4e-3", "--labels", "20")
     # 18 of each class to train on, 2 to choose by; then all 20, and the test once
     assert seen == [("train", lr, 20, 180) for lr in (1e-3, 2e-3, 4e-3)] + [("the fixed 360", 2e-3, 360, 200)]
-    assert row["chosen"] == "lr 0.002 of 3 on a tenth of train" and row["lr"] == 2e-3 and row["train_n"] == 200
+    assert (
+        row["chosen"] == "learning rate on a tenth of train" and row["settings"]["lr"] == 2e-3 and row["train_n"] == 200
+    )
     # what was spent on choosing counts
     one = tune("--lr", "2e-3", "--labels", "20")[-1]
     assert 2 * one["eval_flops"] < row["eval_flops"] and one["protocol"] != row["protocol"]
@@ -203,7 +211,7 @@ def test_the_learning_rate_is_chosen_on_held_out_training_images(tune, monkeypat
 def test_the_best_at_the_edge_of_the_grid_is_said(tune, monkeypatch, capsys):
     judged(monkeypatch, best=4e-3)
     [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
-    assert row["chosen"].endswith("at the edge of the grid") and "warning: lr 0.004" in capsys.readouterr().out
+    assert row["settings"]["at_the_edge"] and "warning: lr 0.004" in capsys.readouterr().out
 
 
 def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch, capsys):
@@ -212,7 +220,7 @@ def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch
 
     monkeypatch.setattr(finetune, "predict", right)
     [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
-    assert row["lr"] == 2e-3 and "warning" not in capsys.readouterr().out
+    assert row["settings"]["lr"] == 2e-3 and "warning" not in capsys.readouterr().out
 
 
 def test_held_out_images_are_none_of_those_trained_on():
@@ -226,7 +234,7 @@ def test_held_out_images_are_none_of_those_trained_on():
 def test_unequal_schedules_have_unequal_names():
     plain = finetune.protocol([], [])
     assert plain == "finetune"
-    for same in (["runtime.threads=1"], ["data.label=y"], ["objective.pool=avg"], ["data.subset=5", "data.flip=true"]):
+    for same in (["runtime.threads=1"], ["data.label=y"], ["objective.pool=avg"], ["data.subset=5"]):
         assert finetune.protocol(same, []) == plain
     named = [
         finetune.protocol(*changed)
@@ -234,12 +242,13 @@ def test_unequal_schedules_have_unequal_names():
             (["train.epochs=7"], []),
             (["train.epochs=7.5"], []),
             (["data.size=16"], []),
+            (["data.flip=true"], []),
             (["backbone.drop_path=0"], []),
             ([], [1e-3, 2e-3]),
             ([], [1e-3, 4e-3]),
         )
     ]
-    assert len({plain, *named}) == 7 and all(name.startswith("finetune-") for name in named)
+    assert len({plain, *named}) == 8 and all(name.startswith("finetune-") for name in named)
 
 
 # -- it measures what it says -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def write_plan(folder, **changes):
         "random": dict(recipe="mae", settings=[*MAE, "train.steps=0"]),
     }
     plan = dict(arms=arms, controls=["pixels"], evaluators=[["knn", "--k", "5"]]) | changes
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(plan))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
 
 
 def start(folder, *arguments):
@@ -59,6 +60,9 @@ def test_a_plan_runs_once_and_ends_with_a_report(tmp_path):
     assert code == 0 and said == ""
     code, said = run(tmp_path)
     assert code == 0 and "started" not in said
+    [log] = [p for p in tmp_path.glob("runs/mae-*/log.jsonl") if p.read_text()]  # the random control's is empty
+    shutil.rmtree(log.parent)
+    assert len(run(tmp_path, "--dry-run")[1].splitlines()) == 2  # with a run goes what was found of it
 
 
 def test_what_fails_is_named_and_the_rest_is_done(tmp_path):
@@ -67,6 +71,7 @@ def test_what_fails_is_named_and_the_rest_is_done(tmp_path):
     code, said = run(tmp_path)
     assert code == 1 and "FAILED   dino-digits" in said and "do not divide" in said
     assert said.count("done     ") == 3 and "2 of 5 parts failed" in said
+    assert (tmp_path / "runs/tiny-digits/report/report.html").exists()  # of what there is
 
 
 def test_a_stopped_study_goes_on(tmp_path):
@@ -80,8 +85,13 @@ def test_a_stopped_study_goes_on(tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM and "goes on from there" in said
-    [command] = run(tmp_path, "--dry-run")[1].splitlines()
-    assert "--recipe mae" in command
+    settings = next(tmp_path.glob("runs/mae-*/recipe.yaml"))
+    settings.write_text(settings.read_text().replace("steps: 2000", "steps: 2001"))
+    assert "with other settings (train.steps)" in run(tmp_path)[1]
+    settings.write_text(settings.read_text().replace("steps: 2001", "steps: 2000"))
+    code, _ = run(tmp_path)
+    [log] = tmp_path.glob("runs/tiny-digits/logs/*.txt")
+    assert code == 0 and "Going on from step" in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -89,6 +99,9 @@ def test_a_stopped_study_goes_on(tmp_path):
     [
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "no evaluator"),
+        (dict(arms={}), "arms of tiny.yaml"),
+        (dict(seeds="3"), "seeds of tiny.yaml"),
+        (dict(arms={a: dict(recipe="mae", settings=MAE) for a in "ab"}), "the same as another"),
         (dict(seed=3), "it has the keys arms, evaluators, controls, seeds, settings"),
         (dict(arms=dict(mae=dict(recipe="mae", settings=["train.epoch=3"]))), "train.epochs"),
     ],

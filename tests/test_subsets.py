@@ -1,4 +1,4 @@
-"""Parts of the training images: balanced, nested, reproducible, disjoint from what settings are chosen on."""
+"""Parts of the training images: stratified, nested, reproducible, disjoint from what settings are chosen on."""
 
 import numpy as np
 import pytest
@@ -15,18 +15,18 @@ def counts(chosen):
     return np.bincount(LABELS[chosen], minlength=5).tolist()
 
 
-def test_parts_are_balanced_and_nested():
+def test_parts_are_stratified_and_nested():
     sizes = [0.01, 0.1, 0.5]
-    parts = [set(subsets.balanced(LABELS, size, seed=1)) for size in sizes]
+    parts = [set(subsets.stratified(LABELS, size, seed=1)) for size in sizes]
     assert [counts(sorted(part)) for part in parts] == [[1] * 5, [4, 6, 10, 2, 3], [20, 30, 50, 10, 16]]
     assert parts[0] < parts[1] < parts[2]
-    few = [set(subsets.balanced(LABELS, size, seed=1)) for size in (1, 5, 20)]
+    few = [set(subsets.stratified(LABELS, size, seed=1)) for size in (1, 5, 20)]
     assert [counts(sorted(part)) for part in few] == [[1] * 5, [5] * 5, [20] * 5]
     assert few[0] < few[1] < few[2] and few[0] == parts[0]
 
 
 def test_a_part_is_a_function_of_its_seed():
-    parts = [tuple(subsets.balanced(LABELS, 5, seed)) for seed in (0, 0, 1)]
+    parts = [tuple(subsets.stratified(LABELS, 5, seed)) for seed in (0, 0, 1)]
     assert parts[0] == parts[1] != parts[2]
     assert parts[0] == tuple(sorted(parts[0]))
 
@@ -43,7 +43,7 @@ def test_what_is_held_out_is_a_tenth_of_every_class_and_nothing_is_in_both():
 @pytest.mark.parametrize(("amount", "said"), [(21, "one has 20"), (2.5, "2.5")])
 def test_an_impossible_part_is_refused(amount, said):
     with pytest.raises(UserError, match=said):
-        subsets.balanced(LABELS, amount, seed=0)
+        subsets.stratified(LABELS, amount, seed=0)
 
 
 def test_one_image_of_a_class_cannot_be_held_out():
@@ -63,6 +63,6 @@ def test_a_recipe_trains_on_the_part_and_the_held_out_are_the_others():
     both = torch.cat([part.images, held.images]).flatten(1)
     assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, alone.images.flatten(1).tolist()))
     assert len({whole.fingerprint, part.fingerprint, held.fingerprint, alone.fingerprint}) == 4
-    expected = subsets.balanced(whole.labels.numpy(), 10, 0)
+    expected = subsets.stratified(whole.labels.numpy(), 10, 0)
     assert torch.equal(alone.images, whole.images[torch.from_numpy(expected)])
     assert len(data.load(config, "report")) == 360
