@@ -264,7 +264,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="pre-trainings of every arm; default: the plan's")
     parser.add_argument("--jobs", type=int, help="commands at a time; default: one per GPU, or per CPU core")
     parser.add_argument(
-        "--evaluators", nargs="+", choices=EVALUATORS, help="only these of the plan's, as fine-tuning costs most"
+        "--evaluators",
+        metavar="NAME[,NAME]",
+        help="only these of the plan's, e.g. linear_probe,knn: fine-tuning costs most",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, and run none")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
@@ -274,7 +276,12 @@ def main() -> int:
     if plan.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("--seeds and --jobs are 1 or more.")
     if args.evaluators:
-        plan.evaluators = [line for line in plan.evaluators if line[0] in args.evaluators]
+        wanted = args.evaluators.split(",")
+        if set(wanted) - set(EVALUATORS):
+            raise UserError(
+                f"--evaluators {args.evaluators}: write some of {','.join(EVALUATORS)}, with commas between."
+            )
+        plan.evaluators = [line for line in plan.evaluators if line[0] in wanted]
     jobs = args.jobs or torch.cuda.device_count() or data.cores()
     threads = max(1, data.cores() // jobs)
     if any(text.startswith("data.name=") for text in [*plan.settings, *args.settings]):

@@ -1,4 +1,4 @@
-"""What is hidden or spoiled: masks over patches, noise on pixels.
+"""What is hidden or spoiled: masks over patches, noise, blur, shuffled patches.
 
 Every mask hides exactly the stated number of patches in every image, so no loss depends on how many it happened to be.
 """
@@ -6,8 +6,11 @@ Every mask hides exactly the stated number of patches in every image, so no loss
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssl_vit import views
+from ssl_vit.errors import UserError
+from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.randomness import Draw
 
 
@@ -57,7 +60,67 @@ def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return keep, hidden
 
 
-def noise(draw: Draw, shape: torch.Size, sigma: tuple[float, float]) -> Tensor:
-    """Gaussian noise for images of this shape (B, C, H, W), one level per image, uniform in the range sigma."""
+def pixels_of(hidden: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """bool (B, N) of the patches → bool (B, 1, H, W) of their pixels."""
+    return hidden.view(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+
+
+class PatchSpace(nn.Module):
+    """The first `dimensions` principal components of standardised patches: where l-DAE (arXiv 2401.14404, section 4.1)
+    adds its noise."""
+
+    def __init__(self, patch: tuple[int, int], channels: int, dimensions: int):
+        super().__init__()
+        width = math.prod(patch) * channels
+        if dimensions > width:
+            raise UserError(f"objective.space={dimensions} is more than the {width} values of a patch.")
+        self.patch = patch
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("components", torch.zeros(dimensions, width))
+        self.register_buffer("scale", torch.zeros(()))  # root of the mean variance along the components
+
+    def fit(self, images: Tensor, seed: int) -> None:
+        """Standardised images (B, C, H, W)."""
+        patches = patchify(images, self.patch).flatten(0, 1).double()
+        mean = patches.mean(0)
+        centred = patches - mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(patches))
+        count = len(self.components)
+        self.mean.copy_(mean)
+        self.components.copy_(vectors.T.flip(0)[:count])
+        self.scale.copy_(values.flip(0)[:count].mean().clamp(min=0).sqrt())
+
+    def project(self, images: Tensor) -> Tensor:
+        """Standardised images without what lies outside the components."""
+        grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
+        inside = (patchify(images, self.patch) - self.mean) @ self.components.T @ self.components + self.mean
+        return unpatchify(inside, self.patch, grid)
+
+    def noise(self, draw: Draw, shape: torch.Size) -> Tensor:
+        """Unit noise along each component, in units of the components' mean deviation, as images (B, C, H, W)."""
+        grid = shape[-2] // self.patch[0], shape[-1] // self.patch[1]
+        along = draw.normal("noise", math.prod(grid), len(self.components)) * self.scale
+        return unpatchify(along @ self.components, self.patch, grid)
+
+
+def noise(
+    draw: Draw, shape: torch.Size, sigma: tuple[float, float], space: PatchSpace | None = None
+) -> tuple[Tensor, Tensor]:
+    """(gaussian noise for standardised images of this shape (B, C, H, W), its level (B, 1, 1, 1)): one level per image,
+    uniform in the range sigma."""
     level = sigma[0] + draw.uniform("noise level", 1, 1, 1) * (sigma[1] - sigma[0])
-    return level * draw.normal("noise", *shape[1:])
+    return level * (space.noise(draw, shape) if space else draw.normal("noise", *shape[1:])), level
+
+
+def blur(draw: Draw, images: Tensor, sigma: tuple[float, float]) -> Tensor:
+    """Images (B, C, H, W) blurred by Gaussians, one width per image, uniform in the range sigma, in pixels."""
+    width = sigma[0] + draw.uniform("blur", 1).flatten() * (sigma[1] - sigma[0])
+    return views.blur(images, width, math.ceil(3 * sigma[1]))
+
+
+def shuffle(images: Tensor, patch: tuple[int, int], places: Tensor) -> Tensor:
+    """Images whose patches at these places, int64 (B, K) in random order, move on in a ring: each shows another."""
+    patches = patchify(images, patch)
+    index = places[..., None].expand(-1, -1, patches.shape[-1])
+    grid = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+    return unpatchify(patches.scatter(1, index, patches.gather(1, index.roll(1, 1))), patch, grid)

@@ -21,6 +21,7 @@ SMALL = {
     "mae": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
     "simmim": [],
     "beit": ["objective.tokens=8"],
+    "masked-patch": [],
     "gaussian": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
     "dino": [
         "objective.batch_norm=false",

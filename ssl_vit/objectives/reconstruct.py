@@ -1,14 +1,17 @@
 """Spoil an image, and recover it: masking is one corruption among many.
 
-| recipe   | corruption                 | the encoder sees | target            | head         | loss over       |
-|----------|----------------------------|------------------|-------------------|--------------|-----------------|
-| mae      | 75 % of patches, at random | visible patches  | normalised pixels | decoder      | hidden patches  |
-| simmim   | 60 % of patches, at random | mask tokens      | pixels, L1        | linear       | hidden patches  |
-| beit     | 40 % of patches, in blocks | mask tokens      | k-means tokens    | linear       | hidden patches  |
-| gaussian | noise on every pixel       | noisy patches    | pixels            | decoder      | all patches     |
+| recipe       | hidden         | of these the encoder sees                | spoiled  | target            | head    |
+|--------------|----------------|------------------------------------------|----------|-------------------|---------|
+| mae          | 75 % at random | nothing                                  |          | normalised pixels | decoder |
+| simmim       | 60 % at random | mask tokens                              |          | pixels, L1        | linear  |
+| beit         | 40 % in blocks | mask tokens                              |          | k-means tokens    | linear  |
+| masked-patch | 50 % at random | 80 % mask tokens, 10 % others, 10 % kept |          | 512 mean colours  | linear  |
+| gaussian     |                |                                          | by noise | pixels            | decoder |
 
-Four seams, four settings: `corruption`, `sees`, `target`, `decoder_depth`. Papers: MAE arXiv 2111.06377,
-SimMIM 2111.09886, BEiT 2106.08254, denoising 2401.14404 (l-DAE, its pixel-space form).
+The loss runs over the hidden patches; where none are, over all. Hidden and spoiled go together: `sees=all` spoils the
+hidden patches alone, the others spoil what stays visible. So noise on half of the patches, blur, shuffled patches,
+noise and masking at once, and the plain autoencoder are settings too. Papers: MAE arXiv 2111.06377, SimMIM 2111.09886,
+BEiT 2106.08254, masked patch prediction 2010.11929 (ViT, appendix B.1.2), denoising 2401.14404 (l-DAE).
 """
 
 from dataclasses import dataclass
@@ -23,23 +26,39 @@ from ssl_vit import corruption, targets
 from ssl_vit.backbone import Backbone, sincos_positions, xavier
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.patches import unpatchify
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
 
 
 @dataclass
 class Config:
-    corruption: Literal["random", "blocks", "gaussian"] = setting("random", "mask at random, in blocks; or add noise")
+    mask: Literal["none", "random", "blocks"] = setting("random", "which patches are hidden")
     ratio: float = setting(0.75, "fraction of the patches that a mask hides", above=0, at_most=1)
-    sigma: list[float] = setting(
-        [0.0, 1.4142], "range of the noise level, in standard deviations of the images", at_least=0
-    )
     sees: Literal["visible", "mask tokens", "all"] = setting(
-        "visible", "what the encoder sees: the kept patches, mask tokens for the hidden ones, or every (spoiled) patch"
+        "visible", "what the encoder sees of hidden patches: nothing, mask tokens, or their spoiled pixels"
     )
-    target: Literal["pixels", "colour", "kmeans"] = setting("pixels", "pixels, the mean colour's class, k-means tokens")
+    others: float = setting(
+        0.0, "mask tokens: this part of the hidden patches shows another patch", at_least=0, at_most=1
+    )
+    kept: float = setting(0.0, "mask tokens: this part of the hidden patches stays as it is", at_least=0, at_most=1)
+    spoil: Literal["none", "gaussian", "blur", "shuffle"] = setting("none", "what else is done to the image")
+    sigma: list[float] = setting(
+        [0.0, 1.4142],
+        "range of gaussian's level, in standard deviations of the images, or of blur's, in pixels",
+        at_least=0,
+    )
+    space: int | None = setting(
+        None,
+        "gaussian: noise in so many principal components of the patches, of which alone the image is left",
+        at_least=1,
+    )
+    target: Literal["pixels", "noise", "colour", "kmeans"] = setting(
+        "pixels", "pixels, the noise, the mean colour's class, k-means tokens"
+    )
     normalise: bool = setting(True, "pixels: standardise each target patch")
-    loss: Literal["mse", "l1"] = setting("mse", "pixels: the distance")
+    loss: Literal["mse", "l1"] = setting("mse", "pixels, noise: the distance")
+    weigh: bool = setting(False, "gaussian: divide the loss of an image by 1 + its level squared, as l-DAE does")
     tokens: int = setting(512, "kmeans: how many", at_least=2)
     decoder_depth: int = setting(4, "transformer blocks of the decoder; 0: a linear head on the encoder", at_least=0)
     decoder_width: int = setting(128, "the decoder's token dimension", at_least=1)
@@ -54,17 +73,11 @@ class Reconstruct(Objective):
     def __init__(self, config: Config, backbone: Backbone, facts: Facts):
         super().__init__(config, backbone, facts)
         self.need_tokens("drop" if config.sees == "visible" else "replace")
-        masks = config.corruption in ("random", "blocks")
-        if masks != (config.sees != "all"):
-            raise UserError(
-                f"objective.sees={config.sees!r} does not go with objective.corruption={config.corruption!r}: masks "
-                "are seen as 'visible' or 'mask tokens', noise as 'all'."
-            )
-        if len(config.sigma) != 2 or config.sigma[0] > config.sigma[1]:
-            raise UserError(f"objective.sigma must be a range [low, high], not {config.sigma}.")
+        refuse_nonsense(config)
         patch, width = backbone.patch, backbone.width
         self.grid = (facts.size[0] // patch[0], facts.size[1] // patch[1])
         patches = self.grid[0] * self.grid[1]
+        masks = config.mask != "none"
         self.hidden = corruption.hidden_count(patches, config.ratio) if masks else patches
         if masks and not 0 < self.hidden < patches + (config.sees != "visible"):
             raise UserError(f"objective.ratio={config.ratio} hides {self.hidden} of {patches} patches: choose another.")
@@ -73,9 +86,11 @@ class Reconstruct(Objective):
         channels = len(backbone.mean)
         self.target = {
             "pixels": lambda: targets.Pixels(patch, channels, config.normalise, config.loss),
+            "noise": lambda: targets.Pixels(patch, channels, False, config.loss),
             "colour": lambda: targets.Colours(patch, backbone.mean, backbone.std),
             "kmeans": lambda: targets.KMeans(patch, channels, config.tokens),
         }[config.target]()
+        self.space = corruption.PatchSpace(patch, channels, config.space) if config.space else None
         if config.sees == "mask tokens":
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))
             nn.init.normal_(self.mask_token, std=0.02)
@@ -86,63 +101,115 @@ class Reconstruct(Objective):
 
     @property
     def fits(self) -> bool:
-        return isinstance(self.target, targets.KMeans)
+        return self.space is not None or isinstance(self.target, targets.KMeans)
 
     def fit(self, images: Tensor, seed: int) -> None:
-        self.target.fit(self.backbone.normalise(images), seed)
+        for part in (self.space, self.target):
+            if hasattr(part, "fit"):
+                part.fit(self.backbone.normalise(images), seed)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         images = batch.views["image"]
-        prediction, counted = self.predict(images, batch.draw)
+        prediction, hidden, noise, level = self.predict(images, batch.draw)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            target = self.target(self.backbone.normalise(images))
+            target = self.target(noise if self.config.target == "noise" else self.backbone.normalise(images))
         with torch.autocast(images.device.type, enabled=False):
             each = self.target.loss(prediction.float() if prediction.dtype.itemsize < 4 else prediction, target)
+            if self.config.weigh:
+                each = each / (1 + level.flatten(1).square())
             # every image has exactly `hidden` counted patches: the mean does not depend on the cut of the batch
-            return dict(loss=(each * counted).sum() / (len(images) * self.hidden))
+            return dict(loss=(each * hidden).sum() / (len(images) * self.hidden))
 
-    def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """(prediction (B, N, width), counted (B, N): the patches over which the loss runs)."""
-        b, seen = self.backbone, self.config.sees
-        if seen == "all":
-            latent = b.tokens(self.spoil(images, draw), draw)
-            return self.decoder(latent), images.new_ones(len(images), 1)
-        if self.config.corruption == "random":
-            order = corruption.random_order(draw, self.grid)
-        else:
-            order = corruption.block_order(draw, self.grid, self.hidden)
+    def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(prediction (B, N, width), hidden bool (B, N): the patches over which the loss runs, and of gaussian noise:
+        what was added (B, C, H, W) and its level (B, 1, 1, 1), in standardised pixels)."""
+        b, c = self.backbone, self.config
+        order = self.order(draw)
         keep, hidden = corruption.split(order, self.hidden)
-        tokens = b.patch_embed(images)
-        if seen == "visible":
+        seen, noise, level = self.spoil(images, order, hidden, draw)
+        tokens = b.patch_embed(seen)
+        if c.sees == "visible":
             latent = b.encode(b.add_positions(tokens, self.grid, keep), draw=draw)
-            return self.decoder(latent, keep), hidden
-        tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
+            return self.decoder(latent, keep), hidden, noise, level
+        if c.sees == "mask tokens":
+            others, kept = round(c.others * self.hidden), round(c.kept * self.hidden)
+            masked = corruption.split(order, self.hidden - others - kept)[1]
+            if others:  # a hidden patch shows one that is visible, or was chosen alike
+                place = order[:, len(order[0]) - self.hidden : len(order[0]) - self.hidden + others]
+                source = tokens.gather(1, order[:, :others, None].expand(-1, -1, tokens.shape[-1]))
+                tokens = tokens.scatter(1, place[..., None].expand_as(source), source)
+            tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
         latent = b.encode(b.add_positions(tokens, self.grid), draw=draw)
-        return self.decoder(latent), hidden
+        return self.decoder(latent), hidden, noise, level
 
-    def spoil(self, images: Tensor, draw: Draw) -> Tensor:
-        """Images in [0, 1] with noise whose level is measured in standard deviations of the data."""
-        return images + self.backbone.std * corruption.noise(draw, images.shape, self.config.sigma)
+    def order(self, draw: Draw) -> Tensor:
+        """An order of the patches, int64 (B, N), whose last are hidden."""
+        if self.config.mask == "blocks":
+            return corruption.block_order(draw, self.grid, self.hidden)
+        if self.config.mask == "none" and self.config.spoil != "shuffle":  # any will do
+            return torch.arange(self.hidden, device=draw.device).expand(len(draw.rows), -1)
+        return corruption.random_order(draw, self.grid)
+
+    def spoil(
+        self, images: Tensor, order: Tensor, hidden: Tensor, draw: Draw
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(images in [0, 1] as spoiled, the noise in them, its level), the latter None unless it is gaussian."""
+        b, c = self.backbone, self.config
+        if c.spoil == "none":
+            return images, None, None
+        noise = level = None
+        if c.spoil == "gaussian":
+            noise, level = corruption.noise(draw, images.shape, c.sigma, self.space)
+            base = self.space.project(b.normalise(images)) * b.std + b.mean if self.space else images
+            spoiled = base + b.std * noise
+        elif c.spoil == "blur":
+            spoiled = corruption.blur(draw, images, c.sigma)
+        else:
+            spoiled = corruption.shuffle(images, b.patch, order[:, order.shape[1] - self.hidden :])
+        if c.sees == "all" and c.mask != "none":  # the hidden patches alone
+            spoiled = torch.where(corruption.pixels_of(hidden, self.grid, b.patch), spoiled, images)
+        return spoiled, noise, level
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Original, what the encoder saw, and the reconstruction with visible patches pasted in."""
         b, patch = self.backbone, self.backbone.patch
         clean = b.normalise(images)
-        prediction, counted = self.predict(images, draw)
+        prediction, hidden, _, _ = self.predict(images, draw)
         prediction = prediction.float()
-        if isinstance(self.target, targets.Pixels):
+        seen = b.normalise(self.spoil(images, self.order(draw), hidden, draw)[0])
+        if self.config.target == "noise":
+            made = seen - self.target.picture(prediction, clean)
+        elif isinstance(self.target, targets.Pixels):
             made = self.target.picture(prediction, clean)
         else:
-            made = targets.unpatchify(self.target.codes()[prediction.argmax(-1)], patch, self.grid)
-        if self.config.sees == "all":
-            seen = b.normalise(self.spoil(images, draw))
-        else:
-            hidden = counted[..., None].float().expand(-1, -1, patch[0] * patch[1] * len(b.mean))
-            hidden = targets.unpatchify(hidden, patch, self.grid)
-            seen = clean * (1 - hidden)
-            made = seen + made * hidden
+            made = unpatchify(self.target.codes()[prediction.argmax(-1)], patch, self.grid)
+        if self.config.mask != "none":
+            place = corruption.pixels_of(hidden, self.grid, patch)
+            made = torch.where(place, made, seen)
+            seen = seen if self.config.sees == "all" else torch.where(place, 0.0, seen)
         panels = torch.stack([clean, seen, made], 1)
         return dict(reconstruction=(panels * b.std + b.mean).clamp(0, 1))
+
+
+def refuse_nonsense(config: Config) -> None:
+    """Raises UserError for settings that do not go together."""
+    c = config
+    if c.mask == "none" and c.sees != "all":
+        raise UserError(
+            f"objective.mask=none hides nothing, and objective.sees={c.sees!r} is of hidden patches: set all."
+        )
+    if c.mask != "none" and c.sees == "all" and c.spoil == "none":
+        raise UserError(
+            "objective.sees=all shows the hidden patches as they are: set objective.spoil, or another sees."
+        )
+    if len(c.sigma) != 2 or c.sigma[0] > c.sigma[1]:
+        raise UserError(f"objective.sigma must be a range [low, high], not {c.sigma}.")
+    if c.spoil == "blur" and c.sigma[0] <= 0:
+        raise UserError(f"objective.sigma={c.sigma} must be above 0 for a blur.")
+    if c.spoil != "gaussian" and (c.target == "noise" or c.space or c.weigh):
+        raise UserError("objective.target=noise, objective.space and objective.weigh are of objective.spoil=gaussian.")
+    if (c.others or c.kept) and (c.sees != "mask tokens" or c.others + c.kept > 1):
+        raise UserError("objective.others and objective.kept are parts of what objective.sees='mask tokens' hides.")
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,161 @@
+"""What is hidden and spoiled, one corruption at a time, against what others compute."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as F
+from conftest import make_batch, small_objective
+from sklearn.decomposition import PCA
+
+from ssl_vit import corruption
+from ssl_vit.errors import UserError
+from ssl_vit.patches import patchify
+from ssl_vit.randomness import Draw
+
+ALL = ["objective.sees=all", "objective.mask=none"]
+VARIANTS = {
+    "noise on half": ["objective.sees=all", "objective.mask=random", "objective.ratio=0.5", "objective.spoil=gaussian"],
+    "noise in patch space": [*ALL, "objective.spoil=gaussian", "objective.space=5", "objective.weigh=true"],
+    "predict the noise": [*ALL, "objective.spoil=gaussian", "objective.target=noise", "objective.sigma=[0.5,0.5]"],
+    "noise and masking": ["objective.spoil=gaussian", "objective.sigma=[0.25,0.25]"],
+    "blur": [*ALL, "objective.spoil=blur", "objective.sigma=[0.5,2]", "objective.normalise=false"],
+    "shuffle": ["objective.sees=all", "objective.ratio=0.3", "objective.spoil=shuffle"],
+    "autoencoder": [*ALL, "objective.normalise=false"],
+    "masked patch prediction": [
+        "objective.sees=mask tokens",
+        "objective.ratio=0.5",
+        "objective.others=0.1",
+        "objective.kept=0.1",
+        "objective.target=colour",
+    ],
+}
+
+
+def small(variant):
+    return small_objective("mae", *VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_loss_depends_on_the_cut_of_the_batch(variant):
+    objective = small(variant)
+    whole = objective(make_batch(objective, torch.arange(8)))["loss"]
+    parts = [objective(make_batch(objective, torch.arange(i, i + 2)))["loss"] for i in range(0, 8, 2)]
+    assert torch.isfinite(whole)
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=0)
+    whole.backward()
+    assert all(p.grad is not None for p in objective.backbone.model.blocks.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pictures(variant):
+    objective = small(variant).eval()
+    images = make_batch(objective, torch.arange(3)).views["image"]
+    with torch.no_grad():
+        [panels] = objective.show(images, Draw(0, 0, torch.arange(3))).values()
+    assert panels.shape == (3, 3, *images.shape[1:]) and 0 <= panels.min() and panels.max() <= 1
+    if variant != "autoencoder":
+        assert (panels[:, 1] - panels[:, 0]).abs().max() > 0.05  # the encoder sees something else
+
+
+def spoiled(objective, images):
+    draw = Draw(0, 0, torch.arange(len(images)))
+    order = objective.order(draw)
+    hidden = corruption.split(order, objective.hidden)[1]
+    return objective.spoil(images, order, hidden, draw)[0], hidden
+
+
+@pytest.mark.parametrize("variant", ["noise on half", "shuffle"])
+def test_only_the_hidden_patches_are_spoiled(variant):
+    objective = small(variant)
+    images = make_batch(objective, torch.arange(6)).views["image"]
+    seen, hidden = spoiled(objective, images)
+    changed = (patchify(seen, objective.backbone.patch) != patchify(images, objective.backbone.patch)).any(-1)
+    assert torch.equal(changed, hidden) and (hidden.sum(1) == objective.hidden).all()
+
+
+def test_shuffling_moves_every_chosen_patch_and_loses_none():
+    objective = small("shuffle")
+    images = make_batch(objective, torch.arange(4)).views["image"]
+    seen, _ = spoiled(objective, images)
+    for before, after in zip(patchify(images, (2, 2)), patchify(seen, (2, 2)), strict=True):
+        assert sorted(map(tuple, before.tolist())) == sorted(map(tuple, after.tolist()))
+
+
+def test_blur_is_torchvision_s():
+    images = torch.rand(5, 3, 16, 12, generator=torch.Generator().manual_seed(0))
+    draw = Draw(3, 1, torch.arange(5))
+    found = corruption.blur(draw, images, (0.5, 1.5))
+    widths = 0.5 + draw.uniform("blur", 1).flatten()
+    assert widths.max() - widths.min() > 0.2
+    for one, image, width in zip(found, images, widths, strict=True):
+        assert torch.allclose(one, F.gaussian_blur(image, [11, 11], [width.item()] * 2), atol=1e-5)
+
+
+def test_the_patch_space_is_that_of_principal_component_analysis():
+    images = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)).cumsum(-1) / 3
+    space = corruption.PatchSpace((4, 4), 3, 7)
+    space.fit(images, 0)
+    patches = patchify(images, (4, 4)).flatten(0, 1).double().numpy()
+    expected = PCA(7, svd_solver="full").fit(patches)
+    inside = expected.inverse_transform(expected.transform(patches))
+    assert np.allclose(patchify(space.project(images), (4, 4)).flatten(0, 1), inside, atol=1e-4)
+    assert space.scale.item() ** 2 == pytest.approx(expected.explained_variance_.mean(), rel=1e-2)
+
+    noise, level = corruption.noise(Draw(0, 0, torch.arange(400)), torch.Size((400, 3, 8, 8)), (0.5, 0.5), space)
+    noise = patchify(noise, (4, 4)).flatten(0, 1).numpy()
+    along = noise @ expected.components_.T
+    assert np.allclose(along @ expected.components_, noise, atol=1e-4)  # none outside
+    assert along.std(0) == pytest.approx(0.5 * space.scale.item(), rel=0.1) and (level == 0.5).all()
+
+
+def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
+    objective = small("masked patch prediction")
+    images = make_batch(objective, torch.arange(6)).views["image"]
+    clean = objective.backbone.patch_embed(images)
+    given = []
+    add = type(objective.backbone).add_positions
+    monkeypatch.setattr(
+        type(objective.backbone), "add_positions", lambda self, t, grid: given.append(t) or add(self, t, grid)
+    )
+    _, hidden, _, _ = objective.predict(images, Draw(0, 0, torch.arange(6)))
+    masked = (given[0] == objective.mask_token).all(-1)
+    same = (given[0] == clean).all(-1)
+    others = ~masked & ~same
+    assert objective.hidden == 32 and (masked.sum(1) == 26).all() and (others.sum(1) == 3).all()
+    assert (hidden & same).sum(1).tolist() == [3] * 6 and not (masked | others)[~hidden].any()
+    for shown, tokens in zip(given[0][others].split(3), clean, strict=True):
+        assert all((token == tokens).all(-1).any() for token in shown)
+
+
+def test_the_noise_is_what_was_added():
+    objective = small("predict the noise")
+    batch = make_batch(objective, torch.arange(4))
+    images = batch.views["image"]
+    seen, _ = spoiled(objective, images)
+    _, _, noise, level = objective.predict(images, Draw(0, 0, torch.arange(4)))
+    assert torch.allclose(noise, (seen - images) / objective.backbone.std, atol=1e-4) and (level == 0.5).all()
+
+
+def test_loud_noise_weighs_less():
+    objective = small("noise in patch space")
+    batch = make_batch(objective, torch.arange(4))
+    prediction, _, _, level = objective.predict(batch.views["image"], batch.draw)
+    each = objective.target.loss(prediction, objective.target(objective.backbone.normalise(batch.views["image"])))
+    expected = (each.mean(1) / (1 + level.flatten() ** 2)).mean()
+    assert objective(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["objective.mask=none"], "objective.mask=none hides nothing"),
+        (["objective.sees=all"], "objective.spoil"),
+        (["objective.kept=0.5"], "objective.kept"),
+        (["objective.target=noise"], "objective.spoil=gaussian"),
+        ([*ALL, "objective.spoil=blur", "objective.sigma=[0,1]"], "above 0"),
+        ([*ALL, "objective.spoil=gaussian", "objective.space=13"], "more than the 12 values"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        small_objective("mae", *settings)
