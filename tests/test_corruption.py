@@ -145,6 +145,30 @@ def test_loud_noise_weighs_less():
     assert objective(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_corruption_as_augmentation_of_supervised_training():
+    """The control of denoising: the same noise and the same dropped patches, with labels as the target."""
+    plain, noisy, dropping = (
+        small_objective("supervised", "backbone.drop_path=0", *more)
+        for more in ([], ["objective.noise=[0.5,0.5]"], ["objective.drop=0.75"])
+    )
+    batch = make_batch(plain, torch.arange(6))
+    with torch.no_grad():
+        for objective in (plain, noisy, dropping):
+            objective.backbone.model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    images = batch.views["image"]
+    noise, _ = corruption.noise(batch.draw, images.shape, (0.5, 0.5))
+    batch.views["image"] = images + plain.backbone.std * noise
+    expected = plain(batch)["loss"]
+    batch.views["image"] = images
+    assert torch.allclose(noisy(batch)["loss"], expected, atol=1e-6) and expected != plain(batch)["loss"]
+
+    _, hidden = corruption.split(corruption.random_order(batch.draw, (8, 8)), 48)
+    logits = dropping.classify(images, batch.draw)
+    place = corruption.pixels_of(hidden, (8, 8), (2, 2))
+    assert torch.equal(dropping.classify(torch.where(place, 0.0, images), batch.draw), logits)
+    assert not torch.equal(dropping.classify(torch.where(place, images, 0.0), batch.draw), logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

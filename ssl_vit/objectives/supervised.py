@@ -4,6 +4,7 @@ Sources: DeiT (arXiv 2012.12877) for mixup, cutmix and label smoothing; DeiT III
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit import views
+from ssl_vit import corruption, views
 from ssl_vit.backbone import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Facts, Objective, follow
+from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
 
 
@@ -29,6 +31,10 @@ class Config:
     ema: float | None = setting(
         None, "export an average of the weights, with this decay per step; null: the last weights", above=0, at_most=1
     )
+    noise: list[float] | None = setting(
+        None, "range of gaussian noise on the images, in their standard deviations, as augmentation", at_least=0
+    )
+    drop: float | None = setting(None, "part of the patches that is left out, as augmentation", above=0, at_most=0.99)
 
 
 class Supervised(Objective):
@@ -44,6 +50,10 @@ class Supervised(Objective):
         self.classes = facts.classes
         self.row_multiple = 2 if config.mixup or config.cutmix else 1
         self.views = facts.single_view()
+        if config.drop:
+            self.need_tokens("drop")
+        if config.noise and (len(config.noise) != 2 or config.noise[0] > config.noise[1]):
+            raise UserError(f"objective.noise must be a range [low, high], not {config.noise}.")
         if isinstance(backbone, TokenBackbone):
             if config.pool == "token" and not backbone.model.has_class_token:
                 raise UserError("This backbone has no class token to read: use objective.pool=avg.")
@@ -68,7 +78,9 @@ class Supervised(Objective):
         target = target * (1 - c.smoothing) + c.smoothing / self.classes
         if c.mixup or c.cutmix:
             images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mix_probability)
-        logits = self.backbone.classify(images, batch.draw)
+        if c.noise:
+            images = images + self.backbone.std * corruption.noise(batch.draw, images.shape, c.noise)[0]
+        logits = self.classify(images, batch.draw)
         with torch.autocast(images.device.type, enabled=False):
             logits = logits.to(images.dtype)
             if c.loss == "ce":
@@ -77,6 +89,16 @@ class Supervised(Objective):
                 loss = F.binary_cross_entropy_with_logits(logits, target)
         accuracy = (logits.argmax(1) == batch.labels).float().mean()
         return dict(loss=loss, accuracy=accuracy)
+
+    def classify(self, images: Tensor, draw: Draw) -> Tensor:
+        """Logits (B, K), from the patches that are not dropped."""
+        if not self.config.drop:
+            return self.backbone.classify(images, draw)
+        grid = self.backbone.grid(images)
+        count = corruption.hidden_count(math.prod(grid), self.config.drop)
+        keep, _ = corruption.split(corruption.random_order(draw, grid), count)
+        tokens = self.backbone.add_positions(self.backbone.patch_embed(images), grid, keep)
+        return self.backbone.model.forward_head(self.backbone.encode(tokens, draw=draw))
 
     @torch.no_grad()
     def on_optimizer_step(self, step: int, total: int, reduce) -> None:
