@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import PartialState
 from conftest import SMALL, small_recipe
+from PIL import Image
 from test_loop import ROOT, TINY, environment
 
 from eval import features
@@ -89,6 +91,27 @@ def test_features_that_are_not_finite_are_refused_with_the_image(tmp_path, state
     for _ in range(2):  # and nothing of it is kept
         with pytest.raises(UserError, match="image 3"):
             features.extract(source, images, state)
+
+
+def test_images_that_are_decoded_when_needed_give_the_same(tmp_path, state):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
+    table = dict(image=list(map(Image.fromarray, pixels)), label=[i % 3 for i in range(30)])
+    file = tmp_path / "own.parquet"
+    datasets.Dataset.from_dict(table).to_parquet(file)
+    recipe = small_recipe("mae")
+    backbone = backbones.build(recipe.backbone, recipe.data, 0).eval()
+    found = []
+    for gigabytes in (4.0, 0.0):
+        config = recipes.Data(name=str(file), cache_gb=gigabytes, subset=5)
+        images = data.load(config, "train")
+        assert (images.images is None) == (gigabytes == 0) and len(images) == 15
+        source = features.Source("small", tmp_path / str(gigabytes), {}, backbone, (16, 16))
+        found.append((images.labels, features.extract(source, images, state).poolings(-1)))
+        first = images.images[3] if gigabytes else images.photo(3)
+        assert any(np.array_equal(first.permute(1, 2, 0), p) for p in pixels)
+    assert torch.equal(found[0][0], found[1][0])
+    for pooling, values in found[0][1].items():
+        assert np.allclose(values, found[1][1][pooling], atol=1e-5)
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
