@@ -65,6 +65,23 @@ def pixels_of(hidden: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> 
     return hidden.view(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
 
 
+def next_patch(start: Tensor, grid: tuple[int, int], prefix: int) -> tuple[Tensor, Tensor]:
+    """(hidden bool (B, N): the patches to be predicted from those before them, in raster order; and which token sees
+    which, bool (B, 1, P + N, P + N)).
+
+    start: (B, 1) in [0, 1): the part of the patches that is given, and that see each other, at least one (AIM's prefix,
+    arXiv 2401.08541, section 3.2). The prefix tokens see all and are seen by no patch, so that they tell nothing.
+    """
+    patches = math.prod(grid)
+    place = torch.arange(patches, device=start.device)
+    given = (start * patches).floor().clamp(min=1)
+    seen = (place[None] <= place[:, None]) | (place < given)[:, None]
+    attend = torch.ones(len(start), 1, prefix + patches, prefix + patches, dtype=torch.bool, device=start.device)
+    attend[:, :, prefix:, :prefix] = False
+    attend[:, 0, prefix:, prefix:] = seen
+    return place >= given, attend
+
+
 class PatchSpace(nn.Module):
     """The first `dimensions` principal components of standardised patches: where l-DAE (arXiv 2401.14404, section 4.1)
     adds its noise."""

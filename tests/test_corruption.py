@@ -20,6 +20,8 @@ VARIANTS = {
     "noise and masking": ["objective.spoil=gaussian", "objective.sigma=[0.25,0.25]"],
     "blur": [*ALL, "objective.spoil=blur", "objective.sigma=[0.5,2]", "objective.normalise=false"],
     "shuffle": ["objective.sees=all", "objective.ratio=0.3", "objective.spoil=shuffle"],
+    "next patch": ["objective.sees=all", "objective.mask=causal"],
+    "next patch after a prefix": ["objective.sees=all", "objective.mask=prefix", "objective.decoder_depth=0"],
     "autoencoder": [*ALL, "objective.normalise=false"],
     "masked patch prediction": [
         "objective.sees=mask tokens",
@@ -53,7 +55,7 @@ def test_pictures(variant):
     with torch.no_grad():
         [panels] = objective.show(images, Draw(0, 0, torch.arange(3))).values()
     assert panels.shape == (3, 3, *images.shape[1:]) and 0 <= panels.min() and panels.max() <= 1
-    if variant != "autoencoder":
+    if variant != "autoencoder" and not variant.startswith("next"):
         assert (panels[:, 1] - panels[:, 0]).abs().max() > 0.05  # the encoder sees something else
 
 
@@ -127,6 +129,36 @@ def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
         assert all((token == tokens).all(-1).any() for token in shown)
 
 
+def test_the_next_patch_is_predicted_from_those_before_it():
+    objective = small("next patch").eval()
+    images = make_batch(objective, torch.arange(2)).views["image"]
+    before, hidden, *_ = objective.predict(images, Draw(0, 0, torch.arange(2)))
+    assert hidden.sum(1).tolist() == [63, 63] and objective.hidden == 63 and not hidden[:, 0].any()
+    for j in (1, 20, 63):
+        later = corruption.pixels_of(torch.arange(64).expand(2, -1) >= j, (8, 8), (2, 2))
+        after, *_ = objective.predict(torch.where(later, 1 - images, images), Draw(0, 0, torch.arange(2)))
+        assert torch.allclose(after[:, 1 : j + 1], before[:, 1 : j + 1], atol=1e-6)
+        assert j == 63 or not torch.allclose(after[:, j + 1], before[:, j + 1], atol=1e-3)
+
+
+def test_who_sees_whom_as_a_plain_loop():
+    start = torch.tensor([[0.0], [0.34], [0.99]])
+    hidden, attend = corruption.next_patch(start, (2, 3), 1)
+    for image, given in enumerate((1, 2, 5)):
+        assert hidden[image].tolist() == [False] * given + [True] * (6 - given)
+        for i in range(7):
+            for j in range(7):
+                expected = i == 0 or (j > 0 and (j <= i or j <= given))
+                assert attend[image, 0, i, j] == expected, (image, i, j)
+
+
+def test_a_prefix_leaves_the_expected_number_to_predict():
+    objective = small("next patch after a prefix")
+    start = Draw(0, 0, torch.arange(4000)).uniform("prefix", 1)
+    hidden, _ = corruption.next_patch(start, (8, 8), 1)
+    assert hidden.sum(1).float().mean().item() == pytest.approx(objective.hidden, rel=0.03)
+
+
 def test_the_noise_is_what_was_added():
     objective = small("predict the noise")
     batch = make_batch(objective, torch.arange(4))
@@ -172,8 +204,10 @@ def test_corruption_as_augmentation_of_supervised_training():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["objective.mask=none"], "objective.mask=none hides nothing"),
+        (["objective.mask=none"], "objective.mask=none leaves no patch out"),
         (["objective.sees=all"], "objective.spoil"),
+        (["objective.mask=causal"], "leaves no patch out"),
+        (["objective.mask=causal", "objective.sees=all", "objective.spoil=shuffle"], "clean patches"),
         (["objective.kept=0.5"], "objective.kept"),
         (["objective.target=noise"], "objective.spoil=gaussian"),
         ([*ALL, "objective.spoil=blur", "objective.sigma=[0,1]"], "above 0"),

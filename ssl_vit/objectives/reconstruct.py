@@ -10,8 +10,11 @@
 
 The loss runs over the hidden patches; where none are, over all. Hidden and spoiled go together: `sees=all` spoils the
 hidden patches alone, the others spoil what stays visible. So noise on half of the patches, blur, shuffled patches,
-noise and masking at once, and the plain autoencoder are settings too. Papers: MAE arXiv 2111.06377, SimMIM 2111.09886,
-BEiT 2106.08254, masked patch prediction 2010.11929 (ViT, appendix B.1.2), denoising 2401.14404 (l-DAE).
+noise and masking at once, and the plain autoencoder are settings too. With `mask=causal` or `prefix` nothing is spoiled,
+and each patch is predicted from those before it.
+
+Papers: MAE arXiv 2111.06377, SimMIM 2111.09886, BEiT 2106.08254, masked patch prediction 2010.11929 (ViT, appendix
+B.1.2), denoising 2401.14404 (l-DAE), next patches 2401.08541 (AIM).
 """
 
 from dataclasses import dataclass
@@ -33,7 +36,9 @@ from ssl_vit.recipe import setting
 
 @dataclass
 class Config:
-    mask: Literal["none", "random", "blocks"] = setting("random", "which patches are hidden")
+    mask: Literal["none", "random", "blocks", "causal", "prefix"] = setting(
+        "random", "which patches are hidden; causal: those to come, in raster order; prefix: those after a random start"
+    )
     ratio: float = setting(0.75, "fraction of the patches that a mask hides", above=0, at_most=1)
     sees: Literal["visible", "mask tokens", "all"] = setting(
         "visible", "what the encoder sees of hidden patches: nothing, mask tokens, or their spoiled pixels"
@@ -77,8 +82,10 @@ class Reconstruct(Objective):
         patch, width = backbone.patch, backbone.width
         self.grid = (facts.size[0] // patch[0], facts.size[1] // patch[1])
         patches = self.grid[0] * self.grid[1]
-        masks = config.mask != "none"
+        masks = config.mask in ("random", "blocks")
         self.hidden = corruption.hidden_count(patches, config.ratio) if masks else patches
+        if config.mask in NEXT:
+            self.hidden = patches - 1 if config.mask == "causal" else (patches + 1) / 2 - 1 / patches  # expected
         if masks and not 0 < self.hidden < patches + (config.sees != "visible"):
             raise UserError(f"objective.ratio={config.ratio} hides {self.hidden} of {patches} patches: choose another.")
         self.views = facts.single_view()
@@ -124,6 +131,11 @@ class Reconstruct(Objective):
         """(prediction (B, N, width), hidden bool (B, N): the patches over which the loss runs, and of gaussian noise:
         what was added (B, C, H, W) and its level (B, 1, 1, 1), in standardised pixels)."""
         b, c = self.backbone, self.config
+        if c.mask in NEXT:
+            start = draw.uniform("prefix", 1) * (c.mask == "prefix")
+            hidden, attend = corruption.next_patch(start, self.grid, b.prefix_tokens)
+            latent = b.encode(b.add_positions(b.patch_embed(images), self.grid), attend, draw)
+            return self.decoder(latent, attend=attend).roll(1, 1), hidden, None, None
         order = self.order(draw)
         keep, hidden = corruption.split(order, self.hidden)
         seen, noise, level = self.spoil(images, order, hidden, draw)
@@ -176,14 +188,16 @@ class Reconstruct(Objective):
         clean = b.normalise(images)
         prediction, hidden, _, _ = self.predict(images, draw)
         prediction = prediction.float()
-        seen = b.normalise(self.spoil(images, self.order(draw), hidden, draw)[0])
+        seen = clean
+        if self.config.mask not in NEXT:
+            seen = b.normalise(self.spoil(images, self.order(draw), hidden, draw)[0])
         if self.config.target == "noise":
             made = seen - self.target.picture(prediction, clean)
         elif isinstance(self.target, targets.Pixels):
             made = self.target.picture(prediction, clean)
         else:
             made = unpatchify(self.target.codes()[prediction.argmax(-1)], patch, self.grid)
-        if self.config.mask != "none":
+        if self.config.mask in ("random", "blocks"):
             place = corruption.pixels_of(hidden, self.grid, patch)
             made = torch.where(place, made, seen)
             seen = seen if self.config.sees == "all" else torch.where(place, 0.0, seen)
@@ -191,14 +205,17 @@ class Reconstruct(Objective):
         return dict(reconstruction=(panels * b.std + b.mean).clamp(0, 1))
 
 
+NEXT = ("causal", "prefix")  # every patch is predicted from those before it
+
+
 def refuse_nonsense(config: Config) -> None:
     """Raises UserError for settings that do not go together."""
     c = config
-    if c.mask == "none" and c.sees != "all":
-        raise UserError(
-            f"objective.mask=none hides nothing, and objective.sees={c.sees!r} is of hidden patches: set all."
-        )
-    if c.mask != "none" and c.sees == "all" and c.spoil == "none":
+    if c.mask in ("none", *NEXT) and c.sees != "all":
+        raise UserError(f"objective.mask={c.mask} leaves no patch out, and sees={c.sees!r} is of hidden ones: set all.")
+    if c.mask in NEXT and c.spoil != "none":
+        raise UserError(f"objective.mask={c.mask} shows clean patches: set objective.spoil=none.")
+    if c.mask in ("random", "blocks") and c.sees == "all" and c.spoil == "none":
         raise UserError(
             "objective.sees=all shows the hidden patches as they are: set objective.spoil, or another sees."
         )
@@ -226,23 +243,29 @@ class Decoder(nn.Module):
         at = torch.cat([torch.zeros(prefix, inner), sincos_positions(inner, grid)])
         self.register_buffer("positions", at[None], persistent=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.Sequential(
-            *(Block(inner, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth))
+        self.blocks = nn.ModuleList(
+            Block(inner, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth)
         )
         self.norm = norm(inner)
         self.head = nn.Linear(inner, out)
         self.apply(xavier)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Encoder output (B, P + K, D) at the places `keep`, or (B, P + N, D) → predictions (B, N, out)."""
+    def forward(self, latent: Tensor, keep: Tensor | None = None, attend: Tensor | None = None) -> Tensor:
+        """Encoder output (B, P + K, D) at the places `keep`, or (B, P + N, D) → predictions (B, N, out).
+
+        attend: which tokens see which, if not all see all.
+        """
         x = self.embed(latent)
         if keep is not None:
             prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
             n = self.positions.shape[1] - self.prefix
             full = self.mask_token.to(x.dtype).expand(len(x), n, -1)
             x = torch.cat([prefix, full.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), visible)], 1)
-        return self.head(self.norm(self.blocks(x + self.positions)))[:, self.prefix :]
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x) if attend is None else block(x, attn_mask=attend)
+        return self.head(self.norm(x))[:, self.prefix :]
 
 
 class LinearHead(nn.Module):
@@ -255,6 +278,6 @@ class LinearHead(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, latent: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, attend: Tensor | None = None) -> Tensor:
         """(B, P + N, D) → (B, N, out)."""
         return self.head(latent[:, self.prefix :])
