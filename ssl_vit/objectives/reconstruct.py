@@ -10,7 +10,7 @@
 
 The loss runs over the hidden patches; where none are, over all. Hidden and spoiled go together: `sees=all` spoils the
 hidden patches alone, the others spoil what stays visible. So noise on half of the patches, blur, shuffled patches,
-noise and masking at once, and the plain autoencoder are settings too. With `mask=causal` or `prefix` nothing is spoiled,
+noise and masking at once, and the plain autoencoder are settings too. With `mask=causal` or `prefix` none is spoiled,
 and each patch is predicted from those before it.
 
 Papers: MAE arXiv 2111.06377, SimMIM 2111.09886, BEiT 2106.08254, masked patch prediction 2010.11929 (ViT, appendix
