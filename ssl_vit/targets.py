@@ -13,6 +13,12 @@ from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify, unpatchify
 
 
+def distance(name: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean "mse" or "l1" over the last dimension."""
+    each = F.mse_loss if name == "mse" else F.l1_loss
+    return each(prediction, target, reduction="none").mean(-1)
+
+
 class Pixels(nn.Module):
     """The patch's pixels; normalised: by its own mean and unbiased variance (MAE, sec. 3, eps 1e-6)."""
 
@@ -34,8 +40,7 @@ class Pixels(nn.Module):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """(…, width) twice → one loss per patch (…)."""
-        distance = F.mse_loss if self.loss_name == "mse" else F.l1_loss
-        return distance(prediction, target, reduction="none").mean(-1)
+        return distance(self.loss_name, prediction, target)
 
     def picture(self, prediction: Tensor, images: Tensor) -> Tensor:
         """Predictions as standardised images, un-normalised with the true patches' mean and variance."""
@@ -45,6 +50,22 @@ class Pixels(nn.Module):
             prediction = prediction * scale + patches.mean(-1, keepdim=True)
         grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
         return unpatchify(prediction, self.patch, grid)
+
+
+class Features(nn.Module):
+    """What a teacher makes of the clean patch, standardised per patch (data2vec, arXiv 2202.03555, section 3.3)."""
+
+    def __init__(self, width: int, loss: str):
+        super().__init__()
+        self.width, self.loss_name = width, loss
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, N, width) → the same."""
+        return F.layer_norm(features.float() if features.dtype.itemsize < 4 else features, features.shape[-1:])
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(…, width) twice → one loss per patch (…)."""
+        return distance(self.loss_name, prediction, target)
 
 
 class Tokens(nn.Module):

@@ -22,6 +22,7 @@ VARIANTS = {
     "shuffle": ["objective.sees=all", "objective.ratio=0.3", "objective.spoil=shuffle"],
     "next patch": ["objective.sees=all", "objective.mask=causal"],
     "next patch after a prefix": ["objective.sees=all", "objective.mask=prefix", "objective.decoder_depth=0"],
+    "features": ["objective.sees=mask tokens", "objective.ratio=0.5", "objective.target=features"],
     "autoencoder": [*ALL, "objective.normalise=false"],
     "masked patch prediction": [
         "objective.sees=mask tokens",
@@ -54,7 +55,11 @@ def test_pictures(variant):
     images = make_batch(objective, torch.arange(3)).views["image"]
     with torch.no_grad():
         [panels] = objective.show(images, Draw(0, 0, torch.arange(3))).values()
-    assert panels.shape == (3, 3, *images.shape[1:]) and 0 <= panels.min() and panels.max() <= 1
+    assert (
+        panels.shape == (3, 2 if variant == "features" else 3, *images.shape[1:])
+        and 0 <= panels.min()
+        and panels.max() <= 1
+    )
     if variant != "autoencoder" and not variant.startswith("next"):
         assert (panels[:, 1] - panels[:, 0]).abs().max() > 0.05  # the encoder sees something else
 
@@ -166,6 +171,26 @@ def test_the_noise_is_what_was_added():
     seen, _ = spoiled(objective, images)
     _, _, noise, level = objective.predict(images, Draw(0, 0, torch.arange(4)))
     assert torch.allclose(noise, (seen - images) / objective.backbone.std, atol=1e-4) and (level == 0.5).all()
+
+
+def test_the_teacher_of_features_follows_and_is_not_trained():
+    objective = small("features")
+    batch = make_batch(objective, torch.arange(4))
+    clean = objective.teacher.tokens(batch.views["image"])[:, 1:]
+    prediction, hidden, *_ = objective.predict(batch.views["image"], batch.draw)
+    target = (clean - clean.mean(-1, keepdim=True)) / (clean.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = ((prediction - target) ** 2).mean(-1)[hidden].mean()
+    loss = objective(batch)["loss"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is None for p in objective.teacher.parameters()) and not objective.teacher.training
+    before = [p.clone() for p in objective.teacher.parameters()]
+    with torch.no_grad():
+        for p in objective.backbone.parameters():
+            p += 1.0
+    objective.on_optimizer_step(0, 10, lambda t: t)
+    for old, new, student in zip(before, objective.teacher.parameters(), objective.backbone.parameters(), strict=True):
+        assert torch.allclose(new, 0.996 * old + 0.004 * student, atol=1e-6)
 
 
 def test_loud_noise_weighs_less():

@@ -11,12 +11,14 @@
 The loss runs over the hidden patches; where none are, over all. Hidden and spoiled go together: `sees=all` spoils the
 hidden patches alone, the others spoil what stays visible. So noise on half of the patches, blur, shuffled patches,
 noise and masking at once, and the plain autoencoder are settings too. With `mask=causal` or `prefix` none is spoiled,
-and each patch is predicted from those before it.
+and each patch is predicted from those before it. The targets of `target=features` are made by an averaged copy of the
+backbone that sees the clean image.
 
 Papers: MAE arXiv 2111.06377, SimMIM 2111.09886, BEiT 2106.08254, masked patch prediction 2010.11929 (ViT, appendix
-B.1.2), denoising 2401.14404 (l-DAE), next patches 2401.08541 (AIM).
+B.1.2), denoising 2401.14404 (l-DAE), next patches 2401.08541 (AIM), features 2202.03555 (data2vec).
 """
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -28,10 +30,11 @@ from torch import Tensor, nn
 from ssl_vit import corruption, targets
 from ssl_vit.backbone import Backbone, sincos_positions, xavier
 from ssl_vit.errors import UserError
-from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.objectives.base import Batch, Facts, Objective, follow
 from ssl_vit.patches import unpatchify
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
+from ssl_vit.schedules import cosine
 
 
 @dataclass
@@ -58,11 +61,12 @@ class Config:
         "gaussian: noise in so many principal components of the patches, of which alone the image is left",
         at_least=1,
     )
-    target: Literal["pixels", "noise", "colour", "kmeans"] = setting(
-        "pixels", "pixels, the noise, the mean colour's class, k-means tokens"
+    target: Literal["pixels", "noise", "colour", "kmeans", "features"] = setting(
+        "pixels", "pixels, the noise, the mean colour's class, k-means tokens, or features of an averaged teacher"
     )
+    momentum: float = setting(0.996, "features: the teacher's, at the start; it ends at 1", at_least=0, at_most=1)
     normalise: bool = setting(True, "pixels: standardise each target patch")
-    loss: Literal["mse", "l1"] = setting("mse", "pixels, noise: the distance")
+    loss: Literal["mse", "l1"] = setting("mse", "pixels, noise, features: the distance")
     weigh: bool = setting(False, "gaussian: divide the loss of an image by 1 + its level squared, as l-DAE does")
     tokens: int = setting(512, "kmeans: how many", at_least=2)
     decoder_depth: int = setting(4, "transformer blocks of the decoder; 0: a linear head on the encoder", at_least=0)
@@ -96,7 +100,9 @@ class Reconstruct(Objective):
             "noise": lambda: targets.Pixels(patch, channels, False, config.loss),
             "colour": lambda: targets.Colours(patch, backbone.mean, backbone.std),
             "kmeans": lambda: targets.KMeans(patch, channels, config.tokens),
+            "features": lambda: targets.Features(width, config.loss),
         }[config.target]()
+        self.teacher = copy.deepcopy(backbone).requires_grad_(False) if config.target == "features" else None
         self.space = corruption.PatchSpace(patch, channels, config.space) if config.space else None
         if config.sees == "mask tokens":
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -105,6 +111,12 @@ class Reconstruct(Objective):
             self.decoder = Decoder(config, width, backbone.prefix_tokens, self.grid, self.target.width)
         else:
             self.decoder = LinearHead(width, backbone.prefix_tokens, self.target.width)
+
+    def train(self, mode: bool = True) -> "Reconstruct":
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     @property
     def fits(self) -> bool:
@@ -118,8 +130,12 @@ class Reconstruct(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         images = batch.views["image"]
         prediction, hidden, noise, level = self.predict(images, batch.draw)
+        with torch.no_grad():
+            answer = noise if self.config.target == "noise" else self.backbone.normalise(images)
+            if self.teacher is not None:
+                answer = self.teacher.tokens(images)[:, self.backbone.prefix_tokens :]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            target = self.target(noise if self.config.target == "noise" else self.backbone.normalise(images))
+            target = self.target(answer)
         with torch.autocast(images.device.type, enabled=False):
             each = self.target.loss(prediction.float() if prediction.dtype.itemsize < 4 else prediction, target)
             if self.config.weigh:
@@ -153,6 +169,11 @@ class Reconstruct(Objective):
             tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
         latent = b.encode(b.add_positions(tokens, self.grid), draw=draw)
         return self.decoder(latent), hidden, noise, level
+
+    @torch.no_grad()
+    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
+        if self.teacher is not None:
+            follow(self.teacher, self.backbone, cosine(step, total, self.config.momentum, 1.0))
 
     def order(self, draw: Draw) -> Tensor:
         """An order of the patches, int64 (B, N), whose last are hidden."""
@@ -191,7 +212,9 @@ class Reconstruct(Objective):
         seen = clean
         if self.config.mask not in NEXT:
             seen = b.normalise(self.spoil(images, self.order(draw), hidden, draw)[0])
-        if self.config.target == "noise":
+        if self.teacher is not None:
+            made = seen  # features have no picture
+        elif self.config.target == "noise":
             made = seen - self.target.picture(prediction, clean)
         elif isinstance(self.target, targets.Pixels):
             made = self.target.picture(prediction, clean)
@@ -201,7 +224,7 @@ class Reconstruct(Objective):
             place = corruption.pixels_of(hidden, self.grid, patch)
             made = torch.where(place, made, seen)
             seen = seen if self.config.sees == "all" else torch.where(place, 0.0, seen)
-        panels = torch.stack([clean, seen, made], 1)
+        panels = torch.stack([clean, seen, made] if self.teacher is None else [clean, seen], 1)
         return dict(reconstruction=(panels * b.std + b.mean).clamp(0, 1))
 
 
