@@ -89,7 +89,8 @@ def label_efficiency(test: Test, of: str) -> list[Block]:
     every = [row for frames in test.frames.values() for frame in frames.values() for row in frame.rows]
     counts = {row["label_fraction"]: row["train_n"] for row in every if "train_n" in row}
     charts, sources = [], []
-    for some in _variants(test, lambda c: c.of_last and c.labels in counts, labels=1.0):
+    found = _variants(test, lambda c: c.of_last and c.labels in counts, labels=1.0)
+    for some in [c for c in found if c in test.primary] or found:
         columns = sorted((replace(some, labels=part) for part in counts), key=lambda c: counts[c.labels])
         if len([c for c in columns if c in test.frames]) < 2:
             continue

@@ -73,7 +73,7 @@ def evaluate(source: features.Source, asked: inputs.Inputs, settings: list[str],
         row = inputs.row(source, test) | keys
         row |= dict(
             protocol=protocol(settings, rates),
-            pooling=recipe.objective.pool,
+            pooling=dict(token="cls", avg="mean")[recipe.objective.pool],
             chosen="learning rate on a tenth of train" if rates else "last checkpoint",
             settings=dict(lr=recipe.optim.lr, **choice),
             value=float((predicted == truth).mean()),

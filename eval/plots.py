@@ -84,7 +84,9 @@ def lines(
     heights = [
         y + sign * h for s in series for y, h in zip(s.y, s.half or [0] * len(s.y), strict=True) for sign in (-1, 1)
     ]
-    scale_y, y_ticks = _axis(heights, bottom, top + 8, False, floor=0.0 if min(heights) >= 0 else None)
+    scale_y, y_ticks = _axis(
+        heights, bottom, top + 8, False, 0.0 if min(heights) >= 0 else None, 1.0 if percent else math.inf
+    )
 
     parts = []
     for tick in y_ticks:
@@ -123,7 +125,7 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
     right = 14 + max(len(f) for f in figures) * MINOR * 0.56
     ends = [r.value + sign * r.half for r in measured for sign in (-1, 1)] + ([0.0] if zero else [])
     top, height = 56, 56 + sum(12 + 16 * len(name) for name in names) + 30
-    scale, ticks = _axis(ends, left + 8, WIDTH - right - 8, False, floor=None if zero else 0.0)
+    scale, ticks = _axis(ends, left + 8, WIDTH - right - 8, False, *((None,) if zero else (0.0, 1.0)))
     places = _apart([(scale(t), f"{100 * t:g}".replace("-", "−")) for t in ticks])
     parts = [_line(x, top, x, height - 26, "rule") for x, _ in places]
     parts += [_text(x, height - 8, label, "soft", MINOR, "middle") for x, label in places]
@@ -139,10 +141,8 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
             parts.append(_text(0, middle + 4.5 + 16 * (i - (len(name) - 1) / 2), words, *kind[:2], weight=kind[2]))
         if row.value is not None:
             words = next(figure)
-            low, high = (
-                scale(max(row.value + sign * row.half, 0) if not zero else row.value + sign * row.half)
-                for sign in (-1, 1)
-            )
+            ends = [row.value + sign * row.half for sign in (-1, 1)]
+            low, high = (scale(end if zero else min(max(end, 0.0), 1.0)) for end in ends)
             fill = "ground" if zero and abs(row.value) <= row.half else colour
             parts.append(
                 f"<g><title>{escape(row.name)}: {words}</title>"
@@ -181,9 +181,9 @@ def number(value: float, power: bool = False) -> str:
 
 
 def _axis(
-    values: list[float], start: float, end: float, log: bool, floor: float | None = None
+    values: list[float], start: float, end: float, log: bool, floor: float | None = None, ceiling: float = math.inf
 ) -> tuple[Callable[[float], float], list[float]]:
-    """The map of values to places from start to end, and its ticks. floor: the axis goes no lower than this."""
+    """The map of values to places from start to end, and its ticks. The axis goes no lower and no higher than asked."""
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     if log:
         margin = max((high / low) ** 0.06, 1.3, (10 * low / high) ** 0.5)  # so that it spans a power of ten at least
@@ -192,11 +192,13 @@ def _axis(
         return lambda v: start + (end - start) * math.log(v / low) / math.log(high / low), marks
     if high == low:
         low, high = low - 0.05, high + 0.05
+    high = min(high, ceiling)
     if floor is not None:
         low = max(low, floor)
         low = floor if low - floor < 0.2 * (high - floor) else low  # near zero, show zero
     marks = ticks(low, high)
-    low, high = marks[0], marks[-1]
+    low, high = marks[0], min(marks[-1], ceiling)
+    marks = [mark for mark in marks if mark <= high]
     return lambda v: start + (end - start) * (v - low) / (high - low), marks
 
 
@@ -245,7 +247,7 @@ def _series(
         return f"<g><title>{escape(s.name)}: {number(s.y[-1])} at the end</title>{line}</g>"
     points = []
     for x, y, half, (px, py) in zip(s.x, s.y, halves, places, strict=True):
-        bar = _line(px, scale_y(max(y - half, 0)), px, scale_y(y + half), colour, 1.6) if half else ""
+        bar = _line(px, scale_y(max(y - half, 0)), px, scale_y(min(y + half, 1)), colour, 1.6) if half else ""
         circle = f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" style="fill:var(--{colour});stroke:var(--ground)"/>'
         points.append(f"<g>{told(y, half, x)}{bar}{circle}</g>")
     return line + "".join(points)

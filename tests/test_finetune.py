@@ -79,7 +79,7 @@ def test_a_run_beside_its_control_with_all_labels_and_few(tune, tmp_path, capsys
         assert row["n"] == 360 == len(stored["true"]) and stored["index"].tolist() == list(range(360))
         assert row["value"] == pytest.approx((stored["predicted"] == stored["true"]).mean())
         assert row["recipe"] == "mae" and row["seed"] == 3 and row["images_seen"] == 4 * 32 and row["train_flops"] > 0
-        assert (row["pooling"], row["layer"], row["chosen"]) == ("avg", -1, "last checkpoint")
+        assert (row["pooling"], row["layer"], row["chosen"]) == ("mean", -1, "last checkpoint")
         assert set(results.IDENTITY) <= row.keys()
     assert {r["recipe"] for r in results.read(tmp_path / "runs/random")} == {"random"}
     for path in tuned(tmp_path / "runs/mae"):
