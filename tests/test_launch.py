@@ -17,7 +17,7 @@ case "$*" in
     case "$*" in *train.steps=0*) echo runs/random ;; *) echo runs/trained ;; esac ;;
   "-m pip --version" | *"import torchvision"*) ;;
   "-m pytest"*) echo "pytest ${{*:3}} threads=${{OMP_NUM_THREADS:-}}" >>"$LOG" ;;
-  *knn.py*) echo "python $*" >>"$LOG"; echo TABLE ;;
+  *knn.py* | *study.py*) echo "python $*" >>"$LOG"; echo TABLE; exit "${{STUDY_EXIT:-0}}" ;;
   *) PYTHONPATH="$MODULES" exec "{sys.executable}" -S "$@" ;;  # -S: without the packages installed here
 esac
 """
@@ -76,7 +76,7 @@ def project(tmp_path):
 FLAGS = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
-@pytest.mark.parametrize("args", [["--help"], ["-h"], ["help"], ["dino", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["help"], ["dino", "--help"], ["compare", "--help"]])
 def test_help_explains_and_sets_nothing_up(project, args):
     done, ran = project.launch(*args, VIRTUAL_ENV="")
     assert done.returncode == 0 and not done.stderr and not ran
@@ -104,6 +104,11 @@ def test_a_run_is_training_then_its_control_then_knn(project):
     setup, after = done.stdout.split("Device: CPU (", 1)
     assert "Installing" in setup and "accelerate" not in setup
     assert after.index("accelerate") < after.index("TABLE") < after.index("Next:")
+
+
+def test_compare_runs_the_plan_and_passes_its_exit_code_on(project):
+    done, ran = project.launch("compare", "--seeds", "3", "--data", "my photos", STUDY_EXIT="1")
+    assert ran[1:] == ["python eval/study.py compare --seeds 3 --data my photos"] and done.returncode == 1
 
 
 def test_arguments_pass_through_and_the_control_stays_a_control(project):
