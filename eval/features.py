@@ -116,6 +116,17 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
     return Features({k: np.load(file, mmap_mode="r") for k, file in files.items()}, flops)
 
 
+def extract_both(
+    source: Source, train: ImageSet, test: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)
+) -> tuple[Features, Features]:
+    """Features of the training images and of the others; those of pixels-pca64 in the former's principal components."""
+    bank, others = (extract(source, images, state, blocks) for images in (train, test))
+    if source.name == "pixels-pca64":
+        for key, values in bank.arrays.items():
+            bank.arrays[key], others.arrays[key] = pca(values, others.arrays[key])
+    return bank, others
+
+
 @torch.inference_mode()
 def _compute(
     source: Source,
@@ -179,7 +190,7 @@ def pca(train: np.ndarray, others: np.ndarray, dimensions: int = 64) -> tuple[np
     from sklearn.decomposition import PCA
 
     fitted = PCA(min(dimensions, *train.shape), svd_solver="covariance_eigh").fit(train)
-    return fitted.transform(train), fitted.transform(others)
+    return fitted.transform(train).astype(np.float32), fitted.transform(others).astype(np.float32)
 
 
 def _key(source: Source, images: ImageSet, size: tuple[int, int]) -> str:

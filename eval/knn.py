@@ -29,7 +29,7 @@ def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None
     ks: default all of KS that there are training images for. Only the first process gets rows.
     """
     train, test = asked.images(source)
-    bank, queries = (features.extract(source, images, asked.state) for images in (train, test))
+    bank, queries = features.extract_both(source, train, test, asked.state)
     if not asked.state.is_main_process:
         return []
     labels, truth = train.labels.cpu().numpy(), test.labels.cpu().numpy()
@@ -41,8 +41,6 @@ def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None
         flops = bank.flops_per_image * (len(chosen) + len(test))
         for pooling, vectors in bank.poolings(-1).items():
             pair = vectors[chosen], queries.poolings(-1)[pooling]
-            if source.name == "pixels-pca64":
-                pair = features.pca(*pair)
             for protocol, centre in (("knn", True), ("knn-uncentred", False)):
                 near, far = neighbours.prepare(*pair, centre=centre)
                 able = choose(ks, len(chosen))

@@ -42,8 +42,10 @@ class Probe:
         self.source, self.state = source, asked.state
         self.train, self.test = asked.images(source)
         self.blocks = blocks
-        self.queries = features.extract(source, self.test, asked.state, blocks)
-        self.bank = features.extract(source, self.train, asked.state, blocks) if train_features else None
+        if train_features:
+            self.bank, self.queries = features.extract_both(source, self.train, self.test, asked.state, blocks)
+        else:
+            self.queries = features.extract(source, self.test, asked.state, blocks)
         self.labels, self.truth = self.train.labels.cpu().numpy(), self.test.labels.cpu().numpy()
         self.classes = len(self.train.classes)
         self.seed = source.settings["train"]["seed"] if source.settings else 0

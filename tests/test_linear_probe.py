@@ -155,6 +155,18 @@ def test_a_sweep_chooses_on_train_alone(tmp_path, monkeypatch, backbone, capsys)
     assert [r["value"] for r in again] != [r["value"] for r in rows]
 
 
+def test_pixels_in_principal_components(tmp_path, monkeypatch):
+    probes = []
+    original = linear_probe.Probe
+    monkeypatch.setattr(linear_probe, "Probe", lambda *a: probes.append(original(*a)) or probes[-1])
+    run(monkeypatch, tmp_path, "--backbone", "pixels", "pixels-pca64", "--data", "digits")
+    raw, projected = (probe.bank.poolings(-1)["raw 8x8"] for probe in probes)
+    spread = np.cov(projected.T)
+    assert np.abs(spread - np.diag(np.diag(spread))).max() < 1e-4 * spread.max() < np.cov(raw.T).max()
+    tests = [probe.queries.poolings(-1)["raw 8x8"] for probe in probes]
+    assert np.allclose(np.linalg.norm(tests[0][0] - tests[0][1]), np.linalg.norm(tests[1][0] - tests[1][1]), atol=1e-4)
+
+
 def test_every_block_has_its_row(tmp_path, monkeypatch, backbone):
     run(monkeypatch, tmp_path, *backbone, "--per-block")
     rows = results.read(rows_of(tmp_path))
