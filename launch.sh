@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run: ./launch.sh [RECIPE] [ARGUMENTS] · ./launch.sh compare · ./launch.sh test · ./launch.sh --help
+# Set up and run: ./launch.sh [RECIPE] [ARGUMENTS] · ./launch.sh compare · study · test · --help
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
@@ -10,6 +10,7 @@ usage() {
   cat <<EOF
 ./launch.sh [RECIPE] [ARGUMENTS]   pre-train, then compare the result by k-NN
 ./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike beside their controls, write a report
+./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight ways to spoil images, at equal compute
 ./launch.sh test [ARGUMENTS]       run the tests; ARGUMENTS go to pytest
 ./launch.sh --help                 print this; nothing is set up
 
@@ -22,9 +23,9 @@ ARGUMENTS go to ssl_vit/pretrain.py:
   key=value                     any field of the recipe, e.g. train.epochs=20 optim.lr=1e-3
 For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
-compare takes --data and key=value too, and --seeds N; 'python eval/study.py --help' has the rest. On the digits with one
-seed it takes about half an hour on two cores. What is done is not done again: stop it and start it as you like. The
-report is runs/compare-DATA/report/report.html.
+compare and study take --data and key=value too, and --seeds N; 'python eval/study.py --help' has the rest. On the
+digits compare takes about half an hour on two cores, study an hour. What is done is not done again: stop and start them
+as you like. The report is runs/compare-DATA/report/report.html.
 
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several
@@ -72,8 +73,8 @@ check_recipe() {
   [[ $1 != *.yaml || ! -f $1 ]] || return 0
   known=$(recipes)
   # shellcheck disable=SC2086  # one argument per name
-  nearest=$(close "$1" $known compare test 2>/dev/null) || nearest="mae"
-  die "there is no recipe '$1'; the nearest name is '$nearest' (recipes: $known; other commands: compare, test, --help)." 2
+  nearest=$(close "$1" $known compare study test 2>/dev/null) || nearest="mae"
+  die "there is no recipe '$1'; the nearest name is '$nearest' (recipes: $known; other commands: compare, study, test, --help)." 2
 }
 
 # ---- set-up ----
@@ -236,9 +237,9 @@ run_tests() {
   show python -m pytest -q $workers "$@"
 }
 
-run_compare() {
+run_plan() {  # $1: a file in recipes/study/
   ready ""
-  show python "${here}eval/study.py" compare "$@"
+  show python "${here}eval/study.py" "$@"
 }
 
 run_recipe() {
@@ -298,12 +299,14 @@ case $command in
     shift
     run_tests "$@"
     ;;
-  compare)
+  compare | study)
     shift
     for arg in "$@"; do
       case $arg in -h | --help) usage; exit ;; esac
     done
-    run_compare "$@"
+    plan=compare
+    [ "$command" = compare ] || plan=denoising
+    run_plan "$plan" "$@"
     ;;
   help) usage ;;
   *)

@@ -106,9 +106,10 @@ def test_a_run_is_training_then_its_control_then_knn(project):
     assert after.index("accelerate") < after.index("TABLE") < after.index("Next:")
 
 
-def test_compare_runs_the_plan_and_passes_its_exit_code_on(project):
-    done, ran = project.launch("compare", "--seeds", "3", "--data", "my photos", STUDY_EXIT="1")
-    assert ran[1:] == ["python eval/study.py compare --seeds 3 --data my photos"] and done.returncode == 1
+@pytest.mark.parametrize(("command", "plan"), [("compare", "compare"), ("study", "denoising")])
+def test_a_plan_is_run_and_its_exit_code_passed_on(project, command, plan):
+    done, ran = project.launch(command, "--seeds", "3", "--data", "my photos", STUDY_EXIT="1")
+    assert ran[1:] == [f"python eval/study.py {plan} --seeds 3 --data my photos"] and done.returncode == 1
 
 
 def test_arguments_pass_through_and_the_control_stays_a_control(project):

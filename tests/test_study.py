@@ -14,6 +14,7 @@ from conftest import SMALL
 from test_loop import ROOT, TINY, environment
 
 from eval import study
+from ssl_vit import data, pretrain
 from ssl_vit.errors import UserError
 
 MAE = [*TINY, *SMALL["mae"], "train.steps=3"]
@@ -113,6 +114,21 @@ def test_a_wrong_plan_is_refused_before_anything_runs(changes, said, tmp_path, m
     with pytest.raises(UserError, match=said):
         study.main()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", [p.stem for p in study.PLANS.glob("*.yaml")])
+def test_every_plan_can_be_built(name, tmp_path, monkeypatch):
+    """Each arm's recipe takes its settings, and what they make of it is a step that can be taken."""
+    monkeypatch.chdir(tmp_path)
+    plan = study.read(name)
+    everything, runs = study.parts(plan, None, [], 1)
+    assert len(everything) > len(runs) > plan.seeds
+    for what in plan.arms.values():
+        recipe = pretrain.read(what["recipe"], [*plan.settings, *what.get("settings", [])], None)
+        images = data.load(recipe.data, "train")
+        recipe.add_facts(images.facts())
+        objective = pretrain.build(recipe, images)
+        assert pretrain.budget(recipe, objective, images)[1] > 0
 
 
 def test_an_unknown_plan_is_refused_with_the_nearest(monkeypatch):
