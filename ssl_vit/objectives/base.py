@@ -66,6 +66,15 @@ class Objective(nn.Module):
         self.config = config
         self.backbone = backbone
 
+    def train(self, mode: bool = True) -> "Objective":
+        """Parts without a trainable parameter, such as teachers, stay in eval mode."""
+        super().train(mode)
+        for part in self.children():
+            weights = list(part.parameters())
+            if weights and not any(weight.requires_grad for weight in weights):
+                part.eval()
+        return self
+
     def fit(self, images: Tensor, seed: int) -> None:
         """Once, before training: learn what the targets need from unaugmented images in [0, 1], into buffers."""
 

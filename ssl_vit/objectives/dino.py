@@ -84,12 +84,6 @@ class DINO(Objective):
         self.register_buffer("teacher_sum", torch.zeros(config.prototypes), persistent=False)
         self.register_buffer("teacher_count", torch.zeros(()), persistent=False)
 
-    def train(self, mode: bool = True) -> "DINO":
-        super().train(mode)
-        self.teacher.eval()
-        self.teacher_head.eval()
-        return self
-
     @property
     def exported(self) -> TokenBackbone:
         return self.teacher

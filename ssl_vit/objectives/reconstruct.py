@@ -112,12 +112,6 @@ class Reconstruct(Objective):
         else:
             self.decoder = LinearHead(width, backbone.prefix_tokens, self.target.width)
 
-    def train(self, mode: bool = True) -> "Reconstruct":
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
     @property
     def fits(self) -> bool:
         return self.space is not None or isinstance(self.target, targets.KMeans)

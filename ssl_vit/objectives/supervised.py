@@ -62,12 +62,6 @@ class Supervised(Objective):
             backbone.add_classifier(facts.classes)
         self.average = None if config.ema is None else copy.deepcopy(backbone).requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Supervised":
-        super().train(mode)
-        if self.average is not None:
-            self.average.eval()
-        return self
-
     @property
     def exported(self) -> Backbone:
         return self.backbone if self.average is None else self.average
