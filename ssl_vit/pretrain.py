@@ -273,7 +273,8 @@ def micro_batch(recipe: recipes.Recipe, objective: Objective, share: int, device
     together = objective.row_multiple
     if share % together:
         raise UserError(
-            f"Mixing pairs images, and {share} on a process is odd: change train.batch_size, or mix nothing."
+            f"Mixing pairs images and tasks take turns on them, here in groups of {together}; {share} on a process are "
+            f"no whole groups: set train.batch_size to a multiple of {together * recipe.train.batch_size // share}."
         )
     return max(min(asked, share) // together, 1) * together
 

@@ -57,9 +57,9 @@ class Objective(nn.Module):
 
     Config: ClassVar[type]  # a dataclass of `recipe.setting`s: the objective's part of the recipe
     views: views.ViewSpec  # what views one image becomes, by name
-    labelled: ClassVar[bool] = False  # whether labels are needed
+    labelled: bool = False  # whether labels are needed
     fits: bool = False  # whether `fit` has anything to learn
-    row_multiple: int = 1  # rows that must stay together: 2 where row r is mixed with row r^1
+    row_multiple: int = 1  # a micro-batch holds whole groups of so many rows: 2 where row r is mixed with row r^1
 
     def __init__(self, config, backbone: Backbone, facts: Facts):
         super().__init__()
@@ -90,6 +90,12 @@ class Objective(nn.Module):
 
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
         """After the optimizer moved: EMA teachers, centres. Once per step; reduce sums a tensor over the processes."""
+
+    def given(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the encoder is given of images in [0, 1], if the task is to recover patches that are hidden or spoiled,
+        else None: (standardised images (B, C, H, W), 0 where it sees nothing; absent bool (B, N): these patches;
+        counted bool (B, N): those over which the loss runs)."""
+        return None
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Pictures of what was learnt, float (B, K, C, H, W) in [0, 1]: K panels for each image, by file name."""

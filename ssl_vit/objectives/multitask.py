@@ -1,0 +1,210 @@
+"""Several objectives train one backbone in one run.
+
+Each task is the objective of a recipe, with its own head, targets and random numbers. The tasks share the backbone and
+the augmentation. Of n tasks, each with a weight w and the mean loss L over its rows:
+
+| mix  | an image does  | the loss                                             | FLOPs of an image |
+|------|----------------|------------------------------------------------------|-------------------|
+| rows | one task       | sum of w · L / n: the mean over rows of w · its loss | the tasks' mean   |
+| all  | all tasks      | sum of w · L                                         | the tasks' sum    |
+
+Either way every step trains all tasks. Exported is the shared backbone, not a task's average of it (DINO's teacher).
+
+Self-supervised tasks on one trunk, a head each: Doersch and Zisserman 2017, arXiv 1708.07860.
+"""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ssl_vit import objectives
+from ssl_vit import recipe as recipes
+from ssl_vit.backbone import Backbone
+from ssl_vit.errors import UserError
+from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.randomness import Draw
+from ssl_vit.recipe import setting
+
+
+@dataclass
+class Config:
+    tasks: list[str] = setting(
+        [], 'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.sigma=[0,0.5]"]'
+    )
+    weights: list[float] = setting([], "of each task's loss; []: 1 for all", above=0)
+    mix: Literal["rows", "all"] = setting("rows", "an image does one task, the tasks taking turns, or all of them")
+
+    def __post_init__(self):
+        """Write the tasks out in full, so that the run's record holds every setting."""
+        if len(self.tasks) < 2:
+            raise UserError(
+                f"objective.tasks must name two recipes or more, such as [mae, gaussian], not {self.tasks}."
+            )
+        if self.weights and len(self.weights) != len(self.tasks):
+            raise UserError(
+                f"objective.weights has {len(self.weights)} values for {len(self.tasks)} tasks: give each one, or []."
+            )
+        self.tasks = [in_full(text) for text in self.tasks]
+
+
+class Multitask(Objective):
+    """With mix=rows group g of `group` rows does task g mod n; a micro-batch holds whole rounds of all tasks."""
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone: Backbone, facts: Facts):
+        super().__init__(config, backbone, facts)
+        chosen = [read_task(text) for text in config.tasks]
+        kinds = [objectives.find(recipe.objective_name) for recipe in chosen]
+        self.names = distinct([recipe.name for recipe in chosen])
+        self.weights = config.weights or [1.0] * len(chosen)
+        labelled = [name for name, kind in zip(self.names, kinds, strict=True) if kind.labelled]
+        if labelled and facts.classes is None:
+            raise UserError(
+                f"The task {labelled[0]} needs labels of two classes or more, and the images have none: "
+                "leave it out of objective.tasks."
+            )
+        if len(labelled) > 1:
+            raise UserError(
+                f"The tasks {' and '.join(labelled)} would share the backbone's one classifier: keep one of them in "
+                "objective.tasks."
+            )
+        self.labelled = bool(labelled)
+        built: dict[int, Objective] = {}
+        # labels first: their task gives the backbone a classifier, which must be there when another copies it
+        for place in sorted(range(len(kinds)), key=lambda place: not kinds[place].labelled):
+            with said_of(self.names[place]):
+                built[place] = kinds[place](chosen[place].objective, backbone, facts)
+        self.tasks = nn.ModuleList(built[place] for place in range(len(kinds)))
+
+        # tasks with equal views share them, under the name of the first
+        specs = [task.views for task in self.tasks]
+        self.makers = [self.names[specs.index(spec)] for spec in specs]
+        self.views = {
+            f"{maker}/{name}": v for maker, spec in zip(self.makers, specs, strict=True) for name, v in spec.items()
+        }
+        self.group = math.lcm(*(task.row_multiple for task in self.tasks))
+        self.turns = len(self.tasks) if config.mix == "rows" else 1
+        self.row_multiple = self.turns * self.group
+
+    @property
+    def fits(self) -> bool:
+        return any(task.fits for task in self.tasks)
+
+    def fit(self, images: Tensor, seed: int) -> None:
+        for name, task in self.each():
+            with said_of(name):
+                task.fit(images, seed)
+
+    def begin_step(self) -> None:
+        for task in self.tasks:
+            task.begin_step()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        scalars = {}
+        for place, (name, task) in enumerate(self.each()):
+            scalars |= {f"{name}_{scalar}": value for scalar, value in task(self.part(batch, place)).items()}
+        losses = [weight * scalars[f"{name}_loss"] for name, weight in zip(self.names, self.weights, strict=True)]
+        return dict(loss=sum(losses) / self.turns, **scalars)
+
+    def part(self, batch: Batch, place: int) -> Batch:
+        """What the task in this place sees: its rows and views, and random numbers of its own."""
+
+        def mine(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (-1, self.turns, self.group))[:, place % self.turns].flatten(0, 1)
+
+        d = batch.draw
+        return dataclasses.replace(
+            batch,
+            views={name: mine(batch.views[f"{self.makers[place]}/{name}"]) for name in self.tasks[place].views},
+            labels=None if batch.labels is None else mine(batch.labels),
+            draw=Draw(d.seed, d.step, mine(d.rows), d.device, d.prefix).named(self.names[place]),
+        )
+
+    def before_optimizer_step(self, step: int, total: int) -> None:
+        for task in self.tasks:
+            task.before_optimizer_step(step, total)
+
+    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
+        for task in self.tasks:
+            task.on_optimizer_step(step, total, reduce)
+
+    def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+        return {
+            f"{name}_{picture}": panels
+            for name, task in self.each()
+            for picture, panels in task.show(images, draw.named(name)).items()
+        }
+
+    def alarm(self, logged: dict[str, float]) -> str | None:
+        for name, task in self.each():
+            own = {key.removeprefix(f"{name}_"): v for key, v in logged.items() if key.startswith(f"{name}_")}
+            message = task.alarm(own)
+            if message:
+                return f"The task {name}: {message}"
+        return None
+
+    @property
+    def whole_batch(self) -> str | None:
+        tied = [f"{task.whole_batch} of the task {name}" for name, task in self.each() if task.whole_batch]
+        return tied[0] if tied else None
+
+    def each(self) -> Iterator[tuple[str, Objective]]:
+        """The tasks with their names."""
+        return zip(self.names, self.tasks, strict=True)
+
+
+def read_task(text: str) -> recipes.Recipe:
+    """The recipe of a task, as objective.tasks names it. Raises UserError for what is none."""
+    try:
+        name, *settings = shlex.split(text)
+    except ValueError:  # no word, or a quote that is not closed
+        raise UserError(
+            f"objective.tasks: {text!r} must be a recipe and its settings, such as 'mae objective.ratio=0.5'."
+        ) from None
+    for word in settings:
+        if not word.startswith("objective."):
+            raise UserError(
+                f"objective.tasks: {word!r} in {text!r} is no setting of an objective: write objective.key=value, "
+                "without blanks or in quotes; all else is of the whole run."
+            )
+
+    def schema(objective: str) -> type:
+        if objectives.find(objective) is Multitask:
+            raise UserError(f"{name} is itself several tasks: name those instead.")
+        return objectives.find(objective).Config
+
+    try:
+        return recipes.read(name, settings, None, schema)
+    except UserError as error:
+        where = str(error).replace("the command line", f"the task {text!r}")
+        raise UserError(f"objective.tasks: {where}") from None
+
+
+def in_full(text: str) -> str:
+    """A task with every setting of its objective, in the form of objective.tasks."""
+    values = read_task(text).as_dict()["objective"]
+    return shlex.join(
+        [shlex.split(text)[0], *(f"objective.{key}={json.dumps(value)}" for key, value in values.items())]
+    )
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, those numbered that occur more than once: a, b, a → a-1, b, a-2."""
+    return [f"{n}-{names[: i + 1].count(n)}" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+@contextmanager
+def said_of(name: str) -> Iterator[None]:
+    """Whatever a task refuses, it is named."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"The task {name}: {error}") from None
