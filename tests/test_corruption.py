@@ -134,6 +134,32 @@ def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
         assert all((token == tokens).all(-1).any() for token in shown)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_given_is_what_the_encoder_embeds(monkeypatch, variant):
+    """The pixels of `given`, embedded, are the tokens of `predict`, wherever these are not mask tokens or left out."""
+    objective = small(variant)
+    images = make_batch(objective, torch.arange(6)).views["image"]
+    embedded = []
+    add = type(objective.backbone).add_positions
+    monkeypatch.setattr(
+        type(objective.backbone), "add_positions", lambda self, t, *more: embedded.append(t) or add(self, t, *more)
+    )
+    _, hidden, _, _ = objective.predict(images, Draw(0, 0, torch.arange(6)))
+    given = objective.given(images, Draw(0, 0, torch.arange(6)))
+    if variant.startswith("next"):
+        assert given is None
+        return
+    seen, absent, counted = given
+    tokens = objective.backbone.patch_embed(seen * objective.backbone.std + objective.backbone.mean)
+    assert torch.allclose(tokens[~absent], embedded[0][~absent], atol=1e-5)
+    assert torch.equal(counted, hidden) and not absent[~hidden].any()
+    assert (patchify(seen, (2, 2))[absent] == 0).all()
+    if objective.config.sees == "mask tokens":
+        assert torch.equal(absent, (embedded[0] == objective.mask_token).all(-1))
+    else:
+        assert torch.equal(absent, hidden & (objective.config.sees == "visible"))
+
+
 def test_the_next_patch_is_predicted_from_those_before_it():
     objective = small("next patch").eval()
     images = make_batch(objective, torch.arange(2)).views["image"]

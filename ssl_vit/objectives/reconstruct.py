@@ -31,7 +31,7 @@ from ssl_vit import corruption, targets
 from ssl_vit.backbone import Backbone, sincos_positions, xavier
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Facts, Objective, follow
-from ssl_vit.patches import unpatchify
+from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
 from ssl_vit.schedules import cosine
@@ -154,13 +154,8 @@ class Reconstruct(Objective):
             latent = b.encode(b.add_positions(tokens, self.grid, keep), draw=draw)
             return self.decoder(latent, keep), hidden, noise, level
         if c.sees == "mask tokens":
-            others, kept = round(c.others * self.hidden), round(c.kept * self.hidden)
-            masked = corruption.split(order, self.hidden - others - kept)[1]
-            if others:  # a hidden patch shows one that is visible, or was chosen alike
-                place = order[:, len(order[0]) - self.hidden : len(order[0]) - self.hidden + others]
-                source = tokens.gather(1, order[:, :others, None].expand(-1, -1, tokens.shape[-1]))
-                tokens = tokens.scatter(1, place[..., None].expand_as(source), source)
-            tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
+            absent = self.absent(order)[..., None]
+            tokens = torch.where(absent, self.mask_token.to(tokens.dtype), self.exchange(tokens, order))
         latent = b.encode(b.add_positions(tokens, self.grid), draw=draw)
         return self.decoder(latent), hidden, noise, level
 
@@ -176,6 +171,23 @@ class Reconstruct(Objective):
         if self.config.mask == "none" and self.config.spoil != "shuffle":  # any will do
             return torch.arange(self.hidden, device=draw.device).expand(len(draw.rows), -1)
         return corruption.random_order(draw, self.grid)
+
+    def exchange(self, patches: Tensor, order: Tensor) -> Tensor:
+        """Patches or their tokens (B, N, D), the part `others` of the hidden ones showing one that is visible, or was
+        chosen alike."""
+        others = round(self.config.others * self.hidden)
+        if not others:
+            return patches
+        visible = order.shape[1] - self.hidden
+        place = order[:, visible : visible + others]
+        source = patches.gather(1, order[:, :others, None].expand(-1, -1, patches.shape[-1]))
+        return patches.scatter(1, place[..., None].expand_as(source), source)
+
+    def absent(self, order: Tensor) -> Tensor:
+        """bool (B, N): the hidden patches that the encoder sees nothing of."""
+        c = self.config
+        shown = self.hidden if c.sees == "all" else round(c.others * self.hidden) + round(c.kept * self.hidden)
+        return corruption.split(order, self.hidden - shown)[1]
 
     def spoil(
         self, images: Tensor, order: Tensor, hidden: Tensor, draw: Draw
@@ -197,15 +209,24 @@ class Reconstruct(Objective):
             spoiled = torch.where(corruption.pixels_of(hidden, self.grid, b.patch), spoiled, images)
         return spoiled, noise, level
 
+    def given(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
+        b = self.backbone
+        if self.config.mask in NEXT:
+            return None
+        order = self.order(draw)
+        hidden = corruption.split(order, self.hidden)[1]
+        spoiled = b.normalise(self.spoil(images, order, hidden, draw)[0])
+        patches, absent = self.exchange(patchify(spoiled, b.patch), order), self.absent(order)
+        return unpatchify(patches.masked_fill(absent[..., None], 0.0), b.patch, self.grid), absent, hidden
+
     def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Original, what the encoder saw, and the reconstruction with visible patches pasted in."""
         b, patch = self.backbone, self.backbone.patch
         clean = b.normalise(images)
         prediction, hidden, _, _ = self.predict(images, draw)
         prediction = prediction.float()
-        seen = clean
-        if self.config.mask not in NEXT:
-            seen = b.normalise(self.spoil(images, self.order(draw), hidden, draw)[0])
+        given = self.given(images, draw)
+        seen = clean if given is None else given[0]
         if self.teacher is not None:
             made = seen  # features have no picture
         elif self.config.target == "noise":
@@ -215,9 +236,7 @@ class Reconstruct(Objective):
         else:
             made = unpatchify(self.target.codes()[prediction.argmax(-1)], patch, self.grid)
         if self.config.mask in ("random", "blocks"):
-            place = corruption.pixels_of(hidden, self.grid, patch)
-            made = torch.where(place, made, seen)
-            seen = seen if self.config.sees == "all" else torch.where(place, 0.0, seen)
+            made = torch.where(corruption.pixels_of(hidden, self.grid, patch), made, seen)
         panels = torch.stack([clean, seen, made] if self.teacher is None else [clean, seen], 1)
         return dict(reconstruction=(panels * b.std + b.mean).clamp(0, 1))
 

@@ -1,0 +1,177 @@
+"""How hard the task of a run is, without any network: the error of guessing, and of a linear denoiser.
+
+    python eval/difficulty.py RUN [RUN …]
+
+On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
+
+    python eval/difficulty.py runs/mae-digits-s0
+
+The run's objective is built again from RUN/recipe.yaml and spoils unaugmented training images as it did in training;
+weights do not matter, and test images are not touched. Whatever the run's own target, recovered are the clean
+standardised pixels of the patches over which its loss runs, so that all corruptions are on one scale: the squared error
+relative to the variance of these pixels. 1 is as bad as predicting one mean value per channel. Three predictions:
+
+    mean patch   the mean of all training patches
+    as given     what the encoder is given, the mean patch where it sees nothing
+    linear       ridge regression on the 3x3 patches around, as the encoder is given them, the same at all places
+
+Up to 5,000 images take part. A fifth of them is scored, and another chooses the penalty before it joins the fit. Tasks
+that are not to recover a spoiled image, such as dino's, have no such figure. RUN/difficulty.json holds the figures.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import PartialState
+from torch import Tensor
+
+from eval import inputs, results
+from ssl_vit import checkpoint, data, errors, pretrain
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError, say
+from ssl_vit.patches import patchify
+from ssl_vit.randomness import Draw
+
+IMAGES = 5_000
+VALUES = 2**27  # of the ridge's inputs; with more, some counted patches are left out of its fit
+PENALTIES = [10.0**k for k in range(-6, 3)]  # relative to the mean square of an input
+
+
+def evaluate(run: Path) -> dict | None:
+    """The figures of a run, also written to its folder. None, said in a sentence, if it has none."""
+    if not (run / "recipe.yaml").exists():
+        say(f"{run} is no run of ours, so it has no task to measure.")
+        return None
+    recipe = read(run)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    images = data.load(recipe.data, "train").to(state.device)
+    objective = pretrain.build(recipe, images).to(state.device).eval()
+    views = pretrain.fit_images(recipe, images, state.device)
+    if objective.fits:
+        objective.fit(views, recipe.train.seed)
+    figures = measure(objective, views[:: math.ceil(len(views) / IMAGES)], recipe.train.seed)
+    if figures is None:
+        say(f"{run} has no such figure: its objective, {recipe.objective_name}, recovers no spoiled image.")
+        return None
+    checkpoint.write(run / "difficulty.json", json.dumps(figures | results.surroundings(), indent=1))
+    return figures
+
+
+def read(run: Path) -> recipes.Recipe:
+    """The resolved recipe of a run. Raises UserError if this version of the code does not know its settings."""
+    settings = yaml.safe_load((run / "recipe.yaml").read_text())
+    own = {name: settings[name] for name in ("objective", *recipes.SECTIONS) if name not in recipes.MAY_CHANGE}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(own))
+        try:
+            return pretrain.read(str(file), [], None)
+        except UserError as error:
+            said = str(error).replace(str(file), str(run / "recipe.yaml"))
+            raise UserError(f"{said} Another version of this code made the run.") from None
+
+
+@torch.no_grad()
+def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | None:
+    """The figures of an objective on clean images (n, C, H, W) in [0, 1]; None if it recovers no spoiled image."""
+    backbone, device = objective.backbone, images.device
+    given = objective.given(images[:1], Draw(seed, 0, torch.arange(1), device))
+    if given is None:
+        return None
+    fifth = torch.arange(len(images)) % 5
+    fitting, choosing, scored = (part.nonzero().flatten() for part in (fifth < 3, fifth == 3, fifth == 4))
+    training = images[(fifth < 4).to(device)]
+    mean = patchify(backbone.normalise(training.mean(0, keepdim=True)), backbone.patch).mean((0, 1))
+    values, counted = len(mean), int(given[2].sum())  # the same in every image
+    width = 9 * (values + 1) + 1
+    share = min(1.0, VALUES / (width * counted * len(training)))
+
+    def rows(numbers: Tensor, share: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs (R, width), clean patches (R, D) less the mean patch) of this share of these images' counted patches,
+        float64 on the CPU, some images at a time."""
+        for part in numbers.split(64):
+            clean, draw = images[part.to(device)], Draw(seed, 0, part, device)
+            seen, absent, counted = objective.given(clean, draw)
+            taken = counted & (draw.uniform("taken", counted.shape[1]) < share)
+            around = neighbours(patchify(seen, backbone.patch) - mean, ~absent, backbone.grid(images), taken)
+            patches = patchify(backbone.normalise(clean), backbone.patch)[taken] - mean
+            yield around.cpu().double(), patches.cpu().double()
+
+    def products(numbers: Tensor) -> Tensor:
+        return sum(x.T @ torch.cat([x, y], 1) for x, y in rows(numbers, share))
+
+    moments = products(fitting)
+    tried = [ridge(moments, penalty) for penalty in PENALTIES]
+    wrong = sum(torch.stack([(x @ w - y).square().sum() for w in tried]) for x, y in rows(choosing, share))
+    penalty = PENALTIES[int(wrong.argmin())]
+    moments += products(choosing)
+    weights = ridge(moments, penalty)
+
+    colour = mean.view(-1, images.shape[1]).mean(0).repeat(values // images.shape[1])  # one value per channel
+    one_colour, itself = (colour - mean).cpu().double(), slice(4 * (values + 1), 4 * (values + 1) + values)
+    variance, mean_patch, identity, linear = sum(
+        torch.stack([(guess - y).square().sum() for guess in (one_colour, 0.0, x[:, itself], x @ weights)])
+        for x, y in rows(scored)
+    ).tolist()
+    return dict(
+        mean_patch=mean_patch / variance,
+        identity=identity / variance,
+        linear=linear / variance,
+        penalty=penalty,
+        images=len(images),
+        patches=counted * len(scored),
+        fitted_patches=int(moments[width - 1, width - 1]),
+    )
+
+
+def neighbours(patches: Tensor, visible: Tensor, grid: tuple[int, int], taken: Tensor) -> Tensor:
+    """What the ridge reads, (R, 9·(D + 1) + 1): of each taken patch the 3x3 around it, row by row, each its values and
+    whether it is visible, both 0 where it is not or lies outside; and a 1.
+
+    patches: (B, N, D) less the mean patch; visible, taken: bool (B, N).
+    """
+    both = torch.cat([patches, torch.ones_like(patches[..., :1])], -1) * visible[..., None]
+    padded = F.pad(both.unflatten(1, grid), (0, 0, 1, 1, 1, 1))
+    height, width = grid
+    shifted = [padded[:, i : i + height, j : j + width].flatten(1, 2)[taken] for i in range(3) for j in range(3)]
+    return torch.cat([*shifted, torch.ones_like(shifted[0][:, :1])], 1)
+
+
+def ridge(moments: Tensor, penalty: float) -> Tensor:
+    """Weights (p, D) of ridge regression, from XᵀX and XᵀY side by side, (p, p + D); the last input is the bias, which
+    is not penalised."""
+    gram, cross = moments[:, : len(moments)], moments[:, len(moments) :]
+    added = penalty * gram.diagonal()[:-1].mean() * torch.ones(len(gram)).double()
+    added[-1] = 0
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + added.diag()))
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The errors by run, relative to the variance of the clean pixels, as Markdown."""
+    lines = ["| run | mean patch | as given | linear | penalty | images |", "|---|---:|---:|---:|---:|---:|"]
+    for name, row in rows.items():
+        errors_of = [f"{row[key]:.3f}" for key in ("mean_patch", "identity", "linear")]
+        lines.append("| " + " | ".join([name, *errors_of, f"{row['penalty']:g}", f"{row['images']:,}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--threads", type=inputs.positive, help="CPU threads; default: cores")
+    args = parser.parse_args()
+    pretrain.set_threads(args.threads or "auto")
+    rows = {run.name: figures for run in args.runs if (figures := evaluate(run)) is not None}
+    if rows:
+        say(f"\nSquared error, relative to the variance of the clean pixels\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
