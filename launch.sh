@@ -10,7 +10,8 @@ usage() {
   cat <<EOF
 ./launch.sh [RECIPE] [ARGUMENTS]   pre-train, then compare the result by k-NN
 ./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike beside their controls, write a report
-./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight ways to spoil images, at equal compute
+./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight arms at equal compute, on the digits
+./launch.sh study --full [ARGS]    the whole of it, tuned, with a verdict: for GPUs, with --data cifar10
 ./launch.sh test [ARGUMENTS]       run the tests; ARGUMENTS go to pytest
 ./launch.sh --help                 print this; nothing is set up
 
@@ -25,7 +26,8 @@ For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
 compare and study take --data and key=value too, and --seeds N; 'python eval/study.py --help' has the rest. On the
 digits compare takes about half an hour on two cores, study an hour. What is done is not done again: stop and start them
-as you like. The report is runs/compare-DATA/report/report.html.
+as you like; runs/PLAN-DATA/progress.txt tells how far they are. The report is runs/PLAN-DATA/report/report.html, where
+PLAN is compare, denoising or denoising-full.
 
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several
@@ -306,7 +308,11 @@ case $command in
     done
     plan=compare
     [ "$command" = compare ] || plan=denoising
-    run_plan "$plan" "$@"
+    args=()
+    for arg in "$@"; do
+      if [ "$command $arg" = "study --full" ]; then plan=denoising-full; else args+=("$arg"); fi
+    done
+    run_plan "$plan" ${args[@]+"${args[@]}"}
     ;;
   help) usage ;;
   *)

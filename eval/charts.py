@@ -89,7 +89,7 @@ def label_efficiency(test: Test, of: str) -> list[Block]:
     every = [row for frames in test.frames.values() for frame in frames.values() for row in frame.rows]
     counts = {row["label_fraction"]: row["train_n"] for row in every if "train_n" in row}
     charts, sources = [], []
-    found = _variants(test, lambda c: c.of_last and c.labels in counts, labels=1.0)
+    found = _variants(test, lambda c: c.of_last and c.labels in counts, labels=test.labels)
     for some in [c for c in found if c in test.primary] or found:
         columns = sorted((replace(some, labels=part) for part in counts), key=lambda c: counts[c.labels])
         if len([c for c in columns if c in test.frames]) < 2:
@@ -110,7 +110,7 @@ def label_efficiency(test: Test, of: str) -> list[Block]:
 def by_block(test: Test, of: str) -> list[Block]:
     """Accuracy of each block's features, where there are such rows; raw pixels are a level."""
     charts, sources = [], []
-    for some in _variants(test, lambda c: not c.of_last and c.labels == 1.0, layer=-1):
+    for some in _variants(test, lambda c: not c.of_last and c.labels == test.labels, layer=-1):
         blocks = {c.layer: c for c in test.frames if replace(c, layer=-1) == some and not c.of_last}
         series = []
         for group in test.groups:

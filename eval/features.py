@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +95,7 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
 
     Raises UserError, naming the image, if a feature is not a finite number.
     """
-    size = source.size or images.size
-    if source.backbone is None and (size is None or max(size) > 64):
-        size = (64, 64)  # a photo's pixels are no feature
+    size = view_size(source, images)
     if source.backbone is not None:
         source.backbone.to(state.device)
     blocks = sorted({block % source.depth for block in blocks})
@@ -116,6 +114,14 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
     return Features({k: np.load(file, mmap_mode="r") for k, file in files.items()}, flops)
 
 
+def view_size(source: Source, images: ImageSet) -> tuple[int, int]:
+    """(H, W) of the views that features are computed of."""
+    size = source.size or images.size
+    if source.backbone is None and (size is None or max(size) > 64):
+        return (64, 64)  # a photo's pixels are no feature
+    return size
+
+
 def extract_both(
     source: Source, train: ImageSet, test: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)
 ) -> tuple[Features, Features]:
@@ -123,7 +129,8 @@ def extract_both(
     bank, others = (extract(source, images, state, blocks) for images in (train, test))
     if source.name == "pixels-pca64":
         for key, values in bank.arrays.items():
-            bank.arrays[key], others.arrays[key] = pca(values, others.arrays[key])
+            project = pca(values)
+            bank.arrays[key], others.arrays[key] = project(values), project(others.arrays[key])
     return bank, others
 
 
@@ -185,12 +192,12 @@ def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str
     return found
 
 
-def pca(train: np.ndarray, others: np.ndarray, dimensions: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Both projected on the first principal components of the former."""
+def pca(train: np.ndarray, dimensions: int = 64) -> Callable[[np.ndarray], np.ndarray]:
+    """The projection of features (m, D) on the first principal components of these."""
     from sklearn.decomposition import PCA
 
     fitted = PCA(min(dimensions, *train.shape), svd_solver="covariance_eigh").fit(train)
-    return fitted.transform(train).astype(np.float32), fitted.transform(others).astype(np.float32)
+    return lambda values: fitted.transform(values).astype(np.float32)
 
 
 def _key(source: Source, images: ImageSet, size: tuple[int, int]) -> str:

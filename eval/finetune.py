@@ -9,7 +9,9 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `tr
 
 A randomly initialised backbone is the control: the same budget of labels, from scratch. With several --lr each is
 tried on nine tenths of the labelled images and judged on the last tenth; the best is trained again on all of them, and
-only that one sees the report split. With few labels the recipe's epochs become 300 steps, if they are less.
+only that one sees the report split. --lr-of RUN takes what was chosen for another run, such as one of another seed.
+With few labels the recipe's epochs become 300 steps, if they are less. --extra-flops F trains for so much longer: the
+compute of a pre-training, for a control from scratch at equal compute in all.
 
 Each training is a run of the loop in RUN/finetune/: the same command goes on where it was stopped.
 """
@@ -19,6 +21,7 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +53,36 @@ ELSEWHERE = {
 }
 
 
-def evaluate(source: features.Source, asked: inputs.Inputs, settings: list[str], rates: list[float]) -> list[dict]:
-    """The rows of one backbone, one for each part of the labels. They are written to its folder.
+@dataclass
+class Schedule:
+    """How to fine-tune. settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for
+    the recipe's; of: a run whose choice is taken; extra: FLOPs to train beyond the recipe's epochs."""
 
-    settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for the recipe's.
-    """
+    settings: list[str]
+    rates: list[float]
+    of: Path | None = None
+    extra: float = 0.0
+
+    @property
+    def protocol(self) -> str:
+        """Its name: "finetune", with a hash of what differs from the recipe, so that no two share it."""
+        base = pretrain.read("finetune", [], None).as_dict()
+        recipe = pretrain.read("finetune", self.settings, None).as_dict()
+        keys = [
+            key
+            for key in recipes.differences(base, recipe)
+            if not key.startswith("data.") or key in ("data.size", "data.flip")
+        ]
+        changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
+        if self.rates:
+            changed["optim.lr"] = self.rates
+        if self.extra:
+            changed["extra_flops"] = self.extra
+        return f"finetune-{_hash(changed)}" if changed else "finetune"
+
+
+def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) -> list[dict]:
+    """The rows of one backbone, one for each part of the labels. They are written to its folder."""
     train, test = asked.images(source)
     truth = test.labels.cpu().numpy()
     rows = []
@@ -62,20 +90,25 @@ def evaluate(source: features.Source, asked: inputs.Inputs, settings: list[str],
         started = time.perf_counter()
         own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
         own += [f"data.subset={part}", f"data.subset_seed={seed}"] if part else []
-        own += few(settings, keys["train_n"])
+        own += few(schedule.settings, keys["train_n"])
+        own = [*schedule.settings, *own]
+        own += longer(source, asked, own, keys["train_n"], schedule.extra) if schedule.extra else []
         choice, spent = {}, 0.0
-        if rates:
-            best, choice, spent = choose(source, asked, settings + own, rates)
+        if schedule.rates:
+            if schedule.of:
+                best, choice = chosen_by(schedule, test, keys)
+            else:
+                best, choice, spent = choose(source, asked, own, schedule.rates)
             own.append(f"optim.lr={best}")
-        recipe = make_recipe(source, asked.config, settings + own)
+        recipe = make_recipe(source, asked.config, own)
         path = tune(source, recipe, train)
         predicted, judging = predict(path, test, asked.state)
         row = inputs.row(source, test) | keys
         row |= dict(
-            protocol=protocol(settings, rates),
+            protocol=schedule.protocol,
             pooling=dict(token="cls", avg="mean")[recipe.objective.pool],
-            chosen="learning rate on a tenth of train" if rates else "last checkpoint",
-            settings=dict(lr=recipe.optim.lr, **choice),
+            chosen="learning rate on a tenth of train" if schedule.rates else "last checkpoint",
+            settings=dict(lr=recipe.optim.lr, extra_flops=schedule.extra, **choice),
             value=float((predicted == truth).mean()),
             eval_flops=spent + results.describe_run(path, {})["train_flops"] + judging,
             seconds=round(time.perf_counter() - started, 3),
@@ -91,6 +124,31 @@ def few(settings: list[str], images: int) -> list[str]:
     train = pretrain.read("finetune", settings, None).train
     asked = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
     return [f"train.steps={STEPS}"] if not asked and train.epochs * images < STEPS * train.batch_size else []
+
+
+def longer(source: features.Source, asked: inputs.Inputs, settings: list[str], images: int, extra: float) -> list[str]:
+    """The setting that trains for so many FLOPs more than these settings on so many images."""
+    recipe = make_recipe(source, asked.config, settings)
+    objective = pretrain.build(recipe, asked.images(source)[0])
+    train, per_image = recipe.train, flops.per_image(objective, recipe.data.channels, objective.labelled)
+    if train.flops is not None:
+        return [f"train.flops={train.flops + extra}"]
+    if train.steps is not None:
+        return [f"train.steps={train.steps + round(extra / per_image / train.batch_size)}"]
+    return [f"train.epochs={train.epochs + extra / per_image / images}"]
+
+
+def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[float, dict]:
+    """(the learning rate that was chosen for another run, what its row says of it). Raises UserError if none was."""
+    same = dict(keys, protocol=schedule.protocol, eval_data=test.name, split=test.split)
+    rows = [row for row in results.read(schedule.of) if all(row.get(key) == value for key, value in same.items())]
+    if not rows:
+        raise UserError(
+            f"{schedule.of} was not fine-tuned by this protocol with {keys['train_n']:,} labels, so there is no choice "
+            "to take from it: fine-tune it first, or leave --lr-of out."
+        )
+    settings = rows[0]["settings"]
+    return settings["lr"], {key: settings[key] for key in ("tried", "validation", "at_the_edge")}
 
 
 def choose(
@@ -183,20 +241,6 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[np.
     return predicted, len(images) * flops.count(backbone, lambda twin: twin.classify(zero))
 
 
-def protocol(settings: list[str], rates: list[float]) -> str:
-    """The name of the schedule: "finetune", with a hash of what differs from the recipe, so that no two share it."""
-    base, recipe = pretrain.read("finetune", [], None).as_dict(), pretrain.read("finetune", settings, None).as_dict()
-    keys = [
-        key
-        for key in recipes.differences(base, recipe)
-        if not key.startswith("data.") or key in ("data.size", "data.flip")
-    ]
-    changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
-    if rates:
-        changed["optim.lr"] = rates
-    return f"finetune-{_hash(changed)}" if changed else "finetune"
-
-
 def _hash(thing) -> str:
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:6]
 
@@ -220,6 +264,8 @@ def main() -> None:
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
     )
+    parser.add_argument("--lr-of", type=Path, metavar="RUN", help="take the one of --lr that was chosen for this run")
+    parser.add_argument("--extra-flops", type=float, default=0.0, metavar="F", help="train for so many FLOPs more")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of recipes/finetune.yaml")
     # settings may stand anywhere, also behind an option that takes several values
     settings = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
@@ -234,6 +280,9 @@ def main() -> None:
     if len(rates) == 1:
         settings, rates = [*settings, f"optim.lr={rates[0]}"], []
     given = pretrain.read("finetune", settings, None).data  # checked before anything loads
+    if not 0 <= args.extra_flops < float("inf"):
+        raise UserError(f"--extra-flops must be 0 or more, not {args.extra_flops:g}.")
+    schedule = Schedule(settings, rates, args.lr_of, args.extra_flops)
 
     asked = inputs.Inputs(args)
     for source in asked.sources:
@@ -241,7 +290,7 @@ def main() -> None:
             raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
     facts = [text.partition("=")[0].removeprefix("data.") for text in settings if text.startswith("data.")]
     asked.config = dataclasses.replace(asked.config, **{fact: getattr(given, fact) for fact in facts})
-    rows = [row for source in asked.sources for row in evaluate(source, asked, settings, rates)]
+    rows = [row for source in asked.sources for row in evaluate(source, asked, schedule)]
     inputs.announce(rows)
     say(table(rows))
     places = dict.fromkeys(str(source.folder / "results.jsonl") for source in asked.sources)

@@ -26,6 +26,7 @@ from ssl_vit.errors import UserError
 PRIMARY = "knn-k20"
 MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune")  # protocols, after the primary
 FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between the runs of one recipe, beside the seed
+CONTROLS = ("autoencoder", "augmentation", "scratch", "control")  # roles in a study
 BUDGET = ("train.flops", "train.epochs", "train.steps")
 POOLINGS = dict(cls="class token", mean="mean of patches", concat="both", chosen="chosen on train")
 NAMES = {
@@ -38,6 +39,7 @@ NAMES = {
     "linear-block": "linear, of one block",
     "logistic": "logistic regression",
     "finetune": "fine-tuned",
+    "robust-": "linear, on corrupted images",
 }
 
 
@@ -86,9 +88,9 @@ class Column:
         return f"{self.evaluator}, {self.features}"
 
     @property
-    def whole(self) -> bool:
-        """Whether it is of the last blocks, or of the whole model, with all labels."""
-        return self.of_last and self.labels == 1.0
+    def corrupted(self) -> bool:
+        """Whether it is of corrupted test images: those have tables of their own."""
+        return self.protocol.startswith("robust-")
 
     @property
     def of_last(self) -> bool:
@@ -113,6 +115,7 @@ class Group:
     runs: list[Run]
     label: str = ""
     family: str = ""  # the label without what concerns the budget
+    role: str = ""  # of a study's arm (eval/plans.py)
     colour: int | None = None
 
     @property
@@ -121,7 +124,8 @@ class Group:
 
     @property
     def control(self) -> bool:
-        return self.pixels or self.recipe == "random" or self.runs[0].rows[0]["objective"] == "supervised"
+        supervised = self.runs[0].rows[0]["objective"] == "supervised"
+        return self.pixels or self.recipe == "random" or supervised or self.role in CONTROLS
 
     @property
     def foreign(self) -> bool:
@@ -179,14 +183,25 @@ class Test:
 
     def columns(self, wanted: Callable[[Column], bool]) -> list[Column]:
         """Those wanted, in order. A column that raw pixels alone have is left out where the others have one."""
-        found = [column for column in self.frames if wanted(column)]
+        found = [column for column in self.frames if wanted(column) and not column.corrupted]
         common = [c for c in found if not all(group.pixels for group in self.frames[c])]
         return sorted(common or found, key=lambda column: column.order)
 
     @property
     def main(self) -> list[Column]:
         """The primary protocol, linear probes and fine-tuning."""
-        return self.columns(lambda c: c.whole and (c.protocol == PRIMARY or c.protocol.startswith(MAIN)))
+        return self.columns(lambda c: self.whole(c) and (c.protocol == PRIMARY or c.protocol.startswith(MAIN)))
+
+    @functools.cached_property
+    def labels(self) -> float | str:
+        """The largest part of the labels that was used: 1.0 is all."""
+        found = {column.labels for column in self.frames}
+        shares = [part for part in found if not isinstance(part, str)]
+        return max(shares) if shares else max(found, key=lambda part: int(part.split()[0]))
+
+    def whole(self, column: Column) -> bool:
+        """Whether it is of the last blocks, or of the whole model, with the most labels."""
+        return column.of_last and column.labels == self.labels
 
     @property
     def primary(self) -> list[Column]:
@@ -222,8 +237,47 @@ def read_run(folder: Path) -> Run:
     return Run(folder, yaml.safe_load(recipe.read_text()) if recipe.exists() else {}, lines, rows)
 
 
-def group_runs(runs: list[Run]) -> list[Group]:
-    """Runs of identical settings but for the seed together. Raises UserError if a seed is there twice."""
+@dataclass
+class Study:
+    """What eval/study.py ran: its study.json, and the runs of it that were evaluated."""
+
+    folder: Path
+    said: dict
+    runs: list[Run]
+    groups: list[Group]
+    tests: list[Test]
+
+    @property
+    def budget(self) -> float | None:
+        """The largest of its budgets, in FLOPs; None: each recipe has its own."""
+        return max((t["budget"] or 0.0 for arm in self.said["arms"].values() for t in arm["runs"]), default=0.0) or None
+
+    def group(self, arm: str) -> Group | None:
+        """The runs of an arm, with the largest budget; None if they were not evaluated."""
+        runs = self.said["arms"].get(arm, {}).get("runs", [])
+        folders = {Path(t["run"]) for t in runs if t["budget"] in (None, self.budget) or t["steps"] == 0}
+        return next((g for g in self.groups if g.runs[0].folder in folders), None)
+
+
+def read_study(folder: Path) -> Study:
+    """A study's folder, as it stands. Raises UserError if it is none, or nothing of it was evaluated."""
+    file = folder / "study.json"
+    if not file.exists():
+        raise UserError(f"{folder} is no study: {file} is missing. `python eval/study.py PLAN` writes it.")
+    said = json.loads(file.read_text())
+    places = [t["run"] for arm in said["arms"].values() for t in arm["runs"]] + list(said["controls"].values())
+    runs = [read_run(Path(place)) for place in places if results.read(Path(place))]
+    if not runs:
+        raise UserError(f"Nothing of {folder} was evaluated yet: start `python eval/study.py {said['plan']}` again.")
+    groups = group_runs(runs, said["arms"])
+    return Study(folder, said, runs, groups, read_tests(groups))
+
+
+def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Group]:
+    """Runs of identical settings but for the seed together. arms: those of a study.json, after which groups are named.
+
+    Raises UserError if a seed is there twice.
+    """
     by_key: dict[str, dict[int | None, Run]] = {}
     for run in runs:
         of_seed = by_key.setdefault(_key(run), {})
@@ -237,6 +291,15 @@ def group_runs(runs: list[Run]) -> list[Group]:
         groups.append(Group(members[0].rows[0]["recipe"] or members[0].folder.name, members))
     _name(groups)
     _name(groups, BUDGET)
+    for name, arm in (arms or {}).items():
+        several = len({training["budget"] for training in arm["runs"]}) > 1
+        for training in arm["runs"]:
+            for group in groups:
+                if group.runs[0].folder == Path(training["run"]):
+                    group.role = arm["role"]
+                    if group.recipe != "random":
+                        group.family = name
+                        group.label = f"{name} ({plots.number(training['budget'])} FLOPs)" if several else name
     for number, group in enumerate(g for g in sorted(groups, key=lambda g: g.label) if not g.control):
         group.colour = number
     return groups

@@ -62,21 +62,35 @@ class Scale:
         return (features - self.mean) * self.factor
 
 
-def sweep(
+@dataclass
+class Head:
+    """Softmax regressions on the same features, one for each learning rate. weight: (D + 1, rates, classes)."""
+
+    scale: Scale
+    weight: Tensor
+    rates: tuple[float, ...]
+
+    def __call__(self, features: np.ndarray) -> dict[float, np.ndarray]:
+        """The classes, int64 (m,), that they predict for features (m, D), by rate."""
+        x = _with_one(self.scale(features), self.weight.device)
+        found = (x @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]).argmax(-1).cpu().numpy()
+        return dict(zip(self.rates, found.T, strict=True))
+
+
+def fit(
     features: dict[Hashable, Columns],
     labels: np.ndarray,
-    others: dict[Hashable, Columns],
     classes: int,
     rates: dict[Hashable, tuple[float, ...]],
     steps: int,
     batch: int,
     seed: int,
     device: torch.device,
-) -> dict[tuple[Hashable, float], np.ndarray]:
-    """The classes, int64 (m,), that softmax regression predicts for the others, by (name of the features, rate).
+) -> dict[Hashable, Head]:
+    """Softmax regression for each of the named features and each of its learning rates.
 
-    A head for each of the named features and each of its learning rates: all are trained side by side by SGD
-    with momentum 0.9 and a cosine from the rate to 0, on the same batches, without weight decay, from zero.
+    All are trained side by side by SGD with momentum 0.9 and a cosine from the rate to 0, on the same batches, without
+    weight decay, from zero.
     """
     scales = {name: Scale(values) for name, values in features.items()}
     weights = {n: torch.zeros(v.width + 1, len(rates[n]), classes, device=device) for n, v in features.items()}
@@ -92,17 +106,22 @@ def sweep(
             error = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]).softmax(-1) - truth
             speeds[name].mul_(MOMENTUM).add_((x.T @ error.flatten(1)).view_as(weight), alpha=1 / len(x))
             weight.addcmul_(peaks[name] * -factor, speeds[name])
+    return {name: Head(scales[name], weights[name], rates[name]) for name in features}
+
+
+def sweep(
+    features: dict[Hashable, Columns],
+    labels: np.ndarray,
+    others: dict[Hashable, Columns],
+    rates: dict[Hashable, tuple[float, ...]],
+    **options,
+) -> dict[tuple[Hashable, float], np.ndarray]:
+    """The classes, int64 (m,), that fit's heads predict for the others, by (name of the features, rate)."""
     answers: dict[tuple[Hashable, float], np.ndarray] = {}
-    for name, values in others.items():
-        found = [
-            (_with_one(scales[name](chunk), device) @ weights[name].flatten(1))
-            .unflatten(1, weights[name].shape[1:])
-            .argmax(-1)
-            .cpu()
-            for chunk in values.chunks()
-        ]
-        for rate, answer in zip(rates[name], torch.cat(found).numpy().T, strict=True):
-            answers[name, rate] = answer
+    for name, head in fit(features, labels, rates=rates, **options).items():
+        found = [head(chunk) for chunk in others[name].chunks()]
+        for rate in head.rates:
+            answers[name, rate] = np.concatenate([answer[rate] for answer in found])
     return answers
 
 

@@ -46,6 +46,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_held_out(parser: argparse.ArgumentParser) -> None:
+    """The argument of evaluators that can judge settings of a pre-training."""
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="judge on the tenth of train that data.hold_out=true left out, not on the report split",
+    )
+
+
 class Inputs:
     """The backbones to evaluate, and the images to evaluate them on. Raises UserError for what is not there."""
 
@@ -61,6 +70,7 @@ class Inputs:
             self.config, size = like.data(), like.size
         elif args.data:
             self.config = recipes.Data(name=args.data)
+        self.held_out = getattr(args, "held_out", False)
         self.parts = [(part, seed) for part in args.labels for seed in (args.label_seeds if part else [None])]
         self.sources: list[features.Source] = []
         for name in args.backbone:
@@ -73,13 +83,22 @@ class Inputs:
         self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
 
     def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
-        """(training images, those of the report split), with as many channels as the backbone takes."""
+        """(training images, those to judge on), with as many channels as the backbone takes."""
+        saw = source.settings.get("data", {})
+        left_out = saw.get("hold_out") and saw["subset"] is None and saw["subset_seed"] == self.config.subset_seed
+        if self.held_out and saw and not left_out:
+            raise UserError(
+                f"{source.name} may have seen the held-out tenth: it was not trained with data.hold_out=true."
+            )
         channels = self.config.channels if source.backbone is None else len(source.backbone.mean)
         if channels not in self._loaded:
-            config = dataclasses.replace(self.config, channels=channels)
+            config = dataclasses.replace(self.config, channels=channels, hold_out=self.held_out)
             train = data.load(config, "train").to(self.state.device)
             config.channels = train.channels
-            test = data.load(config, "report", train.classes).to(self.state.device)
+            role = "held out" if self.held_out else "report"
+            test = data.load(config, role, train.classes).to(self.state.device)
+            if self.held_out:
+                test.split = f"held out of {test.split}"
             for images in (train, test):
                 if images.labels is None:
                     raise UserError(f"The {images.split} split of {config.name} has no labels to evaluate with.")

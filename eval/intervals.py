@@ -20,7 +20,6 @@ from scipy import optimize, stats
 
 LEVEL = 0.95  # of the intervals; differences are tested two-sidedly at 1 - LEVEL
 POWER = 0.80  # with which the smallest detectable difference is detected
-NORMAL = stats.norm.ppf((1 + LEVEL) / 2)
 POINT = 0.01
 
 
@@ -47,7 +46,11 @@ class Estimate:
     @property
     def half_width(self) -> float:
         """Of the 95 % interval."""
-        return math.hypot(_quantile(self.seeds - 1) * self.se_seeds, NORMAL * self.se_images)
+        return self.half_width_at(LEVEL)
+
+    def half_width_at(self, level: float) -> float:
+        """Of the two-sided interval of this level."""
+        return math.hypot(_quantile(self.seeds - 1, level) * self.se_seeds, _quantile(0, level) * self.se_images)
 
     @property
     def excludes_zero(self) -> bool:
@@ -117,17 +120,19 @@ def bootstrap(difference: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple
     return float(low), float(high)
 
 
-def _quantile(freedom: int) -> float:
-    """The two-sided quantile of Student's t; for no degree of freedom 0, as the standard error is 0 too."""
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom)) if freedom else 0.0
+@functools.lru_cache
+def _quantile(freedom: int, level: float) -> float:
+    """The two-sided quantile of Student's t; with no degree of freedom of the normal distribution."""
+    part = (1 + level) / 2
+    return float(stats.t.ppf(part, freedom) if freedom else stats.norm.ppf(part))
 
 
 @functools.lru_cache
 def _shift(freedom: int) -> float:
     """The difference, in standard errors, that a two-sided t-test detects with a power of 80 %; 0: a normal test."""
-    normal = float(NORMAL + stats.norm.ppf(POWER))
+    normal = _quantile(0, LEVEL) + float(stats.norm.ppf(POWER))
     if freedom == 0 or freedom > 1000:
         return normal
-    critical = _quantile(freedom)
+    critical = _quantile(freedom, LEVEL)
     # the chance to end below -critical is left out: with this power it is under 1e-5
     return optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - POWER, normal / 2, 20 * critical)

@@ -86,6 +86,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = inputs.parser(__doc__)
+    inputs.add_held_out(parser)
     parser.add_argument("--k", type=int, nargs="+", help=f"default: {' '.join(map(str, KS))}")
     args = parser.parse_args()
     asked = inputs.Inputs(args)

@@ -63,9 +63,7 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
     sets = {name: combine(probe.bank, *name, chosen) for name in combinations(probe, per_block)}
     tests = {name: combine(probe.queries, *name, everything) for name in sets}
     labels = probe.labels[chosen]
-    batch = min(max(len(chosen) // 8, 16), 1024)
-    steps = max(STEPS, EPOCHS * len(chosen) // batch)
-    options = dict(classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device)
+    options = sweep_options(probe, len(chosen))
     scores: dict[tuple, float] = {}
     folds = subsets.folds(labels)
     for fold in range(folds):
@@ -97,7 +95,7 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
     columns = folds * len(heads.RATES) * sum(v.width for v in sets.values()) + sum(
         sets[n].width for n, _ in best.values()
     )
-    work = 4 * steps * batch * probe.classes * columns  # a product forward and one for the gradient
+    work = sweep_flops(options, columns)
     for (pooling, layer), (name, rate) in best.items():
         probe.add(
             answers[name, rate],
@@ -116,6 +114,18 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
             eval_flops=probe.queries.flops_per_image * (len(chosen) + len(probe.test)) + work,
             **part,
         )
+
+
+def sweep_options(probe: Probe, images: int) -> dict:
+    """How a sweep trains its heads on so many images: the options of heads.fit."""
+    batch = min(max(images // 8, 16), 1024)
+    steps = max(STEPS, EPOCHS * images // batch)
+    return dict(classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device)
+
+
+def sweep_flops(options: dict, columns: int) -> int:
+    """Of training heads on so many columns of features in all: a product forward and one for the gradient."""
+    return 4 * options["steps"] * options["batch"] * options["classes"] * columns
 
 
 def how(pooling: str) -> str:
@@ -285,6 +295,7 @@ def evaluate(
 
 def main() -> None:
     parser = inputs.parser(__doc__)
+    inputs.add_held_out(parser)
     parser.add_argument("--preset", choices=PRESETS, default="sweep")
     parser.add_argument("--per-block", action="store_true", help="sweep: the accuracy after every block instead")
     parser.add_argument("--epochs", type=int, help="mae, dino: instead of the protocol's; the rows are named after it")

@@ -1,6 +1,7 @@
 """One page that compares runs: tables with intervals, paired comparisons, charts, pictures and where it all comes from.
 
     python eval/report.py RUN [RUN …] [--output DIR]
+    python eval/report.py --study runs/PLAN-DATA     # what eval/study.py ran: arms by their names, and the verdict
 
 On a laptop, after `./launch.sh`:
 
@@ -19,8 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import charts, intervals, plots
-from eval.frames import NAMES, PRIMARY, Column, Frame, Group, Run, Test, group_runs, ranked, read_run, read_tests
+from eval import charts, intervals, plots, sections, verdict
+from eval.frames import (
+    NAMES,
+    PRIMARY,
+    Column,
+    Frame,
+    Group,
+    Run,
+    Study,
+    Test,
+    group_runs,
+    ranked,
+    read_run,
+    read_study,
+    read_tests,
+)
 from eval.pages import (
     Block,
     Cell,
@@ -36,7 +51,9 @@ from eval.pages import (
     markdown,
     markdown_table,
 )
+from eval.words import labels_in_words, named, percent, with_interval
 from ssl_vit import errors
+from ssl_vit.errors import UserError
 
 DEFINITIONS = {
     "knn-k": "k nearest training images by cosine of features centred by the training mean, weights exp(similarity / "
@@ -48,6 +65,7 @@ DEFINITIONS = {
     "linear-mae": "A linear classifier on frozen features, trained as in the MAE paper.",
     "linear-dino": "A linear classifier on frozen features, trained as in the DINO paper.",
     "logistic": "Logistic regression on frozen features; its regularisation is chosen on a held-out slice of train.",
+    "robust-": "The linear probe, trained on clean features, on corrupted test images.",
     "finetune": "All weights are trained on with labels. The random initialisation under this protocol is training "
     "from scratch. A code behind the name stands for other settings, which are never put into one column.",
 }
@@ -72,16 +90,19 @@ COMPARED = (
 ONE_SEED = "one seed: images only"
 
 
-def report(runs: list[Run], command: str) -> tuple[str, list[Block], list[Table]]:
-    """Title, content, and the main tables."""
-    groups = group_runs(runs)
-    tests = read_tests(groups)
+def report(
+    groups: list[Group], tests: list[Test], command: str, study: Study | None = None
+) -> tuple[str, list[Block], list[Table]]:
+    """Title, content, and the main tables. study: what the runs are the arms of."""
+    runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(test.data for test in tests))
     blocks: list[Block] = []
     for test in tests:
         blocks += summary(test)
     blocks += mixed(runs)
+    if study and study.said["decides"] and study.said["data"] in verdict.DATA:
+        blocks += verdict.blocks([study])
     mains = []
     for test in tests:
         of = f": {test.data} ({test.split})" if len(tests) > 1 else ""
@@ -90,17 +111,11 @@ def report(runs: list[Run], command: str) -> tuple[str, list[Block], list[Table]
             blocks += [Heading(f"Accuracy{of}"), charts.at_a_glance(test), mains[-1]]
         blocks += details(test) + comparisons(test, of)
         blocks += charts.compute(test, of) + charts.label_efficiency(test, of) + charts.by_block(test, of)
+        blocks += sections.robustness(test, of)
+    blocks += sections.difficulty(groups) + (sections.trials(study) if study else [])
     blocks += charts.curves(groups) + gallery(groups) + provenance(runs, tests, command)
     what = f"{recipes} recipe{'s' * (recipes > 1)} compared" if recipes else "Controls"
     return f"{what} on {names}", blocks, mains
-
-
-def percent(value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}".replace("-", "−")
-
-
-def with_interval(estimate: intervals.Estimate, sign: str = "") -> str:
-    return f"{percent(estimate.mean, sign)} ± {percent(estimate.half_width)}"
 
 
 def summary(test: Test) -> list[Block]:
@@ -208,7 +223,7 @@ def table(test: Test, columns: list[Column], caption: str, extra: tuple[str, lis
             cells.append(Cell() if frame is None else Cell(with_interval(frame.estimate), few, group in marked))
         used += filter(None, frames)
         cells += [Cell(words) for words in _cost(group)] if extra else []
-        parts[group.control].append((_named(label, "no seed" if group.runs[0].seed is None else note), cells))
+        parts[group.control].append((named(label, "no seed" if group.runs[0].seed is None else note), cells))
     head: list[tuple[str, list[str]]] = []
     for column in columns:
         if not head or head[-1][0] != column.evaluator:
@@ -232,16 +247,16 @@ def main_table(test: Test) -> Table:
         test,
         test.main,
         f"Accuracy in % ± half-width of the 95 % interval on {test.data} ({test.split}, {len(test.truth):,} images), "
-        "all labels, last blocks. Marked in each column: the best recipe beside the controls, with all that are not "
-        "distinguishable from it; between single seeds the test images alone decide. Raw pixels have no pooling: "
-        "their figure is repeated.",
+        f"{labels_in_words(test.labels)}, last blocks. Marked in each column: the best recipe beside the controls, and "
+        "all that are not distinguishable from it; between single seeds the test images alone decide. Raw pixels have "
+        "no pooling: their figure is repeated.",
         ("training", ["FLOPs", "images seen", "seconds"]),
     )
 
 
 def details(test: Test) -> list[Block]:
-    """Every other way to measure the last blocks with all labels: more k, uncentred, and what has no place above."""
-    columns = test.columns(lambda c: c.whole and c not in test.main)
+    """The other ways to measure the last blocks with the most labels: more k, uncentred, what is not above."""
+    columns = test.columns(lambda c: test.whole(c) and c not in test.main)
     if not columns:
         return []
     caption = "The other protocols, in % ± half-width. Conclusions rest on the primary one, not on the best of these."
@@ -260,7 +275,7 @@ def comparisons(test: Test, of: str) -> list[Block]:
                 difference = frames[group].minus(frames[control])
                 if difference is not None:
                     estimates[group] = intervals.interval(difference)
-                    lines.append((_named(group.label), _compared(estimates[group], difference)))
+                    lines.append((named(group.label), _compared(estimates[group], difference)))
             if estimates:
                 parts.append((f"against {name}", lines))
                 svg = charts.against(name, estimates, column)
@@ -288,12 +303,6 @@ def _compared(estimate: intervals.Estimate, difference: np.ndarray) -> list[Cell
     )
     words = with_interval(estimate, "+"), bootstrap, percent(estimate.detectable), needed, seeds
     return [Cell(text) for text in words]
-
-
-def _named(label: str, note: str = "") -> Cell:
-    """A row's name, with what stands in brackets in the small line under it."""
-    name, _, rest = label.partition(" (")
-    return Cell(name, "; ".join(filter(None, (rest.removesuffix(")"), note))))
 
 
 def gallery(groups: list[Group]) -> list[Block]:
@@ -352,11 +361,16 @@ def charts_in(blocks: Iterable[Block]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories that were evaluated")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories that were evaluated")
+    parser.add_argument("--study", type=Path, metavar="DIR", help="instead: the runs of a study, by its study.json")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
     args = parser.parse_args()
+    if bool(args.runs) == bool(args.study):
+        raise UserError("Name run directories, or a study with --study, and not both.")
     command = shlex.join(["python", "eval/report.py", *sys.argv[1:]])
-    title, blocks, mains = report([read_run(folder) for folder in args.runs], command)
+    study = read_study(args.study) if args.study else None
+    groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
+    title, blocks, mains = report(groups, study.tests if study else read_tests(groups), command, study)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, svg in charts_in(blocks).items():
         (args.output / f"{name}.svg").write_text(svg)

@@ -1,4 +1,4 @@
-"""Run a plan: pre-train its arms with several seeds, evaluate them all alike, write the report.
+"""Run a plan: tune its arms if it says so, pre-train them with several seeds, evaluate all alike, write the report.
 
     python eval/study.py PLAN [--data NAME|PATH|owner/name] [--seeds N] [key=value …]
 
@@ -6,145 +6,207 @@ On a laptop, in about half an hour, on scikit-learn's handwritten digits:
 
     python eval/study.py compare
 
-PLAN is a file in recipes/study/ or the path of your own. Each part is a command of its own, printed to its log; several
-run at a time. A part that is done is never done again: the same command goes on where it was stopped. A key=value goes
-to the pre-training of every arm; an arm's own settings win over it.
+PLAN is a file in recipes/study/ or the path of your own. Each job is a command of its own, printed to its log; several
+run at a time. What is done is never done again: the same command goes on where it was stopped. How far it is,
+runs/PLAN-DATA/progress.txt tells. A key=value goes to the pre-training of every arm; an arm's own settings win over it.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from eval import features
+from eval import features, plans, results
+from eval.jobs import ROOT, Job, work
+from eval.plans import EVALUATORS, LENGTHS, Plan
 from ssl_vit import data, errors, pretrain
 from ssl_vit import recipe as recipes
-from ssl_vit.errors import UserError, nearest, say
-
-ROOT = Path(__file__).resolve().parent.parent
-PLANS = recipes.RECIPES / "study"
-EVALUATORS = ("linear_probe", "knn", "finetune")
+from ssl_vit.checkpoint import write as write_whole
+from ssl_vit.errors import UserError, say
 
 
-@dataclass
-class Plan:
-    """What is run. arms: by name, the recipe and its settings; evaluators: each its name, then its arguments."""
+@dataclass(frozen=True)
+class Training:
+    """One pre-training: an arm with a budget (None: the recipe's) and a seed, or a trial of it."""
 
-    name: str
-    arms: dict[str, dict]
-    evaluators: list[list[str]]
-    controls: list[str] = field(default_factory=list)
-    seeds: int = 1
-    settings: list[str] = field(default_factory=list)  # of all arms
-
-
-@dataclass
-class Part:
-    """One command. It is done when `mark` exists, which lies in the run it belongs to and goes with it."""
-
-    name: str
-    kind: str  # parts of one kind take about as long
-    command: list[str]
-    mark: Path
-    needs: "Part | None" = None  # must be done
-    after: "Part | None" = None  # must have ended
-    started: float = 0.0
-    device: str = ""
-    process: subprocess.Popen | None = None
-    failed: bool = False
-
-    @property
-    def done(self) -> bool:
-        return self.mark.exists()
-
-    @property
-    def ended(self) -> bool:
-        return self.done or self.failed
-
-    @property
-    def evaluates(self) -> bool:
-        return self.needs is not None
+    arm: str
+    budget: float | None
+    settings: tuple[str, ...]
+    run: Path
+    steps: int | None  # 0: it holds the random initialisation
+    accuracy: float | None = None  # of a trial, on held-out training images
 
 
-def read(name: str) -> Plan:
-    """The plan of that name or file. Raises UserError for what is wrong in it."""
-    known = sorted(p.stem for p in PLANS.glob("*.yaml"))
-    path = next((p for p in (PLANS / f"{name}.yaml", Path(name)) if p.is_file()), None)
-    if path is None:
-        raise UserError(f"There is no plan {name!r}.{nearest(name, known)} Plans: {', '.join(known)}.")
-    try:
-        tree = yaml.safe_load(path.read_text())
-        plan = Plan(name=path.stem, **tree)
-    except (yaml.YAMLError, TypeError) as error:
-        keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")
-        raise UserError(f"{path} is no plan ({' '.join(str(error).split())}): it has the keys {keys}.") from None
-    kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list)
-    for key, kind in kinds.items():
-        if not isinstance(getattr(plan, key), kind) or (key == "arms" and not plan.arms):
-            raise UserError(
-                f"{key} of {path} is no {kind.__name__}, or empty: recipes/study/compare.yaml shows how it is."
-            )
-    for arm, what in plan.arms.items():
-        if not isinstance(what, dict) or "recipe" not in what or what.keys() - {"recipe", "settings"}:
-            raise UserError(f"Arm {arm!r} of {path} must name a recipe, and may have settings: {{recipe: mae}}.")
-    for line in plan.evaluators:
-        if not isinstance(line, list) or not line or line[0] not in EVALUATORS:
-            raise UserError(f"{line} in {path} is no evaluator: write [NAME, ARGUMENT, …], of {', '.join(EVALUATORS)}.")
-    plan.evaluators = [list(map(str, line)) for line in plan.evaluators]
-    return plan
+class Study:
+    """A plan on certain images. Raises UserError if a recipe refuses its settings, or a run of that name is another."""
 
+    def __init__(self, plan: Plan, images: str | None, settings: list[str], threads: int):
+        self.plan, self.images, self.settings, self.threads = plan, images, settings, threads
+        self.folder = Path("runs") / f"{plan.name}-{recipes.short(images or 'digits')}"
+        self.trials = self._trials() if plan.tuning else {}
+        self.trainings = self._trainings({})  # all is checked before anything runs
 
-def parts(plan: Plan, images: str | None, settings: list[str], threads: int) -> tuple[list[Part], list[Path]]:
-    """(all commands, the folders of all runs). Raises UserError if a recipe refuses its settings, or if a run of that
-    name is of other settings."""
-    found: list[Part] = []
-    runs: list[Path] = []
-    given = [] if images is None else ["--data", images]
+    def _training(self, arm: str, budget: float | None, more: list[str]) -> Training:
+        own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
+        own += [*self.plan.arms[arm].settings, *more]
+        recipe = pretrain.read(self.plan.arms[arm].recipe, own, self.images)
+        run = Path("runs") / recipe.run_name()
+        refuse_other(run, recipe)
+        steps = recipe.train.steps if recipe.train.flops is None else None
+        return Training(arm, budget, tuple(own), run, steps)
 
-    def evaluations(backbone: str, rows: Path, needs: Part, more: list[str]) -> None:
-        after = needs
-        for i, (name, *arguments) in enumerate(plan.evaluators):
-            if backbone in plan.controls and name == "finetune":
+    def _trials(self) -> dict[str, list[Training]]:
+        """The trials of each arm that is trained."""
+        found = {}
+        tuning = self.plan.tuning
+        for name, arm in self.plan.arms.items():
+            if self._training(name, None, []).steps == 0:
                 continue
-            command = [_script("eval", name), *more, "--threads", str(threads), "--backbone", backbone, *arguments]
-            mark = rows / "done" / f"{_hash([name, *more, *arguments])}.json"
-            after = Part(f"{rows.name} {name}-{i}", f"{name}-{i}", [sys.executable, *command], mark, needs, after)
-            found.append(after)
+            found[name] = []
+            for knob in arm.knob or [None]:
+                own = [] if knob is None else [knob]
+                lr = pretrain.read(
+                    arm.recipe, [*self.plan.settings, *self.settings, *arm.settings, *own], None
+                ).optim.lr
+                for factor in tuning.factors:
+                    tried = [*own, f"optim.lr={factor * lr:g}", f"train.flops={tuning.flops:g}"]
+                    tried += ["data.hold_out=true", "train.seed=0"]
+                    found[name].append(self._training(name, tuning.flops, tried))
+        return found
 
-    for seed in range(plan.seeds):
-        for arm, what in plan.arms.items():
-            own = [*plan.settings, *settings, *what.get("settings", []), f"train.seed={seed}"]
-            recipe = pretrain.read(what["recipe"], own, images)
-            run = Path("runs") / recipe.run_name()
-            if run in runs:
-                raise UserError(f"Arm {arm!r} is the same as another: both would be {run}.")
-            _refuse_other(run, recipe)
-            command = [_script("ssl_vit", "pretrain"), "--recipe", what["recipe"], *given]
-            command += [f"runtime.threads={threads}", *own]
-            mark = run / "backbone" / "config.json"
-            part = Part(f"{run.name} pre-training", f"pre-training {arm}", [sys.executable, *command], mark)
-            found.append(part)
-            runs.append(run)
-            evaluations(str(run), run, part, [])  # on the images that its recipe names
-    for control in plan.controls:
-        rows = features.folder_of(control, recipe.data.name)
-        evaluations(control, rows, found[0], ["--data", str(runs[0])])
-        runs.append(rows)
-    return found, runs
+    def choose(self) -> dict[str, list[str]]:
+        """The settings of each arm's best trial; of equals the first. Trials that failed are not chosen."""
+        chosen = {}
+        for arm, trials in self.trials.items():
+            trials = self.trials[arm] = [replace(t, accuracy=self._judged(t.run)) for t in trials]
+            done = [t for t in trials if t.accuracy is not None]
+            if not done:
+                raise UserError(f"All trials of {arm} failed: see {self.folder / 'logs'}.")
+            best = max(done, key=lambda t: t.accuracy)
+            keys = {"optim.lr", *(text.partition("=")[0] for text in self.plan.arms[arm].knob)}
+            chosen[arm] = [text for text in best.settings if text.partition("=")[0] in keys]
+        self.trainings = self._trainings(chosen)
+        return chosen
+
+    def _judged(self, run: Path) -> float | None:
+        """What a trial reached on the held-out images, by the primary row of the judge."""
+        rows = [row for row in results.read(run) if row["split"].startswith("held out")]
+        rows = [row for row in rows if row["pooling"] == "chosen"] or rows
+        return rows[0]["value"] if rows else None
+
+    def _trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
+        found: list[Training] = []
+        for seed in range(max(map(self.plan.seeds_of, self.plan.arms))):
+            for arm in self.plan.arms:
+                for budget in self.plan.budgets or [None]:
+                    if seed >= self.plan.seeds_of(arm):
+                        continue
+                    own = chosen.get(arm, self.plan.arms[arm].knob[:1])
+                    training = self._training(arm, budget, [*own, f"train.seed={seed}"])
+                    same = [other.arm for other in found if other.run == training.run]
+                    if same and same != [arm]:
+                        raise UserError(f"Arm {arm!r} is the same as another: both would be {training.run}.")
+                    if not same:  # what is not trained is the same with every budget
+                        found.append(training)
+        return found
+
+    def controls(self) -> dict[str, Path]:
+        """The folder of each control's rows."""
+        name = pretrain.read(next(iter(self.plan.arms.values())).recipe, [], self.images).data.name
+        return {control: features.folder_of(control, name) for control in self.plan.controls}
+
+    def trial_jobs(self) -> list[Job]:
+        """The commands that tune the arms."""
+        found = []
+        for arm, trials in self.trials.items():
+            for trial in trials:
+                job = self._pretraining(trial, f"trial {arm}")
+                found += [
+                    job,
+                    self._evaluation(str(trial.run), trial.run, self.plan.tuning.judge, ["--held-out"], [job]),
+                ]
+        return found
+
+    def jobs(self) -> list[Job]:
+        """The commands that train and evaluate."""
+        found: list[Job] = []
+        first: dict[tuple, tuple[Job, Path]] = {}  # of each arm and budget, by evaluator: the job of its first seed
+        for training in self.trainings:
+            job = self._pretraining(training, f"pre-training {training.arm}")
+            found.append(job)
+            after = job
+            for number, line in enumerate(self.plan.evaluators_of(training.arm)):
+                key = training.arm, training.budget, number
+                needs, more = [job], []
+                if line[0] == "difficulty" and (key in first or training.steps == 0):
+                    continue  # all seeds have the same task
+                if line[0] == "finetune" and "--lr" in line and key in first:  # the rate is chosen at the first seed
+                    needs, more = [job, first[key][0]], ["--lr-of", str(first[key][1])]
+                after = self._evaluation(str(training.run), training.run, line, more, needs, after, number)
+                first.setdefault(key, (after, training.run))
+                found.append(after)
+        start = found[0]
+        for control, rows in self.controls().items():
+            after = None
+            for number, line in enumerate(self.plan.evaluators):
+                if line[0] in ("finetune", "difficulty"):
+                    continue  # there are no weights
+                more = ["--data", str(self.trainings[0].run)]
+                after = self._evaluation(control, rows, line, more, [start], after, number)
+                found.append(after)
+        return found
+
+    def _pretraining(self, training: Training, kind: str) -> Job:
+        command = [script("ssl_vit", "pretrain"), "--recipe", self.plan.arms[training.arm].recipe]
+        command += [] if self.images is None else ["--data", self.images]
+        command += [f"runtime.threads={self.threads}", *training.settings]
+        mark = training.run / "backbone" / "config.json"
+        return Job(f"{training.run.name} pre-training", kind, [sys.executable, *command], mark, marks=True)
+
+    def _evaluation(
+        self,
+        backbone: str,
+        rows: Path,
+        line: list[str],
+        more: list[str],
+        needs: list[Job],
+        after: Job | None = None,
+        number: int = 0,
+    ) -> Job:
+        name, *arguments = line
+        named = [backbone] if name == "difficulty" else ["--backbone", backbone]  # that one asks for no weights
+        command = [script("eval", name), *more, "--threads", str(self.threads), *named, *arguments]
+        mark = rows / "done" / f"{_hash([name, *more, *arguments])}.json"
+        return Job(f"{rows.name} {name}-{number}", f"{name}-{number}", [sys.executable, *command], mark, needs, after)
+
+    def describe(self) -> None:
+        """Write study.json: what is run, for the report and the verdict."""
+        arms: dict[str, dict] = {}
+        for training in self.trainings:
+            arm = self.plan.arms[training.arm]
+            entry = arms.setdefault(training.arm, dict(recipe=arm.recipe, role=arm.role, runs=[]))
+            entry["runs"].append(_plain(training))
+        said = dict(
+            plan=self.plan.name,
+            data=recipes.short(self.images or "digits"),
+            decides=self.plan.decides,
+            arms=arms,
+            controls={name: str(folder) for name, folder in self.controls().items()},
+            tuning=self.plan.tuning and asdict(self.plan.tuning),
+            trials={arm: [_plain(trial) for trial in trials] for arm, trials in self.trials.items()},
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "study.json", json.dumps(said, indent=1) + "\n")
 
 
-def _refuse_other(run: Path, recipe: recipes.Recipe) -> None:
+def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
     """Raises UserError if there is a run of that name whose recipe says otherwise."""
     if not (run / "recipe.yaml").exists():
         return
@@ -161,96 +223,12 @@ def _refuse_other(run: Path, recipe: recipes.Recipe) -> None:
         )
 
 
-def work(everything: list[Part], jobs: int, folder: Path) -> list[Part]:
-    """Run all parts, so many at a time; returns those that failed. When told to stop, it tells the running ones."""
-    took: dict[str, list[float]] = {}
-    for part in everything:
-        if part.done and part.evaluates:
-            took.setdefault(part.kind, []).append(json.loads(part.mark.read_text())["seconds"])
-    running: list[Part] = []
-    devices = _devices(jobs)
-    begun = time.monotonic()
-
-    def stop(number, frame) -> None:
-        for part in running:
-            part.process.terminate()
-        for part in running:
-            part.process.wait()
-        say("\nStopped. The same command goes on from there.")
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    while True:
-        waiting = [p for p in everything if not p.ended and p.process is None]
-        for part in waiting:
-            part.failed = part.needs is not None and part.needs.failed
-        ready = [p for p in waiting if all(q is None or q.ended for q in (p.needs, p.after)) and not p.failed]
-        for part in ready[: jobs - len(running)]:
-            log = folder / "logs" / f"{part.name.replace(' ', '-')}.txt"
-            environment = os.environ | dict(PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-            if devices:
-                part.device = environment["CUDA_VISIBLE_DEVICES"] = devices.pop(0)
-            with open(log, "w") as stream:
-                stream.write(f"$ {shlex.join(part.command)}\n")
-                stream.flush()
-                part.process = subprocess.Popen(
-                    part.command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-            part.started = time.monotonic()
-            running.append(part)
-            say(f"{_clock(begun)}  started  {part.name}   {_left(everything, running, took, jobs)}")
-        if not running:
-            break
-        time.sleep(0.2)
-        for part in [p for p in running if p.process.poll() is not None]:
-            running.remove(part)
-            if part.device:
-                devices.append(part.device)
-            seconds = time.monotonic() - part.started
-            took.setdefault(part.kind, []).append(seconds)
-            code, part.process = part.process.returncode, None
-            if code == 0 and part.evaluates:
-                part.mark.parent.mkdir(exist_ok=True)
-                part.mark.write_text(json.dumps(dict(command=part.command, seconds=round(seconds, 1))))
-            part.failed = not part.done
-            if part.failed:
-                log = folder / "logs" / f"{part.name.replace(' ', '-')}.txt"
-                last = (log.read_text().strip().splitlines() or [""])[-1]
-                say(f"{_clock(begun)}  FAILED   {part.name}: {last} (all of it: {log})")
-            else:
-                say(f"{_clock(begun)}  done     {part.name}, {seconds:.0f} s")
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    return [part for part in everything if part.failed]
-
-
-def _devices(jobs: int) -> list[str]:
-    """A GPU for each of so many jobs, of those that this process may use; [] without any."""
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",")[:count] if visible else list(map(str, range(count)))
-    return [names[i % count] for i in range(jobs)] if count else []
-
-
-def _left(everything: list[Part], running: list[Part], took: dict[str, list[float]], jobs: int) -> str:
-    """How much is done and left, and the time that needs, from how long like parts took."""
-    finished = sum(p.done for p in everything)
-    left = [p for p in everything if not p.done and not p.failed and p.process is None]
-    text = f"({finished} done, {len(running)} running, {len(left)} left"
-    means = {kind: sum(values) / len(values) for kind, values in took.items()}
-    if left and all(p.kind in means for p in left):
-        seconds = sum(means[p.kind] for p in left) / jobs
-        text += f", about {seconds / 60:.0f} min"
-    return text + ")"
-
-
-def _clock(begun: float) -> str:
-    minutes, seconds = divmod(int(time.monotonic() - begun), 60)
-    return f"{minutes:3d}:{seconds:02d}"
-
-
-def _script(folder: str, name: str) -> str:
+def script(folder: str, name: str) -> str:
     return str(ROOT / folder / f"{name}.py")
+
+
+def _plain(training: Training) -> dict:
+    return asdict(training) | dict(run=str(training.run), settings=list(training.settings))
 
 
 def _hash(thing) -> str:
@@ -271,8 +249,11 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, and run none")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
-    plan = read(args.plan)
-    plan.seeds = plan.seeds if args.seeds is None else args.seeds
+    plan = plans.read(args.plan)
+    if args.seeds is not None:
+        plan.seeds = args.seeds
+        for arm in plan.arms.values():
+            arm.seeds = None
     if plan.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("--seeds and --jobs are 1 or more.")
     if args.evaluators:
@@ -281,26 +262,39 @@ def main() -> int:
             raise UserError(
                 f"--evaluators {args.evaluators}: write some of {','.join(EVALUATORS)}, with commas between."
             )
-        plan.evaluators = [line for line in plan.evaluators if line[0] in wanted]
-    jobs = args.jobs or torch.cuda.device_count() or data.cores()
-    threads = max(1, data.cores() // jobs)
+        for owner in (plan, *(arm for arm in plan.arms.values() if arm.evaluators is not None)):
+            owner.evaluators = [line for line in owner.evaluators if line[0] in wanted]
     if any(text.startswith("data.name=") for text in [*plan.settings, *args.settings]):
         raise UserError("Name the images with --data.")
-    folder = Path("runs") / f"{plan.name}-{recipes.short(args.data or 'digits')}"
-    everything, runs = parts(plan, args.data, args.settings, threads)
+    if any(text.startswith(LENGTHS) for text in args.settings):
+        plan.budgets = []
+    at_once = args.jobs or torch.cuda.device_count() or data.cores()
+    study = Study(plan, args.data, args.settings, threads=max(1, data.cores() // at_once))
+
+    trials = study.trial_jobs()
     if args.dry_run:
-        for part in everything:
-            if not part.done:
-                print(shlex.join(part.command))
+        left = [job for job in trials if not job.done]
+        if not left:
+            study.choose()
+            left = [job for job in study.jobs() if not job.done]
+        for job in left:
+            print(shlex.join(job.command))
         return 0
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    failed = work(everything, jobs, folder)
-    there = [str(run) for run in runs if (run / "results.jsonl").exists()]
-    if there:
-        report = [_script("eval", "report"), *there, "--output", str(folder / "report")]
+    failed = work(trials, at_once, study.folder) if trials else []
+    for arm, settings in study.choose().items():
+        say(f"Chosen for {arm}: {' '.join(settings)}")
+    study.describe()
+    everything = study.jobs()
+    failed += work(everything, at_once, study.folder)
+    runs = [training.run for training in study.trainings] + list(study.controls().values())
+    if any((run / "results.jsonl").exists() for run in runs):
+        report = [script("eval", "report"), "--study", str(study.folder), "--output", str(study.folder / "report")]
         subprocess.run([sys.executable, *report], check=not failed)
     if failed:
-        say(f"{len(failed)} of {len(everything)} parts failed. Mend what is said above, then start it again.")
+        say(
+            f"{len(failed)} of {len(trials) + len(everything)} jobs failed. "
+            "Mend what is said above, then start it again."
+        )
     return 1 if failed else 0
 
 

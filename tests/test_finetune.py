@@ -232,12 +232,12 @@ def test_held_out_images_are_none_of_those_trained_on():
 
 
 def test_unequal_schedules_have_unequal_names():
-    plain = finetune.protocol([], [])
+    plain = finetune.Schedule([], []).protocol
     assert plain == "finetune"
     for same in (["runtime.threads=1"], ["data.label=y"], ["objective.pool=avg"], ["data.subset=5"]):
-        assert finetune.protocol(same, []) == plain
+        assert finetune.Schedule(same, []).protocol == plain
     named = [
-        finetune.protocol(*changed)
+        finetune.Schedule(*changed).protocol
         for changed in (
             (["train.epochs=7"], []),
             (["train.epochs=7.5"], []),

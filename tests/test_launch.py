@@ -106,9 +106,16 @@ def test_a_run_is_training_then_its_control_then_knn(project):
     assert after.index("accelerate") < after.index("TABLE") < after.index("Next:")
 
 
-@pytest.mark.parametrize(("command", "plan"), [("compare", "compare"), ("study", "denoising")])
+@pytest.mark.parametrize(
+    ("command", "plan"),
+    [
+        (["compare"], "compare"),
+        (["study"], "denoising"),
+        (["study", "--full"], "denoising-full"),
+    ],
+)
 def test_a_plan_is_run_and_its_exit_code_passed_on(project, command, plan):
-    done, ran = project.launch(command, "--seeds", "3", "--data", "my photos", STUDY_EXIT="1")
+    done, ran = project.launch(*command, "--seeds", "3", "--data", "my photos", STUDY_EXIT="1")
     assert ran[1:] == [f"python eval/study.py {plan} --seeds 3 --data my photos"] and done.returncode == 1
 
 

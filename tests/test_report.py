@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval import intervals, plots, results
 from eval import report as reports
-from eval.frames import Column, group_runs, read_run, read_tests
+from eval.frames import Column, group_runs, read_run, read_study, read_tests
 from ssl_vit.errors import UserError
 
 N = 200
@@ -462,3 +462,90 @@ def test_the_curve_of_a_long_log_is_thinned(tmp_path):
     [(name, svg)] = figure.charts
     [path] = re.findall(r'<polyline points="([^"]+)"', svg)
     assert name == "loss-mae" and len(path.split()) == 300 and "seed 0: 2·10⁻⁴ at the end" in svg
+
+
+# -- of a study -------------------------------------------------------------------------------------------------------
+
+
+def write_study(folder, arms, decides=False, **changes):
+    """study.json over runs that are there; arms: {name: (role, budget, runs)}."""
+    said = {}
+    for name, role, budget, runs in arms:
+        entry = said.setdefault(name, dict(recipe="mae", role=role, runs=[]))
+        entry["runs"] += [
+            dict(arm=name, budget=budget, settings=[], run=str(r), steps=None, accuracy=None) for r in runs
+        ]
+    study = folder / "study"
+    study.mkdir()
+    whole = dict(plan="plan", data="cifar10", decides=decides, arms=said, controls={}, tuning=None, trials={})
+    (study / "study.json").write_text(json.dumps(whole | changes))
+    return study
+
+
+def study_page(study, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--study", str(study), "--output", str(study / "report")])
+    reports.main()
+    return (study / "report/report.html").read_text(), (study / "report/report.md").read_text()
+
+
+def test_a_study_names_its_arms_and_budgets(tmp_path, monkeypatch):
+    places = {}
+    for name, budget in (("clear", 1e12), ("clear", 2e12), ("blurred", 1e12)):
+        changes = dict(train__flops=budget, data__name=f"cifar10-{name}")
+        folder = tmp_path / f"{name}-{budget:g}"
+        places[name, budget] = many(folder, "mae", 0.5, seeds=2, flops=budget, changes=changes)
+    arms = [(name, "noise", budget, runs) for (name, budget), runs in places.items()]
+    arms.append(("plain", "autoencoder", 1e12, many(tmp_path / "plain", "gaussian", 0.3, seeds=2)))
+    study = read_study(write_study(tmp_path, arms))
+    labels = {group.label for group in study.groups}
+    assert labels == {"clear (10¹² FLOPs)", "clear (2·10¹² FLOPs)", "blurred", "plain"}
+    assert {g.family for g in study.groups} == {"clear", "blurred", "plain"}
+    assert [g.label for g in study.groups if g.control] == ["plain"]
+    assert study.group("clear").label == "clear (2·10¹² FLOPs)" and study.group("none") is None
+
+
+def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, monkeypatch):
+    measures = [dict(protocol="linear-sweep", pooling="chosen", share=0.6, settings={})]
+    for kind, family, share in (("fog", "other", 0.4), ("rain", "other", 0.2), ("hum", "noise", 0.5)):
+        said = dict(kind=kind, family=family, severity=1)
+        measures.append(dict(protocol=f"robust-{kind}-1", pooling="chosen", share=share, settings=said))
+    arms = [("mae", "masking", None, many(tmp_path, "mae", 0.5, seeds=2, measures=measures))]
+    html, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
+    section = markdown[markdown.index("## On corrupted images") :]
+    [row] = [line for line in section.splitlines() if line.startswith("| mae")]
+    means = [float(cell.split("±")[0]) for cell in row.split("|")[2:-1]]
+    assert means == [60.0, 50.0, 30.0]  # clean, noise, others: the mean of the two kinds
+    assert "robust-" not in markdown[: markdown.index("## On corrupted images")]
+    assert "fog" in html  # each kind, folded away
+
+
+def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
+    runs = many(tmp_path, "mae", 0.5, seeds=1)
+    (runs[0] / "difficulty.json").write_text(json.dumps(dict(identity=1.0, mean_patch=0.987, linear=0.123)))
+    trials = [dict(settings=["a=1", f"optim.lr={lr}"], run="x", accuracy=a) for lr, a in ((1, 0.25), (2, None))]
+    tuning = dict(flops=1e9, factors=[1, 2], judge=["knn"])
+    study = write_study(tmp_path, [("mae", "masking", None, runs)], tuning=tuning, trials=dict(mae=trials))
+    html, markdown = study_page(study, monkeypatch)
+    assert "0.987" in markdown and "0.123" in markdown and "## How the arms were tuned" in markdown
+    assert "optim.lr=1" in html and "25.0" in html and "failed" in html and "a=1" not in html
+
+
+def test_fewer_labels_throughout_have_a_main_table(tmp_path, monkeypatch):
+    measures = [dict(KNN, label_fraction=0.1, subset_seed=0)]
+    runs = many(tmp_path, "mae", 0.5, seeds=2, measures=measures)
+    _, markdown = write_report(runs, tmp_path / "report", monkeypatch)
+    assert "10 % of the labels, last blocks" in markdown
+
+
+@pytest.mark.parametrize("arguments", [[], ["run", "--study", "study"]])
+def test_runs_or_a_study_are_named_not_both(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    with pytest.raises(UserError, match="and not both"):
+        reports.main()
+
+
+def test_what_is_no_study_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no study"):
+        read_study(tmp_path)
+    with pytest.raises(UserError, match="Nothing of .* was evaluated yet"):
+        read_study(write_study(tmp_path, [("mae", "", None, [tmp_path / "none"])]))

@@ -13,10 +13,13 @@ SCRIPTS = [
     "eval/knn.py",
     "eval/linear_probe.py",
     "eval/finetune.py",
+    "eval/robustness.py",
+    "eval/difficulty.py",
     "eval/report.py",
     "eval/study.py",
+    "eval/verdict.py",
 ]
-LOOP = {"finetune.py", "study.py"}  # the two that may start the loop
+LOOP = {"finetune.py", "study.py", "difficulty.py"}  # those that may read recipes by the loop, or start it
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
 from conftest import SMALL
+from PIL import Image
 from test_loop import ROOT, TINY, environment
 
-from eval import study
+from eval import plans, study
 from ssl_vit import data, pretrain
 from ssl_vit.errors import UserError
 
@@ -71,7 +74,7 @@ def test_what_fails_is_named_and_the_rest_is_done(tmp_path):
     write_plan(tmp_path, arms=arms)
     code, said = run(tmp_path)
     assert code == 1 and "FAILED   dino-digits" in said and "do not divide" in said
-    assert said.count("done     ") == 3 and "2 of 5 parts failed" in said
+    assert said.count("done     ") == 3 and "2 of 5 jobs failed" in said
     assert (tmp_path / "runs/tiny-digits/report/report.html").exists()  # of what there is
 
 
@@ -95,15 +98,89 @@ def test_a_stopped_study_goes_on(tmp_path):
     assert code == 0 and "Going on from step" in log.read_text()
 
 
+def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path):
+    arms = dict(
+        mae=dict(recipe="mae", role="masking", settings=MAE, knob=["objective.ratio=0.5", "objective.ratio=0.75"])
+    )
+    tuning = dict(flops=1e8, factors=[0.01, 1], judge=["knn", "--k", "5"])
+    write_plan(tmp_path, arms=arms, tuning=tuning, controls=[])
+    assert len(run(tmp_path, "--dry-run")[1].splitlines()) == 8  # what follows depends on the trials
+    code, said = run(tmp_path)
+    assert code == 0, said
+    folder = tmp_path / "runs/tiny-digits"
+    study = json.loads((folder / "study.json").read_text())
+    trials = study["trials"]["mae"]
+    reached = [trial["accuracy"] for trial in trials]
+    assert len(reached) == 4 and all(0 < value < 1 for value in reached)
+    for trial in trials:
+        rows = [json.loads(line) for line in (tmp_path / trial["run"] / "results.jsonl").read_text().splitlines()]
+        assert {row["split"] for row in rows} == {"held out of train"} and {row["n"] for row in rows} == {142}
+    [training] = study["arms"]["mae"]["runs"]
+    best = trials[reached.index(max(reached))]["settings"]
+    chosen = [text for text in best if text.startswith(("optim.lr=", "objective.ratio="))]
+    assert (
+        len(chosen) == 2 and set(chosen) <= set(training["settings"]) and f"Chosen for mae: {' '.join(chosen)}" in said
+    )
+    assert "data.hold_out=true" in best and "data.hold_out=true" not in training["settings"]
+    assert "How the arms were tuned" in (folder / "report/report.html").read_text()
+    assert "(0 running" not in said and "done  failed  running" in (folder / "progress.txt").read_text()
+
+
+def a_study(folder, **changes):
+    write_plan(folder, **changes)
+    return study.Study(plans.read("tiny.yaml"), None, [], 1)
+
+
+def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rates = ["finetune", "--lr", "1e-3", "2e-3"]
+    arms = {
+        "mae": dict(recipe="mae", settings=MAE[:-1]),
+        "few": dict(recipe="simmim", settings=TINY, seeds=1),
+        "random": dict(
+            recipe="mae",
+            settings=[*MAE, "train.steps=0", "train.flops=null"],
+            evaluators=[[*rates, "--extra-flops", "budget"], ["difficulty"]],
+        ),
+    }
+    made = a_study(tmp_path, arms=arms, budgets=["1e9", 2e9], seeds=2, evaluators=[rates, ["difficulty"]])
+    by_arm = {}
+    for training in made.trainings:
+        by_arm.setdefault(training.arm, []).append(training.budget)
+    assert by_arm == dict(mae=[1e9, 2e9, 1e9, 2e9], few=[1e9, 2e9], random=[1e9, 1e9])  # untrained: of no budget
+    jobs = made.jobs()
+    commands = [job.command for job in jobs]
+    tuned = [c for c in commands if "finetune.py" in c[1]]
+    assert sum("--lr-of" in c for c in tuned) == 3 and len(tuned) == 8  # the second seeds take the first ones' rates
+    longer = [c for c in tuned if "--extra-flops" in c]
+    assert len(longer) == 2 and {c[c.index("--extra-flops") + 1] for c in longer} == {"2e+09"}
+    waits = next(job for job in jobs if "--lr-of" in job.command)
+    assert len(waits.needs) == 2 and not waits.ready
+    hard = [c for c in commands if "difficulty.py" in c[1]]
+    assert len(hard) == 4  # once for each arm and budget that is trained
+    made.describe()
+    said = json.loads((tmp_path / "runs/tiny-digits/study.json").read_text())
+    assert [t["steps"] for t in said["arms"]["random"]["runs"]] == [0, 0]
+
+
+def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path):
+    write_plan(tmp_path, budgets=["1e9", "2e9"], arms=dict(mae=dict(recipe="mae", settings=MAE[:-1])), controls=[])
+    code, said = run(tmp_path, "--dry-run", "train.steps=3")
+    assert code == 0 and len(said.splitlines()) == 2 and "train.flops" not in said
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        (dict(budgets=["much"]), "budgets of tiny.yaml must hold numbers above 0"),
+        (dict(tuning=dict(flops=1)), "tuning of tiny.yaml must have the keys flops, factors, judge"),
+        (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of noise, masking"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "no evaluator"),
         (dict(arms={}), "arms of tiny.yaml"),
         (dict(seeds="3"), "seeds of tiny.yaml"),
         (dict(arms={a: dict(recipe="mae", settings=MAE) for a in "ab"}), "the same as another"),
-        (dict(seed=3), "it has the keys arms, evaluators, controls, seeds, settings"),
+        (dict(seed=3), "it has the keys arms, evaluators, controls, seeds, settings, budgets"),
         (dict(arms=dict(mae=dict(recipe="mae", settings=["train.epoch=3"]))), "train.epochs"),
     ],
 )
@@ -116,19 +193,51 @@ def test_a_wrong_plan_is_refused_before_anything_runs(changes, said, tmp_path, m
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", [p.stem for p in study.PLANS.glob("*.yaml")])
-def test_every_plan_can_be_built(name, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A folder of 32 px colour images of two classes, in two splits."""
+    folder = tmp_path_factory.mktemp("images") / "colours"
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        file = folder / ("val" if i % 5 == 0 else "train") / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", [p.stem for p in plans.PLANS.glob("*.yaml")])
+def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
     """Each arm's recipe takes its settings, and what they make of it is a step that can be taken."""
     monkeypatch.chdir(tmp_path)
-    plan = study.read(name)
-    everything, runs = study.parts(plan, None, [], 1)
-    assert len(everything) > len(runs) > plan.seeds
-    for what in plan.arms.values():
-        recipe = pretrain.read(what["recipe"], [*plan.settings, *what.get("settings", [])], None)
-        images = data.load(recipe.data, "train")
-        recipe.add_facts(images.facts())
-        objective = pretrain.build(recipe, images)
-        assert pretrain.budget(recipe, objective, images)[1] > 0
+    plan = plans.read(name)
+    images = colours if name in ("denoising-cpu", "denoising-full") else None  # the digits are too small for them
+    made = study.Study(plan, images, [], 1)
+    assert len(made.jobs()) > len(made.trainings) > plan.seeds
+    for arm in plan.arms.values():
+        for knob in [[text] for text in arm.knob] or [[]]:
+            recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings, *knob], images)
+            train = data.load(recipe.data, "train")
+            recipe.add_facts(train.facts())
+            objective = pretrain.build(recipe, train)
+            assert pretrain.budget(recipe, objective, train)[1] > 0
+
+
+def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours):
+    monkeypatch.chdir(tmp_path)
+    plan = plans.read("denoising-full")
+    text = (ROOT / "docs/denoising-study.md").read_text()
+    section = text[text.index("## Arms") : text.index("## Data, budget")]
+    named = {
+        name
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for name in re.findall("`([a-z-]+)`", line.split("|")[1])
+    }
+    assert named - set(plan.arms) - set(plan.controls) == {"scratch", "scratch-long"}  # fine-tunings of random
+    made = study.Study(plan, colours, [], 1)
+    assert {len(trials) for trials in made.trials.values()} == {8} and set(made.trials) == set(plan.arms) - {"random"}
+    judged = {t.arm for t in made.trainings if t.settings[-1] == "train.seed=4"}
+    assert judged == {name for name, arm in plan.arms.items() if arm.role}
 
 
 def test_an_unknown_plan_is_refused_with_the_nearest(monkeypatch):

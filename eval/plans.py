@@ -1,0 +1,147 @@
+"""What a study is to do: the arms of a plan, their settings, budgets, seeds, and how each is tuned and evaluated.
+
+    from eval import plans
+    plan = plans.read("denoising")          # a file in recipes/study/, or a path
+    plan.arms["mae"].settings
+
+A plan names recipes and settings; recipes/study/compare.yaml is a short one, denoising-full.yaml has everything.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError, nearest
+
+PLANS = recipes.RECIPES / "study"
+EVALUATORS = ("linear_probe", "knn", "finetune", "robustness", "difficulty")
+LENGTHS = ("train.flops=", "train.steps=", "train.epochs=")
+# what an arm is to the verdict (eval/verdict.py); control: shown among the controls
+ROLES = ("", "noise", "masking", "other", "autoencoder", "augmentation", "scratch", "control")
+
+
+@dataclass
+class Arm:
+    """One way to pre-train: a recipe with settings.
+
+    knob: settings to choose one from when the plan is tuned; seeds, evaluators: its own, instead of the plan's.
+    """
+
+    recipe: str
+    settings: list[str] = field(default_factory=list)
+    role: str = ""
+    knob: list[str] = field(default_factory=list)
+    seeds: int | None = None
+    evaluators: list[list[str]] | None = None
+
+
+@dataclass
+class Tuning:
+    """Trials of every trained arm, at seed 0: each factor of its learning rate × each of its knob's settings.
+
+    They train on nine tenths of the images, and `judge`, an evaluator, judges them on the last tenth.
+    """
+
+    flops: float
+    factors: list[float]
+    judge: list[str]
+
+
+@dataclass
+class Plan:
+    """evaluators: each its name, then its arguments, of which `budget` stands for the largest of the budgets.
+
+    budgets: training FLOPs; every arm is trained with each, by a full schedule of its own. decides: whether the
+    verdict's rule (docs/denoising-study.md) is meant to be applied.
+    """
+
+    name: str
+    arms: dict[str, Arm]
+    evaluators: list[list[str]]
+    controls: list[str] = field(default_factory=list)
+    seeds: int = 1
+    settings: list[str] = field(default_factory=list)  # of all arms
+    budgets: list[float] = field(default_factory=list)
+    tuning: Tuning | None = None
+    decides: bool = False
+
+    def seeds_of(self, arm: str) -> int:
+        return self.arms[arm].seeds or self.seeds
+
+    def evaluators_of(self, arm: str) -> list[list[str]]:
+        own = self.arms[arm].evaluators
+        lines = self.evaluators if own is None else own
+        most = f"{max(self.budgets):g}" if self.budgets else ""
+        return [[most if word == "budget" and most else word for word in line] for line in lines]
+
+
+def read(name: str) -> Plan:
+    """The plan of that name or file. Raises UserError for what is wrong in it."""
+    known = sorted(p.stem for p in PLANS.glob("*.yaml"))
+    path = next((p for p in (PLANS / f"{name}.yaml", Path(name)) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"There is no plan {name!r}.{nearest(name, known)} Plans: {', '.join(known)}.")
+    try:
+        plan = Plan(name=path.stem, **yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError) as error:
+        keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")
+        raise UserError(f"{path} is no plan ({' '.join(str(error).split())}): it has the keys {keys}.") from None
+    kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list, budgets=list, decides=bool)
+    for key, kind in kinds.items():
+        if not isinstance(getattr(plan, key), kind) or (key == "arms" and not plan.arms):
+            raise UserError(
+                f"{key} of {path} is no {kind.__name__}, or empty: recipes/study/compare.yaml shows how it is."
+            )
+    plan.arms = {name: _arm(name, what, path) for name, what in plan.arms.items()}
+    plan.evaluators = _evaluators(plan.evaluators, path)
+    plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
+    plan.tuning = None if plan.tuning is None else _tuning(plan.tuning, path)
+    return plan
+
+
+def _arm(name: str, what: dict, path: Path) -> Arm:
+    try:
+        arm = Arm(**what)
+    except TypeError:
+        keys = ", ".join(f.name for f in dataclasses.fields(Arm) if f.name != "recipe")
+        raise UserError(
+            f"Arm {name!r} of {path} must name a recipe, and may have {keys}: {{recipe: mae, settings: […]}}."
+        ) from None
+    if arm.role not in ROLES:
+        raise UserError(f"The role of arm {name!r} of {path} must be one of {', '.join(filter(None, ROLES))}.")
+    if arm.evaluators is not None:
+        arm.evaluators = _evaluators(arm.evaluators, path)
+    return arm
+
+
+def _evaluators(lines: list, path: Path) -> list[list[str]]:
+    for line in lines:
+        if not isinstance(line, list) or not line or line[0] not in EVALUATORS:
+            raise UserError(f"{line} in {path} is no evaluator: write [NAME, ARGUMENT, …], of {', '.join(EVALUATORS)}.")
+    return [list(map(str, line)) for line in lines]
+
+
+def _tuning(what: dict, path: Path) -> Tuning:
+    try:
+        tuning = Tuning(**what)
+        tuning.flops = _number(tuning.flops, "tuning.flops", path)
+        tuning.factors = [_number(value, "tuning.factors", path) for value in tuning.factors]
+        [tuning.judge] = _evaluators([tuning.judge], path)
+    except TypeError:
+        keys = ", ".join(f.name for f in dataclasses.fields(Tuning))
+        raise UserError(f"tuning of {path} must have the keys {keys}, and no others.") from None
+    return tuning
+
+
+def _number(value, key: str, path: Path) -> float:
+    """A positive number, also as YAML 1.1 reads 1e13: as a word."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not number > 0:
+        raise UserError(f"{key} of {path} must hold numbers above 0, not {value!r}.")
+    return number

@@ -1,0 +1,191 @@
+"""How a linear probe of clean images fares on corrupted ones: noise and blur apart from other corruptions.
+
+    python eval/robustness.py --backbone RUN [RUN|timm name|timm folder|pixels …] [--data …] [--labels 1% 10% all]
+
+On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
+
+    python eval/linear_probe.py --backbone runs/mae-digits-s0 pixels
+    python eval/robustness.py --backbone runs/mae-digits-s0 pixels
+
+The head is the one that the linear probe's sweep chose: its row is read, and the head trained again. All test images
+pass through the backbone once for every corruption and severity of eval/common_corruptions.py, which come after the
+resizing: backbones of one input size see the same images. `accelerate launch` shares the images among its processes.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from eval import common_corruptions, features, heads, inputs, linear_probe, results
+from ssl_vit import data, errors, weights
+from ssl_vit.errors import UserError, say
+
+
+@dataclass
+class Sweep:
+    """What a sweep found on a part of the labels. part: row keys; images: indices of the training images; row: of the
+    best of all; rates: all that it trained on that row's features, side by side with the row's own."""
+
+    part: dict
+    images: np.ndarray
+    row: dict
+    rates: tuple[float, ...]
+
+    @property
+    def name(self) -> tuple[str, tuple[int, ...]]:
+        return _name(self.row)
+
+
+def read_sweeps(source: features.Source, asked: inputs.Inputs) -> list[Sweep]:
+    """Of each part of the labels asked for. Raises UserError if there is no row of it."""
+    train, test = asked.images(source)
+    found = []
+    for part, chosen in asked.labelled(train):
+        about = part | dict(protocol="linear-sweep", eval_data=test.name, split=test.split, n=len(test))
+        rows = [row for row in results.read(source.folder) if about.items() <= row.items()]
+        if source.backbone is None:
+            pooling = "raw {}x{}".format(*features.view_size(source, test))
+            rows = [row for row in rows if row["settings"]["pooling"] == pooling]
+        best = [row for row in rows if row["pooling"] == "chosen"]
+        if not best:
+            raise UserError(
+                f"{source.folder} has no row of the linear probe on {test.name} ({test.split}, {part['train_n']:,} "
+                f"labels): run `python eval/linear_probe.py {shlex.join(sys.argv[1:])}` first."
+            )
+        rates = {row["settings"]["rate"] for row in rows if _name(row) == _name(best[-1])}
+        found.append(Sweep(part, chosen, best[-1], tuple(sorted(rates))))
+    return found
+
+
+def _name(row: dict) -> tuple[str, tuple[int, ...]]:
+    """(pooling, blocks) of the features that a row of the sweep rests on."""
+    return row["settings"]["pooling"], tuple(row["settings"]["blocks"])
+
+
+def retrain(probe: linear_probe.Probe, sweep: Sweep) -> Callable[[features.Features], np.ndarray]:
+    """The sweep's best head as it was trained: what predicts the classes, int64 (m,), of m images."""
+    values = linear_probe.combine(probe.bank, *sweep.name, sweep.images)
+    options = linear_probe.sweep_options(probe, len(sweep.images))
+    # with the other rates on these features: alone it would differ by rounding
+    head = heads.fit({0: values}, probe.labels[sweep.images], rates={0: sweep.rates}, **options)[0]
+
+    def predict(found: features.Features) -> np.ndarray:
+        count = len(next(iter(found.arrays.values())))
+        columns = linear_probe.combine(found, *sweep.name, np.arange(count))
+        return np.concatenate([head(chunk)[sweep.row["settings"]["rate"]] for chunk in columns.chunks()])
+
+    return predict
+
+
+def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[np.ndarray]]:
+    """The classes, int64 (n,), that each predicts for the corrupted test images, by kind and severity.
+
+    Every process passes its share through the backbone and returns all.
+    """
+    source, state, images = probe.source, probe.state, probe.test
+    kinds = [kind for _, kind in common_corruptions.kinds(images.channels)]
+    plan = [(kind, severity) for kind in kinds for severity in common_corruptions.SEVERITIES]
+    project = _projection(probe)
+    size = features.view_size(source, images)
+    mine = torch.from_numpy(np.array_split(np.arange(len(images)), state.num_processes)[state.process_index])
+    views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
+    answers: list[list[np.ndarray]] = []  # of each batch: corruption by corruption, predictor by predictor
+    description = f"robustness of {source.name}"
+    with tqdm(desc=description, total=len(mine), leave=False, disable=not state.is_main_process) as bar:
+        for view in views:
+            index = mine[bar.n : bar.n + len(view)]
+            answers.append([])
+            for kind, severity in plan:
+                spoiled = common_corruptions.corrupt(view, kind, severity, index)
+                pooled = features.pool(source, spoiled, probe.blocks)
+                arrays = {key: project(values.float().cpu().numpy()) for key, values in pooled.items()}
+                answers[-1] += [predict(features.Features(arrays, 0.0)) for predict in predictors]
+            bar.update(len(view))
+    count, batches = len(predictors), gather_object(answers)
+    joined = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    return {key: joined[i * count : (i + 1) * count] for i, key in enumerate(plan)}
+
+
+def _projection(probe: linear_probe.Probe) -> Callable[[np.ndarray], np.ndarray]:
+    """What becomes of features (m, D) before the head sees them."""
+    if probe.source.name != "pixels-pca64":
+        return lambda values: values
+    [raw] = features.extract(probe.source, probe.train, probe.state).arrays.values()
+    return features.pca(raw)
+
+
+def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep]) -> list[dict]:
+    """The rows of one backbone, written to its folder; only the first process gets any."""
+    started = time.perf_counter()
+    blocks = sorted({block for sweep in sweeps for block in sweep.name[1]})
+    probe = linear_probe.Probe(source, asked, blocks, True)
+    predictors = [retrain(probe, sweep) for sweep in sweeps]
+    clean = [float((predict(probe.queries) == probe.truth).mean()) for predict in predictors]
+    answers = corrupted(probe, predictors)
+    if not asked.state.is_main_process:
+        return []
+    size = features.view_size(source, probe.test)
+    for family, kind in common_corruptions.kinds(probe.test.channels):
+        for severity in common_corruptions.SEVERITIES:
+            for sweep, before, answer in zip(sweeps, clean, answers[kind, severity], strict=True):
+                options = linear_probe.sweep_options(probe, len(sweep.images))
+                width = linear_probe.combine(probe.bank, *sweep.name, sweep.images).width
+                probe.add(
+                    answer,
+                    protocol=f"robust-{kind}-{severity}",
+                    pooling="chosen",
+                    chosen=sweep.row["chosen"],
+                    settings=dict(
+                        kind=kind,
+                        family=family,
+                        severity=severity,
+                        parameters=common_corruptions.benchmark(size),
+                        clean=before,
+                        **{key: sweep.row["settings"][key] for key in ("rate", "pooling", "blocks")},
+                    ),
+                    eval_flops=probe.queries.flops_per_image * (len(sweep.images) + len(probe.test))
+                    + linear_probe.sweep_flops(options, width),
+                    **sweep.part,
+                )
+    common = inputs.row(source, probe.test) | dict(seconds=round(time.perf_counter() - started, 3))
+    rows = [common | row for row in probe.rows]
+    results.write(source.folder, rows, probe.predictions, probe.truth)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Accuracy per backbone and labels, clean and the mean of each family of corruptions, in percent, as Markdown."""
+    families = list(common_corruptions.FAMILIES)
+    lines = [f"| backbone | labels | clean | {' | '.join(families)} |", "|---|---:|---:|" + "---:|" * len(families)]
+    shown: dict[tuple, dict[str, list]] = {}
+    for row in rows:
+        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        cells = shown.setdefault((name, f"{row['train_n']:,}"), {})
+        cells.setdefault("clean", []).append(row["settings"]["clean"])
+        cells.setdefault(row["settings"]["family"], []).append(row["value"])
+    for key, values in shown.items():
+        lines.append(
+            "| " + " | ".join([*key, *(f"{100 * np.mean(values[c]):.1f}" for c in ("clean", *families))]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    asked = inputs.Inputs(inputs.parser(__doc__).parse_args())
+    sweeps = [read_sweeps(source, asked) for source in asked.sources]
+    rows = [row for source, found in zip(asked.sources, sweeps, strict=True) for row in evaluate(source, asked, found)]
+    if rows:
+        inputs.announce(rows)
+        say(table(rows))
+        say("\nMeans over kinds and severities; each has a row of its own in results.jsonl.")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,101 @@
+"""Sections of a report that only some runs have: robustness, how hard a corruption is, the trials of a study."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from eval import charts
+from eval.frames import Column, Frame, Group, Study, Test
+from eval.pages import Block, Cell, Folded, Heading, Table, Text
+from eval.words import labels_in_words, named, percent, with_interval
+
+FAMILIES = dict(noise="noise", blur="blur", other="others")
+
+
+def robustness(test: Test, of: str) -> list[Block]:
+    """The linear probe on corrupted test images: noise and blur apart, as some arms are trained on them."""
+    every = [c for c in test.frames if c.corrupted]
+    if not every:
+        return []
+    columns = [c for c in every if c.labels == max((c.labels for c in every), key=str)]
+    kinds: dict[str, dict[str, list[Column]]] = {family: {} for family in FAMILIES}
+    for column in columns:
+        said = next(iter(test.frames[column].values())).rows[0]["settings"]
+        kinds[said["family"]].setdefault(said["kind"], []).append(column)
+    clean = replace(columns[0], protocol="linear-sweep")
+    wanted = {"clean": [clean]} | {FAMILIES[f]: sum(of_kind.values(), []) for f, of_kind in kinds.items() if of_kind}
+    single = {kind: found for of_kind in kinds.values() for kind, found in of_kind.items()}
+    caption = (
+        f"Accuracy in % ± half-width of the 95 % interval of the linear probe ({labels_in_words(clean.labels)}) "
+        "on corrupted test images: the mean over kinds and severities 1, 3 and 5 of Hendrycks and Dietterich "
+        "(arXiv 1903.12261). An arm that was trained on noise or blur is no surprise where it is robust to that."
+    )
+    return [
+        Heading(f"On corrupted images{of}"),
+        _averages(test, wanted, caption),
+        Folded("Each kind of corruption", [_averages(test, single, "The mean over the severities.")]),
+    ]
+
+
+def _averages(test: Test, wanted: dict[str, list[Column]], caption: str) -> Table:
+    parts: dict[bool, list] = {False: [], True: []}
+    used: list[Frame] = []
+    for group in test.groups:
+        cells = []
+        for columns in wanted.values():
+            frames = [test.frame(group, c) for c in columns]
+            if None in frames or any(f.seeds != frames[0].seeds for f in frames):
+                cells.append(Cell())
+                continue
+            whole = Frame(frames[0].seeds, np.mean([f.correct for f in frames], 0), [r for f in frames for r in f.rows])
+            cells.append(Cell(with_interval(whole.estimate)))
+            used.append(whole)
+        if any(cell.text for cell in cells):
+            parts[group.control].append((named(group.label), cells))
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    return Table([("", list(wanted))], filled, caption, charts.sources_of(used))
+
+
+def difficulty(groups: list[Group]) -> list[Block]:
+    """How hard the tasks are, where eval/difficulty.py has measured it."""
+    rows = []
+    for group in sorted(groups, key=lambda g: g.label):
+        files = [file for run in group.runs if (file := run.folder / "difficulty.json").exists()]
+        if files:
+            said = json.loads(files[0].read_text())
+            figures = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
+            rows.append((named(group.label), [Cell(text) for text in figures]))
+    if not rows:
+        return []
+    caption = (
+        "Mean squared error over the patches that the loss counts, against the clean pixels whatever the run's target, "
+        "as a share of the pixels' variance: of what the encoder is given (hidden patches as the mean patch), of the "
+        "mean patch everywhere, and of a linear (ridge) denoiser that sees 3×3 patches. On training images. What is "
+        "left below the last column is what a network can learn and a linear filter cannot."
+    )
+    return [
+        Heading("How hard each corruption is"),
+        Table([("", ["given", "mean patch", "linear"])], [("", rows)], caption),
+    ]
+
+
+def trials(study: Study) -> list[Block]:
+    """Every trial of the arms' tuning, with what it reached on held-out training images."""
+    parts = []
+    for arm, tried in study.said["trials"].items():
+        common = set.intersection(*(set(trial["settings"]) for trial in tried))
+        rows = []
+        for trial in sorted(tried, key=lambda t: -(t["accuracy"] or 0.0)):
+            own = " ".join(text for text in trial["settings"] if text not in common)
+            rows.append((Cell(own), [Cell("failed" if trial["accuracy"] is None else percent(trial["accuracy"]))]))
+        parts.append((arm, rows))
+    if not parts:
+        return []
+    tuning = study.said["tuning"]
+    words = (
+        f"Each arm had as many trials, at {tuning['flops']:.2g} FLOPs and seed 0, on nine tenths of the training "
+        f"images; {' '.join(tuning['judge'])} judged them on the last tenth. The arm is trained with the best."
+    )
+    table = Table([("", ["accuracy, %"])], parts, "On held-out training images.")
+    return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]

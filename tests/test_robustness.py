@@ -1,0 +1,160 @@
+"""The probe is the sweep's, the images are the same for all backbones, the rows are like others."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_linear_probe import backbone, rows_of, run  # noqa: F401, a fixture
+from test_loop import ROOT, environment
+
+from eval import common_corruptions, frames, linear_probe, results, robustness
+from ssl_vit import data
+from ssl_vit.errors import UserError
+
+
+def corrupt(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["robustness.py", *arguments])
+    robustness.main()
+
+
+def of(rows, protocol, part=1.0):
+    [row] = [r for r in rows if r["protocol"] == protocol and r["pooling"] == "chosen" and r["label_fraction"] == part]
+    return row
+
+
+def predicted(folder, row):
+    return np.load(folder / row["predictions"])["predicted"]
+
+
+def truth(folder, row):
+    return np.load(folder / row["predictions"])["true"]
+
+
+def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsys):  # noqa: F811
+    sources = [backbone[0], "small", "pixels", "pixels-pca64", *backbone[2:], "--labels", "10", "all"]
+    run(monkeypatch, tmp_path, *sources)
+    folders = [rows_of(tmp_path), *(tmp_path / "runs" / f"{name}-digits" for name in ("pixels", "pixels-pca64"))]
+    before = [results.read(folder) for folder in folders]
+    for _ in range(2):  # the second time, rows are replaced
+        corrupt(monkeypatch, *sources)
+    kinds = [(family, kind) for family, kind in common_corruptions.kinds(1)]
+    assert len(kinds) == 9
+    for folder, known in zip(folders, before, strict=True):
+        rows = results.read(folder)
+        assert len(rows) == len(known) + 2 * 9 * 3 and rows[: len(known)] == known
+        assert len({results.row_id(row) for row in rows}) == len(rows)
+        for part in (1.0, "10 per class"):
+            clean = of(rows, "linear-sweep", part)
+            for family, kind in kinds:
+                for severity in (1, 3, 5):
+                    row = of(rows, f"robust-{kind}-{severity}", part)
+                    settings = row["settings"]
+                    assert (settings["kind"], settings["family"], settings["severity"]) == (kind, family, severity)
+                    assert settings["clean"] == clean["value"]  # the same head
+                    assert settings["parameters"] == "CIFAR-10-C"
+                    for key in ("layer", "chosen", "n", "split", "eval_data", "train_n", "subset_seed", "run"):
+                        assert row[key] == clean[key]
+                    assert row["value"] == pytest.approx((predicted(folder, row) == truth(folder, row)).mean())
+                    assert row["eval_flops"] > 0
+    said = capsys.readouterr().out
+    assert "| backbone | labels | clean | noise | blur | other |" in said and "| pixels-pca64-digits | 1,437 |" in said
+    hard, soft = (np.mean([of(rows, f"robust-{kind}-{s}")["value"] for _, kind in kinds]) for s in (5, 1))
+    assert 0.1 < hard < soft < of(rows, "linear-sweep")["value"]
+
+    # beside the others in what a report reads
+    [test] = frames.read_tests(frames.group_runs([frames.read_run(folder) for folder in folders[1:]]))
+    columns = [column for column in test.frames if column.protocol == "robust-jpeg-3"]
+    assert len(columns) == 2 and not set(columns) & set(test.main)
+
+
+def test_images_left_as_they_are_get_the_sweeps_predictions(tmp_path, monkeypatch, backbone):  # noqa: F811
+    sources = [backbone[0], "small", "pixels", "pixels-pca64", *backbone[2:], "--labels", "all", "20"]
+    run(monkeypatch, tmp_path, *sources)
+    monkeypatch.setattr(common_corruptions, "corrupt", lambda images, *_: images)
+    corrupt(monkeypatch, *sources)
+    for folder in (tmp_path / "runs").iterdir():
+        rows = results.read(folder)
+        for part in (1.0, "20 per class"):
+            answers = [predicted(folder, of(rows, p, part)) for p in ("linear-sweep", "robust-contrast-5")]
+            assert (answers[0] == answers[1]).mean() > 0.99  # features are computed anew: a near tie may fall otherwise
+
+
+def test_every_backbone_sees_the_same_images(tmp_path, monkeypatch, backbone):  # noqa: F811
+    sources = [backbone[0], "small", "pixels", *backbone[2:]]
+    run(monkeypatch, tmp_path, *sources)
+    seen: dict[tuple, list] = {}
+    original = common_corruptions.corrupt
+
+    def watched(images, kind, severity, index):
+        found = original(images, kind, severity, index)
+        seen.setdefault((kind, severity), []).append(found)
+        return found
+
+    monkeypatch.setattr(common_corruptions, "corrupt", watched)
+    corrupt(monkeypatch, *sources)
+    views = data.evaluation_views
+    monkeypatch.setattr(data, "evaluation_views", lambda *a: views(*a, batch=100))
+    corrupt(monkeypatch, *sources)
+    assert len(seen) == 27
+    for images in seen.values():
+        by_run = torch.cat(images).view(4, 360, 1, 8, 8)
+        assert all(torch.equal(by_run[0], other) for other in by_run[1:])
+
+
+def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
+    sources = ["--backbone", "pixels", "--data", "digits", "--threads", "1"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["linear_probe.py", *sources])
+    linear_probe.main()
+    corrupt(monkeypatch, *sources)
+    one = results.read(tmp_path / "runs/pixels-digits")
+    (tmp_path / "runs/pixels-digits/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one[:2]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "eval/robustness.py")]
+    subprocess.run([*launcher, *sources], check=True, env=environment(), cwd=tmp_path, capture_output=True)
+    two = results.read(tmp_path / "runs/pixels-digits")
+    assert len(one) == 2 + 27 and len(two) == len(one)
+    for first, second in zip(one, two, strict=True):
+        assert first | dict(seconds=0) == second | dict(seconds=0) and first["n"] == 360
+
+
+@pytest.mark.parametrize(
+    ("probed", "asked"),
+    [(None, []), (["--labels", "10"], []), ([], ["--labels", "all", "10"]), (["--per-block"], [])],
+)
+def test_without_the_sweeps_row_the_command_is_said(probed, asked, tmp_path, monkeypatch):
+    sources = ["--backbone", "pixels", "--data", "digits"]
+    if probed is not None:
+        run(monkeypatch, tmp_path, *sources, *probed)
+    monkeypatch.chdir(tmp_path)
+    before = results.read(tmp_path / "runs/pixels-digits")
+    command = " ".join(["python eval/linear_probe.py", *sources, *asked])
+    with pytest.raises(UserError, match=f"`{command}` first"):
+        corrupt(monkeypatch, *sources, *asked)
+    assert results.read(tmp_path / "runs/pixels-digits") == before
+
+
+def test_rows_of_pixels_of_another_size_or_of_other_images_do_not_count(tmp_path, monkeypatch):
+    sources = ["--backbone", "pixels", "--data", "digits"]
+    run(monkeypatch, tmp_path, *sources)
+    file = tmp_path / "runs/pixels-digits/results.jsonl"
+    rows = list(map(json.loads, file.read_text().splitlines()))
+    for change in (dict(n=359), dict(settings=rows[0]["settings"] | dict(pooling="raw 16x16"))):
+        file.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+        with pytest.raises(UserError, match="no row of the linear probe"):
+            corrupt(monkeypatch, *sources)
+
+
+def test_a_sweep_is_told_by_its_own_rates(tmp_path, monkeypatch, backbone):  # noqa: F811
+    """Heads trained side by side differ from one alone by rounding, so all rates of these features are found."""
+    run(monkeypatch, tmp_path, *backbone)
+    trained = []
+    original = linear_probe.heads.fit
+    monkeypatch.setattr(linear_probe.heads, "fit", lambda *a, **k: trained.append(k["rates"]) or original(*a, **k))
+    corrupt(monkeypatch, *backbone)
+    rows = [r for r in results.read(rows_of(tmp_path)) if r["protocol"] == "linear-sweep"]
+    best = of(rows, "linear-sweep")["settings"]
+    same = [r["settings"] for r in rows if all(r["settings"][k] == best[k] for k in ("pooling", "blocks"))]
+    assert trained == [{0: tuple(sorted({settings["rate"] for settings in same}))}]

@@ -1,0 +1,218 @@
+"""The verdict on synthetic studies of known effect, and the coverage of its simultaneous bounds."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from eval import intervals, results, verdict
+from eval.frames import read_study
+from ssl_vit.errors import UserError
+
+N, SEEDS = 4000, 5
+TRUTH = np.arange(N) % 10
+BASE = dict(FT10=0.5, FT100=0.7, LP=0.4)
+# role, then what is added to the base by metric; the rest is 0
+NULL = {
+    "random": ("scratch", {}),
+    "autoencoder": ("autoencoder", {}),
+    "supervised-noise": ("augmentation", {}),
+    "noise": ("noise", {}),
+    "mae": ("masking", {}),
+}
+CLEAR = dict(FT10=0.2, FT100=0.1, LP=0.2)
+
+
+def right(share, arm, metric, seed):
+    """Predictions (N,) of which this share is right on average: images differ in how hard they are, alike for all."""
+    hardness = np.random.default_rng(1).uniform(size=N)
+    own = np.random.default_rng([*map(ord, arm + metric), seed])
+    noisy = np.clip(hardness + own.normal(0, 0.05, N), 0, 1)
+    return np.where(noisy.argsort().argsort() < round(share * N), TRUTH, (TRUTH + 1) % 10)
+
+
+def write_arm(folder, arm, seed, data, effects, longer):
+    """A run directory with the rows of an arm; longer: those of scratch at equal compute too."""
+    folder.mkdir(parents=True)
+    random = arm == "random"
+    objective = "supervised" if arm == "supervised-noise" else "reconstruct"
+    tree = dict(
+        recipe="mae" if random else arm,
+        objective=dict(name=objective),
+        train=dict(seed=seed, flops=None if random else 1e15, steps=0 if random else 10),
+        data=dict(name=data, size=[32, 32]),
+        backbone=dict(width=192, depth=12, patch=4),
+        images=dict(count=50_000),
+    )
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    rows, predictions = [], []
+    for metric, labels, extra in (
+        ("LP", 1.0, 0.0),
+        ("FT10", 0.1, 0.0),
+        ("FT100", 1.0, 0.0),
+        *((("FT10", 0.1, 1e15), ("FT100", 1.0, 1e15)) if longer else ()),
+    ):
+        share = BASE[metric] + effects.get(metric, 0.0) + (effects.get("long", 0.0) if extra else 0.0)
+        predicted = right(share, arm, f"{metric}{extra}", seed)
+        keys = dict(protocol="linear-sweep", pooling="chosen", settings={})
+        if metric != "LP":
+            held_out = dict(extra_flops=extra, validation=share)
+            keys = dict(protocol=f"finetune-{'long' if extra else 'short'}", pooling="mean", settings=held_out)
+        rows.append(
+            dict(
+                run=folder.name,
+                recipe="random" if random else arm,
+                objective=objective,
+                backbone="vit_tiny",
+                data=data,
+                eval_data=data,
+                split="test",
+                layer=-1,
+                label_fraction=labels,
+                subset_seed=None if labels == 1.0 else 0,
+                seed=seed,
+                chosen="",
+                n=N,
+                metric="accuracy",
+                value=float((predicted == TRUTH).mean()),
+                images_seen=1000,
+                train_flops=0.0 if random else 1e15,
+                versions={},
+                commit="abc",
+            )
+            | keys
+        )
+        predictions.append(predicted)
+    results.write(folder, rows, predictions, TRUTH)
+
+
+def write_study(folder, data, arms, seeds=SEEDS, longer=True):
+    said = {}
+    for arm, (role, effects) in arms.items():
+        runs = []
+        for seed in range(seeds):
+            run = folder / f"{arm}-{data}-s{seed}"
+            write_arm(run, arm, seed, data, effects, longer and role == "scratch")
+            steps = 0 if arm == "random" else None
+            runs.append(dict(arm=arm, budget=1e15, settings=[], run=str(run), steps=steps, accuracy=None))
+        said[arm] = dict(recipe=arm, role=role, runs=runs)
+    study = folder / f"plan-{data}"
+    study.mkdir()
+    whole = dict(plan="plan", data=data, decides=True, arms=said, controls={}, tuning=None, trials={})
+    (study / "study.json").write_text(json.dumps(whole))
+    return study
+
+
+def answers(folder, arms, data=verdict.DATA, **keys):
+    studies = [read_study(write_study(folder, name, arms, **keys)) for name in data]
+    return verdict.decide([verdict.Evidence(study) for study in studies])
+
+
+def given(**effects):
+    """The arms, some of them with effects."""
+    return {arm: (role, effects.get(arm.replace("-", "_"), own)) for arm, (role, own) in NULL.items()}
+
+
+def test_a_clear_effect_is_a_yes(tmp_path):
+    first, second, third = answers(tmp_path, given(mae=CLEAR))
+    assert (first.answer, first.winner) == (verdict.YES, "mae")
+    assert second.answer == verdict.NO  # noise is far below masking
+    assert third.answer == verdict.YES  # and masking is above augmentation
+
+
+def test_noise_as_good_as_masking_is_a_yes_to_the_narrow_claim(tmp_path):
+    first, second, _ = answers(tmp_path, given(mae=CLEAR, noise=CLEAR))
+    assert first.answer == verdict.YES and (second.answer, second.winner) == (verdict.YES, "noise")
+
+
+def test_no_effect_is_a_no(tmp_path):
+    first, second, third = answers(tmp_path, given())
+    assert first.answer == second.answer == verdict.NO and third.answer == verdict.OPEN
+
+
+def test_an_effect_at_the_margin_is_inconclusive(tmp_path):
+    close = dict(CLEAR, LP=0.05)
+    first, _, third = answers(tmp_path, given(mae=close, noise=close))
+    assert first.answer == verdict.OPEN and third.answer == verdict.OPEN
+
+
+def test_augmentation_that_does_as_well_denies_the_third_claim(tmp_path):
+    first, _, third = answers(tmp_path, given(mae=CLEAR, supervised_noise=dict(FT10=0.3)))
+    assert first.answer == verdict.YES and third.answer == verdict.NO
+
+
+def test_the_opponent_is_the_better_of_two_by_held_out_images(tmp_path):
+    """Scratch at equal compute takes the whole gain away."""
+    first, _, _ = answers(tmp_path, given(mae=CLEAR, random=dict(long=0.25)))
+    assert first.answer == verdict.NO
+    tuned = [c for c in first.arms["mae"] if c.metric != "LP"]
+    assert {c.than for c in tuned} == {"scratch-long"} and {c.state(first.level) for c in tuned} == {"fails"}
+
+
+def test_it_must_be_the_same_arm_on_both_data_sets(tmp_path):
+    studies = [
+        read_study(write_study(tmp_path, data, arms))
+        for data, arms in zip(verdict.DATA, (given(mae=CLEAR), given(noise=CLEAR)), strict=True)
+    ]
+    assert verdict.decide([verdict.Evidence(study) for study in studies])[0].answer == verdict.NO
+
+
+@pytest.mark.parametrize(
+    ("keys", "lacking"),
+    [
+        (dict(data=verdict.DATA[:1]), None),
+        (dict(seeds=3), "5 seeds in common with random init (there are 3)"),
+        (dict(longer=False), "scratch and scratch-long"),
+    ],
+)
+def test_nothing_is_decided_before_all_is_measured(keys, lacking, tmp_path):
+    verdicts = answers(tmp_path, given(mae=CLEAR), **keys)
+    assert {v.answer for v in verdicts} == {verdict.LACKING}
+    assert lacking is None or lacking in {c.lacking for own in verdicts[0].arms.values() for c in own}
+
+
+def test_a_lacking_arm_is_named(tmp_path):
+    arms = {arm: what for arm, what in given(mae=CLEAR).items() if arm != "autoencoder"}
+    first = answers(tmp_path, arms)[0]
+    assert first.answer == verdict.LACKING
+    assert "autoencoder" in {c.lacking for c in first.arms["mae"]}
+
+
+def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, capsys):
+    studies = [str(write_study(tmp_path, data, given(mae=CLEAR))) for data in verdict.DATA]
+    monkeypatch.setattr(sys, "argv", ["verdict.py", *studies])
+    verdict.main()
+    said = capsys.readouterr().out
+    assert "H1: YES, by mae." in said and "H2: NO." in said and "H3: YES, by mae." in said
+    assert "ViT of width 192 and 12 blocks, 1e+15 FLOPs" in said and "Not measured" not in said
+    assert said.count("| fine-tuned, 10 % of the labels, over scratch") == 2 * (2 + 1)  # H1: two arms; H2: noise
+
+    monkeypatch.setattr(sys, "argv", ["verdict.py", studies[0]])
+    verdict.main()
+    assert "Not measured: tiny-imagenet-100: all of it" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["verdict.py", studies[0], studies[0]])
+    with pytest.raises(UserError, match="of the same images"):
+        verdict.main()
+
+
+def test_the_digits_decide_nothing(tmp_path):
+    study = read_study(write_study(tmp_path, "digits", given(mae=CLEAR), seeds=1))
+    with pytest.raises(UserError, match="No verdict is computed on digits"):
+        verdict.Evidence(study)
+
+
+def test_all_bounds_hold_together():
+    """Of studies whose true differences lie at the margins, at most one in twenty has any bound on the wrong side."""
+    rng = np.random.default_rng(0)
+    draws, m, seeds, n = 600, 8, 5, 200
+    level = 1 - verdict.ALPHA / m
+    wrong = 0
+    for _ in range(draws):
+        image = rng.normal(0, 0.3, (m, 1, n))
+        values = rng.normal(0, 0.02, (m, seeds, 1)) + image + rng.normal(0, 0.3, (m, seeds, n))
+        found = [intervals.interval(v) for v in values]
+        wrong += any(abs(e.mean) > e.half_width_at(level) for e in found)
+    assert wrong / draws <= 0.05
+    assert wrong > 0  # it is not so wide that it says nothing
