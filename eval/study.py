@@ -29,7 +29,7 @@ from eval.plans import EVALUATORS, LENGTHS, Plan
 from ssl_vit import data, errors, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.checkpoint import write as write_whole
-from ssl_vit.errors import UserError, say
+from ssl_vit.errors import UserError, nearest, say
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,8 @@ def main() -> int:
         metavar="NAME[,NAME]",
         help="only these of the plan's, e.g. linear_probe,knn: fine-tuning costs most",
     )
+    parser.add_argument("--arms", metavar="NAME[,NAME]", help="only these of the plan's")
+    parser.add_argument("--no-tuning", action="store_true", help="without trials: the recipes' settings, first knobs")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, and run none")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
@@ -256,6 +258,15 @@ def main() -> int:
             arm.seeds = None
     if plan.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("--seeds and --jobs are 1 or more.")
+    if args.arms:
+        for name in args.arms.split(","):
+            if name not in plan.arms:
+                raise UserError(
+                    f"{plan.name} has no arm {name!r}.{nearest(name, plan.arms)} Arms: {', '.join(plan.arms)}."
+                )
+        plan.arms = {name: arm for name, arm in plan.arms.items() if name in args.arms.split(",")}
+    if args.no_tuning:
+        plan.tuning = None
     if args.evaluators:
         wanted = args.evaluators.split(",")
         if set(wanted) - set(EVALUATORS):

@@ -223,6 +223,32 @@ def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch
     assert row["settings"]["lr"] == 2e-3 and "warning" not in capsys.readouterr().out
 
 
+def test_another_run_takes_the_rate_that_was_chosen_for_the_first(tune, tmp_path, monkeypatch):
+    rates = ["--lr", "2e-3", "1e-3", "4e-3", "--labels", "20"]
+    with pytest.raises(UserError, match="no choice to take"):
+        tune(*rates, "--lr-of", "runs/mae", backbones=("runs/random",))
+    seen = judged(monkeypatch, best=1e-3)
+    [first] = tune(*rates)
+    seen.clear()
+    [row] = tune(*rates, "--lr-of", "runs/mae", backbones=("runs/random",))
+    assert seen == [("the fixed 360", 1e-3, 360, 200)]  # nothing was tried again
+    assert {**row["settings"]} == first["settings"] and row["protocol"] == first["protocol"]
+    assert row["eval_flops"] < first["eval_flops"] / 2
+
+
+@pytest.mark.parametrize("length", [[], ["train.epochs=2"], ["train.flops=1e9"]])
+def test_scratch_at_equal_compute_is_trained_for_so_much_longer(length, tune, tmp_path):
+    extra = 2e9
+    [short] = tune("--labels", "20", *length)
+    rows = tune("--labels", "20", *length, "--extra-flops", "2e9")
+    [longer] = [row for row in rows if row["protocol"] != short["protocol"]]
+    assert longer["settings"]["extra_flops"] == extra and short["settings"]["extra_flops"] == 0
+    spent = [json.loads((p / "log.jsonl").read_text().splitlines()[-1])["flops"] for p in tuned(tmp_path / "runs/mae")]
+    step = spent[0] / yaml.safe_load((tuned(tmp_path / "runs/mae")[0] / "recipe.yaml").read_text())["train"]["steps"]
+    assert abs(spent[1] - spent[0] - extra) <= step and extra > 3 * step
+    assert longer["eval_flops"] - short["eval_flops"] == pytest.approx(spent[1] - spent[0])
+
+
 def test_held_out_images_are_none_of_those_trained_on():
     config = recipes.Data(subset=20, subset_seed=1, hold_out=True)
     fit, held_out, test = (data.load(config, role) for role in ("train", "held out", "report"))

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from test_loop import ROOT, TINY, environment
 
 from eval import features, knn, results
-from ssl_vit import data, neighbours
+from ssl_vit import data, neighbours, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -137,6 +137,23 @@ def test_bad_input_is_refused(arguments, said, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["knn.py", *arguments])
     with pytest.raises(UserError, match=said):
         knn.main()
+
+
+def test_settings_are_judged_on_images_that_were_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, hold_out in (("all", "false"), ("nine", "true")):
+        settings = [*TINY, *SMALL["mae"], "train.steps=1", f"data.hold_out={hold_out}"]
+        assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs" / name) == 0
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "runs/all", "--held-out"])
+    with pytest.raises(UserError, match="runs/all may have seen the held-out tenth"):
+        knn.main()
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "runs/nine", "--held-out"])
+    knn.main()
+    rows = results.read(tmp_path / "runs/nine")
+    left_out = data.load(recipes.Data(hold_out=True), "held out")
+    assert {(row["split"], row["n"], row["train_n"]) for row in rows} == {("held out of train", 142, 1437 - 142)}
+    with np.load(tmp_path / "runs/nine" / rows[0]["predictions"]) as stored:
+        assert np.array_equal(stored["true"], left_out.labels.numpy())
 
 
 def test_fewer_labels_are_rows_of_their_own(tmp_path, monkeypatch, capsys):

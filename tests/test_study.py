@@ -163,6 +163,21 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     assert [t["steps"] for t in said["arms"]["random"]["runs"]] == [0, 0]
 
 
+def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    knob = ["objective.ratio=0.5", "objective.ratio=0.75"]
+    arms = {a: dict(recipe=a, settings=[*TINY, "train.steps=3"], knob=knob) for a in ("mae", "simmim", "beit")}
+    write_plan(tmp_path, arms=arms, controls=[], tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
+    monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--dry-run", "--arms", "mae,beit", "--no-tuning"])
+    study.main()
+    commands = [line for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
+    assert [line.split("--recipe ")[1].split()[0] for line in commands] == ["mae", "beit"]
+    assert all("objective.ratio=0.5" in line and "hold_out" not in line for line in commands)  # the first of the knob
+    monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--arms", "simim"])
+    with pytest.raises(UserError, match="Did you mean 'simmim'"):
+        study.main()
+
+
 def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path):
     write_plan(tmp_path, budgets=["1e9", "2e9"], arms=dict(mae=dict(recipe="mae", settings=MAE[:-1])), controls=[])
     code, said = run(tmp_path, "--dry-run", "train.steps=3")
