@@ -83,6 +83,7 @@ class Features:
 
     arrays: dict[tuple[int, str], np.ndarray]
     flops_per_image: float
+    project: Callable[[np.ndarray], np.ndarray] = lambda values: values  # what was done to all of them, after pooling
 
     def poolings(self, block: int) -> dict[str, np.ndarray]:
         """{pooling: (n, D)} of one block; -1 is the last."""
@@ -129,8 +130,8 @@ def extract_both(
     bank, others = (extract(source, images, state, blocks) for images in (train, test))
     if source.name == "pixels-pca64":
         for key, values in bank.arrays.items():
-            project = pca(values)
-            bank.arrays[key], others.arrays[key] = project(values), project(others.arrays[key])
+            bank.project = others.project = pca(values)
+            bank.arrays[key], others.arrays[key] = bank.project(values), bank.project(others.arrays[key])
     return bank, others
 
 

@@ -16,6 +16,7 @@ compute of a pre-training, for a control from scratch at equal compute in all.
 Each training is a run of the loop in RUN/finetune/: the same command goes on where it was stopped.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -64,8 +65,8 @@ class Schedule:
     extra: float = 0.0
 
     @property
-    def protocol(self) -> str:
-        """Its name: "finetune", with a hash of what differs from the recipe, so that no two share it."""
+    def changed(self) -> dict:
+        """What differs from the recipe, by key."""
         base = pretrain.read("finetune", [], None).as_dict()
         recipe = pretrain.read("finetune", self.settings, None).as_dict()
         keys = [
@@ -78,7 +79,12 @@ class Schedule:
             changed["optim.lr"] = self.rates
         if self.extra:
             changed["extra_flops"] = self.extra
-        return f"finetune-{_hash(changed)}" if changed else "finetune"
+        return changed
+
+    @property
+    def protocol(self) -> str:
+        """Its name: "finetune", with a hash of what differs from the recipe, so that no two share it."""
+        return f"finetune-{_hash(self.changed)}" if self.changed else "finetune"
 
 
 def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) -> list[dict]:
@@ -108,7 +114,7 @@ def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) 
             protocol=schedule.protocol,
             pooling=dict(token="cls", avg="mean")[recipe.objective.pool],
             chosen="learning rate on a tenth of train" if schedule.rates else "last checkpoint",
-            settings=dict(lr=recipe.optim.lr, extra_flops=schedule.extra, **choice),
+            settings=dict(lr=recipe.optim.lr, changed=schedule.changed, **choice),
             value=float((predicted == truth).mean()),
             eval_flops=spent + results.describe_run(path, {})["train_flops"] + judging,
             seconds=round(time.perf_counter() - started, 3),
@@ -147,8 +153,7 @@ def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[floa
             f"{schedule.of} was not fine-tuned by this protocol with {keys['train_n']:,} labels, so there is no choice "
             "to take from it: fine-tune it first, or leave --lr-of out."
         )
-    settings = rows[0]["settings"]
-    return settings["lr"], {key: settings[key] for key in ("tried", "validation", "at_the_edge")}
+    return rows[0]["settings"]["lr"], dict(lr_of=str(schedule.of))
 
 
 def choose(
@@ -169,7 +174,8 @@ def choose(
     edge = best in (rates[0], rates[-1])
     if edge:
         say(f"warning: lr {best:g} is the best, at the edge of the grid: pass --lr further out.")
-    return best, dict(tried=len(rates), validation=max(accuracies), at_the_edge=edge), total
+    tried = {f"{rate:g}": accuracy for rate, accuracy in zip(rates, accuracies, strict=True)}
+    return best, dict(tried=tried, validation=max(accuracies), at_the_edge=edge), total
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
@@ -259,7 +265,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse(words: list[str]) -> tuple[argparse.Namespace, Schedule]:
+    """The command line. Raises UserError for settings that are wrong, or not the user's here."""
     parser = inputs.parser(__doc__)
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
@@ -268,8 +275,8 @@ def main() -> None:
     parser.add_argument("--extra-flops", type=float, default=0.0, metavar="F", help="train for so many FLOPs more")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of recipes/finetune.yaml")
     # settings may stand anywhere, also behind an option that takes several values
-    settings = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
-    args = parser.parse_args([a for a in sys.argv[1:] if a not in settings] + ["--", *settings])
+    settings = [a for a in words if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
+    args = parser.parse_args([a for a in words if a not in settings] + ["--", *settings])
     for key in (text.partition("=")[0] for text in settings):
         if key in ELSEWHERE:
             raise UserError(f"{key} cannot be set here: {ELSEWHERE[key]}.")
@@ -279,16 +286,22 @@ def main() -> None:
     settings += [f"runtime.threads={args.threads}"] if args.threads else []
     if len(rates) == 1:
         settings, rates = [*settings, f"optim.lr={rates[0]}"], []
-    given = pretrain.read("finetune", settings, None).data  # checked before anything loads
+    if args.lr_of and not rates:
+        raise UserError("--lr-of takes what was chosen of several --lr: give those too, or leave it out.")
     if not 0 <= args.extra_flops < float("inf"):
         raise UserError(f"--extra-flops must be 0 or more, not {args.extra_flops:g}.")
-    schedule = Schedule(settings, rates, args.lr_of, args.extra_flops)
+    pretrain.read("finetune", settings, None)
+    return args, Schedule(settings, rates, args.lr_of, args.extra_flops)
 
+
+def main() -> None:
+    args, schedule = parse(sys.argv[1:])
     asked = inputs.Inputs(args)
     for source in asked.sources:
         if source.backbone is None:
             raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
-    facts = [text.partition("=")[0].removeprefix("data.") for text in settings if text.startswith("data.")]
+    given = pretrain.read("finetune", schedule.settings, None).data
+    facts = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
     asked.config = dataclasses.replace(asked.config, **{fact: getattr(given, fact) for fact in facts})
     rows = [row for source in asked.sources for row in evaluate(source, asked, schedule)]
     inputs.announce(rows)

@@ -22,6 +22,7 @@ import yaml
 
 from eval import intervals, plots, results
 from ssl_vit.errors import UserError
+from ssl_vit.recipe import short
 
 PRIMARY = "knn-k20"
 MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune")  # protocols, after the primary
@@ -116,6 +117,7 @@ class Group:
     label: str = ""
     family: str = ""  # the label without what concerns the budget
     role: str = ""  # of a study's arm (eval/plans.py)
+    lesser: bool = False  # whether the study has it with a larger budget too, which is the one that counts
     colour: int | None = None
 
     @property
@@ -195,9 +197,7 @@ class Test:
     @functools.cached_property
     def labels(self) -> float | str:
         """The largest part of the labels that was used: 1.0 is all."""
-        found = {column.labels for column in self.frames}
-        shares = [part for part in found if not isinstance(part, str)]
-        return max(shares) if shares else max(found, key=lambda part: int(part.split()[0]))
+        return most({column.labels for column in self.frames})
 
     def whole(self, column: Column) -> bool:
         """Whether it is of the last blocks, or of the whole model, with the most labels."""
@@ -219,6 +219,12 @@ class Test:
 
     def in_column(self, column: Column) -> dict[Group, Frame]:
         return {g: frame for g in self.groups if (frame := self.frame(g, column)) is not None}
+
+
+def most(parts: set[float | str]) -> float | str:
+    """The largest of label_fractions: a share is more than so many per class."""
+    shares = [part for part in parts if not isinstance(part, str)]
+    return max(shares) if shares else max(parts, key=lambda part: int(part.split()[0]))
 
 
 def _alike(pixels: Column, column: Column) -> bool:
@@ -243,19 +249,25 @@ class Study:
 
     folder: Path
     said: dict
-    runs: list[Run]
     groups: list[Group]
     tests: list[Test]
 
     @property
-    def budget(self) -> float | None:
-        """The largest of its budgets, in FLOPs; None: each recipe has its own."""
-        return max((t["budget"] or 0.0 for arm in self.said["arms"].values() for t in arm["runs"]), default=0.0) or None
+    def budgets(self) -> list[float]:
+        """In FLOPs, rising; [] if each recipe has its own."""
+        found = {t["budget"] for arm in self.said["arms"].values() for t in arm["runs"]} - {None}
+        return sorted(found)
 
-    def group(self, arm: str) -> Group | None:
-        """The runs of an arm, with the largest budget; None if they were not evaluated."""
+    @property
+    def test(self) -> Test | None:
+        """The figures on the report split of its own images, if there are any."""
+        mine = [t for t in self.tests if short(t.data) == self.said["data"] and not t.split.startswith("held out")]
+        return mine[0] if mine else None
+
+    def group(self, arm: str, budget: float | None) -> Group | None:
+        """The runs of an arm with this budget, or if it is not trained with any; None if they were not evaluated."""
         runs = self.said["arms"].get(arm, {}).get("runs", [])
-        folders = {Path(t["run"]) for t in runs if t["budget"] in (None, self.budget) or t["steps"] == 0}
+        folders = {Path(t["run"]) for t in runs if t["budget"] == budget or t["steps"] == 0}
         return next((g for g in self.groups if g.runs[0].folder in folders), None)
 
 
@@ -265,12 +277,20 @@ def read_study(folder: Path) -> Study:
     if not file.exists():
         raise UserError(f"{folder} is no study: {file} is missing. `python eval/study.py PLAN` writes it.")
     said = json.loads(file.read_text())
-    places = [t["run"] for arm in said["arms"].values() for t in arm["runs"]] + list(said["controls"].values())
+    root = folder.parent.parent  # where the study was started
+    for arm in said["arms"].values():
+        for training in arm["runs"]:
+            training["run"] = str(root / training["run"])
+    places = [t["run"] for arm in said["arms"].values() for t in arm["runs"]]
+    places += [root / place for place in said["controls"].values()]
     runs = [read_run(Path(place)) for place in places if results.read(Path(place))]
     if not runs:
-        raise UserError(f"Nothing of {folder} was evaluated yet: start `python eval/study.py {said['plan']}` again.")
+        raise UserError(
+            f"None of the runs of {folder} was evaluated, or they are not beside it: start `python eval/study.py "
+            f"{said['plan']}` again."
+        )
     groups = group_runs(runs, said["arms"])
-    return Study(folder, said, runs, groups, read_tests(groups))
+    return Study(folder, said, groups, read_tests(groups))
 
 
 def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Group]:
@@ -292,16 +312,19 @@ def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Gro
     _name(groups)
     _name(groups, BUDGET)
     for name, arm in (arms or {}).items():
-        several = len({training["budget"] for training in arm["runs"]}) > 1
+        budgets = {training["budget"] for training in arm["runs"]}
         for training in arm["runs"]:
             for group in groups:
                 if group.runs[0].folder == Path(training["run"]):
                     group.role = arm["role"]
                     if group.recipe != "random":
-                        group.family = name
-                        group.label = f"{name} ({plots.number(training['budget'])} FLOPs)" if several else name
-    for number, group in enumerate(g for g in sorted(groups, key=lambda g: g.label) if not g.control):
-        group.colour = number
+                        group.family = group.label = name
+                        group.lesser = len(budgets) > 1 and training["budget"] < max(budgets)
+                        group.label += f" ({plots.number(training['budget'])} FLOPs)" if len(budgets) > 1 else ""
+    families = sorted({group.family if arms else group.label for group in groups if not group.control})
+    for group in groups:
+        if not group.control:
+            group.colour = families.index(group.family if arms else group.label)
     return groups
 
 
@@ -398,5 +421,5 @@ def _answers(run: Run, row: dict) -> dict[str, np.ndarray]:
 
 
 def ranked(frames: dict[Group, Frame], controls: bool) -> list[Group]:
-    """The controls, or the others, the best first."""
-    return sorted((g for g in frames if g.control == controls), key=lambda g: -frames[g].estimate.mean)
+    """The controls, or the others, the best first; of a study only with the largest budget."""
+    return sorted((g for g in frames if g.control == controls and not g.lesser), key=lambda g: -frames[g].estimate.mean)

@@ -69,6 +69,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
             job.process.terminate()
         for job in running:
             job.process.wait()
+        write_whole(folder / "progress.txt", progress(jobs, [], times, at_once))
         say("\nStopped. The same command goes on from there.")
         sys.exit(128 + number)
 

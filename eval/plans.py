@@ -18,7 +18,7 @@ from ssl_vit.errors import UserError, nearest
 
 PLANS = recipes.RECIPES / "study"
 EVALUATORS = ("linear_probe", "knn", "finetune", "robustness", "difficulty")
-LENGTHS = ("train.flops=", "train.steps=", "train.epochs=")
+JUDGES = ("linear_probe", "knn")  # of trials: those that can judge on held-out images
 # what an arm is to the verdict (eval/verdict.py); control: shown among the controls
 ROLES = ("", "noise", "masking", "other", "autoencoder", "augmentation", "scratch", "control")
 
@@ -42,7 +42,7 @@ class Arm:
 class Tuning:
     """Trials of every trained arm, at seed 0: each factor of its learning rate × each of its knob's settings.
 
-    They train on nine tenths of the images, and `judge`, an evaluator, judges them on the last tenth.
+    They train on nine tenths of the images, and `judge`, an evaluator with its arguments, on the last tenth.
     """
 
     flops: float
@@ -72,10 +72,32 @@ class Plan:
         return self.arms[arm].seeds or self.seeds
 
     def evaluators_of(self, arm: str) -> list[list[str]]:
+        lines = self._lines(arm)
+        return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
+
+    def spend(self, settings: list[str]) -> list[str]:
+        """Take a length given on the command line instead of the budgets; returns the other settings.
+
+        Trials keep their share of the largest budget. Raises UserError if the plan needs a budget in FLOPs.
+        """
+        lengths = [text for text in settings if text.startswith(("train.flops=", "train.steps=", "train.epochs="))]
+        if not lengths or not self.budgets:
+            return settings
+        key, _, value = lengths[-1].partition("=")
+        if key == "train.flops":
+            flops = _number(value, "train.flops", Path("the command line"))
+            if self.tuning:
+                self.tuning.flops *= flops / max(self.budgets)
+            self.budgets = [flops]
+            return [text for text in settings if text not in lengths]
+        if self.tuning or any("budget" in line for arm in self.arms for line in self._lines(arm)):
+            raise UserError(f"{self.name} compares at equal compute: give train.flops instead of {key}.")
+        self.budgets = []
+        return settings
+
+    def _lines(self, arm: str) -> list[list[str]]:
         own = self.arms[arm].evaluators
-        lines = self.evaluators if own is None else own
-        most = f"{max(self.budgets):g}" if self.budgets else ""
-        return [[most if word == "budget" and most else word for word in line] for line in lines]
+        return self.evaluators if own is None else own
 
 
 def read(name: str) -> Plan:
@@ -90,11 +112,7 @@ def read(name: str) -> Plan:
         keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")
         raise UserError(f"{path} is no plan ({' '.join(str(error).split())}): it has the keys {keys}.") from None
     kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list, budgets=list, decides=bool)
-    for key, kind in kinds.items():
-        if not isinstance(getattr(plan, key), kind) or (key == "arms" and not plan.arms):
-            raise UserError(
-                f"{key} of {path} is no {kind.__name__}, or empty: recipes/study/compare.yaml shows how it is."
-            )
+    _check(plan, kinds, str(path))
     plan.arms = {name: _arm(name, what, path) for name, what in plan.arms.items()}
     plan.evaluators = _evaluators(plan.evaluators, path)
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
@@ -110,11 +128,28 @@ def _arm(name: str, what: dict, path: Path) -> Arm:
         raise UserError(
             f"Arm {name!r} of {path} must name a recipe, and may have {keys}: {{recipe: mae, settings: […]}}."
         ) from None
+    where = f"arm {name!r} of {path}"
+    _check(arm, dict(recipe=str, settings=list, role=str, knob=list), where)
+    if arm.seeds is not None:
+        _check(arm, dict(seeds=int), where)
     if arm.role not in ROLES:
         raise UserError(f"The role of arm {name!r} of {path} must be one of {', '.join(filter(None, ROLES))}.")
     if arm.evaluators is not None:
+        _check(arm, dict(evaluators=list), where)
         arm.evaluators = _evaluators(arm.evaluators, path)
     return arm
+
+
+def _check(what, kinds: dict[str, type], where: str) -> None:
+    """Raises UserError if a field is not of its kind: an empty `arms`, a number below 1, a list of other than words."""
+    for key, kind in kinds.items():
+        value = getattr(what, key)
+        wrong = not isinstance(value, kind) or (kind is dict and not value) or (kind is int and value < 1)
+        words = key in ("settings", "controls", "knob")
+        if wrong or (words and not all(isinstance(word, str) for word in value)):
+            kinds_in_words = {dict: "names with settings", list: "a list", int: "a whole number from 1", str: "a word"}
+            expected = "a list of words, such as [key=value]" if words else kinds_in_words.get(kind, "true or false")
+            raise UserError(f"{key} of {where} must be {expected}, not {value!r}: see recipes/study/compare.yaml.")
 
 
 def _evaluators(lines: list, path: Path) -> list[list[str]]:
@@ -127,12 +162,15 @@ def _evaluators(lines: list, path: Path) -> list[list[str]]:
 def _tuning(what: dict, path: Path) -> Tuning:
     try:
         tuning = Tuning(**what)
-        tuning.flops = _number(tuning.flops, "tuning.flops", path)
-        tuning.factors = [_number(value, "tuning.factors", path) for value in tuning.factors]
-        [tuning.judge] = _evaluators([tuning.judge], path)
     except TypeError:
         keys = ", ".join(f.name for f in dataclasses.fields(Tuning))
         raise UserError(f"tuning of {path} must have the keys {keys}, and no others.") from None
+    _check(tuning, dict(factors=list), f"tuning of {path}")
+    tuning.flops = _number(tuning.flops, "tuning.flops", path)
+    tuning.factors = [_number(value, "tuning.factors", path) for value in tuning.factors]
+    [tuning.judge] = _evaluators([tuning.judge], path)
+    if tuning.judge[0] not in JUDGES:
+        raise UserError(f"tuning.judge of {path} must be {' or '.join(JUDGES)}: those can judge on held-out images.")
     return tuning
 
 

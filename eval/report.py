@@ -102,7 +102,8 @@ def report(
         blocks += summary(test)
     blocks += mixed(runs)
     if study and study.said["decides"] and study.said["data"] in verdict.DATA:
-        blocks += verdict.blocks([study])
+        blocks += verdict.blocks(verdict.collect([study]))
+    blocks += sections.primary(study) if study else []
     mains = []
     for test in tests:
         of = f": {test.data} ({test.split})" if len(tests) > 1 else ""
@@ -111,7 +112,7 @@ def report(
             blocks += [Heading(f"Accuracy{of}"), charts.at_a_glance(test), mains[-1]]
         blocks += details(test) + comparisons(test, of)
         blocks += charts.compute(test, of) + charts.label_efficiency(test, of) + charts.by_block(test, of)
-        blocks += sections.robustness(test, of)
+        blocks += sections.robustness(test, of) + sections.rates(test)
     blocks += sections.difficulty(groups) + (sections.trials(study) if study else [])
     blocks += charts.curves(groups) + gallery(groups) + provenance(runs, tests, command)
     what = f"{recipes} recipe{'s' * (recipes > 1)} compared" if recipes else "Controls"
@@ -327,6 +328,12 @@ def provenance(runs: list[Run], tests: list[Test], command: str) -> list[Block]:
     # the longest name that a protocol begins with defines it
     used = {max((start for start in DEFINITIONS if p.startswith(start)), key=len, default=None) for p in protocols}
     definitions = [(_defined(start), words) for start, words in DEFINITIONS.items() if start in used]
+    for test in tests:
+        for column in test.columns(lambda c: c.finetunes):
+            row = next(iter(test.frames[column].values())).rows[0]
+            changed = ", ".join(f"{key}={value}" for key, value in row.get("settings", {}).get("changed", {}).items())
+            definitions += [(column.evaluator, f"The recipe finetune with {changed}.")] if changed else []
+    definitions = list(dict.fromkeys(definitions))
     made: dict[tuple, set[str]] = {}
     for run in runs:
         for row in run.rows:

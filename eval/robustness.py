@@ -92,33 +92,25 @@ def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tup
     source, state, images = probe.source, probe.state, probe.test
     kinds = [kind for _, kind in common_corruptions.kinds(images.channels)]
     plan = [(kind, severity) for kind in kinds for severity in common_corruptions.SEVERITIES]
-    project = _projection(probe)
     size = features.view_size(source, images)
     mine = torch.from_numpy(np.array_split(np.arange(len(images)), state.num_processes)[state.process_index])
     views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
     answers: list[list[np.ndarray]] = []  # of each batch: corruption by corruption, predictor by predictor
-    description = f"robustness of {source.name}"
+    description, at = f"robustness of {source.name}", 0
     with tqdm(desc=description, total=len(mine), leave=False, disable=not state.is_main_process) as bar:
         for view in views:
-            index = mine[bar.n : bar.n + len(view)]
+            index = mine[at : at + len(view)]
+            at += len(view)
             answers.append([])
             for kind, severity in plan:
                 spoiled = common_corruptions.corrupt(view, kind, severity, index)
                 pooled = features.pool(source, spoiled, probe.blocks)
-                arrays = {key: project(values.float().cpu().numpy()) for key, values in pooled.items()}
+                arrays = {key: probe.queries.project(values.float().cpu().numpy()) for key, values in pooled.items()}
                 answers[-1] += [predict(features.Features(arrays, 0.0)) for predict in predictors]
             bar.update(len(view))
     count, batches = len(predictors), gather_object(answers)
     joined = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
     return {key: joined[i * count : (i + 1) * count] for i, key in enumerate(plan)}
-
-
-def _projection(probe: linear_probe.Probe) -> Callable[[np.ndarray], np.ndarray]:
-    """What becomes of features (m, D) before the head sees them."""
-    if probe.source.name != "pixels-pca64":
-        return lambda values: values
-    [raw] = features.extract(probe.source, probe.train, probe.state).arrays.values()
-    return features.pca(raw)
 
 
 def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep]) -> list[dict]:

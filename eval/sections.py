@@ -5,12 +5,61 @@ from dataclasses import replace
 
 import numpy as np
 
-from eval import charts
-from eval.frames import Column, Frame, Group, Study, Test
+from eval import charts, plots
+from eval.frames import Column, Frame, Group, Study, Test, most
 from eval.pages import Block, Cell, Folded, Heading, Table, Text
 from eval.words import labels_in_words, named, percent, with_interval
 
 FAMILIES = dict(noise="noise", blur="blur", other="others")
+
+
+def primary(study: Study) -> list[Block]:
+    """The metrics that a study decides by, for each arm, with what is trained from scratch for as long beside it."""
+    test = study.test
+    if test is None:
+        return []
+    budget = study.budgets[-1] if study.budgets else None
+    parts: dict[bool, list] = {False: [], True: []}
+    used: list[Frame] = []
+    for arm, said in study.said["arms"].items():
+        group = study.group(arm, budget)
+        if group is None:
+            continue
+        lines: dict[str, list[Frame | None]] = {}
+        for place, part in enumerate((0.1, 1.0)):
+            for what in said["finetuned"]:
+                columns = [c for c in test.frames if (c.protocol, c.labels) == (what["protocol"], part)]
+                frame = next((f for c in columns if (f := test.frames[c].get(group))), None)
+                if frame:
+                    lines.setdefault(_schedule(what["changed"], group.recipe == "random"), [None] * 3)[place] = frame
+        linear = test.frames.get(Column("linear-sweep", "chosen", -1, test.labels), {}).get(group)
+        if linear:
+            first = group.label if group.recipe == "random" else next(iter(lines), "")
+            lines.setdefault(first, [None] * 3)[2] = linear
+        for name, frames in sorted(lines.items(), key=lambda line: line[1][2] is None):
+            label = f"{group.family} ({name})" if name and group.recipe != "random" else name or group.family
+            cells = [Cell(with_interval(f.estimate)) if f else Cell() for f in frames]
+            parts[group.control].append((named(label, f"{len(group.runs)} seeds"), cells))
+            used += filter(None, frames)
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    if not any(cell.text for _, rows in filled for _, cells in rows for cell in cells):
+        return []
+    head = [("", ["fine-tuned, 10 % of the labels", "fine-tuned, all", f"linear, {labels_in_words(test.labels)}"])]
+    at = f" after {plots.number(budget)} FLOPs of pre-training" if budget else ""
+    caption = (
+        f"Accuracy in % ± half-width of the 95 % interval{at}. From scratch is the random initialisation, fine-tuned "
+        "alike; with the compute of pre-training on top it is trained for so many FLOPs more."
+    )
+    return [Heading("The arms"), Table(head, filled, caption, charts.sources_of(used))]
+
+
+def _schedule(changed: dict, scratch: bool) -> str:
+    """What sets a fine-tuning apart from others of its arm, in words."""
+    words = ["from scratch"] if scratch else []
+    words += ["with the compute of pre-training on top"] if "extra_flops" in changed else []
+    words += [f"drop path {changed['backbone.drop_path']:g}"] if "backbone.drop_path" in changed else []
+    rate = changed.get("optim.lr")
+    return ", ".join(words + ([f"rate {rate:g}"] if isinstance(rate, float) else []))
 
 
 def robustness(test: Test, of: str) -> list[Block]:
@@ -18,7 +67,7 @@ def robustness(test: Test, of: str) -> list[Block]:
     every = [c for c in test.frames if c.corrupted]
     if not every:
         return []
-    columns = [c for c in every if c.labels == max((c.labels for c in every), key=str)]
+    columns = [c for c in every if c.labels == most({c.labels for c in every})]
     kinds: dict[str, dict[str, list[Column]]] = {family: {} for family in FAMILIES}
     for column in columns:
         said = next(iter(test.frames[column].values())).rows[0]["settings"]
@@ -99,3 +148,20 @@ def trials(study: Study) -> list[Block]:
     )
     table = Table([("", ["accuracy, %"])], parts, "On held-out training images.")
     return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]
+
+
+def rates(test: Test) -> list[Block]:
+    """What each learning rate of fine-tuning reached on held-out training images, where one was chosen."""
+    lines = []
+    for column in test.columns(lambda c: c.finetunes):
+        for group, frame in test.frames[column].items():
+            for row in frame.rows:
+                tried = row.get("settings", {}).get("tried", {})
+                if tried:
+                    words = ", ".join(f"{rate}: {percent(accuracy)}" for rate, accuracy in tried.items())
+                    about = f"{group.label_in(column)} ({column.evaluator}, {labels_in_words(column.labels)})"
+                    lines.append((named(about, f"seed {row['seed']}"), [Cell(words)]))
+    if not lines:
+        return []
+    caption = "Accuracy in % on a tenth of the labelled training images, by learning rate; the best was taken."
+    return [Folded("Fine-tuning's learning rates", [Table([("", ["on held-out images"])], [("", lines)], caption)])]

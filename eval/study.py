@@ -12,6 +12,7 @@ runs/PLAN-DATA/progress.txt tells. A key=value goes to the pre-training of every
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import shlex
@@ -23,9 +24,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from eval import features, plans, results
+from eval import features, finetune, inputs, plans, results
 from eval.jobs import ROOT, Job, work
-from eval.plans import EVALUATORS, LENGTHS, Plan
+from eval.plans import EVALUATORS, Plan
 from ssl_vit import data, errors, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.checkpoint import write as write_whole
@@ -41,15 +42,18 @@ class Training:
     settings: tuple[str, ...]
     run: Path
     steps: int | None  # 0: it holds the random initialisation
+    identity: str  # of what its settings come to, however they are written
     accuracy: float | None = None  # of a trial, on held-out training images
 
 
 class Study:
     """A plan on certain images. Raises UserError if a recipe refuses its settings, or a run of that name is another."""
 
-    def __init__(self, plan: Plan, images: str | None, settings: list[str], threads: int):
+    def __init__(self, plan: Plan, images: str | None, settings: list[str], given: list[str], threads: int):
+        """given: all that the command line changes of the plan, after which the study's folder is named."""
         self.plan, self.images, self.settings, self.threads = plan, images, settings, threads
-        self.folder = Path("runs") / f"{plan.name}-{recipes.short(images or 'digits')}"
+        own = [f"-{_hash(sorted(given))[:6]}"] if given else []  # as in the names of runs
+        self.folder = Path("runs") / "".join([f"{plan.name}-{recipes.short(images or 'digits')}", *own])
         self.trials = self._trials() if plan.tuning else {}
         self.trainings = self._trainings({})  # all is checked before anything runs
 
@@ -60,7 +64,8 @@ class Study:
         run = Path("runs") / recipe.run_name()
         refuse_other(run, recipe)
         steps = recipe.train.steps if recipe.train.flops is None else None
-        return Training(arm, budget, tuple(own), run, steps)
+        identity = {key: value for key, value in recipe.as_dict().items() if key not in recipes.MAY_CHANGE}
+        return Training(arm, budget, tuple(own), run, steps, _hash(identity))
 
     def _trials(self) -> dict[str, list[Training]]:
         """The trials of each arm that is trained."""
@@ -96,9 +101,15 @@ class Study:
         return chosen
 
     def _judged(self, run: Path) -> float | None:
-        """What a trial reached on the held-out images, by the primary row of the judge."""
-        rows = [row for row in results.read(run) if row["split"].startswith("held out")]
-        rows = [row for row in rows if row["pooling"] == "chosen"] or rows
+        """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
+        name, *arguments = self.plan.tuning.judge
+        primary = (
+            dict(protocol="linear-sweep", pooling="chosen") if name == "linear_probe" else dict(protocol="knn-k20")
+        )
+        parts = arguments[arguments.index("--labels") + 1 :] if "--labels" in arguments else ["all"]
+        labels = inputs.describe_part(inputs.part(parts[-1] if "--" not in "".join(parts) else parts[0]))
+        wanted = (primary | dict(label_fraction=labels)).items()
+        rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted <= r.items()]
         return rows[0]["value"] if rows else None
 
     def _trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
@@ -110,9 +121,9 @@ class Study:
                         continue
                     own = chosen.get(arm, self.plan.arms[arm].knob[:1])
                     training = self._training(arm, budget, [*own, f"train.seed={seed}"])
-                    same = [other.arm for other in found if other.run == training.run]
+                    same = [other.arm for other in found if other.identity == training.identity]
                     if same and same != [arm]:
-                        raise UserError(f"Arm {arm!r} is the same as another: both would be {training.run}.")
+                        raise UserError(f"Arm {arm!r} is the same as {same[0]!r}: leave one of them out.")
                     if not same:  # what is not trained is the same with every budget
                         found.append(training)
         return found
@@ -139,7 +150,8 @@ class Study:
         found: list[Job] = []
         first: dict[tuple, tuple[Job, Path]] = {}  # of each arm and budget, by evaluator: the job of its first seed
         for training in self.trainings:
-            job = self._pretraining(training, f"pre-training {training.arm}")
+            budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
+            job = self._pretraining(training, f"pre-training {training.arm}{budget}")
             found.append(job)
             after = job
             for number, line in enumerate(self.plan.evaluators_of(training.arm)):
@@ -147,7 +159,7 @@ class Study:
                 needs, more = [job], []
                 if line[0] == "difficulty" and (key in first or training.steps == 0):
                     continue  # all seeds have the same task
-                if line[0] == "finetune" and "--lr" in line and key in first:  # the rate is chosen at the first seed
+                if line[0] == "finetune" and key in first and schedule_of(line)[1].rates:  # chosen at the first seed
                     needs, more = [job, first[key][0]], ["--lr-of", str(first[key][1])]
                 after = self._evaluation(str(training.run), training.run, line, more, needs, after, number)
                 first.setdefault(key, (after, training.run))
@@ -184,15 +196,17 @@ class Study:
         named = [backbone] if name == "difficulty" else ["--backbone", backbone]  # that one asks for no weights
         command = [script("eval", name), *more, "--threads", str(self.threads), *named, *arguments]
         mark = rows / "done" / f"{_hash([name, *more, *arguments])}.json"
-        return Job(f"{rows.name} {name}-{number}", f"{name}-{number}", [sys.executable, *command], mark, needs, after)
+        kind = f"{name}-{number}" + (" (rate known)" if "--lr-of" in more else "")
+        return Job(f"{rows.name} {name}-{number}", kind, [sys.executable, *command], mark, needs, after)
 
     def describe(self) -> None:
         """Write study.json: what is run, for the report and the verdict."""
         arms: dict[str, dict] = {}
         for training in self.trainings:
             arm = self.plan.arms[training.arm]
-            entry = arms.setdefault(training.arm, dict(recipe=arm.recipe, role=arm.role, runs=[]))
-            entry["runs"].append(_plain(training))
+            tuned = [line for line in self.plan.evaluators_of(training.arm) if line[0] == "finetune"]
+            entry = dict(recipe=arm.recipe, role=arm.role, finetuned=[_finetuned(line) for line in tuned], runs=[])
+            arms.setdefault(training.arm, entry)["runs"].append(_plain(training))
         said = dict(
             plan=self.plan.name,
             data=recipes.short(self.images or "digits"),
@@ -223,6 +237,18 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
         )
 
 
+def schedule_of(line: list[str]) -> tuple[argparse.Namespace, finetune.Schedule]:
+    """What a plan's line of the evaluator finetune asks for."""
+    return finetune.parse(["--backbone", "RUN", *line[1:]])
+
+
+def _finetuned(line: list[str]) -> dict:
+    """The rows that this line makes: protocol and label_fraction, and what is changed of the recipe."""
+    args, schedule = schedule_of(line)
+    labels = [inputs.describe_part(part) for part in args.labels]
+    return dict(protocol=schedule.protocol, labels=labels, changed=schedule.changed)
+
+
 def script(folder: str, name: str) -> str:
     return str(ROOT / folder / f"{name}.py")
 
@@ -248,6 +274,9 @@ def main() -> int:
     )
     parser.add_argument("--arms", metavar="NAME[,NAME]", help="only these of the plan's")
     parser.add_argument("--no-tuning", action="store_true", help="without trials: the recipes' settings, first knobs")
+    parser.add_argument(
+        "--accept-failed", action="store_true", help="go on when trials have failed: they are not chosen"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, and run none")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
@@ -277,10 +306,12 @@ def main() -> int:
             owner.evaluators = [line for line in owner.evaluators if line[0] in wanted]
     if any(text.startswith("data.name=") for text in [*plan.settings, *args.settings]):
         raise UserError("Name the images with --data.")
-    if any(text.startswith(LENGTHS) for text in args.settings):
-        plan.budgets = []
+    if plan.decides and args.data is None:
+        raise UserError(f"{plan.name} is no plan for the digits: name images with --data, such as --data cifar10.")
+    given = args.settings
+    settings = plan.spend(given)
     at_once = args.jobs or torch.cuda.device_count() or data.cores()
-    study = Study(plan, args.data, args.settings, threads=max(1, data.cores() // at_once))
+    study = Study(plan, args.data, settings, given, threads=max(1, data.cores() // at_once))
 
     trials = study.trial_jobs()
     if args.dry_run:
@@ -291,22 +322,37 @@ def main() -> int:
         for job in left:
             print(shlex.join(job.command))
         return 0
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with open(study.folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{study.folder} is being worked on by another process: wait for it, or stop it.") from None
+        return run(study, trials, at_once, args.accept_failed)
+
+
+def run(study: Study, trials: list[Job], at_once: int, accept_failed: bool) -> int:
+    """Do what is left, and write the report. Returns the exit code."""
     failed = work(trials, at_once, study.folder) if trials else []
+    if failed and not accept_failed:
+        say(
+            f"{len(failed)} of {len(trials)} jobs of the trials failed. Mend what is said above and start it again, or "
+            "pass --accept-failed to choose among the others."
+        )
+        return 1
     for arm, settings in study.choose().items():
         say(f"Chosen for {arm}: {' '.join(settings)}")
     study.describe()
     everything = study.jobs()
-    failed += work(everything, at_once, study.folder)
-    runs = [training.run for training in study.trainings] + list(study.controls().values())
-    if any((run / "results.jsonl").exists() for run in runs):
+    failed = work(everything, at_once, study.folder)
+    folders = [training.run for training in study.trainings] + list(study.controls().values())
+    code = 1 if failed else 0
+    if any((folder / "results.jsonl").exists() for folder in folders):
         report = [script("eval", "report"), "--study", str(study.folder), "--output", str(study.folder / "report")]
-        subprocess.run([sys.executable, *report], check=not failed)
+        code = subprocess.run([sys.executable, *report], check=False).returncode or code
     if failed:
-        say(
-            f"{len(failed)} of {len(trials) + len(everything)} jobs failed. "
-            "Mend what is said above, then start it again."
-        )
-    return 1 if failed else 0
+        say(f"{len(failed)} of {len(everything)} jobs failed. Mend what is said above, then start it again.")
+    return code
 
 
 if __name__ == "__main__":

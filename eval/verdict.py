@@ -9,13 +9,13 @@ nothing, and are refused.
 import argparse
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from eval import intervals
-from eval.frames import Column, Frame, Group, Study, Test, read_study
+from eval.frames import Column, Frame, Study, read_study
 from eval.pages import Block, Cell, Heading, Table, Text, markdown
 from ssl_vit import errors
 from ssl_vit.errors import UserError
@@ -65,72 +65,68 @@ class Condition:
 @dataclass
 class Verdict:
     """answer: one of YES, NO, OPEN, LACKING. level: of each bound, so that all hold together; arms: the conditions of
-    each arm judged; winner: the arm of a YES."""
+    each arm judged; winners: the arms of a YES."""
 
     claim: str
     answer: str
     level: float
     arms: dict[str, list[Condition]]
-    winner: str | None = None
+    winners: list[str] = field(default_factory=list)
 
 
 class Evidence:
-    """What a study measured on one data set, as the rule asks for it."""
+    """What a study measured with one budget, as the rule asks for it: by the plan's own protocols alone."""
 
-    def __init__(self, study: Study):
-        self.study = study
+    def __init__(self, study: Study, budget: float | None):
+        self.study, self.budget = study, budget
         self.data = study.said["data"]
-        if self.data not in DATA:
-            raise UserError(f"No verdict is computed on {self.data}: what decides is {' and '.join(DATA)}.")
-
-    @functools.cached_property
-    def test(self) -> Test:
-        return next(test for test in self.study.tests if not test.split.startswith("held out"))
 
     def arms(self, *roles: str) -> list[str]:
         return [name for name, arm in self.study.said["arms"].items() if arm["role"] in roles]
 
     def frame(self, arm: str, metric: str) -> Frame | None:
         """What an arm reached by a metric."""
-        group = self.study.group(arm)
-        return None if group is None else next(iter(self._frames(group, metric)), None)
+        return self.linear(arm) if metric == "LP" else next(iter(self.tuned(arm, metric).values()), None)
 
-    def _frames(self, group: Group, metric: str) -> list[Frame]:
-        """Of fine-tuning, one for each schedule."""
-        if metric == "LP":
-            columns = [LINEAR]
-        else:
-            columns = [c for c in self.test.frames if c.finetunes and c.labels == LABELS[metric]]
-        return [found for c in columns if (found := self.test.frames[c].get(group)) is not None]
+    def linear(self, arm: str) -> Frame | None:
+        """The linear probe's figures of an arm."""
+        group, test = self.study.group(arm, self.budget), self.study.test
+        return test.frames.get(LINEAR, {}).get(group) if test else None
+
+    def tuned(self, arm: str, metric: str) -> dict[str, Frame | None]:
+        """The fine-tunings of an arm that its plan has, by protocol; None of what is not there."""
+        group, test = self.study.group(arm, self.budget), self.study.test
+        found: dict[str, Frame | None] = {}
+        for what in self.study.said["arms"].get(arm, {}).get("finetuned", ()):
+            if LABELS[metric] in what["labels"] and what["changed"].get("extra_flops") in (None, self.budget):
+                wanted = what["protocol"], LABELS[metric]
+                columns = [c for c in (test.frames if test else ()) if (c.protocol, c.labels) == wanted]
+                found[what["protocol"]] = next((f for c in columns if (f := test.frames[c].get(group))), None)
+        return found
 
     def opponent(self, metric: str) -> tuple[Frame | None, str]:
-        """(from scratch at fine-tuning's length or at equal total compute, the better by held-out images; its name), or
-        (None, what is lacking)."""
-        groups = filter(None, map(self.study.group, self.arms("scratch")))
-        frames = [frame for group in groups for frame in self._frames(group, metric)]
-        if {_longer(frame) for frame in frames} != {False, True}:
-            return None, "scratch and scratch-long"
-        return self.better(frames)
+        """(the best of all fine-tunings from scratch, at fine-tuning's length and at equal total compute, by held-out
+        training images; its name), or (None, what is lacking)."""
+        found = {p: f for arm in self.arms("scratch") for p, f in self.tuned(arm, metric).items()}
+        lengths = {self.long(protocol) for protocol in found}
+        if lengths != {False, True} or not all(frame and len(frame.seeds) >= SEEDS for frame in found.values()):
+            return None, f"scratch and scratch-long with {SEEDS} seeds"
+        held_out = {protocol: validation(frame) for protocol, frame in found.items()}
+        if None in held_out.values():
+            return None, "the held-out accuracy of scratch and scratch-long (finetune --lr A B …)"
+        best = max(held_out, key=held_out.__getitem__)
+        return found[best], "scratch-long" if self.long(best) else "scratch"
 
-    def better(self, frames: list[Frame]) -> tuple[Frame | None, str]:
-        """(the better by held-out training images, its name), or (None, what is lacking)."""
-        held_out = [[row["settings"].get("validation") for row in frame.rows] for frame in frames]
-        if any(None in values for values in held_out):
-            return None, "their accuracy on held-out images (finetune --lr A B …)"
-        best = frames[int(np.argmax([np.mean(values) for values in held_out]))]
-        return best, "scratch-long" if _longer(best) else "scratch"
-
-    def augmented(self) -> tuple[Frame | None, str]:
-        """The better of the supervised arms that have the corruption as augmentation, by held-out images."""
-        frames = {arm: self.frame(arm, "FT10") for arm in self.arms("augmentation")}
-        if not frames or None in frames.values():
-            return None, "the augmentation controls"
-        best, lacking = self.better(list(frames.values()))
-        return best, lacking if best is None else next(arm for arm, frame in frames.items() if frame is best)
+    def long(self, protocol: str) -> bool:
+        """Whether a fine-tuning has the compute of pre-training on top."""
+        every = [what for arm in self.study.said["arms"].values() for what in arm.get("finetuned", ())]
+        return any(what["protocol"] == protocol and "extra_flops" in what["changed"] for what in every)
 
 
-def _longer(frame: Frame) -> bool:
-    return bool(frame.rows[0]["settings"].get("extra_flops"))
+def validation(frame: Frame) -> float | None:
+    """The accuracy on held-out images by which a learning rate was chosen; None if none was."""
+    values = [row["settings"]["validation"] for row in frame.rows if "validation" in row["settings"]]
+    return float(np.mean(values)) if values else None
 
 
 def condition(data: str, arm: str, metric: str, margin: float, mine: Frame | None, other: Frame | None, than: str):
@@ -167,52 +163,82 @@ def against_masking(evidence: Evidence, arm: str) -> list[Condition]:
 
 
 def against_augmentation(evidence: Evidence, arm: str) -> list[Condition]:
-    """The condition of H3 on one data set."""
-    other, than = evidence.augmented()
-    return [condition(evidence.data, arm, "FT10", 0.0, evidence.frame(arm, "FT10"), other, than)]
+    """The conditions of H3 on one data set: above every fine-tuning of every augmentation control.
+
+    Those saw all labels, so that no held-out image could choose among their learning rates.
+    """
+    mine, found = evidence.frame(arm, "FT10"), []
+    for control in evidence.arms("augmentation"):
+        for frame in evidence.tuned(control, "FT10").values():
+            found.append(condition(evidence.data, arm, "FT10", 0.0, mine, frame, control))
+    return found or [condition(evidence.data, arm, "FT10", 0.0, mine, None, "the augmentation controls")]
 
 
-def judge(claim: str, conditions: dict[str, list[Condition]], complete: bool) -> Verdict:
+def judge(claim: str, conditions: dict[str, list[Condition]], sets: int) -> Verdict:
     """YES if all conditions of one arm hold; NO if of every arm one fails; else open. All bounds hold together at 95 %.
 
-    complete: whether all data sets are there; without, or with a condition that is not measured, nothing is decided.
+    sets: how many of the data sets are there. Bounds are always those of all sets; without one of them, or with a
+    condition that is not measured, nothing is decided.
     """
-    level = 1 - ALPHA / max(1, sum(map(len, conditions.values())))
+    count = sum(map(len, conditions.values())) * len(DATA) // sets
+    level = 1 - ALPHA / max(1, count)
     states = {arm: [c.state(level) for c in own] for arm, own in conditions.items()}
-    winners = [arm for arm, own in states.items() if set(own) == {"holds"}]
-    if not conditions or not complete or any("not measured" in own for own in states.values()):
+    if not conditions or sets < len(DATA) or any("not measured" in own for own in states.values()):
         return Verdict(claim, LACKING, level, conditions)
+    winners = [arm for arm, own in states.items() if set(own) == {"holds"}]
     if winners:
-        slack = {arm: min(c.estimate.mean - c.margin for c in conditions[arm]) for arm in winners}
-        return Verdict(claim, YES, level, conditions, max(winners, key=slack.__getitem__))
+        return Verdict(claim, YES, level, conditions, winners)
     return Verdict(claim, NO if all("fails" in own for own in states.values()) else OPEN, level, conditions)
 
 
 def decide(evidence: list[Evidence]) -> list[Verdict]:
     """The verdicts on H1, H2 and H3."""
-    complete = {e.data for e in evidence} == set(DATA)
-    names = list(dict.fromkeys(arm for e in evidence for arm in e.arms(*ELIGIBLE)))
-    noise = list(dict.fromkeys(arm for e in evidence for arm in e.arms("noise")))
-    first = judge("H1", {arm: [c for e in evidence for c in against_nothing(e, arm)] for arm in names}, complete)
+    names, noise = (
+        list(dict.fromkeys(a for e in evidence for a in e.arms(*roles))) for roles in (ELIGIBLE, ("noise",))
+    )
     both = {arm: [c for e in evidence for c in against_nothing(e, arm) + against_masking(e, arm)] for arm in noise}
-    second = judge("H2", both, complete)
-    winner = first.winner
-    own = {winner: [c for e in evidence for c in against_augmentation(e, winner)]} if winner else {}
-    third = judge("H3", own, complete)
-    if first.answer in (NO, OPEN):
-        third.answer = OPEN  # there is no arm to ask it of
+    first = judge("H1", {arm: [c for e in evidence for c in against_nothing(e, arm)] for arm in names}, len(evidence))
+    second = judge("H2", both, len(evidence))
+    third = Verdict(
+        "H3", OPEN if first.answer in (NO, OPEN) else LACKING, 1 - ALPHA, {}
+    )  # there is no arm to ask it of
+    if first.winners:
+        # chosen by held-out images, so that the test images have not told which arm is asked
+        held_out = {a: np.mean([validation(e.frame(a, "FT10")) or 0.0 for e in evidence]) for a in first.winners}
+        arm = max(held_out, key=held_out.__getitem__)
+        third = judge("H3", {arm: [c for e in evidence for c in against_augmentation(e, arm)]}, len(evidence))
     return [first, second, third]
 
 
-def blocks(studies: list[Study]) -> list[Block]:
+def collect(studies: list[Study], budget: float | None = None) -> list[Evidence]:
+    """The evidence of these studies at this budget, or at their largest. Raises UserError if they decide nothing, or do
+    not belong together."""
+    for study in studies:
+        if study.said["data"] not in DATA:
+            raise UserError(f"No verdict is computed on {study.said['data']}: what decides is {' and '.join(DATA)}.")
+        if not study.said["decides"]:
+            raise UserError(f"The plan {study.said['plan']} decides nothing: it says so itself.")
+        if budget is not None and budget not in study.budgets:
+            known = ", ".join(f"{b:g}" for b in study.budgets)
+            raise UserError(f"{study.folder} has no budget of {budget:g} FLOPs: it has {known}.")
+    for what, found in (
+        ("of the same images", [study.said["data"] for study in studies]),
+        ("of other plans", [study.said["plan"] for study in studies]),
+        ("of other budgets", [study.budgets[-1:] if budget is None else [budget] for study in studies]),
+    ):
+        if len(studies) == 2 and (found[0] == found[1]) == (what == "of the same images"):
+            raise UserError(f"{studies[0].folder} and {studies[1].folder} are {what}: there is no verdict on the two.")
+    return [Evidence(s, budget if budget is not None else (s.budgets[-1] if s.budgets else None)) for s in studies]
+
+
+def blocks(evidence: list[Evidence]) -> list[Block]:
     """The verdict as a part of a page: answers, their scope, and every condition."""
-    evidence = [Evidence(study) for study in studies]
     verdicts = decide(evidence)
     found: list[Block] = [Heading("Verdict")]
     for verdict in verdicts:
-        arm = f", by {verdict.winner}" if verdict.winner else ""
-        found.append(Text(f"{verdict.claim}: {verdict.answer}{arm}. {CLAIMS[verdict.claim]}", "lead"))
-    found.append(Text(scope(studies)))
+        arms = f", by {', '.join(verdict.winners)}" if verdict.winners else ""
+        found.append(Text(f"{verdict.claim}: {verdict.answer}{arms}. {CLAIMS[verdict.claim]}", "lead"))
+    found.append(Text(scope(evidence)))
     lacking = list(dict.fromkeys(f"{d}: all of it" for d in DATA if d not in {e.data for e in evidence}))
     every = [c for v in verdicts for conditions in v.arms.values() for c in conditions]
     lacking += list(dict.fromkeys(f"{c.data}: {c.lacking}" for c in every if c.lacking))
@@ -221,18 +247,20 @@ def blocks(studies: list[Study]) -> list[Block]:
     return found + [table(verdict) for verdict in verdicts if verdict.arms]
 
 
-def scope(studies: list[Study]) -> str:
+def scope(evidence: list[Evidence]) -> str:
     """What a verdict speaks of, as its runs tell."""
     said = []
-    for study in studies:
-        settings = next(run.settings for run in study.runs if run.settings)
-        b, size = settings["backbone"], settings["data"]["size"]
-        budget = f"{study.budget:.2g} FLOPs of pre-training" if study.budget else "each recipe's own budget"
-        said.append(
-            f"{study.said['data']} ({settings['images']['count']:,} images of {size[0]}×{size[1]} px in patches of "
-            f"{b['patch']}), ViT of width {b['width']} and {b['depth']} blocks, {budget}"
-        )
-    return f"Scope: {'; '.join(said)}. Nothing follows for larger images, models or budgets."
+    for e in evidence:
+        runs = [run for group in e.study.groups for run in group.runs if run.settings]
+        if runs:
+            settings = runs[0].settings
+            b, size = settings["backbone"], settings["data"]["size"]
+            said.append(
+                f"{e.data} ({settings['images']['count']:,} images of {size[0]}×{size[1]} px in patches of "
+                f"{b['patch']}), ViT of width {b['width']} and {b['depth']} blocks"
+            )
+    budget = f"{evidence[0].budget:.2g} FLOPs of pre-training" if evidence[0].budget else "each recipe's own budget"
+    return f"Scope: {'; '.join(said)}; {budget}. Nothing follows for larger images, models or budgets."
 
 
 def table(verdict: Verdict) -> Table:
@@ -250,24 +278,24 @@ def table(verdict: Verdict) -> Table:
                 (Cell(f"{METRICS[c.metric]}, over {c.than}", c.data), [Cell(w.replace("-", "−")) for w in words])
             )
         parts.append((arm, rows))
-    count = sum(map(len, verdict.arms.values()))
+    count = round(ALPHA / (1 - verdict.level))
     return Table(
         [("", ["difference", "seeds", "at least", "it"])],
         parts,
-        f"{verdict.claim}, in points: two-sided intervals at {100 * verdict.level:.2f} %, so that all {count} hold "
-        "together at 95 %.",
+        f"{verdict.claim}, in points: two-sided intervals at {100 * verdict.level:.2f} %, so that all {count}, of both "
+        "data sets, hold together at 95 %.",
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="folders that eval/study.py wrote")
+    parser.add_argument("--budget", type=float, help="pre-training FLOPs at which to decide; default: the largest")
     args = parser.parse_args()
-    studies = [read_study(folder) for folder in args.studies]
-    names = [study.said["data"] for study in studies]
-    if len(set(names)) < len(names):
-        raise UserError(f"Two of these studies are of the same images ({', '.join(names)}): name one of each.")
-    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", blocks(studies), Path()))
+    if len(args.studies) > len(DATA):
+        raise UserError(f"A verdict is on {' and '.join(DATA)}: name a study of each.")
+    evidence = collect([read_study(folder) for folder in args.studies], args.budget)
+    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", blocks(evidence), Path()))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,8 @@ def test_another_run_takes_the_rate_that_was_chosen_for_the_first(tune, tmp_path
     seen.clear()
     [row] = tune(*rates, "--lr-of", "runs/mae", backbones=("runs/random",))
     assert seen == [("the fixed 360", 1e-3, 360, 200)]  # nothing was tried again
-    assert {**row["settings"]} == first["settings"] and row["protocol"] == first["protocol"]
+    assert row["settings"]["lr"] == first["settings"]["lr"] == 1e-3 and row["protocol"] == first["protocol"]
+    assert row["settings"]["lr_of"] == "runs/mae" and "validation" not in row["settings"]
     assert row["eval_flops"] < first["eval_flops"] / 2
 
 
@@ -242,7 +243,7 @@ def test_scratch_at_equal_compute_is_trained_for_so_much_longer(length, tune, tm
     [short] = tune("--labels", "20", *length)
     rows = tune("--labels", "20", *length, "--extra-flops", "2e9")
     [longer] = [row for row in rows if row["protocol"] != short["protocol"]]
-    assert longer["settings"]["extra_flops"] == extra and short["settings"]["extra_flops"] == 0
+    assert longer["settings"]["changed"]["extra_flops"] == extra and "extra_flops" not in short["settings"]["changed"]
     spent = [json.loads((p / "log.jsonl").read_text().splitlines()[-1])["flops"] for p in tuned(tmp_path / "runs/mae")]
     step = spent[0] / yaml.safe_load((tuned(tmp_path / "runs/mae")[0] / "recipe.yaml").read_text())["train"]["steps"]
     assert abs(spent[1] - spent[0] - extra) <= step and extra > 3 * step
@@ -379,6 +380,8 @@ def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):
         (["epochs=3"], "Did you mean 'train.epochs'"),
         (["--lr", "0"], "optim.lr in the command line must be above 0"),
         (["--lr", "1e-3", "2e-3", "optim.lr=1e-3"], "given twice"),
+        (["--lr", "1e-3", "--lr-of", "runs/mae"], "--lr-of takes what was chosen of several --lr"),
+        (["--extra-flops", "-1"], "--extra-flops must be 0 or more"),
         (["--labels", "5000"], "There are no 5000 labelled images"),
         (["--labels", "1", "--lr", "1e-3", "2e-3"], "A class has but one labelled image"),
         (["--data", "nowhere"], "Unknown data 'nowhere'"),

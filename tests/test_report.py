@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval import intervals, plots, results
 from eval import report as reports
-from eval.frames import Column, group_runs, read_run, read_study, read_tests
+from eval.frames import Column, group_runs, ranked, read_run, read_study, read_tests
 from ssl_vit.errors import UserError
 
 N = 200
@@ -471,7 +471,10 @@ def write_study(folder, arms, decides=False, **changes):
     """study.json over runs that are there; arms: {name: (role, budget, runs)}."""
     said = {}
     for name, role, budget, runs in arms:
-        entry = said.setdefault(name, dict(recipe="mae", role=role, runs=[]))
+        tuned = [dict(protocol="finetune", labels=[0.1, 1.0], changed={})]
+        if role == "scratch":
+            tuned.append(dict(protocol="finetune-long", labels=[0.1], changed=dict(extra_flops=budget)))
+        entry = said.setdefault(name, dict(recipe="mae", role=role, finetuned=tuned, runs=[]))
         entry["runs"] += [
             dict(arm=name, budget=budget, settings=[], run=str(r), steps=None, accuracy=None) for r in runs
         ]
@@ -501,7 +504,44 @@ def test_a_study_names_its_arms_and_budgets(tmp_path, monkeypatch):
     assert labels == {"clear (10¹² FLOPs)", "clear (2·10¹² FLOPs)", "blurred", "plain"}
     assert {g.family for g in study.groups} == {"clear", "blurred", "plain"}
     assert [g.label for g in study.groups if g.control] == ["plain"]
-    assert study.group("clear").label == "clear (2·10¹² FLOPs)" and study.group("none") is None
+    assert study.budgets == [1e12, 2e12] and study.group("clear", 2e12).label == "clear (2·10¹² FLOPs)"
+    assert study.group("none", 2e12) is None
+    clear = [g for g in study.groups if g.family == "clear"]
+    assert [g.lesser for g in clear] == [True, False] and len({g.colour for g in clear}) == 1
+    [test] = study.tests
+    assert [g.label for g in ranked(test.in_column(test.main[0]), controls=False)] == [
+        "clear (2·10¹² FLOPs)",
+        "blurred",
+    ]
+
+
+def test_the_arms_stand_beside_scratch_of_equal_compute(tmp_path, monkeypatch):
+    part = dict(label_fraction=0.1, subset_seed=0)
+    linear = dict(protocol="linear-sweep", pooling="chosen", share=0.3)
+    tuned = [dict(protocol="finetune", pooling="mean", share=s, **p) for s, p in ((0.5, part), (0.7, {}))]
+    longer = dict(protocol="finetune-long", pooling="mean", share=0.6, **part)
+    arms = [
+        ("mae", "masking", 1e12, many(tmp_path, "mae", 0.5, seeds=2, measures=[linear, *tuned])),
+        (
+            "random",
+            "scratch",
+            1e12,
+            many(tmp_path, "random", 0.5, seeds=2, flops=0.0, measures=[linear, *tuned, longer]),
+        ),
+    ]
+    _, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
+    section = markdown[markdown.index("## The arms") :].split("##")[1]
+    rows = [
+        [cell.split("±")[0].strip() for cell in line.split("|")[1:5]] for line in section.splitlines() if "±" in line
+    ]
+    assert [row[1:] for row in rows[:4]] == [
+        ["50.0", "70.0", "30.0"],
+        ["", "", "30.0"],
+        ["50.0", "70.0", ""],
+        ["60.0", "", ""],
+    ]
+    assert rows[0][0].startswith("mae") and rows[1][0].startswith("random init")
+    assert rows[3][0].startswith("from scratch, with the compute of pre-training on top")
 
 
 def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, monkeypatch):
@@ -547,5 +587,5 @@ def test_runs_or_a_study_are_named_not_both(arguments, monkeypatch):
 def test_what_is_no_study_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no study"):
         read_study(tmp_path)
-    with pytest.raises(UserError, match="Nothing of .* was evaluated yet"):
+    with pytest.raises(UserError, match="None of the runs of .* was evaluated"):
         read_study(write_study(tmp_path, [("mae", "", None, [tmp_path / "none"])]))

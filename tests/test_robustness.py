@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_linear_probe import backbone, rows_of, run  # noqa: F401, a fixture
 from test_loop import ROOT, environment
+from tqdm import tqdm
 
 from eval import common_corruptions, frames, linear_probe, results, robustness
 from ssl_vit import data
@@ -97,6 +98,7 @@ def test_every_backbone_sees_the_same_images(tmp_path, monkeypatch, backbone):  
     corrupt(monkeypatch, *sources)
     views = data.evaluation_views
     monkeypatch.setattr(data, "evaluation_views", lambda *a: views(*a, batch=100))
+    monkeypatch.setattr(robustness, "tqdm", lambda **k: tqdm(**k | dict(disable=True)))  # as on the other processes
     corrupt(monkeypatch, *sources)
     assert len(seen) == 27
     for images in seen.values():

@@ -1,5 +1,6 @@
 """A plan from one command: everything once, in the right order, and never twice."""
 
+import fcntl
 import json
 import os
 import re
@@ -128,7 +129,7 @@ def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path):
 
 def a_study(folder, **changes):
     write_plan(folder, **changes)
-    return study.Study(plans.read("tiny.yaml"), None, [], 1)
+    return study.Study(plans.read("tiny.yaml"), None, [], [], 1)
 
 
 def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
@@ -178,10 +179,43 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
         study.main()
 
 
-def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path):
-    write_plan(tmp_path, budgets=["1e9", "2e9"], arms=dict(mae=dict(recipe="mae", settings=MAE[:-1])), controls=[])
-    code, said = run(tmp_path, "--dry-run", "train.steps=3")
-    assert code == 0 and len(said.splitlines()) == 2 and "train.flops" not in said
+def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arms = dict(mae=dict(recipe="mae", settings=MAE[:-1]))
+    write_plan(tmp_path, budgets=["1e9", "2e9"], arms=arms, controls=[])
+    plan = plans.read("tiny.yaml")
+    assert plan.spend(["train.steps=3"]) == ["train.steps=3"] and plan.budgets == []
+    tuning = dict(flops=1e8, factors=[1], judge=["knn"])
+    longer = [["finetune", "--extra-flops", "budget"]]
+    write_plan(tmp_path, budgets=["1e9", "2e9"], arms=arms, controls=[], tuning=tuning, evaluators=longer)
+    plan = plans.read("tiny.yaml")
+    assert plan.spend(["train.flops=1e10", "optim.lr=1"]) == ["optim.lr=1"]
+    assert plan.budgets == [1e10] and plan.tuning.flops == pytest.approx(5e8)  # trials keep their share
+    assert plan.evaluators_of("mae") == [["finetune", "--extra-flops", "1e+10"]]
+    with pytest.raises(UserError, match="give train.flops instead of train.epochs"):
+        plans.read("tiny.yaml").spend(["train.epochs=3"])
+
+
+def test_failed_trials_are_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = a_study(tmp_path, tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
+    monkeypatch.setattr(study, "work", lambda jobs, at_once, folder: jobs[:1])
+    assert study.run(made, made.trial_jobs(), 1, accept_failed=False) == 1
+    assert "1 of 2 jobs of the trials failed" in capsys.readouterr().out
+    with pytest.raises(UserError, match="All trials of mae failed"):
+        study.run(made, made.trial_jobs(), 1, accept_failed=True)
+
+
+def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_plan(tmp_path, controls=[])
+    folder = tmp_path / "runs/tiny-digits"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml"])
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="worked on by another process"):
+            study.main()
 
 
 @pytest.mark.parametrize(
@@ -189,12 +223,19 @@ def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path):
     [
         (dict(budgets=["much"]), "budgets of tiny.yaml must hold numbers above 0"),
         (dict(tuning=dict(flops=1)), "tuning of tiny.yaml must have the keys flops, factors, judge"),
+        (dict(tuning=dict(flops=1, factors=2, judge=["knn"])), "factors of tuning of tiny.yaml must be a list"),
+        (dict(tuning=dict(flops=1, factors=[2], judge=["finetune"])), "must be linear_probe or knn"),
+        (dict(arms=dict(a=dict(recipe="mae", settings=[{"train.steps": 3}]))), "settings of arm 'a'.* a list of words"),
+        (dict(arms=dict(a=dict(recipe="mae", knob="optim.lr=1"))), "knob of arm 'a' of tiny.yaml must be a list"),
+        (dict(arms=dict(a=dict(recipe="mae", seeds=0))), "seeds of arm 'a' of tiny.yaml must be a whole number from 1"),
+        (dict(arms=dict(a=dict(recipe="mae", evaluators=5))), "evaluators of arm 'a' of tiny.yaml must be a list"),
+        (dict(decides=True), "no plan for the digits"),
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of noise, masking"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "no evaluator"),
         (dict(arms={}), "arms of tiny.yaml"),
         (dict(seeds="3"), "seeds of tiny.yaml"),
-        (dict(arms={a: dict(recipe="mae", settings=MAE) for a in "ab"}), "the same as another"),
+        (dict(arms={a: dict(recipe="mae", settings=MAE) for a in "ab"}), "the same as 'a'"),
         (dict(seed=3), "it has the keys arms, evaluators, controls, seeds, settings, budgets"),
         (dict(arms=dict(mae=dict(recipe="mae", settings=["train.epoch=3"]))), "train.epochs"),
     ],
@@ -226,7 +267,7 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
     monkeypatch.chdir(tmp_path)
     plan = plans.read(name)
     images = colours if name in ("denoising-cpu", "denoising-full") else None  # the digits are too small for them
-    made = study.Study(plan, images, [], 1)
+    made = study.Study(plan, images, [], [], 1)
     assert len(made.jobs()) > len(made.trainings) > plan.seeds
     for arm in plan.arms.values():
         for knob in [[text] for text in arm.knob] or [[]]:
@@ -249,7 +290,7 @@ def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours
         for name in re.findall("`([a-z-]+)`", line.split("|")[1])
     }
     assert named - set(plan.arms) - set(plan.controls) == {"scratch", "scratch-long"}  # fine-tunings of random
-    made = study.Study(plan, colours, [], 1)
+    made = study.Study(plan, colours, [], [], 1)
     assert {len(trials) for trials in made.trials.values()} == {8} and set(made.trials) == set(plan.arms) - {"random"}
     judged = {t.arm for t in made.trainings if t.settings[-1] == "train.seed=4"}
     assert judged == {name for name, arm in plan.arms.items() if arm.role}

@@ -58,8 +58,8 @@ def write_arm(folder, arm, seed, data, effects, longer):
         predicted = right(share, arm, f"{metric}{extra}", seed)
         keys = dict(protocol="linear-sweep", pooling="chosen", settings={})
         if metric != "LP":
-            held_out = dict(extra_flops=extra, validation=share)
-            keys = dict(protocol=f"finetune-{'long' if extra else 'short'}", pooling="mean", settings=held_out)
+            name = f"finetune-{'long' if extra else 'short'}"
+            keys = dict(protocol=name, pooling="mean", settings=dict(validation=share))
         rows.append(
             dict(
                 run=folder.name,
@@ -88,7 +88,8 @@ def write_arm(folder, arm, seed, data, effects, longer):
     results.write(folder, rows, predictions, TRUTH)
 
 
-def write_study(folder, data, arms, seeds=SEEDS, longer=True):
+def write_study(folder, data, arms, seeds=SEEDS, longer=True, extra=1e15, **changes):
+    """A study's folder, with all its runs; extra: what its plan gives scratch-long."""
     said = {}
     for arm, (role, effects) in arms.items():
         runs = []
@@ -97,17 +98,20 @@ def write_study(folder, data, arms, seeds=SEEDS, longer=True):
             write_arm(run, arm, seed, data, effects, longer and role == "scratch")
             steps = 0 if arm == "random" else None
             runs.append(dict(arm=arm, budget=1e15, settings=[], run=str(run), steps=steps, accuracy=None))
-        said[arm] = dict(recipe=arm, role=role, runs=runs)
+        tuned = [dict(protocol="finetune-short", labels=[0.1, 1.0], changed={})]
+        if role == "scratch":
+            tuned.append(dict(protocol="finetune-long", labels=[0.1, 1.0], changed=dict(extra_flops=extra)))
+        said[arm] = dict(recipe=arm, role=role, finetuned=tuned, runs=runs)
     study = folder / f"plan-{data}"
     study.mkdir()
     whole = dict(plan="plan", data=data, decides=True, arms=said, controls={}, tuning=None, trials={})
-    (study / "study.json").write_text(json.dumps(whole))
+    (study / "study.json").write_text(json.dumps(whole | changes))
     return study
 
 
 def answers(folder, arms, data=verdict.DATA, **keys):
     studies = [read_study(write_study(folder, name, arms, **keys)) for name in data]
-    return verdict.decide([verdict.Evidence(study) for study in studies])
+    return verdict.decide(verdict.collect(studies))
 
 
 def given(**effects):
@@ -117,14 +121,14 @@ def given(**effects):
 
 def test_a_clear_effect_is_a_yes(tmp_path):
     first, second, third = answers(tmp_path, given(mae=CLEAR))
-    assert (first.answer, first.winner) == (verdict.YES, "mae")
+    assert (first.answer, first.winners) == (verdict.YES, ["mae"])
     assert second.answer == verdict.NO  # noise is far below masking
     assert third.answer == verdict.YES  # and masking is above augmentation
 
 
 def test_noise_as_good_as_masking_is_a_yes_to_the_narrow_claim(tmp_path):
     first, second, _ = answers(tmp_path, given(mae=CLEAR, noise=CLEAR))
-    assert first.answer == verdict.YES and (second.answer, second.winner) == (verdict.YES, "noise")
+    assert first.answer == verdict.YES and (second.answer, second.winners) == (verdict.YES, ["noise"])
 
 
 def test_no_effect_is_a_no(tmp_path):
@@ -156,7 +160,7 @@ def test_it_must_be_the_same_arm_on_both_data_sets(tmp_path):
         read_study(write_study(tmp_path, data, arms))
         for data, arms in zip(verdict.DATA, (given(mae=CLEAR), given(noise=CLEAR)), strict=True)
     ]
-    assert verdict.decide([verdict.Evidence(study) for study in studies])[0].answer == verdict.NO
+    assert verdict.decide(verdict.collect(studies))[0].answer == verdict.NO
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,8 @@ def test_it_must_be_the_same_arm_on_both_data_sets(tmp_path):
     [
         (dict(data=verdict.DATA[:1]), None),
         (dict(seeds=3), "5 seeds in common with random init (there are 3)"),
-        (dict(longer=False), "scratch and scratch-long"),
+        (dict(longer=False), "scratch and scratch-long with 5 seeds"),
+        (dict(extra=5e14), "scratch and scratch-long with 5 seeds"),  # what is there has not the budget's compute
     ],
 )
 def test_nothing_is_decided_before_all_is_measured(keys, lacking, tmp_path):
@@ -186,7 +191,7 @@ def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, 
     verdict.main()
     said = capsys.readouterr().out
     assert "H1: YES, by mae." in said and "H2: NO." in said and "H3: YES, by mae." in said
-    assert "ViT of width 192 and 12 blocks, 1e+15 FLOPs" in said and "Not measured" not in said
+    assert "ViT of width 192 and 12 blocks; 1e+15 FLOPs" in said and "Not measured" not in said
     assert said.count("| fine-tuned, 10 % of the labels, over scratch") == 2 * (2 + 1)  # H1: two arms; H2: noise
 
     monkeypatch.setattr(sys, "argv", ["verdict.py", studies[0]])
@@ -197,10 +202,49 @@ def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, 
         verdict.main()
 
 
-def test_the_digits_decide_nothing(tmp_path):
-    study = read_study(write_study(tmp_path, "digits", given(mae=CLEAR), seeds=1))
-    with pytest.raises(UserError, match="No verdict is computed on digits"):
-        verdict.Evidence(study)
+def test_what_the_plan_does_not_have_is_no_evidence(tmp_path):
+    """Rows of another schedule lie in the runs; what the plan has and is not there is lacking."""
+    studies = [write_study(tmp_path, data, given(mae=CLEAR)) for data in verdict.DATA]
+    for study in studies:
+        said = json.loads((study / "study.json").read_text())
+        said["arms"]["random"]["finetuned"].append(dict(protocol="finetune-more", labels=[0.1], changed={}))
+        said["arms"]["mae"]["finetuned"].insert(0, dict(protocol="finetune-long", labels=[1.0], changed={}))
+        (study / "study.json").write_text(json.dumps(said))
+    first = verdict.decide(verdict.collect([read_study(study) for study in studies]))[0]
+    lacking = {(c.metric, c.lacking) for c in first.arms["mae"] if c.lacking}
+    assert lacking == {("FT10", "scratch and scratch-long with 5 seeds"), ("FT100", "mae: FT100")}
+
+
+def test_bounds_are_those_of_both_data_sets_also_with_one(tmp_path):
+    both = answers(tmp_path / "both", given(mae=CLEAR))
+    one = answers(tmp_path / "one", given(mae=CLEAR), data=verdict.DATA[:1])
+    assert [v.level for v in both[:2]] == [v.level for v in one[:2]]
+    assert both[0].level == pytest.approx(1 - 0.05 / 16) and both[1].level == pytest.approx(1 - 0.05 / 14)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "said"),
+    [
+        (verdict.DATA, [{}, dict(plan="other")], "of other plans"),
+        (verdict.DATA, [{}, dict(decides=False)], "decides nothing"),
+        (("digits",), [{}], "No verdict is computed on digits"),
+    ],
+)
+def test_what_decides_nothing_is_refused(data, changes, said, tmp_path):
+    arms = {"mae": NULL["mae"]}
+    studies = [read_study(write_study(tmp_path, d, arms, 1, **c)) for d, c in zip(data, changes, strict=True)]
+    with pytest.raises(UserError, match=said):
+        verdict.collect(studies)
+
+
+def test_both_data_sets_are_decided_at_one_budget(tmp_path):
+    studies = [write_study(tmp_path, d, {"mae": NULL["mae"]}, 1) for d in verdict.DATA]
+    said = (studies[1] / "study.json").read_text()
+    (studies[1] / "study.json").write_text(said.replace('"budget": 1000000000000000.0', '"budget": 2e15'))
+    with pytest.raises(UserError, match="of other budgets"):
+        verdict.collect([read_study(study) for study in studies])
+    with pytest.raises(UserError, match="has no budget of 1e"):
+        verdict.collect([read_study(study) for study in studies], 1e15)
 
 
 def test_all_bounds_hold_together():
