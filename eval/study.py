@@ -19,12 +19,14 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 import yaml
 
 from eval import features, finetune, inputs, plans, results
+from eval.frames import PRIMARY, most
 from eval.jobs import ROOT, Job, work
 from eval.plans import EVALUATORS, Plan
 from ssl_vit import data, errors, pretrain
@@ -103,13 +105,11 @@ class Study:
     def _judged(self, run: Path) -> float | None:
         """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
         name, *arguments = self.plan.tuning.judge
-        primary = (
-            dict(protocol="linear-sweep", pooling="chosen") if name == "linear_probe" else dict(protocol="knn-k20")
-        )
-        parts = arguments[arguments.index("--labels") + 1 :] if "--labels" in arguments else ["all"]
-        labels = inputs.describe_part(inputs.part(parts[-1] if "--" not in "".join(parts) else parts[0]))
-        wanted = (primary | dict(label_fraction=labels)).items()
-        rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted <= r.items()]
+        asked = arguments[arguments.index("--labels") + 1 :] if "--labels" in arguments else ["all"]
+        parts = {inputs.describe_part(inputs.part(word)) for word in takewhile(lambda w: not w.startswith("-"), asked)}
+        wanted = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))[name]
+        wanted |= dict(label_fraction=most(parts))
+        rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
         return rows[0]["value"] if rows else None
 
     def _trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
