@@ -13,6 +13,7 @@ evaluates nothing: all it reads are run directories. Runs that differ in nothing
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -115,7 +116,8 @@ def report(
         blocks += sections.robustness(test, of) + sections.rates(test)
     blocks += sections.difficulty(groups) + (sections.trials(study) if study else [])
     blocks += charts.curves(groups) + gallery(groups) + provenance(runs, tests, command)
-    what = f"{recipes} recipe{'s' * (recipes > 1)} compared" if recipes else "Controls"
+    kind = "arm" if study else "recipe"
+    what = f"{recipes} {kind}{'s' * (recipes > 1)} compared" if recipes else "Controls"
     return f"{what} on {names}", blocks, mains
 
 
@@ -379,6 +381,9 @@ def main() -> None:
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     title, blocks, mains = report(groups, study.tests if study else read_tests(groups), command, study)
     args.output.mkdir(parents=True, exist_ok=True)
+    old = args.output / "report.md"
+    for name in re.findall(r"^!\[.*\]\(([\w.-]+\.svg)\)$", old.read_text() if old.exists() else "", re.MULTILINE):
+        (args.output / name).unlink(missing_ok=True)  # of an earlier report there
     for name, svg in charts_in(blocks).items():
         (args.output / f"{name}.svg").write_text(svg)
     (args.output / "report.md").write_text(markdown(title, blocks, args.output))

@@ -570,6 +570,16 @@ def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     assert "optim.lr=1" in html and "25.0" in html and "failed" in html and "a=1" not in html
 
 
+def test_charts_of_an_earlier_report_go(tmp_path, monkeypatch):
+    output = tmp_path / "report"
+    write_report(many(tmp_path, "mae", 0.5), output, monkeypatch)
+    (output / "mine.svg").write_text("")
+    assert (output / "loss-mae.svg").exists()
+    write_report(many(tmp_path, "dino", 0.5), output, monkeypatch)
+    assert not (output / "loss-mae.svg").exists() and (output / "loss-dino.svg").exists()
+    assert (output / "mine.svg").exists()
+
+
 def test_fewer_labels_throughout_have_a_main_table(tmp_path, monkeypatch):
     measures = [dict(KNN, label_fraction=0.1, subset_seed=0)]
     runs = many(tmp_path, "mae", 0.5, seeds=2, measures=measures)
