@@ -16,6 +16,15 @@ from ssl_vit import data
 from ssl_vit.errors import UserError
 
 
+WHOLE = dict(STEPS=linear_probe.STEPS, EPOCHS=linear_probe.EPOCHS)
+
+
+@pytest.fixture(autouse=True)
+def short_sweeps(monkeypatch):
+    monkeypatch.setattr(linear_probe, "STEPS", 150)
+    monkeypatch.setattr(linear_probe, "EPOCHS", 1)
+
+
 def corrupt(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["robustness.py", *arguments])
     robustness.main()
@@ -39,8 +48,8 @@ def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsy
     run(monkeypatch, tmp_path, *sources)
     folders = [rows_of(tmp_path), *(tmp_path / "runs" / f"{name}-digits" for name in ("pixels", "pixels-pca64"))]
     before = [results.read(folder) for folder in folders]
-    for _ in range(2):  # the second time, rows are replaced
-        corrupt(monkeypatch, *sources)
+    corrupt(monkeypatch, *sources)
+    corrupt(monkeypatch, *sources[:2], *sources[4:])  # again: rows are replaced
     kinds = [(family, kind) for family, kind in common_corruptions.kinds(1)]
     assert len(kinds) == 9
     for folder, known in zip(folders, before, strict=True):
@@ -107,6 +116,8 @@ def test_every_backbone_sees_the_same_images(tmp_path, monkeypatch, backbone):  
 
 
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
+    for name, value in WHOLE.items():
+        monkeypatch.setattr(linear_probe, name, value)  # processes of their own have whole sweeps
     sources = ["--backbone", "pixels", "--data", "digits", "--threads", "1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["linear_probe.py", *sources])
