@@ -15,7 +15,6 @@ from eval import common_corruptions, frames, linear_probe, results, robustness
 from ssl_vit import data
 from ssl_vit.errors import UserError
 
-
 WHOLE = dict(STEPS=linear_probe.STEPS, EPOCHS=linear_probe.EPOCHS)
 
 
