@@ -39,12 +39,16 @@ def primary(study: Study) -> list[Block]:
         for name, frames in sorted(lines.items(), key=lambda line: line[1][2] is None):
             label = f"{group.family} ({name})" if name and group.recipe != "random" else name or group.family
             cells = [Cell(with_interval(f.estimate)) if f else Cell() for f in frames]
-            parts[group.control].append((named(label, f"{len(group.runs)} seeds"), cells))
+            count = len(group.runs)
+            parts[group.control].append((named(label, f"{count} seed{'s' * (count > 1)}"), cells))
             used += filter(None, frames)
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
-    if not any(cell.text for _, rows in filled for _, cells in rows for cell in cells):
+    names = ["fine-tuned, 10 % of the labels", "fine-tuned, all", f"linear, {labels_in_words(test.labels)}"]
+    there = [i for i in range(3) if any(cells[i].text for _, rows in filled for _, cells in rows)]
+    if not there:
         return []
-    head = [("", ["fine-tuned, 10 % of the labels", "fine-tuned, all", f"linear, {labels_in_words(test.labels)}"])]
+    filled = [(title, [(name, [cells[i] for i in there]) for name, cells in rows]) for title, rows in filled]
+    head = [("", [names[i] for i in there])]
     at = f" after {plots.number(budget)} FLOPs of pre-training" if budget else ""
     caption = (
         f"Accuracy in % ± half-width of the 95 % interval{at}. From scratch is the random initialisation, fine-tuned "
