@@ -217,6 +217,11 @@ class Test:
             found = self.frames[alike[0]][group] if alike else None
         return found
 
+    def reached(self, group: Group | None, protocol: str, labels: float | str) -> Frame | None:
+        """What a group reached by this protocol with this part of the labels, by any pooling; None if not there."""
+        alike = [self.frames[c] for c in self.frames if (c.protocol, c.labels) == (protocol, labels)]
+        return next((of[group] for of in alike if group in of), None)
+
     def in_column(self, column: Column) -> dict[Group, Frame]:
         return {g: frame for g in self.groups if (frame := self.frame(g, column)) is not None}
 

@@ -28,8 +28,7 @@ def primary(study: Study) -> list[Block]:
         lines: dict[str, list[Frame | None]] = {}
         for place, part in enumerate((0.1, 1.0)):
             for what in said["finetuned"]:
-                columns = [c for c in test.frames if (c.protocol, c.labels) == (what["protocol"], part)]
-                frame = next((f for c in columns if (f := test.frames[c].get(group))), None)
+                frame = test.reached(group, what["protocol"], part)
                 if frame:
                     lines.setdefault(_schedule(what["changed"], group.recipe == "random"), [None] * 3)[place] = frame
         linear = test.frames.get(Column("linear-sweep", "chosen", -1, test.labels), {}).get(group)

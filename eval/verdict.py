@@ -99,9 +99,7 @@ class Evidence:
         found: dict[str, Frame | None] = {}
         for what in self.study.said["arms"].get(arm, {}).get("finetuned", ()):
             if LABELS[metric] in what["labels"] and what["changed"].get("extra_flops") in (None, self.budget):
-                wanted = what["protocol"], LABELS[metric]
-                columns = [c for c in (test.frames if test else ()) if (c.protocol, c.labels) == wanted]
-                found[what["protocol"]] = next((f for c in columns if (f := test.frames[c].get(group))), None)
+                found[what["protocol"]] = test.reached(group, what["protocol"], LABELS[metric]) if test else None
         return found
 
     def opponent(self, metric: str) -> tuple[Frame | None, str]:
