@@ -109,6 +109,22 @@ class Inputs:
             self._loaded[channels] = train, test
         return self._loaded[channels]
 
+    def labelled_images(
+        self, source: features.Source
+    ) -> tuple[data.ImageSet, data.ImageSet, list[tuple[dict, np.ndarray]]]:
+        """(training images whose labels are used, those to judge on, labelled() as indices of the former).
+
+        So features are computed of no others: 1 % of ImageNet's labels need 1 % of its images. Raw pixels keep all,
+        since the principal components of pixels-pca64 are those of all training images.
+        """
+        train, test = self.images(source)
+        parts = list(self.labelled(train))
+        if source.backbone is None or any(part is None for part, _ in self.parts):
+            return train, test, parts
+        used = np.unique(np.concatenate([chosen for _, chosen in parts]))
+        here = [(keys, np.searchsorted(used, chosen)) for keys, chosen in parts]
+        return train.part(torch.from_numpy(used).to(train.labels.device)), test, here
+
     def labelled(self, train: data.ImageSet) -> Iterator[tuple[dict, np.ndarray]]:
         """(row keys, indices of the training images whose labels are used), for each part asked for."""
         labels = train.labels.cpu().numpy()

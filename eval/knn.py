@@ -28,14 +28,14 @@ def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None
 
     ks: default all of KS that there are training images for. Only the first process gets rows.
     """
-    train, test = asked.images(source)
+    train, test, parts = asked.labelled_images(source)
     bank, queries = features.extract_both(source, train, test, asked.state)
     if not asked.state.is_main_process:
         return []
     labels, truth = train.labels.cpu().numpy(), test.labels.cpu().numpy()
     common = inputs.row(source, test)
     rows = []
-    for part, chosen in asked.labelled(train):
+    for part, chosen in parts:
         started = time.perf_counter()
         found, predictions = [], []
         flops = bank.flops_per_image * (len(chosen) + len(test))

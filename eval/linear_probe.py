@@ -40,7 +40,7 @@ class Probe:
 
     def __init__(self, source: features.Source, asked: inputs.Inputs, blocks: list[int], train_features: bool):
         self.source, self.state = source, asked.state
-        self.train, self.test = asked.images(source)
+        self.train, self.test, self.parts = asked.labelled_images(source)
         self.blocks = blocks
         if train_features:
             self.bank, self.queries = features.extract_both(source, self.train, self.test, asked.state, blocks)
@@ -276,7 +276,7 @@ def evaluate(
         raise UserError(f"--preset {preset} passes images through a backbone, and {source.name} is none: use sweep.")
     probe = Probe(source, asked, list(range(depth - last, depth)), preset not in heads.PROTOCOLS)
     main, rows, common = asked.state.is_main_process, [], inputs.row(source, probe.test)
-    for part, chosen in asked.labelled(probe.train):
+    for part, chosen in probe.parts:
         started = time.perf_counter()
         if preset in heads.PROTOCOLS:
             published(probe, part, chosen, preset, epochs)

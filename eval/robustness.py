@@ -30,7 +30,7 @@ from ssl_vit.errors import UserError, say
 
 @dataclass
 class Sweep:
-    """What a sweep found on a part of the labels. part: row keys; images: indices of the training images; row: of the
+    """What a sweep found on a part of the labels. part: row keys; images: as in Inputs.labelled_images; row: of the
     best of all; rates: all that it trained on that row's features, side by side with the row's own."""
 
     part: dict
@@ -45,9 +45,9 @@ class Sweep:
 
 def read_sweeps(source: features.Source, asked: inputs.Inputs) -> list[Sweep]:
     """Of each part of the labels asked for. Raises UserError if there is no row of it."""
-    train, test = asked.images(source)
+    _, test, parts = asked.labelled_images(source)
     found = []
-    for part, chosen in asked.labelled(train):
+    for part, chosen in parts:
         about = part | dict(protocol="linear-sweep", eval_data=test.name, split=test.split, n=len(test))
         rows = [row for row in results.read(source.folder) if about.items() <= row.items()]
         if source.backbone is None:

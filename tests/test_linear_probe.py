@@ -155,6 +155,21 @@ def test_a_sweep_chooses_on_train_alone(tmp_path, monkeypatch, backbone, capsys)
     assert [r["value"] for r in again] != [r["value"] for r in rows]
 
 
+def test_features_are_computed_of_labelled_images_alone(tmp_path, monkeypatch, backbone):
+    probes = []
+    original = linear_probe.Probe
+    monkeypatch.setattr(linear_probe, "Probe", lambda *a: probes.append(original(*a)) or probes[-1])
+    run(monkeypatch, tmp_path, *backbone, "--labels", "10", "3", "--label-seeds", "0", "1")
+    run(monkeypatch, tmp_path, *backbone, "--labels", "10", "3", "all", "--label-seeds", "0", "1")
+    few, every = probes
+    assert len(few.train) == len(few.bank.poolings(-1)["cls"]) < 201 < len(every.train) == 1437
+    for (keys, here), (same, there) in zip(few.parts, every.parts[:4], strict=True):
+        assert keys == same and np.array_equal(few.labels[here], every.labels[there])
+        assert torch.equal(few.train.images[here], every.train.images[there])
+        for pooling, values in few.bank.poolings(-1).items():
+            assert np.allclose(values[here], every.bank.poolings(-1)[pooling][there], atol=1e-5)
+
+
 def test_pixels_in_principal_components(tmp_path, monkeypatch):
     probes = []
     original = linear_probe.Probe
