@@ -126,8 +126,10 @@ class Group:
 
     @property
     def control(self) -> bool:
-        supervised = self.runs[0].rows[0]["objective"] == "supervised"
-        return self.pixels or self.recipe == "random" or supervised or self.role in CONTROLS
+        run = self.runs[0]
+        supervised = run.rows[0]["objective"] == "supervised"  # runs that began before recipe.yaml said it
+        labelled = run.settings.get("resolved", {}).get("labelled", supervised)
+        return self.pixels or self.recipe == "random" or labelled or self.role in CONTROLS
 
     @property
     def foreign(self) -> bool:

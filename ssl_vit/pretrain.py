@@ -48,8 +48,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     recipe.train.steps = total
     lr, rule = recipe.learning_rate()
     share = recipe.train.batch_size // processes
+    resolved = dict(lr=lr, lr_rule=rule, flops_per_image=flops_per_image, precision=recipe.train.precision)
     settings = recipe.as_dict() | dict(
-        resolved=dict(lr=lr, lr_rule=rule, flops_per_image=flops_per_image, precision=recipe.train.precision),
+        resolved=resolved | dict(labelled=objective.labelled),
         images=dict(fingerprint=images.fingerprint, count=len(images), split=images.split, classes=images.classes),
     )
     settings["runtime"] |= dict(

@@ -278,6 +278,7 @@ def test_budgets(tmp_path):
     settings = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
     per_step = settings["resolved"]["flops_per_image"] * 32
     assert settings["train"]["steps"] == -(-1e8 // per_step)
+    assert settings["resolved"]["labelled"] is False
     assert log_of(tmp_path / "a")[-1]["flops"] == pytest.approx(per_step * settings["train"]["steps"])
     run(tmp_path, "--recipe", "mae", *TINY, "train.epochs=0.1", "--output", "b")
     assert log_of(tmp_path / "b")[-1]["step"] == 5  # of 32 images, for a tenth of 1,437

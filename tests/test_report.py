@@ -211,6 +211,11 @@ def test_the_best_is_marked_with_all_that_are_not_distinguishable(tmp_path):
     assert best(mae + dino + many(tmp_path, "beit", 0.78)) == {"mae", "beit"}
     assert best(mae + controls(tmp_path)) == set()  # one recipe is no competition
     assert best(mae + dino + many(tmp_path, "supervised", 0.95)) == {"mae"}  # with labels: a control
+    for folder in mae:
+        tree = yaml.safe_load((folder / "recipe.yaml").read_text())
+        tree["resolved"]["labelled"] = True  # as of a multitask with a supervised one among its tasks
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert best(mae + dino + many(tmp_path, "beit", 0.78)) == {"beit"}
 
 
 def test_differences_are_paired_by_seed(tmp_path):
