@@ -23,18 +23,7 @@ def primary(study: Study) -> list[Block]:
     used: list[Frame] = []
     for arm, said in study.said["arms"].items():
         group = study.group(arm, budget)
-        if group is None:
-            continue
-        lines: dict[str, list[Frame | None]] = {}
-        for place, part in enumerate((0.1, 1.0)):
-            for what in said["finetuned"]:
-                frame = test.reached(group, what["protocol"], part)
-                if frame:
-                    lines.setdefault(_schedule(what["changed"], group.recipe == "random"), [None] * 3)[place] = frame
-        linear = test.frames.get(Column("linear-sweep", "chosen", -1, test.labels), {}).get(group)
-        if linear:
-            first = group.label if group.recipe == "random" else next(iter(lines), "")
-            lines.setdefault(first, [None] * 3)[2] = linear
+        lines = _lines(test, group, said["finetuned"]) if group else {}
         for name, frames in sorted(lines.items(), key=lambda line: line[1][2] is None):
             label = f"{group.family} ({name})" if name and group.recipe != "random" else name or group.family
             cells = [Cell(with_interval(f.estimate)) if f else Cell() for f in frames]
@@ -49,11 +38,28 @@ def primary(study: Study) -> list[Block]:
     filled = [(title, [(name, [cells[i] for i in there]) for name, cells in rows]) for title, rows in filled]
     head = [("", [names[i] for i in there])]
     at = f" after {plots.number(budget)} FLOPs of pre-training" if budget else ""
-    caption = (
-        f"Accuracy in % ± half-width of the 95 % interval{at}. From scratch is the random initialisation, fine-tuned "
-        "alike; with the compute of pre-training on top it is trained for so many FLOPs more."
-    )
+    caption = f"Accuracy in % ± half-width of the 95 % interval{at}."
+    if there != [2]:
+        caption += (
+            " From scratch is the random initialisation, fine-tuned alike; with the compute of pre-training on top it "
+            "is trained for so many FLOPs more."
+        )
     return [Heading("The arms"), Table(head, filled, caption, charts.sources_of(used))]
+
+
+def _lines(test: Test, group: Group, finetuned: list[dict]) -> dict[str, list[Frame | None]]:
+    """What an arm reached: [fine-tuned with 10 %, with all, linear], by what sets its way of fine-tuning apart."""
+    lines: dict[str, list[Frame | None]] = {}
+    for place, part in enumerate((0.1, 1.0)):
+        for what in finetuned:
+            frame = test.reached(group, what["protocol"], part)
+            if frame:
+                lines.setdefault(_schedule(what["changed"], group.recipe == "random"), [None] * 3)[place] = frame
+    linear = test.frames.get(Column("linear-sweep", "chosen", -1, test.labels), {}).get(group)
+    if linear:
+        first = group.label if group.recipe == "random" else next(iter(lines), "")
+        lines.setdefault(first, [None] * 3)[2] = linear
+    return lines
 
 
 def _schedule(changed: dict, scratch: bool) -> str:
