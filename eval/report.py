@@ -104,7 +104,7 @@ def report(
     blocks += mixed(runs)
     if study and study.said["decides"] and study.said["data"] in verdict.DATA:
         blocks += verdict.blocks(verdict.collect([study]))
-    blocks += sections.primary(study) if study else []
+    blocks += sections.primary(study) + sections.budgets(study) if study else []
     mains = []
     for test in tests:
         of = f": {test.data} ({test.split})" if len(tests) > 1 else ""

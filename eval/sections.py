@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from eval import charts, plots
+from eval import charts, intervals, plots
 from eval.frames import Column, Frame, Group, Study, Test, most
 from eval.pages import Block, Cell, Folded, Heading, Table, Text
 from eval.words import labels_in_words, named, percent, with_interval
@@ -69,6 +69,46 @@ def _schedule(changed: dict, scratch: bool) -> str:
     words += [f"drop path {changed['backbone.drop_path']:g}"] if "backbone.drop_path" in changed else []
     rate = changed.get("optim.lr")
     return ", ".join(words + ([f"rate {rate:g}"] if isinstance(rate, float) else []))
+
+
+def budgets(study: Study) -> list[Block]:
+    """What each arm gains over its controls at each budget, where there are several."""
+    test, spent, arms = study.test, study.budgets, study.said["arms"]
+    if test is None or len(spent) < 2:
+        return []
+    controls = [arm for arm in arms if arms[arm]["role"] in ("scratch", "autoencoder")]
+    blocks: list[Block] = []
+    for column in test.primary:
+        frames, head, used = test.in_column(column), [], []
+        rows: dict[str, list[Cell]] = {arm: [] for arm in arms if arms[arm]["role"] != "scratch"}
+        for control in controls:
+            beside = [study.group(control, budget) for budget in spent]
+            if not any(other in frames for other in beside):
+                continue
+            name = next(other for other in beside if other in frames)
+            head.append((f"against {name.label_in(column) if name.recipe == 'random' else control}", spent))
+            for arm, cells in rows.items():
+                for budget, other in zip(spent, beside, strict=True):
+                    group, difference = study.group(arm, budget), None
+                    if group in frames and other in frames and arm != control:
+                        difference = frames[group].minus(frames[other])
+                        used += [frames[group], frames[other]]
+                    cells.append(Cell() if difference is None else _gain(intervals.interval(difference)))
+        filled = [(Cell(arm), cells) for arm, cells in rows.items() if any(cell.text for cell in cells)]
+        if filled:
+            head = [(name, [plots.number(budget) for budget in at]) for name, at in head]
+            caption = (
+                f"{column.name}, difference in points ± half-width of the 95 % interval, by FLOPs of pre-training."
+            )
+            blocks.append(Table(head, [("", filled)], caption, list(dict.fromkeys(charts.sources_of(used)))))
+    words = (
+        "Each budget is a full schedule of its own. Differences are paired by test image and seed, at equal budgets."
+    )
+    return [Heading("At each budget"), Text(words), *blocks] if blocks else []
+
+
+def _gain(estimate: intervals.Estimate) -> Cell:
+    return Cell(with_interval(estimate, "+"), "one seed: images only" if estimate.images_only else "")
 
 
 def robustness(test: Test, of: str) -> list[Block]:

@@ -549,6 +549,26 @@ def test_the_arms_stand_beside_scratch_of_equal_compute(tmp_path, monkeypatch):
     assert rows[3][0].startswith("from scratch, with the compute of pre-training on top")
 
 
+def test_each_budget_is_compared_with_the_controls_at_that_budget(tmp_path, monkeypatch):
+    arms = []
+    for name, role, shares in (("mae", "masking", (0.5, 0.9)), ("plain", "autoencoder", (0.4, 0.3))):
+        for budget, share in zip((1e12, 2e12), shares, strict=True):
+            changes = dict(train__flops=budget, data__name=f"cifar10-{name}")
+            runs = many(tmp_path / f"{name}-{budget:g}", "mae", share, seeds=2, flops=budget, changes=changes)
+            arms.append((name, role, budget, runs))
+    arms.append(("random", "scratch", 1e12, many(tmp_path, "random", 0.2, seeds=2, flops=0.0)))
+    study = write_study(tmp_path, arms)
+    said = json.loads((study / "study.json").read_text())
+    for training in said["arms"]["random"]["runs"]:
+        training["steps"] = 0
+    (study / "study.json").write_text(json.dumps(said))
+    _, markdown = study_page(study, monkeypatch)
+    section = markdown[markdown.index("## At each budget") :].split("\n## ")[0]
+    rows = [[cell.split("±")[0].strip() for cell in row.split("|")[1:-1]] for row in section.splitlines() if "±" in row]
+    assert sorted(rows[:2]) == [["mae", "+10.0", "+60.0", "+30.0", "+70.0"], ["plain", "", "", "+20.0", "+10.0"]]
+    assert section.count("against plain") == 2 and "against random init, 2·10¹²" in section
+
+
 def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, monkeypatch):
     measures = [dict(protocol="linear-sweep", pooling="chosen", share=0.6, settings={})]
     for kind, family, share in (("fog", "other", 0.4), ("rain", "other", 0.2), ("hum", "noise", 0.5)):
