@@ -146,7 +146,8 @@ def longer(source: features.Source, asked: inputs.Inputs, settings: list[str], i
 
 def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[float, dict]:
     """(the learning rate that was chosen for another run, what its row says of it). Raises UserError if none was."""
-    same = dict(keys, protocol=schedule.protocol, eval_data=test.name, split=test.split)
+    same = dict(protocol=schedule.protocol, eval_data=test.name, split=test.split)
+    same |= dict(label_fraction=keys["label_fraction"])  # also of another draw
     rows = [row for row in results.read(schedule.of) if all(row.get(key) == value for key, value in same.items())]
     if not rows:
         raise UserError(

@@ -52,7 +52,7 @@ class Tuning:
 
 @dataclass
 class Plan:
-    """evaluators: each its name, then its arguments, of which `budget` stands for the largest of the budgets.
+    """evaluators: each its name, then its arguments; one with the word `budget` is run for each of the budgets.
 
     budgets: training FLOPs; every arm is trained with each, by a full schedule of its own. decides: whether the
     verdict's rule (docs/denoising-study.md) is meant to be applied.
@@ -72,15 +72,53 @@ class Plan:
         return self.arms[arm].seeds or self.seeds
 
     def evaluators_of(self, arm: str) -> list[list[str]]:
-        lines = self._lines(arm)
-        return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
+        found = []
+        for line in self._lines(arm):
+            for budget in self.budgets if "budget" in line else [0.0]:
+                found.append([f"{budget:g}" if word == "budget" else word for word in line])
+        return found
+
+    def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
+        """Keep a part of the plan, of names with commas between. Raises UserError for a name that is not there.
+
+        Returns in words what makes it another plan, which decides nothing: other arms, or none tuned. Seeds and
+        evaluators only make it more or less complete.
+        """
+        changed = []
+        if arms is not None:
+            for name in arms.split(","):
+                if name not in self.arms:
+                    known = ", ".join(self.arms)
+                    raise UserError(f"{self.name} has no arm {name!r}.{nearest(name, self.arms)} Arms: {known}.")
+            self.arms = {name: arm for name, arm in self.arms.items() if name in arms.split(",")}
+            changed.append(f"arms={','.join(self.arms)}")
+        if evaluators is not None:
+            wanted = evaluators.split(",")
+            there = {line[0] for arm in self.arms for line in self._lines(arm)}
+            for name in wanted:
+                if name not in there:
+                    known = ", ".join(name for name in EVALUATORS if name in there)
+                    raise UserError(f"{self.name} has no evaluator {name!r}. Evaluators: {known}.")
+            for owner in (self, *(arm for arm in self.arms.values() if arm.evaluators is not None)):
+                owner.evaluators = [line for line in owner.evaluators if line[0] in wanted]
+        if seeds is not None:
+            self.seeds = seeds
+            for arm in self.arms.values():
+                arm.seeds = None
+        if untuned and self.tuning:
+            self.tuning = None
+            changed.append("untuned")
+        self.decides &= not changed
+        return changed
 
     def spend(self, settings: list[str]) -> list[str]:
         """Take a length given on the command line instead of the budgets; returns the other settings.
 
-        Trials keep their share of the largest budget. Raises UserError if the plan needs a budget in FLOPs.
+        Trials keep their share of the largest budget; with other settings the plan decides nothing. Raises UserError if
+        it needs a budget in FLOPs.
         """
         lengths = [text for text in settings if text.startswith(("train.flops=", "train.steps=", "train.epochs="))]
+        self.decides &= all(text.startswith("train.flops=") for text in settings)
         if not lengths or not self.budgets:
             return settings
         key, _, value = lengths[-1].partition("=")
@@ -117,6 +155,10 @@ def read(name: str) -> Plan:
     plan.evaluators = _evaluators(plan.evaluators, path)
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
     plan.tuning = None if plan.tuning is None else _tuning(plan.tuning, path)
+    if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
+        raise UserError(
+            f"An evaluator of {path} is to be run for each of the budgets, and there are none: add budgets."
+        )
     return plan
 
 
@@ -175,9 +217,9 @@ def _tuning(what: dict, path: Path) -> Tuning:
 
 
 def _number(value, key: str, path: Path) -> float:
-    """A positive number, also as YAML 1.1 reads 1e13: as a word."""
+    """A positive number, also as YAML 1.1 reads 1e13: as a word. It has the six digits that commands print."""
     try:
-        number = float(value)
+        number = float(f"{float(value):g}")
     except (TypeError, ValueError):
         number = 0.0
     if not number > 0:

@@ -28,11 +28,11 @@ import yaml
 from eval import features, finetune, inputs, plans, results
 from eval.frames import PRIMARY, most
 from eval.jobs import ROOT, Job, work
-from eval.plans import EVALUATORS, Plan
+from eval.plans import Plan
 from ssl_vit import data, errors, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.checkpoint import write as write_whole
-from ssl_vit.errors import UserError, nearest, say
+from ssl_vit.errors import UserError, say
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Training:
 
     arm: str
     budget: float | None
+    seed: int
     settings: tuple[str, ...]
     run: Path
     steps: int | None  # 0: it holds the random initialisation
@@ -52,7 +53,10 @@ class Study:
     """A plan on certain images. Raises UserError if a recipe refuses its settings, or a run of that name is another."""
 
     def __init__(self, plan: Plan, images: str | None, settings: list[str], given: list[str], threads: int):
-        """given: all that the command line changes of the plan, after which the study's folder is named."""
+        """given: all that the command line changes of the plan, after which the study's folder is named.
+
+        So a part of a plan does not take the place of the whole one; what both train is trained once.
+        """
         self.plan, self.images, self.settings, self.threads = plan, images, settings, threads
         own = [f"-{_hash(sorted(given))[:6]}"] if given else []  # as in the names of runs
         self.folder = Path("runs") / "".join([f"{plan.name}-{recipes.short(images or 'digits')}", *own])
@@ -62,12 +66,15 @@ class Study:
     def _training(self, arm: str, budget: float | None, more: list[str]) -> Training:
         own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
         own += [*self.plan.arms[arm].settings, *more]
-        recipe = pretrain.read(self.plan.arms[arm].recipe, own, self.images)
+        try:
+            recipe = pretrain.read(self.plan.arms[arm].recipe, own, self.images)
+        except UserError as error:
+            raise UserError(f"Arm {arm!r} of {self.plan.name}: {error}") from None
         run = Path("runs") / recipe.run_name()
         refuse_other(run, recipe)
         steps = recipe.train.steps if recipe.train.flops is None else None
         identity = {key: value for key, value in recipe.as_dict().items() if key not in recipes.MAY_CHANGE}
-        return Training(arm, budget, tuple(own), run, steps, _hash(identity))
+        return Training(arm, budget, recipe.train.seed, tuple(own), run, steps, _hash(identity))
 
     def _trials(self) -> dict[str, list[Training]]:
         """The trials of each arm that is trained."""
@@ -156,11 +163,11 @@ class Study:
             after = job
             for number, line in enumerate(self.plan.evaluators_of(training.arm)):
                 key = training.arm, training.budget, number
-                needs, more = [job], []
+                needs, more = [job], labelled(line, [training.seed])
                 if line[0] == "difficulty" and (key in first or training.steps == 0):
                     continue  # all seeds have the same task
                 if line[0] == "finetune" and key in first and schedule_of(line)[1].rates:  # chosen at the first seed
-                    needs, more = [job, first[key][0]], ["--lr-of", str(first[key][1])]
+                    needs, more = [job, first[key][0]], [*more, "--lr-of", str(first[key][1])]
                 after = self._evaluation(str(training.run), training.run, line, more, needs, after, number)
                 first.setdefault(key, (after, training.run))
                 found.append(after)
@@ -171,6 +178,7 @@ class Study:
                 if line[0] in ("finetune", "difficulty"):
                     continue  # there are no weights
                 more = ["--data", str(self.trainings[0].run)]
+                more += labelled(line, sorted({training.seed for training in self.trainings}))
                 after = self._evaluation(control, rows, line, more, [start], after, number)
                 found.append(after)
         return found
@@ -237,6 +245,13 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
         )
 
 
+def labelled(line: list[str], seeds: list[int]) -> list[str]:
+    """The argument that makes an evaluator draw a part of the labels anew for each seed; [] where it takes all."""
+    if "--labels" not in line or "--label-seeds" in line:
+        return []
+    return ["--label-seeds", *map(str, seeds)]
+
+
 def schedule_of(line: list[str]) -> tuple[argparse.Namespace, finetune.Schedule]:
     """What a plan's line of the evaluator finetune asks for."""
     return finetune.parse(["--backbone", "RUN", *line[1:]])
@@ -281,35 +296,14 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
     plan = plans.read(args.plan)
-    if args.seeds is not None:
-        plan.seeds = args.seeds
-        for arm in plan.arms.values():
-            arm.seeds = None
-    if plan.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+    if any(number is not None and number < 1 for number in (args.seeds, args.jobs)):
         raise UserError("--seeds and --jobs are 1 or more.")
-    if args.arms:
-        for name in args.arms.split(","):
-            if name not in plan.arms:
-                raise UserError(
-                    f"{plan.name} has no arm {name!r}.{nearest(name, plan.arms)} Arms: {', '.join(plan.arms)}."
-                )
-        plan.arms = {name: arm for name, arm in plan.arms.items() if name in args.arms.split(",")}
-    if args.no_tuning:
-        plan.tuning = None
-    if args.evaluators:
-        wanted = args.evaluators.split(",")
-        if set(wanted) - set(EVALUATORS):
-            raise UserError(
-                f"--evaluators {args.evaluators}: write some of {','.join(EVALUATORS)}, with commas between."
-            )
-        for owner in (plan, *(arm for arm in plan.arms.values() if arm.evaluators is not None)):
-            owner.evaluators = [line for line in owner.evaluators if line[0] in wanted]
     if any(text.startswith("data.name=") for text in [*plan.settings, *args.settings]):
         raise UserError("Name the images with --data.")
     if plan.decides and args.data is None:
         raise UserError(f"{plan.name} is no plan for the digits: name images with --data, such as --data cifar10.")
-    given = args.settings
-    settings = plan.spend(given)
+    given = args.settings + plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
+    settings = plan.spend(args.settings)
     at_once = args.jobs or torch.cuda.device_count() or data.cores()
     study = Study(plan, args.data, settings, given, threads=max(1, data.cores() // at_once))
 

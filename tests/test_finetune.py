@@ -230,7 +230,8 @@ def test_another_run_takes_the_rate_that_was_chosen_for_the_first(tune, tmp_path
     seen = judged(monkeypatch, best=1e-3)
     [first] = tune(*rates)
     seen.clear()
-    [row] = tune(*rates, "--lr-of", "runs/mae", backbones=("runs/random",))
+    [row] = tune(*rates, "--lr-of", "runs/mae", "--label-seeds", "1", backbones=("runs/random",))  # of another draw
+    assert row["subset_seed"] == 1 and first["subset_seed"] == 0
     assert seen == [("the fixed 360", 1e-3, 360, 200)]  # nothing was tried again
     assert row["settings"]["lr"] == first["settings"]["lr"] == 1e-3 and row["protocol"] == first["protocol"]
     assert row["settings"]["lr_of"] == "runs/mae" and "validation" not in row["settings"]

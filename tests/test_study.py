@@ -150,9 +150,9 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     jobs = made.jobs()
     commands = [job.command for job in jobs]
     tuned = [c for c in commands if "finetune.py" in c[1]]
-    assert sum("--lr-of" in c for c in tuned) == 3 and len(tuned) == 8  # the second seeds take the first ones' rates
+    assert sum("--lr-of" in c for c in tuned) == 4 and len(tuned) == 10  # the second seeds take the first ones' rates
     longer = [c for c in tuned if "--extra-flops" in c]
-    assert len(longer) == 2 and {c[c.index("--extra-flops") + 1] for c in longer} == {"2e+09"}
+    assert sorted(c[c.index("--extra-flops") + 1] for c in longer) == ["1e+09", "1e+09", "2e+09", "2e+09"]
     waits = next(job for job in jobs if "--lr-of" in job.command)
     assert len(waits.needs) == 2 and not waits.ready
     hard = [c for c in commands if "difficulty.py" in c[1]]
@@ -160,6 +160,22 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     made.describe()
     said = json.loads((tmp_path / "runs/tiny-digits/study.json").read_text())
     assert [t["steps"] for t in said["arms"]["random"]["runs"]] == [0, 0]
+
+
+def test_every_seed_has_labels_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [["knn", "--labels", "10%"], ["knn"], ["knn", "--labels", "5", "--label-seeds", "7"]]
+    made = a_study(tmp_path, seeds=3, evaluators=lines)
+    drawn = {}
+    for job in made.jobs():
+        if "knn.py" in job.command[1]:
+            said = re.search(r"--label-seeds ([\d ]+)", " ".join(job.command))
+            drawn[tuple(job.name.split())] = said and said[1].strip()
+    for (run, _), seeds in ((key, seeds) for key, seeds in drawn.items() if key[1] == "knn-0"):
+        assert seeds == ("0 1 2" if run == "pixels-digits" else run[-1])
+    assert {seeds for (_, line), seeds in drawn.items() if line == "knn-1"} == {None}
+    assert {seeds for (_, line), seeds in drawn.items() if line == "knn-2"} == {"7"}
+    assert len(drawn) == 3 * (2 * 3 + 1)
 
 
 def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
@@ -172,9 +188,29 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
     commands = [line for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
     assert [line.split("--recipe ")[1].split()[0] for line in commands] == ["mae", "beit"]
     assert all("objective.ratio=0.5" in line and "hold_out" not in line for line in commands)  # the first of the knob
-    monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--arms", "simim"])
-    with pytest.raises(UserError, match="Did you mean 'simmim'"):
-        study.main()
+    for argument, said in (("--arms=simim", "Did you mean 'simmim'"), ("--evaluators=finetune", "Evaluators: knn")):
+        monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", argument])
+        with pytest.raises(UserError, match=said):
+            study.main()
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "settings", "decides", "words"),
+    [
+        ((5, None, "knn", False), [], True, []),
+        ((None, None, None, False), ["train.flops=1e9"], True, []),
+        ((None, "mae", None, False), [], False, ["arms=mae"]),
+        ((None, None, None, True), [], False, ["untuned"]),
+        ((None, None, None, False), ["backbone.width=12"], False, []),
+    ],
+)
+def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_plan(tmp_path, budgets=[2e9], decides=True, tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
+    plan = plans.read("tiny.yaml")
+    assert plan.narrow(*narrowed) == words
+    plan.spend(settings)
+    assert plan.decides is decides
 
 
 def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch):
@@ -231,6 +267,7 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of noise, masking"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "no evaluator"),
+        (dict(evaluators=[["finetune", "--extra-flops", "budget"]]), "there are none: add budgets"),
         (dict(arms={}), "arms of tiny.yaml"),
         (dict(seeds="3"), "seeds of tiny.yaml"),
         (dict(arms={a: dict(recipe="mae", settings=MAE) for a in "ab"}), "the same as 'a'"),
