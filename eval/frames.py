@@ -198,8 +198,10 @@ class Test:
 
     @functools.cached_property
     def labels(self) -> float | str:
-        """The largest part of the labels that was used: 1.0 is all."""
-        return most({column.labels for column in self.frames})
+        """The largest part of the labels that is there of all but the controls, or of any: 1.0 is all."""
+        of = {group: {c.labels for c, found in self.frames.items() if group in found} for group in self.groups}
+        common = [parts for group, parts in of.items() if not group.control] or [set()]
+        return most(set.intersection(*common) or set.union(*of.values()))
 
     def whole(self, column: Column) -> bool:
         """Whether it is of the last blocks, or of the whole model, with the most labels."""

@@ -549,6 +549,14 @@ def test_the_arms_stand_beside_scratch_of_equal_compute(tmp_path, monkeypatch):
     assert rows[3][0].startswith("from scratch, with the compute of pre-training on top")
 
 
+def test_what_only_a_control_has_with_more_labels_does_not_push_the_others_out(tmp_path):
+    few = dict(KNN, label_fraction=0.1, subset_seed=0)
+    runs = many(tmp_path, "mae", 0.5, measures=[few]) + many(tmp_path, "random", 0.3, measures=[few, KNN], flops=0.0)
+    test = the_test(runs)
+    assert test.labels == 0.1 and {g.recipe for g in test.in_column(test.main[0])} == {"mae", "random"}
+    assert the_test(many(tmp_path / "alone", "random", 0.3, measures=[few, KNN], flops=0.0)).labels == 1.0
+
+
 def test_each_budget_is_compared_with_the_controls_at_that_budget(tmp_path, monkeypatch):
     arms = []
     for name, role, shares in (("mae", "masking", (0.5, 0.9)), ("plain", "autoencoder", (0.4, 0.3))):
