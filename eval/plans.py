@@ -52,7 +52,7 @@ class Tuning:
 
 @dataclass
 class Plan:
-    """evaluators: each its name, then its arguments; one with the word `budget` is run for each of the budgets.
+    """evaluators: each its name, then its arguments, of which `budget` stands for the largest of the budgets.
 
     budgets: training FLOPs; every arm is trained with each, by a full schedule of its own. decides: whether the
     verdict's rule (docs/denoising-study.md) is meant to be applied.
@@ -72,11 +72,8 @@ class Plan:
         return self.arms[arm].seeds or self.seeds
 
     def evaluators_of(self, arm: str) -> list[list[str]]:
-        found = []
-        for line in self._lines(arm):
-            for budget in self.budgets if "budget" in line else [0.0]:
-                found.append([f"{budget:g}" if word == "budget" else word for word in line])
-        return found
+        lines = self._lines(arm)
+        return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
 
     def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
         """Keep a part of the plan, of names with commas between. Raises UserError for a name that is not there.
@@ -156,9 +153,7 @@ def read(name: str) -> Plan:
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
     plan.tuning = None if plan.tuning is None else _tuning(plan.tuning, path)
     if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
-        raise UserError(
-            f"An evaluator of {path} is to be run for each of the budgets, and there are none: add budgets."
-        )
+        raise UserError(f"An evaluator of {path} has the word budget, and there are none: add budgets.")
     return plan
 
 

@@ -11,6 +11,12 @@ from eval.pages import Block, Cell, Folded, Heading, Table, Text
 from eval.words import labels_in_words, named, percent, with_interval
 
 FAMILIES = dict(noise="noise", blur="blur", other="others")
+CHANGES = {  # what a plan's fine-tunings of one arm differ in
+    "optim.layer_decay": "layer decay",
+    "backbone.drop_path": "drop path",
+    "objective.noise": "noise as augmentation",
+    "objective.drop": "dropped patches as augmentation",
+}
 
 
 def primary(study: Study) -> list[Block]:
@@ -66,7 +72,7 @@ def _schedule(changed: dict, scratch: bool) -> str:
     """What sets a fine-tuning apart from others of its arm, in words."""
     words = ["from scratch"] if scratch else []
     words += ["with the compute of pre-training on top"] if "extra_flops" in changed else []
-    words += [f"drop path {changed['backbone.drop_path']:g}"] if "backbone.drop_path" in changed else []
+    words += [f"{name} {changed[key]}" for key, name in CHANGES.items() if key in changed]
     rate = changed.get("optim.lr")
     return ", ".join(words + ([f"rate {rate:g}"] if isinstance(rate, float) else []))
 

@@ -9,6 +9,7 @@ nothing, and are refused.
 import argparse
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,10 @@ CLAIMS = dict(
 LINEAR = Column("linear-sweep", "chosen", -1, 1.0)
 METRICS = dict(FT10="fine-tuned, 10 % of the labels", FT100="fine-tuned, all labels", LP="linear probe")
 LABELS = dict(FT10=0.1, FT100=1.0)
+AUGMENTATIONS = {"objective.noise": "noise", "objective.drop": "dropped patches"}  # settings of a fine-tuning
+Tuned = list[
+    tuple[dict, Frame | None]
+]  # what each fine-tuning changes of its recipe, and what it reached if it is there
 
 
 @dataclass(frozen=True)
@@ -86,39 +91,58 @@ class Evidence:
 
     def frame(self, arm: str, metric: str) -> Frame | None:
         """What an arm reached by a metric."""
-        return self.linear(arm) if metric == "LP" else next(iter(self.tuned(arm, metric).values()), None)
+        return self.linear(arm) if metric == "LP" else next((frame for _, frame in self.tuned(arm, metric)), None)
 
     def linear(self, arm: str) -> Frame | None:
         """The linear probe's figures of an arm."""
         group, test = self.study.group(arm, self.budget), self.study.test
         return test.frames.get(LINEAR, {}).get(group) if test else None
 
-    def tuned(self, arm: str, metric: str) -> dict[str, Frame | None]:
-        """The fine-tunings of an arm that its plan has, by protocol; None of what is not there."""
+    def tuned(self, arm: str, metric: str) -> Tuned:
+        """The fine-tunings of an arm that its plan has."""
         group, test = self.study.group(arm, self.budget), self.study.test
-        found: dict[str, Frame | None] = {}
+        found: Tuned = []
         for what in self.study.said["arms"].get(arm, {}).get("finetuned", ()):
             if LABELS[metric] in what["labels"] and what["changed"].get("extra_flops") in (None, self.budget):
-                found[what["protocol"]] = test.reached(group, what["protocol"], LABELS[metric]) if test else None
+                frame = test.reached(group, what["protocol"], LABELS[metric]) if test else None
+                found.append((what["changed"], frame))
         return found
+
+    def scratch(self, metric: str, augmented: bool) -> Tuned:
+        """The fine-tunings from scratch, with corruption as augmentation or without."""
+        every = [found for arm in self.arms("scratch") for found in self.tuned(arm, metric)]
+        return [
+            (changed, frame) for changed, frame in every if augmented == bool(AUGMENTATIONS.keys() & changed.keys())
+        ]
 
     def opponent(self, metric: str) -> tuple[Frame | None, str]:
         """(the best of all fine-tunings from scratch, at fine-tuning's length and at equal total compute, by held-out
         training images; its name), or (None, what is lacking)."""
-        found = {p: f for arm in self.arms("scratch") for p, f in self.tuned(arm, metric).items()}
-        lengths = {self.long(protocol) for protocol in found}
-        if lengths != {False, True} or not all(frame and len(frame.seeds) >= SEEDS for frame in found.values()):
+        found = self.scratch(metric, augmented=False)
+        if {"extra_flops" in changed for changed, _ in found} != {False, True}:
             return None, f"scratch and scratch-long with {SEEDS} seeds"
-        held_out = {protocol: validation(frame) for protocol, frame in found.items()}
-        if None in held_out.values():
-            return None, "the held-out accuracy of scratch and scratch-long (finetune --lr A B …)"
-        best = max(held_out, key=held_out.__getitem__)
-        return found[best], "scratch-long" if self.long(best) else "scratch"
+        return best(found, "scratch and scratch-long", lambda c: "scratch-long" if "extra_flops" in c else "scratch")
 
-    def long(self, protocol: str) -> bool:
-        """Whether a fine-tuning has the compute of pre-training on top."""
-        every = [what for arm in self.study.said["arms"].values() for what in arm.get("finetuned", ())]
-        return any(what["protocol"] == protocol and "extra_flops" in what["changed"] for what in every)
+    def augmentation(self) -> tuple[Frame | None, str]:
+        """(the best of those at equal total compute with a corruption as augmentation, likewise), or (None, what is
+        lacking)."""
+        found = [(changed, frame) for changed, frame in self.scratch("FT10", True) if "extra_flops" in changed]
+        return best(found, "scratch-long with augmentation", lambda c: f"scratch-long with {_augmented(c)}")
+
+
+def best(found: Tuned, names: str, name: Callable[[dict], str]) -> tuple[Frame | None, str]:
+    """(the figures of the best by held-out images, its name), or (None, what is lacking)."""
+    if not found or not all(frame and len(frame.seeds) >= SEEDS for _, frame in found):
+        return None, f"{names} with {SEEDS} seeds"
+    held_out = [validation(frame) for _, frame in found]
+    if None in held_out:
+        return None, f"the held-out accuracy of {names} (finetune --lr A B …)"
+    changed, frame = found[int(np.argmax(held_out))]
+    return frame, name(changed)
+
+
+def _augmented(changed: dict) -> str:
+    return " and ".join(words for key, words in AUGMENTATIONS.items() if key in changed)
 
 
 def validation(frame: Frame) -> float | None:
@@ -161,24 +185,18 @@ def against_masking(evidence: Evidence, arm: str) -> list[Condition]:
 
 
 def against_augmentation(evidence: Evidence, arm: str) -> list[Condition]:
-    """The conditions of H3 on one data set: above every fine-tuning of every augmentation control.
-
-    Those saw all labels, so that no held-out image could choose among their learning rates.
-    """
-    mine, found = evidence.frame(arm, "FT10"), []
-    for control in evidence.arms("augmentation"):
-        for frame in evidence.tuned(control, "FT10").values():
-            found.append(condition(evidence.data, arm, "FT10", 0.0, mine, frame, control))
-    return found or [condition(evidence.data, arm, "FT10", 0.0, mine, None, "the augmentation controls")]
+    """The condition of H3 on one data set: above the corruptions as augmentation, with equal labels and compute."""
+    other, than = evidence.augmentation()
+    return [condition(evidence.data, arm, "FT10", 0.0, evidence.frame(arm, "FT10"), other, than)]
 
 
-def judge(claim: str, conditions: dict[str, list[Condition]], sets: int) -> Verdict:
+def judge(claim: str, conditions: dict[str, list[Condition]], sets: int, of: int = 1) -> Verdict:
     """YES if all conditions of one arm hold; NO if of every arm one fails; else open. All bounds hold together at 95 %.
 
     sets: how many of the data sets are there. Bounds are always those of all sets; without one of them, or with a
-    condition that is not measured, nothing is decided.
+    condition that is not measured, nothing is decided. of: among how many arms the test images chose those judged.
     """
-    count = sum(map(len, conditions.values())) * len(DATA) // sets
+    count = sum(map(len, conditions.values())) * of * len(DATA) // sets
     level = 1 - ALPHA / max(1, count)
     states = {arm: [c.state(level) for c in own] for arm, own in conditions.items()}
     if not conditions or sets < len(DATA) or any("not measured" in own for own in states.values()):
@@ -197,36 +215,35 @@ def decide(evidence: list[Evidence]) -> list[Verdict]:
     both = {arm: [c for e in evidence for c in against_nothing(e, arm) + against_masking(e, arm)] for arm in noise}
     first = judge("H1", {arm: [c for e in evidence for c in against_nothing(e, arm)] for arm in names}, len(evidence))
     second = judge("H2", both, len(evidence))
-    third = Verdict(
-        "H3", OPEN if first.answer in (NO, OPEN) else LACKING, 1 - ALPHA, {}
-    )  # there is no arm to ask it of
+    third = Verdict("H3", OPEN if first.answer in (NO, OPEN) else LACKING, 1 - ALPHA, {})  # no arm to ask it of
     if first.winners:
-        # chosen by held-out images, so that the test images have not told which arm is asked
+        # of several the best by held-out images; that it is one of them the test images said, which its level counts
         held_out = {a: np.mean([validation(e.frame(a, "FT10")) or 0.0 for e in evidence]) for a in first.winners}
         arm = max(held_out, key=held_out.__getitem__)
-        third = judge("H3", {arm: [c for e in evidence for c in against_augmentation(e, arm)]}, len(evidence))
+        asked = {arm: [c for e in evidence for c in against_augmentation(e, arm)]}
+        third = judge("H3", asked, len(evidence), of=len(names))
     return [first, second, third]
 
 
-def collect(studies: list[Study], budget: float | None = None) -> list[Evidence]:
-    """The evidence of these studies at this budget, or at their largest. Raises UserError if they decide nothing, or do
-    not belong together."""
+def collect(studies: list[Study]) -> list[Evidence]:
+    """The evidence of these studies at their largest budget. Raises UserError if they decide nothing, or do not belong
+    together."""
     for study in studies:
         if study.said["data"] not in DATA:
             raise UserError(f"No verdict is computed on {study.said['data']}: what decides is {' and '.join(DATA)}.")
         if not study.said["decides"]:
-            raise UserError(f"The plan {study.said['plan']} decides nothing: it says so itself.")
-        if budget is not None and budget not in study.budgets:
-            known = ", ".join(f"{b:g}" for b in study.budgets)
-            raise UserError(f"{study.folder} has no budget of {budget:g} FLOPs: it has {known}.")
+            raise UserError(
+                f"{study.folder} decides nothing: its plan says so, or it is of a part of one (--arms, --no-tuning), or "
+                "with other settings."
+            )
     for what, found in (
         ("of the same images", [study.said["data"] for study in studies]),
         ("of other plans", [study.said["plan"] for study in studies]),
-        ("of other budgets", [study.budgets[-1:] if budget is None else [budget] for study in studies]),
+        ("of other budgets", [study.budgets[-1:] for study in studies]),
     ):
         if len(studies) == 2 and (found[0] == found[1]) == (what == "of the same images"):
             raise UserError(f"{studies[0].folder} and {studies[1].folder} are {what}: there is no verdict on the two.")
-    return [Evidence(s, budget if budget is not None else (s.budgets[-1] if s.budgets else None)) for s in studies]
+    return [Evidence(study, study.budgets[-1] if study.budgets else None) for study in studies]
 
 
 def blocks(evidence: list[Evidence]) -> list[Block]:
@@ -280,19 +297,18 @@ def table(verdict: Verdict) -> Table:
     return Table(
         [("", ["difference", "seeds", "at least", "it"])],
         parts,
-        f"{verdict.claim}, in points: two-sided intervals at {100 * verdict.level:.2f} %, so that all {count}, of both "
-        "data sets, hold together at 95 %.",
+        f"{verdict.claim}, in points: two-sided intervals at {100 * verdict.level:.2f} %, so that the {count} that "
+        "both data sets can ask for hold together at 95 %.",
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="folders that eval/study.py wrote")
-    parser.add_argument("--budget", type=float, help="pre-training FLOPs at which to decide; default: the largest")
     args = parser.parse_args()
     if len(args.studies) > len(DATA):
         raise UserError(f"A verdict is on {' and '.join(DATA)}: name a study of each.")
-    evidence = collect([read_study(folder) for folder in args.studies], args.budget)
+    evidence = collect([read_study(folder) for folder in args.studies])
     sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", blocks(evidence), Path()))
 
 
