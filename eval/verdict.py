@@ -233,7 +233,7 @@ def collect(studies: list[Study]) -> list[Evidence]:
             raise UserError(f"No verdict is computed on {study.said['data']}: what decides is {' and '.join(DATA)}.")
         if not study.said["decides"]:
             raise UserError(
-                f"{study.folder} decides nothing: its plan says so, or it is of a part of one (--arms, --no-tuning), or "
+                f"{study.folder} decides nothing: its plan says so, or it is a part of one (--arms, --no-tuning), or "
                 "with other settings."
             )
     for what, found in (
