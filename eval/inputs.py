@@ -101,7 +101,10 @@ class Inputs:
                 test.split = f"held out of {test.split}"
             for images in (train, test):
                 if images.labels is None:
-                    raise UserError(f"The {images.split} split of {config.name} has no labels to evaluate with.")
+                    raise UserError(
+                        f"The {images.split} split of {config.name} has no labels to evaluate with. If another column "
+                        "holds them, train a run with data.label=COLUMN (train.steps=0 will do) and pass --data RUN."
+                    )
             if len(set(train.labels.tolist())) < 2:
                 raise UserError(
                     f"All training images of {config.name} are of one class: there is nothing to tell apart."
@@ -154,7 +157,7 @@ def part(text: str) -> float | None:
     if text == "all":
         return None
     number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    whole = number >= 1 and number == int(number) and not text.endswith("%")
+    whole = number >= 1 and text.isdigit()  # "1.0" is refused: it looks like all
     if not whole and not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"write all, a share such as 1%, or a number of each class, not {text}")
     return number

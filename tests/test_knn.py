@@ -175,7 +175,7 @@ def test_fewer_labels_are_rows_of_their_own(tmp_path, monkeypatch, capsys):
     assert "left out where there are but 10" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "200%", "2.5", "some"])
+@pytest.mark.parametrize("text", ["0", "-1", "200%", "1.0", "2.5", "some"])
 def test_a_part_of_the_labels_that_is_none_is_refused(text, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "pixels", "--labels", text])
     with pytest.raises(SystemExit) as stopped:
