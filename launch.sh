@@ -26,8 +26,8 @@ For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
 compare and study take --data and key=value too, and --seeds N; 'python eval/study.py --help' has the rest. On the
 digits compare takes about half an hour on two cores, study an hour. What is done is not done again: stop and start them
-as you like; runs/PLAN-DATA/progress.txt tells how far they are. The report is runs/PLAN-DATA/report/report.html, where
-PLAN is compare, denoising or denoising-full.
+as you like; runs/PLAN-DATA[-HASH]/progress.txt tells how far they are. The report is report/report.html beside it. PLAN is
+compare, denoising or denoising-full; others are in recipes/study, for python eval/study.py PLAN.
 
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several
@@ -283,9 +283,9 @@ run_recipe() {
     show python "${here}eval/knn.py" --backbone "$run" "$random" pixels
   fi
 
+  printf '\nNext:\n'
+  [ "$prefix" != "$root/.venv" ] || echo "  in a new shell    . ${here}.venv/bin/activate, before commands of your own"
   cat <<EOF
-
-Next:
   another recipe    ./launch.sh NAME, of: $(recipes)
   your own images   ./launch.sh $recipe --data FOLDER
   CIFAR-10          ./launch.sh $recipe --data cifar10

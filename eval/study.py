@@ -8,7 +8,7 @@ On a laptop, in about half an hour, on scikit-learn's handwritten digits:
 
 PLAN is a file in recipes/study/ or the path of your own. Each job is a command of its own, printed to its log; several
 run at a time. What is done is never done again: the same command goes on where it was stopped. How far it is,
-runs/PLAN-DATA/progress.txt tells. A key=value goes to the pre-training of every arm; an arm's own settings win over it.
+runs/PLAN-DATA[-HASH]/progress.txt tells. A key=value goes to the pre-training of every arm; an arm's own settings win.
 """
 
 import argparse
