@@ -22,19 +22,17 @@ that are not to recover a spoiled image, such as dino's, have no such figure. RU
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import PartialState
 from torch import Tensor
 
-from eval import inputs, results
+from eval import features, inputs, results
 from ssl_vit import checkpoint, data, errors, pretrain
-from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -49,7 +47,7 @@ def evaluate(run: Path) -> dict | None:
     if not (run / "recipe.yaml").exists():
         say(f"{run} is no run of ours, so it has no task to measure.")
         return None
-    recipe = read(run)
+    recipe = pretrain.read(str(run / "recipe.yaml"), [], None)
     state = PartialState(cpu=not torch.accelerator.is_available())
     images = data.load(recipe.data, "train").to(state.device)
     objective = pretrain.build(recipe, images).to(state.device).eval()
@@ -64,18 +62,12 @@ def evaluate(run: Path) -> dict | None:
     return figures
 
 
-def read(run: Path) -> recipes.Recipe:
-    """The resolved recipe of a run. Raises UserError if this version of the code does not know its settings."""
-    settings = yaml.safe_load((run / "recipe.yaml").read_text())
-    own = {name: settings[name] for name in ("objective", *recipes.SECTIONS) if name not in recipes.MAY_CHANGE}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(yaml.safe_dump(own))
-        try:
-            return pretrain.read(str(file), [], None)
-        except UserError as error:
-            said = str(error).replace(str(file), str(run / "recipe.yaml"))
-            raise UserError(f"{said} Another version of this code made the run.") from None
+def refuse_missing(run: Path) -> None:
+    """Raises UserError for what is neither a run, nor a control or a foreign backbone or their folder of rows."""
+    if str(run) in features.CONTROLS or str(run) in timm.list_models() + timm.list_models(pretrained=True):
+        return
+    if not any((run / file).exists() for file in ("recipe.yaml", "results.jsonl", "config.json")):
+        raise UserError(f"There is no run {str(run)!r}.{errors.nearest(str(run), map(str, run.parent.glob('*')))}")
 
 
 @torch.no_grad()
@@ -167,6 +159,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--threads", type=inputs.positive, help="CPU threads; default: cores")
     args = parser.parse_args()
+    for run in args.runs:
+        refuse_missing(run)
     pretrain.set_threads(args.threads or "auto")
     rows = {run.name: figures for run in args.runs if (figures := evaluate(run)) is not None}
     if rows:

@@ -82,6 +82,12 @@ class Schedule:
         return changed
 
     @property
+    def recipe(self) -> str:
+        """A hash of the recipe as its file has it, so that a report can tell when that has changed in between."""
+        base = pretrain.read("finetune", [], None).as_dict()
+        return _hash({key: value for key, value in base.items() if key not in recipes.MAY_CHANGE})
+
+    @property
     def protocol(self) -> str:
         """Its name: "finetune", with a hash of what differs from the recipe, so that no two share it."""
         return f"finetune-{_hash(self.changed)}" if self.changed else "finetune"
@@ -114,7 +120,7 @@ def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) 
             protocol=schedule.protocol,
             pooling=dict(token="cls", avg="mean")[recipe.objective.pool],
             chosen="learning rate on a tenth of train" if schedule.rates else "last checkpoint",
-            settings=dict(lr=recipe.optim.lr, changed=schedule.changed, **choice),
+            settings=dict(lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, **choice),
             value=float((predicted == truth).mean()),
             eval_flops=spent + results.describe_run(path, {})["train_flops"] + judging,
             seconds=round(time.perf_counter() - started, 3),

@@ -12,7 +12,6 @@ evaluates nothing: all it reads are run directories. Runs that differ in nothing
 """
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -101,7 +100,7 @@ def report(
     blocks: list[Block] = []
     for test in tests:
         blocks += summary(test)
-    blocks += mixed(runs)
+    blocks += sections.mixed(runs)
     if study and study.said["decides"] and study.said["data"] in verdict.DATA:
         blocks += verdict.blocks(verdict.collect([study]))
     blocks += sections.primary(study) + sections.budgets(study) if study else []
@@ -171,22 +170,6 @@ def _told(frames: dict[Group, Frame], best: Group, others: list[Group], column: 
 
 def _list(parts: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-
-
-def mixed(runs: list[Run]) -> list[Block]:
-    """A warning where the rows come from several states of the code or of its packages."""
-    rows = [row for run in runs for row in run.rows]
-    several = [
-        f"{len(found)} {name}"
-        for name, found in (
-            ("commits of this code", {row["commit"] for row in rows}),
-            ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
-        )
-        if len(found) > 1
-    ]
-    if not several:
-        return []
-    return [Text(f"These rows were made by {' and '.join(several)}; which ones is told at the end.", "warning")]
 
 
 def best_of(frames: dict[Group, Frame]) -> set[Group]:

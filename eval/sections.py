@@ -1,4 +1,4 @@
-"""Sections of a report that only some runs have: robustness, how hard a corruption is, the trials of a study."""
+"""Sections of a report that only some runs have: mixed origins, robustness, how hard a task is, a study's trials."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from eval import charts, intervals, plots
-from eval.frames import Column, Frame, Group, Study, Test, most
+from eval.frames import Column, Frame, Group, Run, Study, Test, most
 from eval.pages import Block, Cell, Folded, Heading, Table, Text
 from eval.words import labels_in_words, named, percent, with_interval
 
@@ -17,6 +17,24 @@ CHANGES = {  # what a plan's fine-tunings of one arm differ in
     "objective.noise": "noise as augmentation",
     "objective.drop": "dropped patches as augmentation",
 }
+
+
+def mixed(runs: list[Run]) -> list[Block]:
+    """A warning where the rows come from several states of the code, its packages or the recipe of fine-tuning."""
+    rows = [row for run in runs for row in run.rows]
+    recipes = {row["settings"]["recipe"] for row in rows if "recipe" in row.get("settings", {})}
+    several = [
+        f"{len(found)} {name}"
+        for name, found in (
+            ("commits of this code", {row["commit"] for row in rows}),
+            ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
+            ("states of the recipe finetune", recipes),
+        )
+        if len(found) > 1
+    ]
+    if not several:
+        return []
+    return [Text(f"These rows were made by {' and '.join(several)}; results.jsonl of each run tells which.", "warning")]
 
 
 def primary(study: Study) -> list[Block]:

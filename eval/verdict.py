@@ -18,6 +18,7 @@ import numpy as np
 from eval import intervals
 from eval.frames import Column, Frame, Study, read_study
 from eval.pages import Block, Cell, Heading, Table, Text, markdown
+from eval.sections import mixed
 from ssl_vit import errors
 from ssl_vit.errors import UserError
 
@@ -309,7 +310,9 @@ def main() -> None:
     if len(args.studies) > len(DATA):
         raise UserError(f"A verdict is on {' and '.join(DATA)}: name a study of each.")
     evidence = collect([read_study(folder) for folder in args.studies])
-    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", blocks(evidence), Path()))
+    runs = [run for e in evidence for group in e.study.groups for run in group.runs]
+    said = mixed(runs) + blocks(evidence)
+    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", said, Path()))
 
 
 if __name__ == "__main__":
