@@ -99,7 +99,7 @@ def report(
     names = ", ".join(dict.fromkeys(test.data for test in tests))
     blocks: list[Block] = []
     for test in tests:
-        blocks += summary(test)
+        blocks += summary(test, study is not None)
     blocks += sections.mixed(runs)
     if study and study.said["decides"] and study.said["data"] in verdict.DATA:
         blocks += verdict.blocks(verdict.collect([study]))
@@ -120,8 +120,8 @@ def report(
     return f"{what} on {names}", blocks, mains
 
 
-def summary(test: Test) -> list[Block]:
-    """What the primary protocol says, in words."""
+def summary(test: Test, of_study: bool = False) -> list[Block]:
+    """What the primary protocol says, in words; of a study, what the metrics say that it decides by."""
     blocks: list[Block] = []
     if test.data == "digits":
         blocks.append(
@@ -130,8 +130,11 @@ def summary(test: Test) -> list[Block]:
     counts = sorted({len(g.runs) for g in test.groups if not g.control} or {1})
     single = [g.label for g in test.groups if not g.control and len(g.runs) == 1]
     seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-    where = f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds} per recipe), by"
-    for column in [c for c in test.main if c.protocol == PRIMARY] or test.main[:1]:
+    where = (
+        f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds} per {'arm' if of_study else 'recipe'}), by"
+    )
+    decisive = [c for c in test.primary if c.protocol != PRIMARY] if of_study else []
+    for column in decisive or [c for c in test.main if c.protocol == PRIMARY] or test.main[:1]:
         frames = test.in_column(column)
         recipes = ranked(frames, controls=False)
         if recipes:
@@ -139,7 +142,8 @@ def summary(test: Test) -> list[Block]:
             reached = f"{with_interval(frames[best].estimate)} %."
             start = f"{best.label} is {'the highest, ' if len(recipes) > 1 else ''}at"
             others = recipes[1:2] + ranked(frames, controls=True)
-            words = f"{where} {column.name}, {start} {reached}{_told(frames, best, others, column)}"
+            means = column.name.replace("fine-tuned", "fine-tuning", 1).replace("linear,", "linear probe,", 1)
+            words = f"{where} {means}, {start} {reached}{_told(frames, best, others, column)}"
             blocks.append(Text(words, "lead"))
             where = "By"
     if single:

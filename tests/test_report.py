@@ -535,6 +535,7 @@ def test_the_arms_stand_beside_scratch_of_equal_compute(tmp_path, monkeypatch):
         ),
     ]
     _, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
+    assert "2 seeds per arm), by linear probe, chosen on train, mae is at 30.0" in markdown  # not by k-NN
     section = markdown[markdown.index("## The arms") :].split("##")[1]
     rows = [
         [cell.split("±")[0].strip() for cell in line.split("|")[1:5]] for line in section.splitlines() if "±" in line
