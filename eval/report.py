@@ -99,7 +99,7 @@ def report(
     names = ", ".join(dict.fromkeys(test.data for test in tests))
     blocks: list[Block] = []
     for test in tests:
-        blocks += summary(test, study is not None)
+        blocks += summary(test, study is not None and any(arm["role"] for arm in study.said["arms"].values()))
     blocks += sections.mixed(runs)
     if study and study.said["decides"] and study.said["data"] in verdict.DATA:
         blocks += verdict.blocks(verdict.collect([study]))
@@ -120,8 +120,8 @@ def report(
     return f"{what} on {names}", blocks, mains
 
 
-def summary(test: Test, of_study: bool = False) -> list[Block]:
-    """What the primary protocol says, in words; of a study, what the metrics say that it decides by."""
+def summary(test: Test, by_roles: bool = False) -> list[Block]:
+    """What the primary protocol says, in words; where arms have roles, what the metrics say that decide between them."""
     blocks: list[Block] = []
     if test.data == "digits":
         blocks.append(
@@ -131,9 +131,9 @@ def summary(test: Test, of_study: bool = False) -> list[Block]:
     single = [g.label for g in test.groups if not g.control and len(g.runs) == 1]
     seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     where = (
-        f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds} per {'arm' if of_study else 'recipe'}), by"
+        f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds} per {'arm' if by_roles else 'recipe'}), by"
     )
-    decisive = [c for c in test.primary if c.protocol != PRIMARY] if of_study else []
+    decisive = [c for c in test.primary if c.protocol != PRIMARY] if by_roles else []
     for column in decisive or [c for c in test.main if c.protocol == PRIMARY] or test.main[:1]:
         frames = test.in_column(column)
         recipes = ranked(frames, controls=False)
