@@ -101,7 +101,7 @@ def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) 
     for (part, seed), (keys, _) in zip(asked.parts, asked.labelled(train), strict=True):
         started = time.perf_counter()
         own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
-        own += [f"data.subset={part}", f"data.subset_seed={seed}"] if part else []
+        own += [f"data.subset={part:g}", f"data.subset_seed={seed}"] if part else []
         own += few(schedule.settings, keys["train_n"])
         own = [*schedule.settings, *own]
         own += longer(source, asked, own, keys["train_n"], schedule.extra) if schedule.extra else []

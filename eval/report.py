@@ -121,7 +121,7 @@ def report(
 
 
 def summary(test: Test, by_roles: bool = False) -> list[Block]:
-    """What the primary protocol says, in words; where arms have roles, what the metrics say that decide between them."""
+    """What the primary protocol says, in words; where arms have roles, what the metrics say that they are judged by."""
     blocks: list[Block] = []
     if test.data == "digits":
         blocks.append(

@@ -4,6 +4,7 @@ A backbone is a plain timm model behind one seam: plain timm weights in, plain t
 [0, 1]; the backbone applies its own mean and std, which travel with its weights.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import timm
@@ -188,9 +189,11 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
         raise UserError(f"Unknown backbone {config.name!r}: give one of {', '.join(known)}, or a model timm knows.")
     is_vit = timm.models.is_model_in_modules(name, ["vision_transformer", "deit"])
     if not is_vit:
-        own = [k for k in ("width", "depth", "heads", "layer_scale", "registers", "drop_path") if getattr(config, k)]
-        if own:
-            raise UserError(f"{name} is no plain ViT and has no backbone.{own[0]}: leave it out, or name a vit_*.")
+        of_vit = ("width", "depth", "heads", "layer_scale", "registers", "drop_path")
+        unset = {f.name: f.default for f in dataclasses.fields(config) if f.name in of_vit and getattr(config, f.name)}
+        if unset:  # by the command line, or by the recipe alone
+            settings = " ".join(f"backbone.{k}={'null' if v is None else v}" for k, v in unset.items())
+            raise UserError(f"{name} is no plain ViT and has no {', '.join(unset)}: set {settings}, or name a vit_*.")
     else:
         patch = resolve_patch(config.patch, size)
         args |= dict(

@@ -49,7 +49,7 @@ class Run:
     def claim(self, settings: dict) -> None:
         """Write recipe.yaml, or check that the one there says the same wherever it must.
 
-        Raises UserError naming the keys that differ.
+        Raises UserError naming the keys that differ, and the command for a run of its own where there is one.
         """
         file = self.path / "recipe.yaml"
         if not file.exists():
@@ -58,6 +58,11 @@ class Run:
         else:
             old = yaml.safe_load(file.read_text())
             keys = recipes.differences(old, settings)
+            if keys and Path(sys.argv[0]).name != "pretrain.py":  # the folder is not the user's to choose
+                raise UserError(
+                    f"{self.path} is a run with other settings ({', '.join(keys)}): remove that folder, and start the "
+                    "same command again."
+                )
             if keys:
                 free = next(f"{self.path}-{n}" for n in range(2, 1000) if not Path(f"{self.path}-{n}").exists())
                 arguments = [a for a in sys.argv[1:] if not a.startswith("--output=")]

@@ -707,7 +707,8 @@ def _digest(images: Tensor) -> str:
 
 def _fingerprint(content: str, labels: Tensor | None) -> str:
     """What the images and labels are, in 16 hex digits."""
-    return hashlib.sha256(content.encode() + (b"" if labels is None else labels.cpu().numpy().tobytes())).hexdigest()[:16]
+    own = b"" if labels is None else labels.cpu().numpy().tobytes()
+    return hashlib.sha256(content.encode() + own).hexdigest()[:16]
 
 
 def _mean_std(images: Tensor) -> tuple[list[float], list[float]]:

@@ -93,7 +93,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
     micro = size = micro_batch(recipe, objective, share, device)
-    refuse_cut(objective, size, recipe.train.batch_size)
+    refuse_cut(objective, size, recipe.train.batch_size, processes)
     order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
     plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, size)
     workers = recipe.runtime.workers
@@ -120,7 +120,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                 if fits:
                     break
                 micro = halve(micro, recipe, objective, watch)
-                refuse_cut(objective, micro, recipe.train.batch_size)
+                refuse_cut(objective, micro, recipe.train.batch_size, processes)
 
             now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
             objective.before_optimizer_step(step, total)
@@ -280,13 +280,22 @@ def micro_batch(recipe: recipes.Recipe, objective: Objective, share: int, device
     return max(min(asked, share) // together, 1) * together
 
 
-def refuse_cut(objective: Objective, micro: int, batch_size: int) -> None:
+def refuse_cut(objective: Objective, micro: int, batch_size: int, processes: int) -> None:
     """Raises UserError if the loss needs the whole batch at once and gets less."""
-    if objective.whole_batch and micro < batch_size:
+    tie = objective.whole_batch
+    if not tie or micro >= batch_size:
+        return
+    optional = "objective.batch_norm" in tie
+    without = "set objective.batch_norm=false (see recipes/dino.yaml)" if optional else "take a backbone without it"
+    if processes > 1:
         raise UserError(
-            f"{objective.whole_batch} needs the whole batch of {batch_size} at once, and one device has {micro} at "
-            "a time: run one process with runtime.per_device_batch at least that, lower train.batch_size, or unset it."
+            f"{tie} needs the whole batch of {batch_size} at once, and it is shared by {processes} processes: run one "
+            f"process on one GPU (CUDA_VISIBLE_DEVICES=0), or {without}."
         )
+    raise UserError(
+        f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro} at a time: set "
+        f"runtime.per_device_batch={batch_size}, lower train.batch_size, or {without}."
+    )
 
 
 def halve(micro: int, recipe: recipes.Recipe, objective: Objective, watch: monitor.Monitor) -> int:
@@ -398,18 +407,22 @@ def describe(recipe, path, images, objective, accelerator, total, flops_per_imag
     """One paragraph: what will happen, on what, at which cost."""
     count = sum(p.numel() for p in objective.exported.parameters())
     images_seen = total * recipe.train.batch_size
-    device = (
-        torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
     say(
         f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images of "
         f"{'x'.join(map(str, recipe.data.size))}), {recipe.backbone.name} of {count / 1e6:.2f} M parameters, patch "
         f"{recipe.backbone.patch}\n"
         f"{total:,} steps of {recipe.train.batch_size} = {images_seen / max(len(images), 1):.1f} epochs, "
         f"{images_seen * flops_per_image:.3g} FLOPs; learning rate {lr}; {recipe.train.precision} on "
-        f"{accelerator.num_processes} x {device}\n"
+        f"{accelerator.num_processes} x {name_of(accelerator.device)}\n"
         f"Run directory: {path}"
     )
+
+
+def name_of(device: torch.device) -> str:
+    """A device in words: the GPU's name, the CPU's threads, or the kind of another, such as MPS (Apple's GPUs)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()
 
 
 def finish(run: checkpoint.Run, recipe: recipes.Recipe, objective: Objective, images: data.ImageSet, device) -> None:
@@ -434,7 +447,7 @@ def main() -> int:
         allow_abbrev=False,
         epilog="settings (key=value):\n" + recipes.describe(recipes.SECTIONS | configs),
     )
-    parser.add_argument("--recipe", required=True, help="a name in recipes/, or a YAML file")
+    parser.add_argument("--recipe", required=True, help="a name in recipes/, a YAML file, or a run's recipe.yaml")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
     parser.add_argument("--output", type=Path, help="the run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
     parser.add_argument("--init-from", help="a run, timm folder or timm model to start from; backbone.init_from=…")

@@ -7,6 +7,7 @@ impossible value is refused before anything loads.
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -92,7 +93,11 @@ class Views:
 
 @dataclass
 class Backbone:
-    name: str = setting("vit_tiny", "vit_{tiny,small,base,large,huge}, or any timm model")
+    name: str = setting(
+        "vit_tiny",
+        "vit_{tiny,small,base,large,huge}, or any timm model; on the command line it replaces the recipe's width, "
+        "depth and heads, and its patch if the name has one, as in vit_base_patch16_224",
+    )
     width: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
     depth: int | None = setting(None, "number of blocks", at_least=1)
     heads: int | None = setting(None, "number of attention heads", at_least=1)
@@ -130,6 +135,9 @@ class Runtime:
 
 SECTIONS = dict(train=Train, optim=Optim, data=Data, views=Views, backbone=Backbone, monitor=Monitor, runtime=Runtime)
 MAY_CHANGE = ("runtime", "monitor")  # sections that may differ when a run goes on
+ADDED = {"recipe", "resolved", "images"}  # what a run's recipe.yaml holds beside its settings
+FACTS = ("data.size", "data.channels", "data.mean", "data.std", "data.flip")  # which images tell of themselves
+LENGTHS = ("train.epochs", "train.steps", "train.flops")
 
 
 @dataclass
@@ -181,17 +189,12 @@ def short(data: str) -> str:
 def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[str], type]) -> Recipe:
     """The recipe called `recipe` (a name in recipes/ or a file) with `key=value` overrides, checked.
 
-    schema: the Config dataclass of an objective, by the objective's name.
+    The file may be a run's recipe.yaml: the recipe then has the settings of the run, and its name. schema: the Config
+    dataclass of an objective, by the objective's name.
     Raises UserError, naming the key, where it came from and the nearest valid name.
     """
     path = find(recipe)
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not text, or a date that no calendar has
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
-        raise UserError(f"{path} must hold sections of settings: {', '.join(SECTIONS)}, objective.")
-    values = {f"{section}.{key}": (value, str(path)) for section, part in tree.items() for key, value in part.items()}
+    own, run = _open(path)
     changes = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -203,31 +206,85 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
             raise UserError(f"The value of {key}={value} cannot be read; quote it like a YAML value.") from None
     if data is not None:
         changes["data.name"] = data
-    values |= {key: (value, "the command line") for key, value in changes.items()}
+    values = _merge(own, changes, str(path), run is not None)
 
     name, source = values.pop("objective.name", (None, str(path)))
     if not isinstance(name, str):
         raise UserError(f"objective.name is missing in {source}.")
     sections = SECTIONS | dict(objective=schema(name))
+    if own.get("objective.name", name) != name:
+        raise UserError(
+            f"{path.name} is a recipe of the objective {own['objective.name']}, not {name}: name one of {name} instead "
+            f"({', '.join(_recipes_of(name)) or 'a file of your own'})."
+        )
     known = [f"{s}.{f.name}" for s, cls in sections.items() for f in fields(cls)] + ["objective.name"]
     parts: dict[str, dict] = {section: {} for section in sections}
+    telling = changes if run is None else own | changes  # what makes it another run than the plain one of its recipe
     for key, (value, source) in values.items():
+        by_hand = run is None or key in changes
         if key not in known:
             same = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]  # the section is wrong or left out
             hint = f" Did you mean {same[0]!r}?" if same else nearest(key, known)
+            if not by_hand:
+                hint = " Another version of this code made the run."
             raise UserError(f"Unknown key {key!r} in {source}.{hint}")
         section, _, leaf = key.partition(".")
         parts[section][leaf] = _checked(sections[section], key, leaf, value, source)
-        if key in changes:
-            changes[key] = parts[section][leaf]  # one setting has one hash, however it is written
+        if key == "data.subset" and by_hand and isinstance(value, float) and value >= 1:
+            raise UserError(
+                f"data.subset={value} in {source} has a point: leave it null for all images, write a fraction below 1 "
+                "for a part of each class, or a whole number, without a point, for so many of each class."
+            )
+        if key in telling:
+            telling[key] = parts[section][leaf]  # one setting has one hash, however it is written
     changed = {
-        k: v for k, v in changes.items() if k != "train.seed" and k != "data.name" and k.split(".")[0] not in MAY_CHANGE
+        k: v for k, v in telling.items() if k != "train.seed" and k != "data.name" and k.split(".")[0] not in MAY_CHANGE
     }
     tag = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6] if changed else ""
     built = {section: cls(**parts[section]) for section, cls in sections.items()}
-    result = Recipe(name=path.stem, objective_name=name, tag=tag, **built)
+    result = Recipe(name=run or path.stem, objective_name=name, tag=tag, **built)
     _check_together(result)
     return result
+
+
+def _open(path: Path) -> tuple[dict[str, Any], str | None]:
+    """(the values of a recipe's file by section.key, None), or of a run's recipe.yaml (those, the recipe's name)."""
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not text, or a date that no calendar has
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    run = None
+    if isinstance(tree, dict) and tree.keys() >= ADDED:
+        run = str(tree["recipe"])
+        tree = {section: part for section, part in tree.items() if section not in ADDED}
+    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in tree.values()):
+        raise UserError(f"{path} must hold sections of settings: {', '.join(SECTIONS)}, objective.")
+    values = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
+    if run is not None:  # what it found there, such as the device, is no setting
+        known = {f"{section}.{f.name}" for section in MAY_CHANGE for f in fields(SECTIONS[section])}
+        values = {k: v for k, v in values.items() if k in known or k.split(".")[0] not in MAY_CHANGE}
+    return values, run
+
+
+def _merge(own: dict[str, Any], changes: dict[str, Any], path: str, of_run: bool) -> dict[str, tuple[Any, str]]:
+    """{key: (value, where it came from)} of a file's values and the command line's, without what the latter outdate."""
+    outdated: set[str] = set()
+    named = {}
+    if "backbone.name" in changes:  # the file's shape is that of its own model
+        outdated |= {"backbone.width", "backbone.depth", "backbone.heads"}
+        patch = re.search(r"_patch(\d+)", str(changes["backbone.name"]))
+        named = {"backbone.patch": int(patch[1])} if patch else {}
+    if of_run and changes.get("data.name", own.get("data.name")) != own.get("data.name"):
+        outdated |= set(FACTS)
+    if of_run and any(length in changes for length in LENGTHS):  # the steps there may be made of epochs or FLOPs
+        outdated |= set(LENGTHS)
+    kept = {key: (value, path) for key, value in own.items() if key not in outdated}
+    return kept | {key: (value, "the command line") for key, value in (named | changes).items()}
+
+
+def _recipes_of(objective: str) -> list[str]:
+    """The names of the shipped recipes of an objective."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml") if _open(p)[0].get("objective.name") == objective)
 
 
 def find(recipe: str) -> Path:
@@ -244,11 +301,12 @@ def find(recipe: str) -> Path:
 def differences(old: dict, new: dict) -> list[str]:
     """Keys, outside of what may change, whose values differ between two recipes in the form of `as_dict`.
 
-    A setting that the old one does not know yet had its default.
+    A setting that the old one does not know yet had its default; what it did not resolve yet does not count.
     """
     defaults = {name: asdict(cls()) for name, cls in SECTIONS.items()}
     a, b = _flat(defaults) | _flat(old), _flat(new)
-    return sorted(k for k in a.keys() | b.keys() if k.split(".")[0] not in MAY_CHANGE and a.get(k) != b.get(k))
+    keys = {k for k in a.keys() | b.keys() if k in a or not k.startswith("resolved.")}
+    return sorted(k for k in keys if k.split(".")[0] not in MAY_CHANGE and a.get(k) != b.get(k))
 
 
 def describe(sections: dict[str, type]) -> str:

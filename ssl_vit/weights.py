@@ -19,6 +19,8 @@ from timm.layers import resample_abs_pos_embed
 from ssl_vit.backbone import Backbone, TokenBackbone, wrap
 from ssl_vit.errors import UserError, nearest
 
+SHAPE = ("backbone.width", "backbone.depth", "backbone.heads", "backbone.patch")
+
 
 def save(backbone: Backbone, folder: Path) -> None:
     """Write the timm model, its mean and std into `folder`, which appears whole or not at all."""
@@ -91,11 +93,24 @@ def load(source: str) -> Backbone:
     return wrap(model, facts["mean"], facts["std"], args)
 
 
+def shape(backbone: Backbone) -> dict[str, int | str]:
+    """The settings that give a backbone of this kind the shape of its weights, by key."""
+    channels = {"data.channels": len(backbone.mean)}
+    if not isinstance(backbone, TokenBackbone):
+        return channels
+    model = backbone.model
+    heads = next(part.num_heads for part in model.blocks[0].modules() if hasattr(part, "num_heads"))
+    values = (backbone.width, backbone.depth, heads, backbone.patch[0])
+    scale = "1e-5" if "blocks.0.ls1.gamma" in model.state_dict() else "null"  # where it starts is overwritten
+    extras = {"backbone.registers": model.num_reg_tokens, "backbone.layer_scale": scale}
+    return dict(zip(SHAPE, values, strict=True)) | extras | channels
+
+
 def initialise(backbone: Backbone, source: str) -> Backbone:
     """Copy the weights of `source` into a backbone of the same shape; positions are resampled to its grid.
 
     The backbone takes over the source's mean and std: they belong to the weights. Classifiers stay behind.
-    Raises UserError naming what differs.
+    Raises UserError naming what differs, and the settings that fit.
     """
     old = load(source)
     weights = {k: v for k, v in old.model.state_dict().items() if not k.startswith(("head.", "fc.", "classifier."))}
@@ -107,18 +122,27 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
                 weights["pos_embed"], new_grid, old_grid, num_prefix_tokens=prefix
             )
     own = {k: v for k, v in backbone.model.state_dict().items() if not k.startswith(("head.", "fc.", "classifier."))}
-    wrong = [f"{k} lacks" for k in own.keys() - weights.keys()] + [f"{k} is new" for k in weights.keys() - own.keys()]
-    wrong += [
-        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own.keys() & weights.keys()
-        if own[k].shape != weights[k].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"The weights of {source} do not fit this backbone: {'; '.join(sorted(wrong)[:4])}. "
-            "Give the recipe the same backbone.* settings and data.channels as theirs."
-        )
+    wrong = {
+        "is in this backbone alone": own.keys() - weights.keys(),
+        "is in the weights alone": weights.keys() - own.keys(),
+        "has another shape": {k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape},
+    }
+    theirs, ours = shape(old), shape(backbone)
+    # of the number of heads no weight's shape tells
+    if any(wrong.values()) or theirs.get("backbone.heads") != ours.get("backbone.heads"):
+        differ = {key: value for key, value in ours.items() if theirs.get(key, value) != value}
+        fitting = {key: value for key, value in theirs.items() if key in SHAPE or key in differ}
+        if differ and theirs.keys() == ours.keys():
+            said = _settings(differ)
+        else:
+            said = "; ".join(f"{min(names)} {what}" for what, names in wrong.items() if names)
+            fitting = {"backbone.name": old.model.pretrained_cfg["architecture"], **fitting}
+        raise UserError(f"The weights of {source} do not fit this backbone ({said}): set {_settings(fitting)}.")
     backbone.model.load_state_dict(weights, strict=False)
     backbone.mean.copy_(old.mean)
     backbone.std.copy_(old.std)
     return backbone
+
+
+def _settings(values: dict) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())

@@ -8,7 +8,7 @@ import torch
 from conftest import small_recipe
 
 from ssl_vit import backbone as backbones
-from ssl_vit import weights
+from ssl_vit import pretrain, weights
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 
@@ -156,14 +156,58 @@ def test_init_from_takes_weights_and_normalisation_and_resamples_positions(tmp_p
     larger = weights.initialise(build("data.size=32", "backbone.patch=2"), str(tmp_path / "old"))
     expected = timm.layers.resample_abs_pos_embed(old.model.pos_embed, (16, 16), (8, 8), num_prefix_tokens=1)
     torch.testing.assert_close(larger.model.pos_embed.data, expected.data)
-    with pytest.raises(UserError, match="backbone"):
-        weights.initialise(build("backbone.width=32"), str(tmp_path / "old"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "wrong", "remedy"),
+    [
+        # the qkv weights of 2 and of 4 heads have the same shape
+        ([], ["backbone.heads=4"], "width=16 backbone.depth=2 backbone.heads=2 backbone.patch=2."),
+        ([], ["backbone.width=32", "backbone.depth=3"], "width=16 backbone.depth=2 backbone.heads=2 backbone.patch=2."),
+        (["backbone.registers=3"], [], "backbone.patch=2 backbone.registers=3."),
+        ([], ["backbone.registers=3"], "backbone.patch=2 backbone.registers=0."),
+        (["backbone.layer_scale=0.1"], [], "backbone.patch=2 backbone.layer_scale=1e-5."),
+        (["data.channels=1", "data.mean=[0]", "data.std=[1]"], [], "backbone.patch=2 data.channels=1."),
+    ],
+)
+def test_weights_of_another_shape_are_refused_with_the_settings_that_fit(theirs, wrong, remedy, tmp_path):
+    weights.save(build(*theirs), tmp_path / "old")
+    with pytest.raises(UserError) as error:
+        weights.initialise(build(*wrong), str(tmp_path / "old"))
+    said = str(error.value)
+    assert said.endswith(f"set backbone.{remedy}" if "width" in remedy else remedy) and "backbone.heads=2" in said
+    fitting = said.rpartition(": set ")[2].rstrip(".").split()
+    weights.initialise(build(*wrong, *fitting, *theirs), str(tmp_path / "old"))
+
+
+def test_weights_of_another_model_are_refused_with_its_name(tmp_path):
+    shapeless = [f"backbone.{key}=null" for key in ("width", "depth", "heads")]
+    weights.save(build("backbone.name=resnet10t", *shapeless), tmp_path / "cnn")
+    for wrong in (["backbone.name=resnet18", *shapeless], []):
+        with pytest.raises(UserError, match="is in the weights alone.*: set backbone.name=resnet10t"):
+            weights.initialise(build(*wrong), str(tmp_path / "cnn"))
+    args = dict(embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=2, num_classes=0)
+    pooled = timm.create_model("vit_medium_patch16_gap_240", pretrained=False, **args)  # without class token
+    weights.save(backbones.wrap(pooled, [0.5] * 3, [0.5] * 3, args), tmp_path / "pooled")
+    with pytest.raises(UserError, match="pos_embed has another shape.*: set backbone.name=vit_medium_patch16_gap"):
+        weights.initialise(build("backbone.layer_scale=1e-5"), str(tmp_path / "pooled"))
+
+
+def test_a_name_on_the_command_line_gives_that_model():
+    facts = ["data.size=32", "data.channels=3", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
+    for name, patch in (("vit_small", 4), ("vit_small_patch16_224", 16)):
+        recipe = pretrain.read("mae", [f"backbone.name={name}", *facts], None)
+        b = backbones.build(recipe.backbone, recipe.data, seed=0)
+        assert (b.width, b.depth, b.patch[0], b.model.blocks[0].attn.num_heads) == (384, 12, patch, 6)
 
 
 def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
-    with pytest.raises(UserError, match="backbone.width"):
+    with pytest.raises(UserError, match="set backbone.width=null backbone.depth=null backbone.heads=null"):
         build("backbone.name=resnet18")
-    deit = build("backbone.name=deit_tiny_patch16_224")
+    recipe = pretrain.read("finetune", ["backbone.name=resnet18", "data.size=16"], None)  # whose drop_path is 0.1
+    with pytest.raises(UserError, match="set backbone.drop_path=0.0, or name a vit"):
+        backbones.build(recipe.backbone, recipe.data, seed=0)
+    deit = build("backbone.name=deit_tiny_patch16_224", "backbone.patch=2")
     assert isinstance(deit, backbones.TokenBackbone) and deit.width == 16 and deit.input_size == (16, 16)
     assert deit.tokens(IMAGES).shape == (2, 65, 16)
 

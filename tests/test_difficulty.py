@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,15 +178,30 @@ def test_the_patch_space_is_fitted_as_in_training(measure, monkeypatch):
 
 
 def test_tasks_that_recover_no_spoiled_image_are_left_out(measure):
+    for folder, file in (("runs/pixels-digits", "results.jsonl"), ("timm", "config.json")):
+        Path(folder).mkdir()
+        Path(folder, file).write_text("{}")
     names = ["runs/causal", "runs/dino", "runs/supervised", "pixels", "vit_small_patch16_224.dino"]
+    names += ["runs/pixels-digits", "timm"]
     said, found = measure(*names)
     lines = said.splitlines()
     assert len(lines) == len(names) and all(name in line for name, line in zip(names, lines, strict=True))
     assert set(found.values()) == {None}
 
 
+@pytest.mark.parametrize("wrong", ["runs/biet", "photos", "vit_small_patch16_22"])
+def test_what_is_not_there_is_refused_before_anything_is_measured(wrong, measure, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=f"There is no run '{wrong}'") as error:
+        measure("runs/beit", "pixels", wrong)
+    assert "Did you mean 'runs/beit'" in str(error.value) or wrong != "runs/biet"
+    assert not (tmp_path / "runs/beit/difficulty.json").exists()
+
+
 def test_a_run_of_another_version_is_refused_by_the_setting(measure, tmp_path):
     file = tmp_path / "runs" / "beit" / "recipe.yaml"
     file.write_text(file.read_text().replace("  mask: ", "  corruption: "))
-    with pytest.raises(UserError, match="'objective.corruption' in .*beit/recipe.yaml"):
+    with pytest.raises(
+        UserError, match="'objective.corruption' in runs/beit/recipe.yaml. Another version of this code"
+    ):
         measure("runs/beit")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL
+from conftest import SMALL, small_objective, small_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -141,6 +141,24 @@ def test_other_settings_are_refused_with_the_keys_and_a_command(tmp_path):
     assert other.wait() == 2
     assert "optim.lr" in other.said and "train.seed" in other.said and f"--output {tmp_path}/run-2" in other.said
     assert "Traceback" not in other.said
+
+
+def test_another_script_is_not_told_to_pass_an_output(tmp_path, monkeypatch):
+    run_ = checkpoint.Run(tmp_path)
+    settings = small_recipe("mae").as_dict()
+    run_.claim(settings)
+    monkeypatch.setattr(sys, "argv", ["eval/finetune.py", "--backbone", "runs/mae"])
+    with pytest.raises(errors.UserError, match=r"other settings \(optim.lr\): remove that folder") as error:
+        run_.claim(settings | dict(optim=settings["optim"] | dict(lr=2)))
+    assert "--output" not in str(error.value) and "python" not in str(error.value)
+
+
+def test_a_run_s_recipe_makes_the_same_run(tmp_path):
+    run(tmp_path, *arguments("mae", "--output", "one"))
+    run(tmp_path, "--recipe", "one/recipe.yaml", "--output", "two")
+    one, two = (tmp_path / r for r in ("one", "two"))
+    assert (one / "backbone/model.safetensors").read_bytes() == (two / "backbone/model.safetensors").read_bytes()
+    assert (one / "recipe.yaml").read_text() == (two / "recipe.yaml").read_text()
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
@@ -358,6 +376,31 @@ def test_a_batch_that_must_not_be_cut_is_refused(tmp_path):
     started = Started(tmp_path, *arguments("dino", *settings))
     assert started.wait() == 2
     assert "objective.batch_norm=true needs the whole batch of 32" in started.said
+    assert "runtime.per_device_batch=32" in started.said
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "instead"),
+    [
+        ("dino", ["objective.batch_norm=true"], "set objective.batch_norm=false (see recipes/dino.yaml)"),
+        (
+            "supervised",
+            ["backbone.name=resnet10t", *(f"backbone.{k}=null" for k in ("width", "depth", "heads"))],
+            "take a backbone without it",
+        ),
+    ],
+)
+def test_a_batch_that_must_not_be_cut_names_both_ways_out_of_several_processes(name, settings, instead):
+    objective = small_objective(name, "backbone.drop_path=0", *settings)
+    with pytest.raises(errors.UserError, match="shared by 2 processes") as error:
+        pretrain.refuse_cut(objective, 16, 32, 2)
+    assert "one process on one GPU (CUDA_VISIBLE_DEVICES=0)" in str(error.value) and instead in str(error.value)
+    pretrain.refuse_cut(objective, 32, 32, 1)
+
+
+def test_the_device_is_named():
+    assert pretrain.name_of(torch.device("cpu")) == "CPU, 1 threads"
+    assert pretrain.name_of(torch.device("mps")) == "MPS"
 
 
 def test_seconds_go_on_after_a_line_that_has_none(tmp_path):

@@ -87,12 +87,103 @@ def test_run_name_hashes_what_changes_the_result_and_only_that(tmp_path):
     assert (prefix, len(tag), seed) == ("mae-digits", 6, "s2")
 
 
+def test_a_backbone_s_name_on_the_command_line_replaces_the_recipe_s_shape(file):
+    def shape(*settings: str, recipe: str = "mae") -> tuple:
+        b = read(*settings, recipe=recipe).backbone
+        return b.width, b.depth, b.heads, b.patch
+
+    assert shape() == (96, 4, 3, "auto")
+    assert shape("backbone.name=vit_small") == (None, None, None, "auto")
+    assert shape("backbone.depth=3", "backbone.name=vit_small", "backbone.patch=16") == (None, 3, None, 16)
+    assert shape("backbone.name=vit_small_patch16_224") == (None, None, None, 16)
+    assert shape("backbone.name=vit_small_patch16_224", "backbone.patch=auto") == (None, None, None, "auto")
+    assert shape("backbone.name=vit_base", recipe="mae-photos") == (None, None, None, 16)
+    assert shape("backbone.name=vit_base_patch8_224", recipe="mae-photos") == (None, None, None, 8)
+    assert shape(recipe=file(backbone=dict(name="vit_small", width=96))) == (96, None, None, "auto")
+
+
+@pytest.fixture
+def of_run(tmp_path):
+    def write(recipe: recipes.Recipe, **data) -> str:
+        """The recipe.yaml that pretrain.py leaves of a run of this recipe, with these facts of its images."""
+        tree = recipe.as_dict() | dict(resolved=dict(lr=0.1, labelled=False), images=dict(fingerprint="x", count=9))
+        tree["runtime"] |= dict(threads_used=1, processes=1, device="cpu", torch="2")
+        tree["data"] |= data
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(tree))
+        return str(tmp_path / "run" / "recipe.yaml")
+
+    return write
+
+
+def test_a_run_s_recipe_is_a_recipe(of_run):
+    before = read("objective.ratio=0.5", "runtime.save_every=7", "backbone.patch=4", "train.steps=3")
+    after = read(recipe=of_run(before, size=[8, 8], mean=[0.3]))
+    assert after.as_dict() == before.as_dict() | dict(data=before.as_dict()["data"] | dict(size=[8, 8], mean=[0.3]))
+    other = read(recipe=of_run(read("objective.ratio=0.6", "train.steps=3")))
+    assert after.run_name().startswith("mae-digits-")
+    assert len({recipe.run_name() for recipe in (read(), before, after, other)}) == 4
+    assert read("train.seed=4", recipe=of_run(before)).run_name() == read(recipe=of_run(before)).run_name()[:-1] + "4"
+
+
+def test_of_a_run_s_recipe_other_images_have_their_own_facts(of_run):
+    run = of_run(read("data.subset=10"), size=[8, 8], channels=1, mean=[0.3], std=[0.3], flip=False)
+    assert read(recipe=run, data="digits").data.mean == [0.3]
+    data = read(recipe=run, data="cifar10").data
+    assert (data.size, data.channels, data.mean, data.std, data.flip, data.subset) == (None, None, None, None, None, 10)
+    assert read("data.size=16", recipe=run, data="cifar10").data.size == 16
+
+
+def test_a_length_on_the_command_line_replaces_that_of_a_run(of_run):
+    run = of_run(read("train.steps=1123"))  # resolved from the recipe's epochs
+    train = read("train.epochs=5", recipe=run).train
+    assert (train.epochs, train.steps, train.flops) == (5, None, None)
+    assert read(recipe=run).train.steps == 1123
+
+
+def test_a_run_of_another_version_is_refused_by_the_setting(of_run):
+    run = of_run(read(), colours=3)
+    with pytest.raises(UserError, match=r"'data.colours' in .*run/recipe.yaml. Another version of this code"):
+        read(recipe=run)
+    with pytest.raises(UserError, match="'data.colors' in the command line"):
+        read("data.colors=3", recipe=of_run(read()))
+
+
+def test_a_part_written_with_a_point_is_refused_but_in_a_run(file, of_run):
+    for text in ("data.subset=1.0", "data.subset=25.0", "data.subset=2.5"):
+        with pytest.raises(UserError, match=f"^{text} in the command line .* null for all images"):
+            read(text)
+    with pytest.raises(UserError, match="data.subset=1.0 in .*own.yaml"):
+        read(recipe=file(data=dict(subset=1.0)))
+    assert [read(f"data.subset={n}").data.subset for n in (1, 25, 0.5)] == [1, 25, 0.5]
+    assert read(recipe=of_run(read("data.subset=1"))).data.subset == 1
+
+
+def test_another_objective_is_another_recipe(file):
+    with pytest.raises(
+        UserError, match=r"mae.yaml is a recipe of the objective reconstruct, not dino: .*\(dino, dino-photos\)"
+    ):
+        read("objective.name=dino")
+    assert read("objective.name=reconstruct").objective_name == "reconstruct"
+    assert read("objective.name=dino", recipe=file(objective={})).objective_name == "dino"
+
+
 def test_differences_name_the_keys_that_matter():
     old = yaml.safe_load(yaml.safe_dump(read().as_dict()))
     new = read("runtime.threads=1", "monitor.log_every=7", "optim.lr=1", "data.size=[8, 9]").as_dict()
     assert recipes.differences(old, read().as_dict()) == []
     assert recipes.differences(old, new) == ["data.size", "optim.lr"]
     assert recipes.differences(old, old | dict(images=dict(fingerprint="x"))) == ["images.fingerprint"]
+
+
+def test_what_an_older_version_did_not_resolve_is_no_difference():
+    tree = read().as_dict()
+    old, new = (tree | dict(resolved=found) for found in (dict(lr=1), dict(lr=1, labelled=False)))
+    assert recipes.differences(old, new) == []
+    assert recipes.differences(new, new | dict(resolved=dict(lr=2, labelled=True))) == [
+        "resolved.labelled",
+        "resolved.lr",
+    ]
 
 
 def test_describe_lists_every_key():
