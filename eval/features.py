@@ -159,12 +159,13 @@ def _compute(
     views = evaluation_views(images, size, weights.crop_pct(size), state.device, torch.from_numpy(mine))
     with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
         at = mine[0] if len(mine) else 0
-        for view in views:
-            for k, values in pool(source, view, blocks).items():
-                if k in arrays:
-                    arrays[k][at : at + len(view)] = values.float().cpu().numpy()
-            at += len(view)
-            bar.update(len(view))
+        arrays_of = pooled(source, blocks)
+        for found in (part for view in views for part in arrays_of(view)):
+            count = len(next(iter(found.values())))
+            for k in arrays:
+                arrays[k][at : at + count] = found[k]
+            at += count
+            bar.update(count)
     for array in arrays.values():
         array.flush()
     state.wait_for_everyone()
@@ -180,6 +181,33 @@ def _compute(
     state.wait_for_everyone()
 
 
+class Piecewise:
+    """compute() of batches, with as many images at a time as fit into memory: half as many whenever it runs out."""
+
+    def __init__(self, compute: Callable):
+        self.compute, self.most = compute, None
+
+    def __call__(self, view: Tensor) -> Iterator:
+        """What compute gives for the parts of a batch (B, C, H, W). Raises UserError if not one image fits."""
+        at = 0
+        while at < len(view):
+            part, found = view[at:][: self.most], None
+            try:
+                found = self.compute(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise UserError(
+                        "Not even one image at a time fits into the memory of the GPU: free it, or compute on the CPU "
+                        "(CUDA_VISIBLE_DEVICES=-1)."
+                    ) from None
+            if found is None:  # outside of `except`, which would keep the tensors alive
+                self.most = len(part) // 2
+                torch.cuda.empty_cache()
+                continue
+            yield found
+            at += len(part)
+
+
 @torch.no_grad()
 def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str], Tensor]:
     """Features (B, D) by (block, pooling) of images (B, C, H, W) in [0, 1]."""
@@ -191,6 +219,11 @@ def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str
             found[block, "cls"] = prefix[:, 0]
         found[block, "mean"] = patches.flatten(1, 2).mean(1)
     return found
+
+
+def pooled(source: Source, blocks: list[int]) -> Piecewise:
+    """pool() of the parts of batches, as float32 arrays."""
+    return Piecewise(lambda part: {k: v.float().cpu().numpy() for k, v in pool(source, part, blocks).items()})
 
 
 def pca(train: np.ndarray, dimensions: int = 64) -> Callable[[np.ndarray], np.ndarray]:

@@ -246,7 +246,8 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[np.
     size = backbone.input_size
     mine = torch.arange(len(images))[state.process_index :: state.num_processes]
     views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
-    answers = torch.cat([torch.empty(0).long(), *(backbone.classify(view).argmax(1).cpu() for view in views)])
+    classify = features.Piecewise(lambda part: backbone.classify(part).argmax(1).cpu())
+    answers = torch.cat([torch.empty(0).long(), *(part for view in views for part in classify(view))])
     predicted = np.full(len(images), -1)
     for at, answer in gather_object([(mine.numpy(), answers.numpy())]):
         predicted[at] = answer

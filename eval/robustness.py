@@ -97,6 +97,7 @@ def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tup
     views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
     answers: list[list[np.ndarray]] = []  # of each batch: corruption by corruption, predictor by predictor
     description, at = f"robustness of {source.name}", 0
+    arrays_of = features.pooled(source, probe.blocks)
     with tqdm(desc=description, total=len(mine), leave=False, disable=not state.is_main_process) as bar:
         for view in views:
             index = mine[at : at + len(view)]
@@ -104,8 +105,8 @@ def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tup
             answers.append([])
             for kind, severity in plan:
                 spoiled = common_corruptions.corrupt(view, kind, severity, index)
-                pooled = features.pool(source, spoiled, probe.blocks)
-                arrays = {key: probe.queries.project(values.float().cpu().numpy()) for key, values in pooled.items()}
+                parts = list(arrays_of(spoiled))
+                arrays = {key: probe.queries.project(np.concatenate([p[key] for p in parts])) for key in parts[0]}
                 answers[-1] += [predict(features.Features(arrays, 0.0)) for predict in predictors]
             bar.update(len(view))
     count, batches = len(predictors), gather_object(answers)

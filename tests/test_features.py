@@ -93,6 +93,28 @@ def test_features_that_are_not_finite_are_refused_with_the_image(tmp_path, state
             features.extract(source, images, state)
 
 
+def test_a_batch_that_does_not_fit_is_computed_in_parts(tmp_path, state, images, monkeypatch):
+    source, pool, seen = small_source(tmp_path), features.pool, []
+    whole = features.extract(source, images, state)
+
+    def small_memory(source, view, blocks):
+        if view.any() and len(view) > room:  # a zero image tells the shapes
+            raise torch.OutOfMemoryError
+        seen.append(len(view))
+        return pool(source, view, blocks)
+
+    room = 100
+    monkeypatch.setattr(features, "pool", small_memory)
+    source.folder = tmp_path / "again"
+    parts = features.extract(source, images, state)
+    assert seen[1:] == [64] * 5 + [40]  # of 256 and 104: the size that fitted is kept
+    for key, values in whole.arrays.items():
+        assert np.allclose(values, parts.arrays[key], atol=1e-6)
+    room, source.folder = 0, tmp_path / "never"
+    with pytest.raises(UserError, match="Not even one image at a time"):
+        features.extract(source, images, state)
+
+
 def test_images_that_are_decoded_when_needed_give_the_same(tmp_path, state):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
     table = dict(image=list(map(Image.fromarray, pixels)), label=[i % 3 for i in range(30)])
