@@ -8,6 +8,7 @@ A plan names recipes and settings; recipes/study/compare.yaml is a short one, de
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,6 +156,18 @@ def read(name: str) -> Plan:
     if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
         raise UserError(f"An evaluator of {path} has the word budget, and there are none: add budgets.")
     return plan
+
+
+def at_the_edge(trials: list[tuple[Sequence[str], float | None]]) -> bool:
+    """Whether the best of (settings, accuracy) has the largest or smallest learning rate of several: then a better one
+    may lie beyond."""
+    done = [(accuracy, _rate(settings)) for settings, accuracy in trials if accuracy is not None]
+    tried = {_rate(settings) for settings, _ in trials}
+    return len(tried) > 1 and bool(done) and max(done)[1] in (min(tried), max(tried))
+
+
+def _rate(settings: Sequence[str]) -> float:
+    return [float(text.removeprefix("optim.lr=")) for text in settings if text.startswith("optim.lr=")][-1]
 
 
 def _arm(name: str, what: dict, path: Path) -> Arm:

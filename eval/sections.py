@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from eval import charts, intervals, plots
+from eval import charts, intervals, plans, plots
 from eval.frames import Column, Frame, Group, Run, Study, Test, most
 from eval.pages import Block, Cell, Folded, Heading, Table, Text
 from eval.words import labels_in_words, named, percent, with_interval
@@ -219,6 +219,10 @@ def trials(study: Study) -> list[Block]:
         f"Each arm had as many trials, at {tuning['flops']:.2g} FLOPs and seed 0, on nine tenths of the training "
         f"images; {' '.join(tuning['judge'])} judged them on the last tenth. The arm is trained with the best."
     )
+    tried = {arm: [(t["settings"], t["accuracy"]) for t in of] for arm, of in study.said["trials"].items()}
+    edge = [arm for arm, of in tried.items() if plans.at_the_edge(of)]
+    if edge:
+        words += f" At the edge of the learning rates tried, so that a better one may lie beyond: {', '.join(edge)}."
     table = Table([("", ["accuracy, %"])], parts, "On held-out training images.")
     return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]
 

@@ -335,7 +335,8 @@ def run(study: Study, trials: list[Job], at_once: int, accept_failed: bool) -> i
         )
         return 1
     for arm, settings in study.choose().items():
-        say(f"Chosen for {arm}: {' '.join(settings)}")
+        edge = plans.at_the_edge([(trial.settings, trial.accuracy) for trial in study.trials[arm]])
+        say(f"Chosen for {arm}: {' '.join(settings)}{' (at the edge of the learning rates tried)' if edge else ''}")
     study.describe()
     everything = study.jobs()
     failed = work(everything, at_once, study.folder)

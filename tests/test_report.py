@@ -601,6 +601,7 @@ def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     study = write_study(tmp_path, [("mae", "masking", None, runs)], tuning=tuning, trials=dict(mae=trials))
     html, markdown = study_page(study, monkeypatch)
     assert "0.987" in markdown and "0.123" in markdown and "## How the arms were tuned" in markdown
+    assert "that a better one may lie beyond: mae." in markdown
     assert "optim.lr=1" in html and "25.0" in html and "failed" in html and "a=1" not in html
 
 

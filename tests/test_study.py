@@ -195,6 +195,15 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("accuracies", "edge"), [((0.1, 0.2, 0.1), False), ((0.1, 0.2, None), False), ((0.3, 0.2, 0.1), True)]
+)
+def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
+    trials = [(["optim.lr=9", f"optim.lr={lr}"], a) for lr, a in zip((1, 2, 3), accuracies, strict=True)]
+    assert plans.at_the_edge(trials) is edge
+    assert not plans.at_the_edge(trials[:1])  # of one there is no edge
+
+
+@pytest.mark.parametrize(
     ("narrowed", "settings", "decides", "words"),
     [
         ((5, None, "knn", False), [], True, []),
