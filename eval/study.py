@@ -61,7 +61,7 @@ class Study:
         own = [f"-{_hash(sorted(given))[:6]}"] if given else []  # as in the names of runs
         self.folder = Path("runs") / "".join([f"{plan.name}-{recipes.short(images or 'digits')}", *own])
         self.trials = self._trials() if plan.tuning else {}
-        self.trainings = self._trainings({})  # all is checked before anything runs
+        self.trainings({})  # all is checked before anything runs
 
     def _training(self, arm: str, budget: float | None, more: list[str]) -> Training:
         own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
@@ -90,8 +90,7 @@ class Study:
                     arm.recipe, [*self.plan.settings, *self.settings, *arm.settings, *own], None
                 ).optim.lr
                 for factor in tuning.factors:
-                    tried = [*own, f"optim.lr={factor * lr:g}", f"train.flops={tuning.flops:g}"]
-                    tried += ["data.hold_out=true", "train.seed=0"]
+                    tried = [*own, f"optim.lr={factor * lr:g}", "data.hold_out=true", "train.seed=0"]
                     found[name].append(self._training(name, tuning.flops, tried))
         return found
 
@@ -106,7 +105,6 @@ class Study:
             best = max(done, key=lambda t: t.accuracy)
             keys = {"optim.lr", *(text.partition("=")[0] for text in self.plan.arms[arm].knob)}
             chosen[arm] = [text for text in best.settings if text.partition("=")[0] in keys]
-        self.trainings = self._trainings(chosen)
         return chosen
 
     def _judged(self, run: Path) -> float | None:
@@ -119,7 +117,8 @@ class Study:
         rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
         return rows[0]["value"] if rows else None
 
-    def _trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
+    def trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
+        """Every arm with every budget and seed, with the settings chosen for it, or the first of its knob."""
         found: list[Training] = []
         for seed in range(max(map(self.plan.seeds_of, self.plan.arms))):
             for arm in self.plan.arms:
@@ -152,11 +151,11 @@ class Study:
                 ]
         return found
 
-    def jobs(self) -> list[Job]:
+    def jobs(self, trainings: list[Training]) -> list[Job]:
         """The commands that train and evaluate."""
         found: list[Job] = []
         first: dict[tuple, tuple[Job, Path]] = {}  # of each arm and budget, by evaluator: the job of its first seed
-        for training in self.trainings:
+        for training in trainings:
             budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
             job = self._pretraining(training, f"pre-training {training.arm}{budget}")
             found.append(job)
@@ -177,8 +176,8 @@ class Study:
             for number, line in enumerate(self.plan.evaluators):
                 if line[0] in ("finetune", "difficulty"):
                     continue  # there are no weights
-                more = ["--data", str(self.trainings[0].run)]
-                more += labelled(line, sorted({training.seed for training in self.trainings}))
+                more = ["--data", str(trainings[0].run)]
+                more += labelled(line, sorted({training.seed for training in trainings}))
                 after = self._evaluation(control, rows, line, more, [start], after, number)
                 found.append(after)
         return found
@@ -207,10 +206,10 @@ class Study:
         kind = f"{name}-{number}" + (" (rate known)" if "--lr-of" in more else "")
         return Job(f"{rows.name} {name}-{number}", kind, [sys.executable, *command], mark, needs, after)
 
-    def describe(self) -> None:
+    def describe(self, trainings: list[Training]) -> None:
         """Write study.json: what is run, for the report and the verdict."""
         arms: dict[str, dict] = {}
-        for training in self.trainings:
+        for training in trainings:
             arm = self.plan.arms[training.arm]
             tuned = [line for line in self.plan.evaluators_of(training.arm) if line[0] == "finetune"]
             entry = dict(recipe=arm.recipe, role=arm.role, finetuned=[_finetuned(line) for line in tuned], runs=[])
@@ -311,8 +310,7 @@ def main() -> int:
     if args.dry_run:
         left = [job for job in trials if not job.done]
         if not left:
-            study.choose()
-            left = [job for job in study.jobs() if not job.done]
+            left = [job for job in study.jobs(study.trainings(study.choose())) if not job.done]
         for job in left:
             print(shlex.join(job.command))
         return 0
@@ -334,13 +332,15 @@ def run(study: Study, trials: list[Job], at_once: int, accept_failed: bool) -> i
             "pass --accept-failed to choose among the others."
         )
         return 1
-    for arm, settings in study.choose().items():
+    chosen = study.choose()
+    for arm, settings in chosen.items():
         edge = plans.at_the_edge([(trial.settings, trial.accuracy) for trial in study.trials[arm]])
         say(f"Chosen for {arm}: {' '.join(settings)}{' (at the edge of the learning rates tried)' if edge else ''}")
-    study.describe()
-    everything = study.jobs()
+    trainings = study.trainings(chosen)
+    study.describe(trainings)
+    everything = study.jobs(trainings)
     failed = work(everything, at_once, study.folder)
-    folders = [training.run for training in study.trainings] + list(study.controls().values())
+    folders = [training.run for training in trainings] + list(study.controls().values())
     code = 1 if failed else 0
     if any((folder / "results.jsonl").exists() for folder in folders):
         report = [script("eval", "report"), "--study", str(study.folder), "--output", str(study.folder / "report")]

@@ -144,10 +144,10 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     }
     made = a_study(tmp_path, arms=arms, budgets=["1e9", 2e9], seeds=2, evaluators=[rates, ["difficulty"]])
     by_arm = {}
-    for training in made.trainings:
+    for training in made.trainings({}):
         by_arm.setdefault(training.arm, []).append(training.budget)
     assert by_arm == dict(mae=[1e9, 2e9, 1e9, 2e9], few=[1e9, 2e9], random=[1e9, 1e9])  # untrained: of no budget
-    jobs = made.jobs()
+    jobs = made.jobs(made.trainings({}))
     commands = [job.command for job in jobs]
     tuned = [c for c in commands if "finetune.py" in c[1]]
     assert sum("--lr-of" in c for c in tuned) == 3 and len(tuned) == 8  # the second seeds take the first ones' rates
@@ -157,7 +157,7 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     assert len(waits.needs) == 2 and not waits.ready
     hard = [c for c in commands if "difficulty.py" in c[1]]
     assert len(hard) == 4  # once for each arm and budget that is trained
-    made.describe()
+    made.describe(made.trainings({}))
     said = json.loads((tmp_path / "runs/tiny-digits/study.json").read_text())
     assert [t["steps"] for t in said["arms"]["random"]["runs"]] == [0, 0]
 
@@ -167,7 +167,7 @@ def test_every_seed_has_labels_of_its_own(tmp_path, monkeypatch):
     lines = [["knn", "--labels", "10%"], ["knn"], ["knn", "--labels", "5", "--label-seeds", "7"]]
     made = a_study(tmp_path, seeds=3, evaluators=lines)
     drawn = {}
-    for job in made.jobs():
+    for job in made.jobs(made.trainings({})):
         if "knn.py" in job.command[1]:
             said = re.search(r"--label-seeds ([\d ]+)", " ".join(job.command))
             drawn[tuple(job.name.split())] = said and said[1].strip()
@@ -312,7 +312,8 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
     plan = plans.read(name)
     images = None if name in ("compare", "denoising") else colours  # the digits are too small for the others
     made = study.Study(plan, images, [], [], 1)
-    assert len(made.jobs()) > len(made.trainings) > plan.seeds
+    trainings = made.trainings({})
+    assert len(made.jobs(trainings)) > len(trainings) > plan.seeds
     for arm in plan.arms.values():
         for knob in [[text] for text in arm.knob] or [[]]:
             small = ["backbone.width=48", "backbone.depth=1"]
@@ -339,7 +340,7 @@ def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours
     }
     made = study.Study(plan, colours, [], [], 1)
     assert {len(trials) for trials in made.trials.values()} == {8} and set(made.trials) == set(plan.arms) - {"random"}
-    judged = {t.arm for t in made.trainings if t.settings[-1] == "train.seed=4"}
+    judged = {t.arm for t in made.trainings({}) if t.settings[-1] == "train.seed=4"}
     assert judged == {name for name, arm in plan.arms.items() if arm.role}
 
 
