@@ -136,9 +136,14 @@ class Plan:
         return self.evaluators if own is None else own
 
 
+def names() -> list[str]:
+    """Of the plans that come with the project."""
+    return sorted(p.stem for p in PLANS.glob("*.yaml"))
+
+
 def read(name: str) -> Plan:
     """The plan of that name or file. Raises UserError for what is wrong in it."""
-    known = sorted(p.stem for p in PLANS.glob("*.yaml"))
+    known = names()
     path = next((p for p in (PLANS / f"{name}.yaml", Path(name)) if p.is_file()), None)
     if path is None:
         raise UserError(f"There is no plan {name!r}.{nearest(name, known)} Plans: {', '.join(known)}.")

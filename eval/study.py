@@ -277,7 +277,7 @@ def _hash(thing) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", help="a name in recipes/study/, or a YAML file")
+    parser.add_argument("plan", help=f"{', '.join(plans.names())}, or a YAML file")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
     parser.add_argument("--seeds", type=int, help="pre-trainings of every arm; default: the plan's")
     parser.add_argument("--jobs", type=int, help="commands at a time; default: one per GPU, or per CPU core")
