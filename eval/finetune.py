@@ -153,8 +153,9 @@ def longer(source: features.Source, asked: inputs.Inputs, settings: list[str], i
 def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[float, dict]:
     """(the learning rate that was chosen for another run, what its row says of it). Raises UserError if none was."""
     same = dict(protocol=schedule.protocol, eval_data=test.name, split=test.split)
-    same |= dict(label_fraction=keys["label_fraction"])  # also of another draw
+    same |= dict(label_fraction=keys["label_fraction"])
     rows = [row for row in results.read(schedule.of) if all(row.get(key) == value for key, value in same.items())]
+    rows.sort(key=lambda row: row["subset_seed"] != keys["subset_seed"])  # of the same labels, else of another draw
     if not rows:
         raise UserError(
             f"{schedule.of} was not fine-tuned by this protocol with {keys['train_n']:,} labels, so there is no choice "

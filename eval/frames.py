@@ -27,7 +27,7 @@ from ssl_vit.recipe import short
 PRIMARY = "knn-k20"
 MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune")  # protocols, after the primary
 FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between the runs of one recipe, beside the seed
-CONTROLS = ("autoencoder", "augmentation", "scratch", "control")  # roles in a study
+CONTROLS = ("autoencoder", "scratch", "control")  # roles in a study
 BUDGET = ("train.flops", "train.epochs", "train.steps")
 POOLINGS = dict(cls="class token", mean="mean of patches", concat="both", chosen="chosen on train")
 NAMES = {
@@ -199,9 +199,12 @@ class Test:
     @functools.cached_property
     def labels(self) -> float | str:
         """The largest part of the labels that is there of all but the controls, or of any: 1.0 is all."""
-        of = {group: {c.labels for c, found in self.frames.items() if group in found} for group in self.groups}
-        common = [parts for group, parts in of.items() if not group.control] or [set()]
-        return most(set.intersection(*common) or set.union(*of.values()))
+        common = [self.parts(group) for group in self.groups if not group.control] or [set()]
+        return most(set.intersection(*common) or set().union(*map(self.parts, self.groups)))
+
+    def parts(self, group: Group) -> set[float | str]:
+        """The parts of the labels that a group has figures with."""
+        return {column.labels for column, found in self.frames.items() if group in found}
 
     def whole(self, column: Column) -> bool:
         """Whether it is of the last blocks, or of the whole model, with the most labels."""
@@ -293,6 +296,12 @@ def read_study(folder: Path) -> Study:
     places = [t["run"] for arm in said["arms"].values() for t in arm["runs"]]
     places += [root / place for place in said["controls"].values()]
     runs = [read_run(Path(place)) for place in places if results.read(Path(place))]
+    if said.get("labels_by_seed"):  # other draws, of another plan or made by hand, would be averaged with these
+        seeds = {training["seed"] for arm in said["arms"].values() for training in arm["runs"]}
+        for run in runs:
+            drawn = {None, run.seed} if run.settings else {None, *seeds}
+            run.rows = [row for row in run.rows if row["subset_seed"] in drawn]
+    runs = [run for run in runs if run.rows]
     if not runs:
         raise UserError(
             f"None of the runs of {folder} was evaluated, or they are not beside it: start `python eval/study.py "

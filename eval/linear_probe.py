@@ -237,12 +237,13 @@ def augmented(
     plan = ((step, rows, chosen[order.indices(step, rows)]) for step in range(steps) for rows in cut)
     workers = min(data.cores(), 16)
     stream = data.chunks(images, spec, plan, probe.seed, state.device, workers)
+    pooled = features.Piecewise(lambda part: features.pool(source, part, blocks))
     for _ in tqdm(range(steps), desc=f"linear probe of {source.name}", leave=False, disable=not state.is_main_process):
         parts, labels = [], []
         for _ in cut:
             chunk = next(stream)
-            found = features.pool(source, chunk.views(images, spec)["image"], blocks)
-            parts.append(torch.cat([v for (_, p), v in found.items() if pooling in (p, "concat")], 1).float())
+            for found in pooled(chunk.views(images, spec)["image"]):
+                parts.append(torch.cat([v for (_, p), v in found.items() if pooling in (p, "concat")], 1).float())
             labels.append(images.labels[chunk.indices.to(images.labels.device)].to(state.device))
         yield gather(torch.cat(parts))[:batch], gather(torch.cat(labels))[:batch]
 

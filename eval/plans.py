@@ -21,7 +21,7 @@ PLANS = recipes.RECIPES / "study"
 EVALUATORS = ("linear_probe", "knn", "finetune", "robustness", "difficulty")
 JUDGES = ("linear_probe", "knn")  # of trials: those that can judge on held-out images
 # what an arm is to the verdict (eval/verdict.py); control: shown among the controls
-ROLES = ("", "noise", "masking", "other", "autoencoder", "augmentation", "scratch", "control")
+ROLES = ("", "noise", "masking", "other", "autoencoder", "scratch", "control")
 
 
 @dataclass
@@ -77,10 +77,9 @@ class Plan:
         return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
 
     def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
-        """Keep a part of the plan, of names with commas between. Raises UserError for a name that is not there.
+        """Keep a part of the plan, of names with commas between, or give it more seeds; returns what is lacking.
 
-        Returns in words what makes it another plan, which decides nothing: other arms, or none tuned. Seeds and
-        evaluators only make it more or less complete.
+        With other arms, or none tuned, it decides nothing. Raises UserError for a name that is not there.
         """
         changed = []
         if arms is not None:
@@ -90,6 +89,10 @@ class Plan:
                     raise UserError(f"{self.name} has no arm {name!r}.{nearest(name, self.arms)} Arms: {known}.")
             self.arms = {name: arm for name, arm in self.arms.items() if name in arms.split(",")}
             changed.append(f"arms={','.join(self.arms)}")
+        if untuned and self.tuning:
+            self.tuning = None
+            changed.append("untuned")
+        self.decides &= not changed
         if evaluators is not None:
             wanted = evaluators.split(",")
             there = {line[0] for arm in self.arms for line in self._lines(arm)}
@@ -99,36 +102,37 @@ class Plan:
                     raise UserError(f"{self.name} has no evaluator {name!r}. Evaluators: {known}.")
             for owner in (self, *(arm for arm in self.arms.values() if arm.evaluators is not None)):
                 owner.evaluators = [line for line in owner.evaluators if line[0] in wanted]
+            changed.append(f"evaluators={','.join(sorted(wanted))}")
         if seeds is not None:
+            if any(self.seeds_of(arm) > seeds for arm in self.arms):
+                changed.append(f"seeds={seeds}")
             self.seeds = seeds
             for arm in self.arms.values():
                 arm.seeds = None
-        if untuned and self.tuning:
-            self.tuning = None
-            changed.append("untuned")
-        self.decides &= not changed
         return changed
 
     def spend(self, settings: list[str]) -> list[str]:
         """Take a length given on the command line instead of the budgets; returns the other settings.
 
-        Trials keep their share of the largest budget; with other settings the plan decides nothing. Raises UserError if
-        it needs a budget in FLOPs.
+        Trials keep their share of the largest budget. With a budget that is not its own, or with settings of the
+        training, the plan decides nothing. Raises UserError if it needs a budget in FLOPs.
         """
         lengths = [text for text in settings if text.startswith(("train.flops=", "train.steps=", "train.epochs="))]
-        self.decides &= all(text.startswith("train.flops=") for text in settings)
+        others = [text for text in settings if text not in lengths and not may_change(text)]
+        self.decides &= not others
         if not lengths or not self.budgets:
             return settings
         key, _, value = lengths[-1].partition("=")
         if key == "train.flops":
             flops = _number(value, "train.flops", Path("the command line"))
+            self.decides &= flops in self.budgets
             if self.tuning:
                 self.tuning.flops *= flops / max(self.budgets)
             self.budgets = [flops]
             return [text for text in settings if text not in lengths]
         if self.tuning or any("budget" in line for arm in self.arms for line in self._lines(arm)):
             raise UserError(f"{self.name} compares at equal compute: give train.flops instead of {key}.")
-        self.budgets = []
+        self.budgets, self.decides = [], False
         return settings
 
     def _lines(self, arm: str) -> list[list[str]]:
@@ -163,12 +167,17 @@ def read(name: str) -> Plan:
     return plan
 
 
+def may_change(setting: str) -> bool:
+    """Whether a key=value changes how a run is carried out, and not what comes of it."""
+    return setting.split(".")[0] in recipes.MAY_CHANGE
+
+
 def at_the_edge(trials: list[tuple[Sequence[str], float | None]]) -> bool:
-    """Whether the best of (settings, accuracy) has the largest or smallest learning rate of several: then a better one
-    may lie beyond."""
+    """Whether the best of (settings, accuracy), of equals the first, has the largest or smallest learning rate of
+    several: then a better one may lie beyond."""
     done = [(accuracy, _rate(settings)) for settings, accuracy in trials if accuracy is not None]
     tried = {_rate(settings) for settings, _ in trials}
-    return len(tried) > 1 and bool(done) and max(done)[1] in (min(tried), max(tried))
+    return len(tried) > 1 and bool(done) and max(done, key=lambda trial: trial[0])[1] in (min(tried), max(tried))
 
 
 def _rate(settings: Sequence[str]) -> float:

@@ -15,7 +15,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from eval.frames import (
     Study,
     Test,
     group_runs,
+    most,
     ranked,
     read_run,
     read_study,
@@ -99,7 +100,7 @@ def report(
     names = ", ".join(dict.fromkeys(test.data for test in tests))
     blocks: list[Block] = []
     for test in tests:
-        blocks += summary(test, study is not None and any(arm["role"] for arm in study.said["arms"].values()))
+        blocks += summary(test, sections.metrics(study) if study and test is study.test else [])
     blocks += sections.mixed(runs)
     if study and study.said["decides"] and study.said["data"] in verdict.DATA:
         blocks += verdict.blocks(verdict.collect([study]))
@@ -120,8 +121,8 @@ def report(
     return f"{what} on {names}", blocks, mains
 
 
-def summary(test: Test, by_roles: bool = False) -> list[Block]:
-    """What the primary protocol says, in words; where arms have roles, what the metrics say that they are judged by."""
+def summary(test: Test, metrics: Sequence[Column] = ()) -> list[Block]:
+    """What the primary protocol says, in words; of a study, what its metrics say."""
     blocks: list[Block] = []
     if test.data == "digits":
         blocks.append(
@@ -130,11 +131,9 @@ def summary(test: Test, by_roles: bool = False) -> list[Block]:
     counts = sorted({len(g.runs) for g in test.groups if not g.control} or {1})
     single = [g.label for g in test.groups if not g.control and len(g.runs) == 1]
     seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-    where = (
-        f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds} per {'arm' if by_roles else 'recipe'}), by"
-    )
-    decisive = [c for c in test.primary if c.protocol != PRIMARY] if by_roles else []
-    for column in decisive or [c for c in test.main if c.protocol == PRIMARY] or test.main[:1]:
+    seeds += " per arm" if metrics else " per recipe"
+    where = f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds}), by"
+    for column in metrics or [c for c in test.main if c.protocol == PRIMARY] or test.main[:1]:
         frames = test.in_column(column)
         recipes = ranked(frames, controls=False)
         if recipes:
@@ -146,6 +145,10 @@ def summary(test: Test, by_roles: bool = False) -> list[Block]:
             words = f"{where} {means}, {start} {reached}{_told(frames, best, others, column)}"
             blocks.append(Text(words, "lead"))
             where = "By"
+    more = [g.label for g in test.groups if not g.control and most(test.parts(g)) != test.labels]
+    if more:
+        words = f"The tables show {labels_in_words(test.labels)}, which all have; there are figures with more of"
+        blocks.append(Text(f"{words} {_list(more)}."))
     if single:
         words = (
             f"One seed only: {_list(single)}. The interval then is of these test images, not of another training run."

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from eval import charts, intervals, plans, plots
-from eval.frames import Column, Frame, Group, Run, Study, Test, most
+from eval.frames import PRIMARY, Column, Frame, Group, Run, Study, Test, most
 from eval.pages import Block, Cell, Folded, Heading, Table, Text
 from eval.words import labels_in_words, named, percent, with_interval
 
@@ -22,7 +22,7 @@ CHANGES = {  # what a plan's fine-tunings of one arm differ in
 def mixed(runs: list[Run]) -> list[Block]:
     """A warning where the rows come from several states of the code, its packages or the recipe of fine-tuning."""
     rows = [row for run in runs for row in run.rows]
-    recipes = {row["settings"]["recipe"] for row in rows if "recipe" in row.get("settings", {})}
+    recipes = {row.get("settings", {}).get("recipe") for row in rows if row["protocol"].startswith("finetune")}
     several = [
         f"{len(found)} {name}"
         for name, found in (
@@ -35,6 +35,18 @@ def mixed(runs: list[Run]) -> list[Block]:
     if not several:
         return []
     return [Text(f"These rows were made by {' and '.join(several)}; results.jsonl of each run tells which.", "warning")]
+
+
+def metrics(study: Study) -> list[Column]:
+    """The primary columns that a study's arms are compared by with their controls, one by one.
+
+    Not fine-tuning where there are several from scratch: the best of those is the opponent, which the verdict finds.
+    """
+    arms = study.said["arms"].values()
+    if study.test is None or not any(arm["role"] for arm in arms):
+        return []
+    several = any(len(arm["finetuned"]) > 1 for arm in arms if arm["role"] == "scratch")
+    return [c for c in study.test.primary if c.protocol != PRIMARY and not (c.finetunes and several)]
 
 
 def primary(study: Study) -> list[Block]:
@@ -102,7 +114,7 @@ def budgets(study: Study) -> list[Block]:
         return []
     controls = [arm for arm in arms if arms[arm]["role"] in ("scratch", "autoencoder")]
     blocks: list[Block] = []
-    for column in test.primary:
+    for column in [c for c in test.primary if not c.finetunes or c in metrics(study)]:
         frames, head, used = test.in_column(column), [], []
         rows: dict[str, list[Cell]] = {arm: [] for arm in arms if arms[arm]["role"] != "scratch"}
         for control in controls:

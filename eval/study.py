@@ -91,6 +91,7 @@ class Study:
                 ).optim.lr
                 for factor in tuning.factors:
                     tried = [*own, f"optim.lr={factor * lr:g}", "data.hold_out=true", "train.seed=0"]
+                    tried += [f"train.flops={tuning.flops:g}"]  # last: whatever length the arm has
                     found[name].append(self._training(name, tuning.flops, tried))
         return found
 
@@ -109,10 +110,11 @@ class Study:
 
     def _judged(self, run: Path) -> float | None:
         """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
-        name, *arguments = self.plan.tuning.judge
-        asked = arguments[arguments.index("--labels") + 1 :] if "--labels" in arguments else ["all"]
-        parts = {inputs.describe_part(inputs.part(word)) for word in takewhile(lambda w: not w.startswith("-"), asked)}
-        wanted = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))[name]
+        judge = self.plan.tuning.judge
+        parts = {inputs.describe_part(inputs.part(word)) for word in _labels(judge) or ["all"]}
+        wanted = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))[
+            judge[0]
+        ]
         wanted |= dict(label_fraction=most(parts))
         rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
         return rows[0]["value"] if rows else None
@@ -218,6 +220,7 @@ class Study:
             plan=self.plan.name,
             data=recipes.short(self.images or "digits"),
             decides=self.plan.decides,
+            labels_by_seed=not any("--label-seeds" in line for a in arms for line in self.plan.evaluators_of(a)),
             arms=arms,
             controls={name: str(folder) for name, folder in self.controls().items()},
             tuning=self.plan.tuning and asdict(self.plan.tuning),
@@ -246,9 +249,15 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
 
 def labelled(line: list[str], seeds: list[int]) -> list[str]:
     """The argument that makes an evaluator draw a part of the labels anew for each seed; [] where it takes all."""
-    if "--labels" not in line or "--label-seeds" in line:
+    if "--label-seeds" in line or set(_labels(line)) <= {"all"}:
         return []
     return ["--label-seeds", *map(str, seeds)]
+
+
+def _labels(line: list[str]) -> list[str]:
+    """The parts of the labels that an evaluator is asked for; [] where it is not asked."""
+    at = line.index("--labels") + 1 if "--labels" in line else len(line)
+    return list(takewhile(lambda word: not word.startswith("-"), line[at:]))
 
 
 def schedule_of(line: list[str]) -> tuple[argparse.Namespace, finetune.Schedule]:
@@ -301,8 +310,12 @@ def main() -> int:
         raise UserError("Name the images with --data.")
     if plan.decides and args.data is None:
         raise UserError(f"{plan.name} is no plan for the digits: name images with --data, such as --data cifar10.")
-    given = args.settings + plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
+    decides = plan.decides
+    given = plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
+    given += [text for text in args.settings if not plans.may_change(text)]
     settings = plan.spend(args.settings)
+    if decides and not plan.decides:
+        say(f"This is not {plan.name} as it stands, so that no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or data.cores()
     study = Study(plan, args.data, settings, given, threads=max(1, data.cores() // at_once))
 

@@ -294,7 +294,7 @@ def refuse_cut(objective: Objective, micro: int, batch_size: int, processes: int
         )
     raise UserError(
         f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro} at a time: set "
-        f"runtime.per_device_batch={batch_size}, lower train.batch_size, or {without}."
+        f"runtime.per_device_batch={batch_size} if so many fit, lower train.batch_size, or {without}."
     )
 
 

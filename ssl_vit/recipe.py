@@ -136,7 +136,10 @@ class Runtime:
 SECTIONS = dict(train=Train, optim=Optim, data=Data, views=Views, backbone=Backbone, monitor=Monitor, runtime=Runtime)
 MAY_CHANGE = ("runtime", "monitor")  # sections that may differ when a run goes on
 ADDED = {"recipe", "resolved", "images"}  # what a run's recipe.yaml holds beside its settings
-FACTS = ("data.size", "data.channels", "data.mean", "data.std", "data.flip")  # which images tell of themselves
+OF_IMAGES = (  # what is of one set of images, or was resolved from them
+    *("data.size", "data.channels", "data.mean", "data.std", "data.flip", "backbone.patch"),
+    *("data.image", "data.label", "data.train_split", "data.report_split"),
+)
 LENGTHS = ("train.epochs", "train.steps", "train.flops")
 
 
@@ -275,7 +278,7 @@ def _merge(own: dict[str, Any], changes: dict[str, Any], path: str, of_run: bool
         patch = re.search(r"_patch(\d+)", str(changes["backbone.name"]))
         named = {"backbone.patch": int(patch[1])} if patch else {}
     if of_run and changes.get("data.name", own.get("data.name")) != own.get("data.name"):
-        outdated |= set(FACTS)
+        outdated |= set(OF_IMAGES)
     if of_run and any(length in changes for length in LENGTHS):  # the steps there may be made of epochs or FLOPs
         outdated |= set(LENGTHS)
     kept = {key: (value, path) for key, value in own.items() if key not in outdated}

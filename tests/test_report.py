@@ -555,7 +555,25 @@ def test_what_only_a_control_has_with_more_labels_does_not_push_the_others_out(t
     runs = many(tmp_path, "mae", 0.5, measures=[few]) + many(tmp_path, "random", 0.3, measures=[few, KNN], flops=0.0)
     test = the_test(runs)
     assert test.labels == 0.1 and {g.recipe for g in test.in_column(test.main[0])} == {"mae", "random"}
+    more = the_test(many(tmp_path / "more", "dino", 0.5, measures=[few, KNN]) + runs)
+    assert more.labels == 0.1 and "there are figures with more of dino." in str(reports.summary(more))
     assert the_test(many(tmp_path / "alone", "random", 0.3, measures=[few, KNN], flops=0.0)).labels == 1.0
+
+
+def test_of_a_study_only_its_own_draws_of_the_labels_count(tmp_path):
+    part = dict(KNN, label_fraction=0.1)
+    runs = many(
+        tmp_path, "mae", 0.5, seeds=2, measures=[dict(part, subset_seed=s, share=0.2 + 0.3 * s) for s in (0, 1)]
+    )
+    study = write_study(tmp_path, [("mae", "masking", 1e12, runs)], labels_by_seed=True)
+    said = json.loads((study / "study.json").read_text())
+    for seed, training in enumerate(said["arms"]["mae"]["runs"]):
+        training["seed"] = seed
+    (study / "study.json").write_text(json.dumps(said))
+    [test] = read_study(study).tests
+    [frame] = test.in_column(test.main[0]).values()
+    assert [row["subset_seed"] for row in frame.rows] == [0, 1]
+    assert frame.correct.mean(1) == pytest.approx([0.2, 0.5], abs=0.01)
 
 
 def test_each_budget_is_compared_with_the_controls_at_that_budget(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from conftest import SMALL
 from PIL import Image
 from test_loop import ROOT, TINY, environment
 
-from eval import plans, study
+from eval import plans, study, verdict
 from ssl_vit import data, pretrain
 from ssl_vit.errors import UserError
 
@@ -195,7 +195,8 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "edge"), [((0.1, 0.2, 0.1), False), ((0.1, 0.2, None), False), ((0.3, 0.2, 0.1), True)]
+    ("accuracies", "edge"),
+    [((0.1, 0.2, 0.1), False), ((0.1, 0.2, None), False), ((0.3, 0.2, 0.1), True), ((0.1, 0.2, 0.2), False)],
 )
 def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
     trials = [(["optim.lr=9", f"optim.lr={lr}"], a) for lr, a in zip((1, 2, 3), accuracies, strict=True)]
@@ -206,8 +207,9 @@ def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
 @pytest.mark.parametrize(
     ("narrowed", "settings", "decides", "words"),
     [
-        ((5, None, "knn", False), [], True, []),
-        ((None, None, None, False), ["train.flops=1e9"], True, []),
+        ((5, None, "knn", False), ["runtime.compile=false"], True, ["evaluators=knn"]),
+        ((1, None, None, False), ["train.flops=1e9"], True, ["seeds=1"]),
+        ((None, None, None, False), ["train.flops=3e9"], False, []),
         ((None, "mae", None, False), [], False, ["arms=mae"]),
         ((None, None, None, True), [], False, ["untuned"]),
         ((None, None, None, False), ["backbone.width=12"], False, []),
@@ -215,7 +217,7 @@ def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
 )
 def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_plan(tmp_path, budgets=[2e9], decides=True, tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
+    write_plan(tmp_path, seeds=2, budgets=[1e9, 2e9], decides=True, tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
     plan = plans.read("tiny.yaml")
     assert plan.narrow(*narrowed) == words
     plan.spend(settings)
@@ -340,6 +342,18 @@ def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours
     }
     made = study.Study(plan, colours, [], [], 1)
     assert {len(trials) for trials in made.trials.values()} == {8} and set(made.trials) == set(plan.arms) - {"random"}
+    made.describe(made.trainings({}))
+    said = json.loads((made.folder / "study.json").read_text())["arms"]["random"]["finetuned"]
+    for labels, opponents, augmented in ((0.1, 5, 4), (1.0, 5, 0)):
+        changed = [what["changed"] for what in said if labels in what["labels"]]
+        plain = [c for c in changed if not verdict.AUGMENTATIONS.keys() & c.keys()]
+        assert (len(plain), len(changed) - len(plain)) == (opponents, augmented)
+        assert sum(c.get("extra_flops") == 2.2e16 for c in plain) == 2
+        assert all(c["optim.layer_decay"] == 1 and c["extra_flops"] == 2.2e16 for c in changed if c not in plain)
+        assert sum("optim.layer_decay" not in c for c in plain) == 1 and all(len(c["optim.lr"]) == 4 for c in changed)
+    for name, arm in plan.arms.items():
+        recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings], colours)
+        assert recipe.backbone.positions == "sincos", name
     judged = {t.arm for t in made.trainings({}) if t.settings[-1] == "train.seed=4"}
     assert judged == {name for name, arm in plan.arms.items() if arm.role}
 

@@ -205,7 +205,6 @@ def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, 
     rows.write_text(
         rows.read_text().replace('"abc"', '"def"', 1).replace('"validation"', '"recipe": "x", "validation"', 1)
     )
-    rows.write_text(rows.read_text()[::-1].replace('"validation"'[::-1], '"recipe": "y", "validation"'[::-1], 1)[::-1])
     verdict.main()
     assert "rows were made by 2 commits of this code and 2 states of the recipe finetune" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["verdict.py", studies[0]])
