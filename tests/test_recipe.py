@@ -127,8 +127,9 @@ def test_a_run_s_recipe_is_a_recipe(of_run):
 
 
 def test_of_a_run_s_recipe_other_images_have_their_own_facts(of_run):
-    run = of_run(read("data.subset=10"), size=[8, 8], channels=1, mean=[0.3], std=[0.3], flip=False)
-    assert read(recipe=run, data="digits").data.mean == [0.3]
+    run = of_run(read("data.subset=10", "backbone.patch=2"), size=[8, 8], channels=1, mean=[0.3], std=[0.3], flip=False)
+    assert read(recipe=run, data="digits").data.mean == [0.3] and read(recipe=run, data="digits").backbone.patch == 2
+    assert read(recipe=run, data="cifar10").backbone.patch == "auto"
     data = read(recipe=run, data="cifar10").data
     assert (data.size, data.channels, data.mean, data.std, data.flip, data.subset) == (None, None, None, None, None, 10)
     assert read("data.size=16", recipe=run, data="cifar10").data.size == 16
