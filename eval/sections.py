@@ -133,9 +133,8 @@ def budgets(study: Study) -> list[Block]:
         filled = [(Cell(arm), cells) for arm, cells in rows.items() if any(cell.text for cell in cells)]
         if filled:
             head = [(name, [plots.number(budget) for budget in at]) for name, at in head]
-            caption = (
-                f"{column.name}, difference in points ± half-width of the 95 % interval, by FLOPs of pre-training."
-            )
+            caption = "Difference in points ± half-width of the 95 % interval, by FLOPs of pre-training."
+            blocks.append(Heading(column.name, 3))
             blocks.append(Table(head, [("", filled)], caption, list(dict.fromkeys(charts.sources_of(used)))))
     words = (
         "Each budget is a full schedule of its own. Differences are paired by test image and seed, at equal budgets."
@@ -194,7 +193,7 @@ def _averages(test: Test, wanted: dict[str, list[Column]], caption: str) -> Tabl
 def difficulty(groups: list[Group]) -> list[Block]:
     """How hard the tasks are, where eval/difficulty.py has measured it."""
     rows = []
-    for group in sorted(groups, key=lambda g: g.label):
+    for group in sorted((g for g in groups if not g.lesser), key=lambda g: g.label):  # every budget has the same task
         files = [file for run in group.runs if (file := run.folder / "difficulty.json").exists()]
         if files:
             said = json.loads(files[0].read_text())
@@ -228,7 +227,7 @@ def trials(study: Study) -> list[Block]:
         return []
     tuning = study.said["tuning"]
     words = (
-        f"Each arm had as many trials, at {tuning['flops']:.2g} FLOPs and seed 0, on nine tenths of the training "
+        f"Each arm had as many trials, at {tuning['flops']:.3g} FLOPs and seed 0, on nine tenths of the training "
         f"images; {' '.join(tuning['judge'])} judged them on the last tenth. The arm is trained with the best."
     )
     tried = {arm: [(t["settings"], t["accuracy"]) for t in of] for arm, of in study.said["trials"].items()}

@@ -591,6 +591,7 @@ def test_each_budget_is_compared_with_the_controls_at_that_budget(tmp_path, monk
     (study / "study.json").write_text(json.dumps(said))
     _, markdown = study_page(study, monkeypatch)
     section = markdown[markdown.index("## At each budget") :].split("\n## ")[0]
+    assert "### k-NN (k = 20), " in section
     rows = [[cell.split("±")[0].strip() for cell in row.split("|")[1:-1]] for row in section.splitlines() if "±" in row]
     assert sorted(rows[:2]) == [["mae", "+10.0", "+60.0", "+30.0", "+70.0"], ["plain", "", "", "+20.0", "+10.0"]]
     assert section.count("against plain") == 2 and "against random init, 2·10¹²" in section
