@@ -399,7 +399,7 @@ def test_a_batch_that_must_not_be_cut_names_both_ways_out_of_several_processes(n
 
 
 def test_the_device_is_named():
-    assert pretrain.name_of(torch.device("cpu")) == "CPU, 1 threads"
+    assert pretrain.name_of(torch.device("cpu")) == f"CPU, {torch.get_num_threads()} threads"
     assert pretrain.name_of(torch.device("mps")) == "MPS"
 
 
