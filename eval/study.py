@@ -112,10 +112,8 @@ class Study:
         """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
         judge = self.plan.tuning.judge
         parts = {inputs.describe_part(inputs.part(word)) for word in _labels(judge) or ["all"]}
-        wanted = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))[
-            judge[0]
-        ]
-        wanted |= dict(label_fraction=most(parts))
+        by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
+        wanted = by[judge[0]] | dict(label_fraction=most(parts))
         rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
         return rows[0]["value"] if rows else None
 
@@ -314,7 +312,7 @@ def main() -> int:
     given = plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
     given += [text for text in args.settings if not plans.may_change(text)]
     settings = plan.spend(args.settings)
-    if decides and not plan.decides:
+    if decides and not plan.decides and not args.dry_run:
         say(f"This is not {plan.name} as it stands, so that no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or data.cores()
     study = Study(plan, args.data, settings, given, threads=max(1, data.cores() // at_once))
