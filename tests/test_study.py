@@ -144,10 +144,11 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     }
     made = a_study(tmp_path, arms=arms, budgets=["1e9", 2e9], seeds=2, evaluators=[rates, ["difficulty"]])
     by_arm = {}
-    for training in made.trainings({}):
+    trainings = made.trainings({})
+    for training in trainings:
         by_arm.setdefault(training.arm, []).append(training.budget)
     assert by_arm == dict(mae=[1e9, 2e9, 1e9, 2e9], few=[1e9, 2e9], random=[1e9, 1e9])  # untrained: of no budget
-    jobs = made.jobs(made.trainings({}))
+    jobs = made.jobs(trainings)
     commands = [job.command for job in jobs]
     tuned = [c for c in commands if "finetune.py" in c[1]]
     assert sum("--lr-of" in c for c in tuned) == 3 and len(tuned) == 8  # the second seeds take the first ones' rates
@@ -157,7 +158,7 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     assert len(waits.needs) == 2 and not waits.ready
     hard = [c for c in commands if "difficulty.py" in c[1]]
     assert len(hard) == 4  # once for each arm and budget that is trained
-    made.describe(made.trainings({}))
+    made.describe(trainings)
     said = json.loads((tmp_path / "runs/tiny-digits/study.json").read_text())
     assert [t["steps"] for t in said["arms"]["random"]["runs"]] == [0, 0]
 
@@ -342,7 +343,8 @@ def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours
     }
     made = study.Study(plan, colours, [], [], 1)
     assert {len(trials) for trials in made.trials.values()} == {8} and set(made.trials) == set(plan.arms) - {"random"}
-    made.describe(made.trainings({}))
+    trainings = made.trainings({})
+    made.describe(trainings)
     said = json.loads((made.folder / "study.json").read_text())["arms"]["random"]["finetuned"]
     for labels, opponents, augmented in ((0.1, 5, 4), (1.0, 5, 0)):
         changed = [what["changed"] for what in said if labels in what["labels"]]
@@ -354,7 +356,7 @@ def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours
     for name, arm in plan.arms.items():
         recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings], colours)
         assert recipe.backbone.positions == "sincos", name
-    judged = {t.arm for t in made.trainings({}) if t.settings[-1] == "train.seed=4"}
+    judged = {t.arm for t in trainings if t.settings[-1] == "train.seed=4"}
     assert judged == {name for name, arm in plan.arms.items() if arm.role}
 
 
