@@ -299,10 +299,10 @@ def _compared(estimate: intervals.Estimate, difference: np.ndarray) -> list[Cell
 
 
 def gallery(groups: list[Group]) -> list[Block]:
-    """The pictures of each recipe's first seed."""
+    """The pictures of each recipe's first seed; of a study's arm those with the largest budget."""
     pictures = [
         (file, f"{group.label}: {_shows(file.stem)}")
-        for group in sorted(groups, key=lambda g: (g.control, g.label))
+        for group in sorted((g for g in groups if not g.lesser), key=lambda g: (g.control, g.label))
         for file in sorted((group.runs[0].folder / "pictures").glob("*.png"))
     ]
     return [Heading("Pictures"), Text("Of the first seed of each recipe."), Gallery(pictures)] if pictures else []

@@ -511,6 +511,11 @@ def test_a_study_names_its_arms_and_budgets(tmp_path, monkeypatch):
     assert [g.label for g in study.groups if g.control] == ["plain"]
     assert study.budgets == [1e12, 2e12] and study.group("clear", 2e12).label == "clear (2·10¹² FLOPs)"
     assert study.group("none", 2e12) is None
+    for runs in places.values():
+        (runs[0] / "pictures").mkdir()
+        (runs[0] / "pictures/reconstruction.png").touch()
+    shown = [words.partition(":")[0] for _, words in reports.gallery(study.groups)[-1].pictures]
+    assert shown == ["blurred", "clear (2·10¹² FLOPs)"]
     clear = [g for g in study.groups if g.family == "clear"]
     assert [g.lesser for g in clear] == [True, False] and len({g.colour for g in clear}) == 1
     [test] = study.tests
