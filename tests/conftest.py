@@ -1,15 +1,21 @@
-"""What the tests share: one thread, a private cache, and small objectives on made-up images."""
+"""What the tests share: one thread, a private cache, scripts in a child, and small objectives on made-up images."""
 
+import multiprocessing
 import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from ssl_vit import backbone as backbones
-from ssl_vit import objectives
+from ssl_vit import data, errors, objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.objectives.base import Batch, Facts
 from ssl_vit.randomness import Draw
@@ -38,6 +44,27 @@ BACKBONE = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.s
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setattr(data, "cores", lambda: 1)  # else what a test calls sets more, which stay
+
+
+def start(main: Callable[[], int], folder: Path, log: Path, *arguments: str) -> multiprocessing.Process:
+    """A script's main in a child that shares the imports (as its own process, it would import torch for seconds)."""
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(main, folder, log, arguments))
+    process.start()
+    return process
+
+
+def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[str, ...]) -> None:
+    # tqdm's own lock is one for parent and children: a child killed while it draws its bar would keep it from all.
+    tqdm.set_lock(threading.RLock())
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    os.chdir(folder)
+    sys.argv = [f"{main.__module__.replace('.', '/')}.py", *arguments]
+    errors.run(main)
 
 
 def small_recipe(name: str, *settings: str) -> recipes.Recipe:

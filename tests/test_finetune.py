@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, make_batch, small_objective
+from conftest import SMALL, make_batch, small_objective, start
 from PIL import Image
 from safetensors.torch import load_file
 from test_loop import ROOT, TINY, TORCHRUN, Started, arguments, launched, log_of, run, steps_done, until
 from timm.layers import resample_abs_pos_embed
 
 from eval import finetune, results
-from ssl_vit import data, errors, flops, optim, pretrain, weights
+from ssl_vit import data, flops, optim, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -330,21 +329,11 @@ def test_two_processes_train_and_judge_alike(tune, tmp_path):
     assert one["eval_flops"] == row["eval_flops"] and said.count("| mae | 200 |") == 1
 
 
-def _script(arguments, folder, log):
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)
-    os.chdir(folder)
-    sys.argv = ["finetune.py", *arguments]
-    errors.run(finetune.main)
-
-
 def test_it_stops_when_told_and_goes_on(pretrained, tmp_path):
     shutil.copytree(pretrained / "runs", tmp_path / "runs")
     command = ["--backbone", "runs/mae", *QUICK, "train.steps=80", "runtime.save_every=1000", "--labels", "5", "all"]
     for stop in (True, False):  # stopped in the first of two trainings, then run to the end
-        child = multiprocessing.get_context("fork").Process(
-            target=_script, args=(command, tmp_path, tmp_path / "said.txt")
-        )
-        child.start()
+        child = start(finetune.main, tmp_path, tmp_path / "said.txt", *command)
         if stop:
             until(lambda: any(steps_done(p) >= 10 for p in (tmp_path / "runs/mae").glob("finetune/*")))
             os.kill(child.pid, signal.SIGINT)

@@ -1,7 +1,6 @@
 """The loop: stop it anywhere and it ends with the same bytes; one process or two; nothing lost."""
 
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -15,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, small_objective, small_recipe
+from conftest import SMALL, small_objective, small_recipe, start
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from ssl_vit import checkpoint, errors, pretrain, weights
 
@@ -31,22 +31,12 @@ def arguments(name: str, *settings: str) -> list[str]:
     return ["--recipe", name, *TINY, *SMALL[name], f"train.steps={STEPS}", *settings]
 
 
-def _child(arguments: list[str], folder: Path, log: Path) -> None:
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)
-    os.chdir(folder)
-    sys.argv = ["ssl_vit/pretrain.py", *arguments]
-    errors.run(pretrain.main)
-
-
 class Started:
-    """pretrain.py in a child that shares the imports (as its own process, it would import torch for seconds)."""
+    """pretrain.py in a child."""
 
     def __init__(self, folder: Path, *arguments: str):
         self.log = folder / "said.txt"
-        self.process = multiprocessing.get_context("fork").Process(
-            target=_child, args=(list(arguments), folder, self.log)
-        )
-        self.process.start()
+        self.process = start(pretrain.main, folder, self.log, *arguments)
 
     def wait(self, timeout: float = 120) -> int:
         self.process.join(timeout)
@@ -89,6 +79,11 @@ def until(condition, timeout: float = 90) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.002)
+
+
+def test_a_child_killed_while_it_draws_does_not_hold_up_the_others(tmp_path):
+    with tqdm.get_lock():  # as if one had died with it
+        run(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), "train.steps=1"))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -198,11 +193,11 @@ def test_a_bad_checkpoint_is_one_sentence(damage, tmp_path):
     assert ("damaged" in last or "another model" in last) and "Delete it" in last
 
 
-def _full_disk(*args) -> None:
+def _on_a_full_disk() -> int:
     # a limit on the size of files stands in for a full disk: the write fails half-way
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    _child(*args)
+    return pretrain.main()
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -211,10 +206,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     until(lambda: steps_done(tmp_path / "run") >= 6)
     started.kill()
     before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").glob("*.pt")}
-    full = multiprocessing.get_context("fork").Process(
-        target=_full_disk, args=(arguments("mae", *out, "train.steps=1000"), tmp_path, tmp_path / "full.txt")
-    )
-    full.start()
+    full = start(_on_a_full_disk, tmp_path, tmp_path / "full.txt", *arguments("mae", *out, "train.steps=1000"))
     full.join(90)
     said = (tmp_path / "full.txt").read_text()
     assert full.exitcode == 2, said
