@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from eval.commands import Command
 from ssl_vit.checkpoint import write as write_whole
 from ssl_vit.errors import say
 
@@ -37,7 +37,7 @@ class Job:
     marks: bool = False  # whether its command leaves the mark itself
     started: float = 0.0
     device: str = ""
-    process: subprocess.Popen | None = None
+    process: Command | None = None
     failed: bool = False
 
     @property
@@ -66,7 +66,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
 
     def stop(number, frame) -> None:
         for job in running:
-            job.process.terminate()
+            job.process.stop()
         for job in running:
             job.process.wait()
         write_whole(folder / "progress.txt", progress(jobs, [], times, at_once))
@@ -84,15 +84,11 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         for job in waiting:
             job.failed = any(other.failed for other in job.needs)
         for job in [job for job in waiting if job.ready and not job.failed][: at_once - len(running)]:
-            environment = os.environ | dict(PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
             if devices:
-                job.device = environment["CUDA_VISIBLE_DEVICES"] = devices.pop(0)
-            with open(_log(folder, job), "w") as stream:
-                stream.write(f"$ {shlex.join(job.command)}\n")
-                stream.flush()
-                job.process = subprocess.Popen(
-                    job.command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
+                job.device = devices.pop(0)
+            _log(folder, job).write_text(f"$ {shlex.join(job.command)}\n")
+            variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
+            job.process = Command(job.command, _log(folder, job), variables)
             job.started = time.monotonic()
             running.append(job)
             tell("started", job, f"   ({summary(jobs, running, times, at_once)})")
@@ -104,7 +100,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
             if job.device:
                 devices.append(job.device)
             seconds = time.monotonic() - job.started
-            code, job.process = job.process.returncode, None
+            code, job.process = job.process.poll(), None
             if code == 0 and not job.marks:
                 job.mark.parent.mkdir(parents=True, exist_ok=True)
                 job.mark.write_text(json.dumps(dict(command=job.command, seconds=round(seconds, 1))))

@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import yaml
 from conftest import SMALL
 from PIL import Image
-from test_loop import ROOT, TINY, environment
+from test_loop import ROOT, TINY, environment, steps_done, until
 
 from eval import plans, study, verdict
 from ssl_vit import data, pretrain
@@ -33,25 +32,25 @@ def write_plan(folder, **changes):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
 
 
-def start(folder, *arguments):
-    command = [sys.executable, str(ROOT / "eval/study.py"), "tiny.yaml", "--jobs", "1", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Run the plan in the test's folder with these arguments: the exit code and what is said."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--jobs", "1", *arguments])
+        code = study.main()
+        return code, capfd.readouterr().out
+
+    return call
 
 
-def run(folder, *arguments):
-    process = start(folder, *arguments)
-    said = process.communicate()[0]
-    return process.returncode, said
-
-
-def test_a_plan_runs_once_and_ends_with_a_report(tmp_path):
+def test_a_plan_runs_once_and_ends_with_a_report(tmp_path, run):
     write_plan(tmp_path)
-    code, said = run(tmp_path, "--dry-run")
+    code, said = run("--dry-run")
     assert code == 0 and len(said.splitlines()) == 5 and not (tmp_path / "runs").exists()
 
-    code, said = run(tmp_path)
+    code, said = run()
     assert code == 0, said
     assert said.count("done     ") == 5 and "(0 done, 1 running, 4 left" in said
     folder = tmp_path / "runs/tiny-digits"
@@ -61,50 +60,49 @@ def test_a_plan_runs_once_and_ends_with_a_report(tmp_path):
     ]
     assert {r["recipe"] for r in rows} == {"mae", "random", "pixels"} and {r["n"] for r in rows} == {360}
 
-    code, said = run(tmp_path, "--dry-run")
+    code, said = run("--dry-run")
     assert code == 0 and said == ""
-    code, said = run(tmp_path)
+    code, said = run()
     assert code == 0 and "started" not in said
     [log] = [p for p in tmp_path.glob("runs/mae-*/log.jsonl") if p.read_text()]  # the random control's is empty
     shutil.rmtree(log.parent)
-    assert len(run(tmp_path, "--dry-run")[1].splitlines()) == 2  # with a run goes what was found of it
+    assert len(run("--dry-run")[1].splitlines()) == 2  # with a run goes what was found of it
 
 
-def test_what_fails_is_named_and_the_rest_is_done(tmp_path):
+def test_what_fails_is_named_and_the_rest_is_done(tmp_path, run):
     arms = {"mae": dict(recipe="mae", settings=MAE), "broken": dict(recipe="dino", settings=["backbone.patch=5"])}
     write_plan(tmp_path, arms=arms)
-    code, said = run(tmp_path)
+    code, said = run()
     assert code == 1 and "FAILED   dino-digits" in said and "do not divide" in said
     assert said.count("done     ") == 3 and "2 of 5 jobs failed" in said
     assert (tmp_path / "runs/tiny-digits/report/report.html").exists()  # of what there is
 
 
-def test_a_stopped_study_goes_on(tmp_path):
-    slow = dict(recipe="mae", settings=[*TINY, *SMALL["mae"], "train.steps=2000"])
+def test_a_stopped_study_goes_on(tmp_path, run):
+    slow = dict(recipe="mae", settings=[*TINY, *SMALL["mae"], "train.steps=1000"])
     write_plan(tmp_path, arms=dict(mae=slow), controls=[], evaluators=[])
-    process = start(tmp_path)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/mae-*/recipe.yaml")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(3)
+    command = [sys.executable, str(ROOT / "eval/study.py"), "tiny.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    until(lambda: any(steps_done(folder) >= 20 for folder in tmp_path.glob("runs/mae-*")))
     os.kill(process.pid, signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM and "goes on from there" in said
     settings = next(tmp_path.glob("runs/mae-*/recipe.yaml"))
-    settings.write_text(settings.read_text().replace("steps: 2000", "steps: 2001"))
-    assert "with other settings (train.steps)" in run(tmp_path)[1]
-    settings.write_text(settings.read_text().replace("steps: 2001", "steps: 2000"))
-    code, _ = run(tmp_path)
+    settings.write_text(settings.read_text().replace("steps: 1000", "steps: 1001"))
+    with pytest.raises(UserError, match=r"with other settings \(train.steps\)"):
+        run()
+    settings.write_text(settings.read_text().replace("steps: 1001", "steps: 1000"))
+    assert run()[0] == 0
     [log] = tmp_path.glob("runs/tiny-digits/logs/*.txt")
-    assert code == 0 and "Going on from step" in log.read_text()
+    assert "Going on from step" in log.read_text()
 
 
-def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path):
+def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
     arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE, knob=["objective.ratio=0.5"]))
     tuning = dict(flops=1e8, factors=[0.01, 1], judge=["knn", "--k", "5"])
     write_plan(tmp_path, arms=arms, tuning=tuning, controls=[])
-    assert len(run(tmp_path, "--dry-run")[1].splitlines()) == 4  # what follows depends on the trials
-    code, said = run(tmp_path)
+    assert len(run("--dry-run")[1].splitlines()) == 4  # what follows depends on the trials
+    code, said = run()
     assert code == 0, said
     folder = tmp_path / "runs/tiny-digits"
     study = json.loads((folder / "study.json").read_text())
