@@ -1,36 +1,49 @@
-"""Start Python scripts without the seconds that their imports take.
+"""Start our scripts without the seconds that their imports take.
 
     from eval.commands import Command
-    command = Command([sys.executable, "eval/knn.py", "--backbone", "runs/x"], log=Path("log.txt"), environment={})
+    command = Command("eval.knn", ["eval/knn.py", "--backbone", "runs/x"], log=Path("log.txt"), environment={})
 
 Each is a process of its own, forked from multiprocessing's fork server, which has imported what they import and done
-nothing else: it has computed nothing, holds no lock and has not touched a GPU.
+nothing else: it has computed nothing, holds no lock and has not touched a GPU. So all commands of a study run the code
+that was there when it began. On macOS, where a process with these libraries must not be forked, each starts anew.
 """
 
+import importlib
 import multiprocessing
 import os
-import runpy
+import signal
 import sys
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+
+from ssl_vit import errors
 
 PREPARED = ["ssl_vit.pretrain", "eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty"]
 PREPARED += ["sklearn.linear_model"]
+STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
-_context = multiprocessing.get_context("forkserver")
+_context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
 _context.set_forkserver_preload(PREPARED)
 
 
 class Command:
-    """A script that runs, in a session of its own: what is typed in the terminal does not reach it.
+    """The main of a module that runs, in a session of its own: what is typed in the terminal does not reach it.
 
-    words: the interpreter (this one), the script and its arguments. log: what it says is added there.
-    environment: variables beside this process's own.
+    words: the script and its arguments. log: what it says is added there. environment: variables beside this
+    process's own.
     """
 
-    def __init__(self, words: list[str], log: Path, environment: dict[str, str]):
+    def __init__(self, module: str, words: list[str], log: Path, environment: dict[str, str]):
         variables = os.environ | environment
-        self._process = _context.Process(target=_run, args=(words[1:], log.resolve(), Path.cwd(), variables))
+        self._process = _context.Process(target=_run, args=(module, words, log.resolve(), Path.cwd(), variables))
+        # The server lives as long as this process, also when a signal to stop is sent to both: from it, one learns
+        # how the commands end.
+        resource_tracker.ensure_running()  # which lets them through when it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        if _context.get_start_method() == "forkserver":
+            forkserver.ensure_running()
         self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def poll(self) -> int | None:
         """Its exit code; None while it runs."""
@@ -45,13 +58,15 @@ class Command:
         return self._process.exitcode
 
 
-def _run(words: list[str], log: Path, folder: Path, variables: dict[str, str]) -> None:
+def _run(module: str, words: list[str], log: Path, folder: Path, variables: dict[str, str]) -> None:
     os.setsid()
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    multiprocessing.set_start_method(None, force=True)  # its own processes are started as if it were from the terminal
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    errors.run(importlib.import_module(module).main)

@@ -58,7 +58,7 @@ def evaluate(run: Path) -> dict | None:
     if figures is None:
         say(f"{run} has no such figure: its objective, {recipe.objective_name}, recovers no spoiled image.")
         return None
-    checkpoint.write(run / "difficulty.json", json.dumps(figures | results.surroundings(), indent=1))
+    checkpoint.write(run / "difficulty.json", json.dumps(figures | results.SURROUNDINGS, indent=1))
     return figures
 
 

@@ -265,7 +265,7 @@ def table(rows: list[dict]) -> str:
     lines = ["| backbone | labels | fine-tuned | learning rate |", "|---|---:|---:|---|"]
     shown: dict[tuple, list[dict]] = {}
     for row in rows:
-        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        name = results.run_of(row)
         shown.setdefault((name, f"{row['train_n']:,}"), []).append(row)
     for key, alike in shown.items():
         accuracy = 100 * np.mean([row["value"] for row in alike])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from eval.commands import Command
+from eval.commands import STOPPING, Command
 from ssl_vit.checkpoint import write as write_whole
 from ssl_vit.errors import say
 
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(eq=False)
 class Job:
-    """One command. It is done when `mark` exists, which lies in the run it belongs to and goes with it."""
+    """One command: the interpreter, a script of ours, its arguments. It is done when `mark` exists, which lies in the
+    run it belongs to and goes with it."""
 
     name: str
     kind: str  # jobs of one kind take about as long
@@ -78,7 +79,8 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         say(f"{minutes:3d}:{seconds:02d}  {word:7}  {job.name}{more}")
         write_whole(folder / "progress.txt", progress(jobs, running, times, at_once))
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # not those of nohup
+    before = {number: signal.signal(number, stop) for number in heard}
     while True:
         waiting = [job for job in jobs if not job.ended and job.process is None]
         for job in waiting:
@@ -88,7 +90,9 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
                 job.device = devices.pop(0)
             _log(folder, job).write_text(f"$ {shlex.join(job.command)}\n")
             variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
-            job.process = Command(job.command, _log(folder, job), variables)
+            script = Path(job.command[1])
+            module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+            job.process = Command(module, job.command[1:], _log(folder, job), variables)
             job.started = time.monotonic()
             running.append(job)
             tell("started", job, f"   ({summary(jobs, running, times, at_once)})")

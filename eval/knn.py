@@ -74,7 +74,7 @@ def table(rows: list[dict]) -> str:
     lines = ["| backbone | labels | features | k-NN (k=20) | uncentred |", "|---|---:|---|---:|---:|"]
     shown: dict[tuple, dict[str, list]] = {}
     for row in rows:
-        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        name = results.run_of(row)
         key = name, f"{row['train_n']:,}", row["pooling"]
         shown.setdefault(key, {}).setdefault(row["protocol"], []).append(row["value"])
     for key, values in shown.items():

@@ -255,7 +255,7 @@ def table(rows: list[dict]) -> str:
         "|---|---:|---|---|---:|---:|---|",
     ]
     for row in rows:
-        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        name = results.run_of(row)
         settings = ", ".join(f"{k} {v:g}" for k, v in row["settings"].items() if k in ("rate", "C", "lr"))
         edge = " (at the edge of what was tried)" if row["settings"].get("at_the_edge") else ""
         block = "last" if row["layer"] == -1 else row["layer"]

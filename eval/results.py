@@ -68,15 +68,23 @@ def describe_run(folder: Path, settings: dict) -> dict:
     )
 
 
+def run_of(row: dict) -> str:
+    """The run of a row, as printed tables name it."""
+    return row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+
+
 def _untrained(settings: dict, last: dict) -> bool:
     """Whether a run holds weights as they were drawn."""
     return bool(settings) and not last["images"] and not settings["backbone"].get("init_from")
 
 
-def surroundings() -> dict:
+def _surroundings() -> dict:
     """Package versions and the commit of this code, if it stands in a checkout."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return dict(versions=versions, commit=git.stdout.strip() or None)
+
+
+SURROUNDINGS = _surroundings()  # of what was loaded: the files may change before a row is written

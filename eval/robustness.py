@@ -159,7 +159,7 @@ def table(rows: list[dict]) -> str:
     lines = [f"| backbone | labels | clean | {' | '.join(families)} |", "|---|---:|---:|" + "---:|" * len(families)]
     shown: dict[tuple, dict[str, list]] = {}
     for row in rows:
-        name = row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+        name = results.run_of(row)
         cells = shown.setdefault((name, f"{row['train_n']:,}"), {})
         cells.setdefault("clean", []).append(row["settings"]["clean"])
         cells.setdefault(row["settings"]["family"], []).append(row["value"])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from eval.results import surroundings
+from eval.results import SURROUNDINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("mae", "simmim", "beit", "gaussian", "dino", "supervised")
@@ -76,7 +76,7 @@ def main() -> None:
     about = dict(
         device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         matmul_flops_per_second=rate,
-        **surroundings(),
+        **SURROUNDINGS,
     )
     variants = {"eager": [], "compiled": ["runtime.compile=true"]} if device.type == "cuda" else {"eager": []}
     args.output.mkdir(parents=True, exist_ok=True)
