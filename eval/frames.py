@@ -347,11 +347,11 @@ def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Gro
 
 
 def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:
-    """{section.key: value} of the settings that make the recipe."""
+    """{section.key: value} of the settings that make the recipe; what is null is as if it were not known yet."""
     flat = {"recipe": run.settings.get("recipe")}
     for section, values in run.settings.items():
         if section not in FREE and section != "recipe":
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
+            flat |= {f"{section}.{key}": value for key, value in values.items() if value is not None}
     return {key: value for key, value in flat.items() if key != "train.seed" and key not in without}
 
 
@@ -381,7 +381,7 @@ def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> 
     keys = [k for k in mine if any(other.get(k) != mine[k] for other in theirs)]
     if not keys:
         return group.runs[0].folder.name
-    budget = [k for k in BUDGET if k in keys and mine[k] is not None]
+    budget = [k for k in BUDGET if k in keys]
     if set(keys) <= set(BUDGET):
         spent = [plots.number(g.mean("train_flops")) for g in (group, *others)]
         return f"{spent[0]} FLOPs" if spent.count(spent[0]) == 1 else ""

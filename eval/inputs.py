@@ -99,12 +99,8 @@ class Inputs:
             test = data.load(config, role, train.classes).to(self.state.device)
             if self.held_out:
                 test.split = f"held out of {test.split}"
-            for images in (train, test):
-                if images.labels is None:
-                    raise UserError(
-                        f"The {images.split} split of {config.name} has no labels to evaluate with. If another column "
-                        "holds them, train a run with data.label=COLUMN (train.steps=0 will do) and pass --data RUN."
-                    )
+            if train.labels is None or test.labels is None:
+                raise _unlabelled(config.name, train, test)
             if len(set(train.labels.tolist())) < 2:
                 raise UserError(
                     f"All training images of {config.name} are of one class: there is nothing to tell apart."
@@ -126,7 +122,7 @@ class Inputs:
             return train, test, parts
         used = np.unique(np.concatenate([chosen for _, chosen in parts]))
         here = [(keys, np.searchsorted(used, chosen)) for keys, chosen in parts]
-        return train.part(torch.from_numpy(used).to(train.labels.device)), test, here
+        return train.part(torch.from_numpy(used)), test, here
 
     def labelled(self, train: data.ImageSet) -> Iterator[tuple[dict, np.ndarray]]:
         """(row keys, indices of the training images whose labels are used), for each part asked for."""
@@ -134,6 +130,19 @@ class Inputs:
         for part, seed in self.parts:
             chosen = subsets.stratified(labels, part, seed) if part else np.arange(len(labels))
             yield dict(label_fraction=describe_part(part), subset_seed=seed, train_n=len(chosen)), chosen
+
+
+def _unlabelled(name: str, train: data.ImageSet, test: data.ImageSet) -> UserError:
+    """What to do where the training images, those to judge on, or both have no labels."""
+    if train.labels is None and test.labels is None:
+        what, setting, why = f"images of {name} have", "data.label=COLUMN", "If another column holds them, train"
+    else:
+        images, key = (train, "train_split") if train.labels is None else (test, "report_split")
+        what, setting, why = f"{images.split} split of {name} has", f"data.{key}=SPLIT", "Train"
+    return UserError(
+        f"The {what} no labels to evaluate with. {why} a run with {setting} train.steps=0 and pass --data RUN, or pass "
+        "--data of labelled images."
+    )
 
 
 def natural(text: str) -> int:
@@ -181,7 +190,7 @@ def row(source: features.Source, test: data.ImageSet) -> dict:
         chosen="last checkpoint",
         n=len(test),
         metric="accuracy",
-        **results.surroundings(),
+        **results.SURROUNDINGS,
     )
 
 

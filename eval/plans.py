@@ -79,7 +79,8 @@ class Plan:
     def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
         """Keep a part of the plan, of names with commas between, or give it more seeds; returns what is lacking.
 
-        With other arms, or none tuned, it decides nothing. Raises UserError for a name that is not there.
+        The untrained stays beside any arms. With fewer arms, or none tuned, it decides nothing. Raises UserError for a
+        name that is not there.
         """
         changed = []
         if arms is not None:
@@ -87,8 +88,10 @@ class Plan:
                 if name not in self.arms:
                     known = ", ".join(self.arms)
                     raise UserError(f"{self.name} has no arm {name!r}.{nearest(name, self.arms)} Arms: {known}.")
-            self.arms = {name: arm for name, arm in self.arms.items() if name in arms.split(",")}
-            changed.append(f"arms={','.join(self.arms)}")
+            kept = {n: arm for n, arm in self.arms.items() if n in arms.split(",") or "train.steps=0" in arm.settings}
+            if len(kept) < len(self.arms):
+                changed.append(f"arms={','.join(kept)}")
+            self.arms = kept
         if untuned and self.tuning:
             self.tuning = None
             changed.append("untuned")

@@ -238,7 +238,7 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
             new[section] = old.get(section, {}) | {k: v for k, v in values.items() if v not in (None, "auto")}
     if isinstance(new["data"]["size"], int):
         new["data"]["size"] = [new["data"]["size"]] * 2
-    keys = recipes.differences(old, old | new)
+    keys = recipes.differences(old, old | new, type(recipe.objective))
     if keys:
         raise UserError(
             f"{run} is a run with other settings ({', '.join(keys)}): remove it, or work in another folder."

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 import re
 import shlex
 import sys
@@ -28,7 +29,7 @@ class Run:
     # -- opening ------------------------------------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """Be the only writer, until the process ends. Raises UserError with the holder's pid."""
+        """Be the only writer, until the process ends. Raises UserError with the holder's pid and machine."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")
@@ -43,11 +44,11 @@ class Run:
                 "another --output."
             ) from None
         self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
+        self._lock.write(f"{os.getpid()} on {platform.node()}")
         self._lock.flush()
 
-    def claim(self, settings: dict) -> None:
-        """Write recipe.yaml, or check that the one there says the same wherever it must.
+    def claim(self, settings: dict, config: type) -> None:
+        """Write recipe.yaml, or check that the one there says the same wherever it must. config: of the objective.
 
         Raises UserError naming the keys that differ, and the command for a run of its own where there is one.
         """
@@ -57,7 +58,7 @@ class Run:
                 raise UserError(f"{self.path} is not empty and holds no run: choose another --output.")
         else:
             old = yaml.safe_load(file.read_text())
-            keys = recipes.differences(old, settings)
+            keys = recipes.differences(old, settings, config)
             if keys and Path(sys.argv[0]).name != "pretrain.py":  # the folder is not the user's to choose
                 raise UserError(
                     f"{self.path} is a run with other settings ({', '.join(keys)}): remove that folder, and start the "
@@ -70,9 +71,10 @@ class Run:
                     at = arguments.index("--output")
                     del arguments[at : at + 2]
                 command = shlex.join(["python", sys.argv[0], *arguments, "--output", free])
-                raise UserError(
-                    f"{self.path} is a run with other settings ({', '.join(keys)}). Start a new one: {command}"
-                )
+                other = f"{self.path} is a run with other settings ({', '.join(keys)})."
+                if "images.fingerprint" in keys:
+                    other += " Its images were others; of photos, names, sizes and times of the files count (cp -p)."
+                raise UserError(f"{other} Start a new one: {command}")
         if not self.finished:
             write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
@@ -87,8 +89,8 @@ class Run:
         found = {int(m[1]): p for p in (self.path / "checkpoints").glob("*.pt") if (m := KEEP.search(p.name))}
         return dict(sorted(found.items()))
 
-    def save(self, step: int, state: dict, keep_every: int) -> None:
-        """Write the state after `step` steps beside the others, rename it into place, then drop the older one.
+    def save(self, step: int, state: dict) -> None:
+        """Write the state after `step` steps beside the older one, rename it into place, then drop that.
 
         Raises UserError if the disk is full; what was there stays.
         """
@@ -110,7 +112,7 @@ class Run:
                 "start the same command again."
             ) from None
         for old, path in self.checkpoints().items():
-            if old < step and not (keep_every and old % keep_every == 0):
+            if old < step:
                 path.unlink()
 
     def load(self) -> tuple[int, dict] | None:

@@ -17,7 +17,7 @@ import socket
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,11 +42,14 @@ HUB = {
     "tiny-imagenet": ("zh-plus/tiny-imagenet", "image", "label", "valid", True),
     "imagenet-1k": ("ILSVRC/imagenet-1k", "image", "label", "validation", True),
 }
+KNOWN = HUB | {facts[0]: facts for facts in HUB.values()}  # by their hub ids too
 NAMES = ("digits", *HUB)
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "images", "pixel_values"), ("label", "labels", "fine_label", "class")
 FILE = "ssl_vit.file"  # the column with an image file's path under its split; no column of a user's has this name
+# what `datasets` says before it lists the configurations of a set
+CONFIGURATIONS = re.compile(r"(?:available configs|not found\. Available|[Cc]onfig(?:uration)?s in the cache): (.+)")
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 PROBE = 256  # images whose headers are read to learn what a set is like
 
@@ -68,7 +71,6 @@ class ImageSet:
     images: Tensor | None = None
     photo: Callable[[int], Tensor] | None = None
     flip: bool = True
-    broken: list[str] = field(default_factory=list)  # what `skip_broken` left out
 
     def __len__(self) -> int:
         return self.count
@@ -82,7 +84,7 @@ class ImageSet:
         return self
 
     def part(self, chosen: Tensor) -> "ImageSet":
-        """These images, int64 (M,), alone."""
+        """These images, int64 (M,) on the CPU (decoding processes see no other), alone."""
         return dataclasses.replace(
             self,
             labels=None if self.labels is None else self.labels[chosen],
@@ -129,6 +131,8 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     rows, split, image, label, flip = _rows(config, role)
     path = Path(config.name)
     name = path.resolve().name if path.exists() else config.name
+    if config.config:
+        name = f"{name}-{config.config}"
     title = f"{name}/{split}"
     labels, classes = _labels(rows, label, classes, title)
 
@@ -137,7 +141,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     channels = config.channels or found
     decode = functools.partial(_decode, read, channels)
     content = _identity(rows, image, split, channels)
-    images, kept, broken = None, None, []
+    images, kept = None, None
     fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
     if fits or config.skip_broken:
         shape = (channels, *size) if fits else None
@@ -167,7 +171,6 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
         images=images,
         photo=functools.partial(_photo, functools.partial(_advising, decode), kept) if images is None else None,
         flip=flip,
-        broken=broken,
     )
 
 
@@ -193,9 +196,8 @@ class Chunk:
 
     def part(self, start: int, stop: int) -> "Chunk":
         """The chunk's rows start:stop."""
-        d = self.draw
         crops = self.crops and {name: crop[start:stop] for name, crop in self.crops.items()}
-        return Chunk(Draw(d.seed, d.step, d.rows[start:stop], d.device, d.prefix), self.indices[start:stop], crops)
+        return Chunk(self.draw.of(self.draw.rows[start:stop]), self.indices[start:stop], crops)
 
     def views(self, images: ImageSet, spec: views.ViewSpec) -> dict[str, Tensor]:
         """The augmented views, float32 in [0, 1], on the device."""
@@ -289,7 +291,7 @@ def _batches(loader: DataLoader) -> Iterator:
                 raise batch
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise UserError(
             f"A decoding process died ({' '.join(str(error).split())[:200]}): if memory or /dev/shm is short, "
@@ -326,12 +328,14 @@ def _digits(role: str, channels: int) -> ImageSet:
 
 def _rows(config: recipes.Data, role: str) -> tuple[datasets.Dataset, str, str, str | None, bool]:
     """(rows, split, image column, label column or None, whether flips keep the label) of one split."""
-    hub_id, image, label, report, flip = HUB.get(config.name, (config.name, None, None, None, True))
+    unknown = (config.name, None, None, None, True)
+    local = config.name and config.name not in HUB and Path(config.name).exists()
+    hub_id, image, label, report, flip = unknown if local else KNOWN.get(config.name, unknown)
     image, label, report = config.image or image, config.label or label, config.report_split or report
-    if config.name and config.name not in HUB and Path(config.name).exists():
-        splits = _local(Path(config.name))
+    if local:
+        splits = _local(Path(config.name), config)
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
-        splits = _hub(hub_id)
+        splits = _hub(hub_id, config.config)
     elif "/" in config.name:
         raise UserError(f"There is no folder or file {config.name!r}: check --data.")
     else:
@@ -339,11 +343,11 @@ def _rows(config: recipes.Data, role: str) -> tuple[datasets.Dataset, str, str, 
             f"Unknown data {config.name!r}.{nearest(config.name, NAMES)} Give one of {', '.join(NAMES)}, "
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
-    split, rows = _choose_split(splits, config, role, report)
+    split, rows = _choose_split(splits, config, role, report, label)
     columns = [c for c in rows.column_names if c != FILE]
     kinds = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
     image = image or next((c for c in (*IMAGE_COLUMNS, *kinds) if c in columns), None)
-    label = label or next((c for c in LABEL_COLUMNS if c in columns and _is_class(rows.features[c])), None)
+    label = label or _label_column(rows)
     for key, column in (("image", image), ("label", label)):
         if column not in columns and (key == "image" or column is not None):
             raise UserError(
@@ -364,16 +368,40 @@ def _is_class(feature) -> bool:
     )
 
 
+def _label_column(rows: datasets.Dataset) -> str | None:
+    """The column that holds the labels, where the user names none."""
+    return next((c for c in LABEL_COLUMNS if c in rows.column_names and _is_class(rows.features[c])), None)
+
+
+def _missing(feature, values: list) -> int:
+    """How many labels are none: null, -1 among named classes (as in the hub's tests), or -1 throughout."""
+    if all(value in (None, -1) for value in values):
+        return len(values)
+    named = isinstance(feature, datasets.ClassLabel)
+    return sum(value is None or (named and value < 0) for value in values)
+
+
+def _labelled(rows: datasets.Dataset, label: str | None) -> bool:
+    """Whether any image has a label in this column, or in the one that would be taken."""
+    column = label or _label_column(rows)
+    return column in rows.column_names and _missing(rows.features[column], rows[column][:]) < len(rows)
+
+
 def _choose_split(
-    splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None
+    splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None, label: str | None
 ) -> tuple[str, datasets.Dataset]:
     """The training split, or the one whose figures are reported; without the latter, a hashed tenth of the former."""
 
     def named(*kinds: str) -> str | None:
-        return next((s for kind in kinds for s in SPLITS[kind] if s in splits), None)
+        return next((s for kind in kinds for name in SPLITS[kind] for s in splits if s.lower() == name), None)
 
     train = config.train_split or named("train") or (next(iter(splits)) if len(splits) == 1 else None)
-    report = report or named("test", "val")
+    if report is None:
+        report, other = named("test", "val"), named("val")
+        if role == "report" and other is not None and train not in (report, other):
+            if not _labelled(splits[report], label) and _labelled(splits[other], label):
+                say_once(f"The {report} split of {config.name} has no labels: figures are of {other}.")
+                report = other
     for key, split in (("train_split", train), ("report_split", report)):
         if split not in splits and (key == "train_split" or split is not None):
             raise UserError(
@@ -394,17 +422,32 @@ def _choose_split(
     return f"{train} ({'hashed tenth' if role == 'report' else 'the other nine tenths'})", rows.select(chosen)
 
 
-def _hub(hub_id: str) -> dict[str, datasets.Dataset]:
+def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
     if not _hub_answers():  # else its client would retry for 23 s; what it has downloaded before still loads
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        return dict(datasets.load_dataset(hub_id))
+        return _load_dataset(hub_id, configuration)
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises a dozen types of its own for what is one thing to the user
         raise UserError(
             f"There is no folder {hub_id!r} here, and the Hugging Face hub did not give it ({type(error).__name__}: "
             f"{_one_line(error)}). Check the name, the network and `hf auth login`, or download the images elsewhere "
             "and pass --data PATH."
         ) from None
+
+
+def _load_dataset(source: str, configuration: str | None) -> dict[str, datasets.Dataset]:
+    """Splits of a set on the hub or in a folder. Raises UserError if it has other configurations than asked for."""
+    try:
+        return dict(datasets.load_dataset(source, configuration))
+    except ValueError as error:
+        listed = CONFIGURATIONS.search(str(error))
+        if listed is None:
+            raise
+        names = ", ".join(name.strip("[]' ") for name in listed[1].split(","))
+        said = f"no configuration {configuration!r}" if configuration else "several configurations"
+        raise UserError(f"{source} has {said}; there are {names}: choose one with data.config=NAME.") from None
 
 
 def _hub_answers() -> bool:
@@ -418,50 +461,65 @@ def _hub_answers() -> bool:
     return True
 
 
-def _local(path: Path) -> dict[str, datasets.Dataset]:
+def _local(path: Path, config: recipes.Data) -> dict[str, datasets.Dataset]:
     """Splits of a parquet file, or of a folder of parquet or image files at any depth."""
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise UserError(f"{path} is neither a folder nor a parquet file: check --data.")
-        return _parquet(path)
+    if path.is_file() and path.suffix != ".parquet":
+        raise UserError(f"{path} is neither a folder nor a parquet file: check --data.")
     files = []
     for at, folders, names in os.walk(path, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".")]
         files += [os.path.join(at, name) for name in names if not name.startswith(".")]
-    if any(file.endswith(".parquet") for file in files):
-        return _parquet(path)
-    return _folder(path, sorted(f for f in files if os.path.splitext(f)[1].lower() in IMAGE_FILES))
+    tables = any(file.endswith(".parquet") for file in files)
+    if config.config and not tables:
+        raise UserError(f"{path} has no configurations: leave data.config out.")
+    if tables or path.is_file():
+        return _parquet(path, config.config)
+    images = sorted(f for f in files if os.path.splitext(f)[1].lower() in IMAGE_FILES)
+    return _folder(path, images, config.train_split, config.report_split)
 
 
-def _parquet(path: Path) -> dict[str, datasets.Dataset]:
+def _parquet(path: Path, configuration: str | None) -> dict[str, datasets.Dataset]:
     try:
         if path.is_file():
             return dict(datasets.load_dataset("parquet", data_files={"train": str(path)}))
-        return dict(datasets.load_dataset(str(path)))
+        return _load_dataset(str(path), configuration)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"The parquet files in {path} cannot be read ({_one_line(error)}).") from None
 
 
-def _folder(root: Path, files: list[str]) -> dict[str, datasets.Dataset]:
-    """Splits of image files: SPLIT/CLASS/*.jpg, SPLIT/*.jpg, CLASS/*.jpg or just *.jpg, at any depth."""
+def _folder(root: Path, files: list[str], train: str | None, report: str | None) -> dict[str, datasets.Dataset]:
+    """Splits of image files: SPLIT/CLASS/*.jpg, SPLIT/*.jpg, CLASS/*.jpg or just *.jpg, at any depth.
+
+    Beside splits, every other top folder is one too, for the user to name: train, report.
+    """
     if not files:
         raise UserError(f"No images found under {root}: looked for {', '.join(sorted(IMAGE_FILES))} and *.parquet.")
     paths = [Path(file).relative_to(root).parts for file in files]
-    tops = {parts[0] for parts in paths if len(parts) > 1}
+    tops = sorted({parts[0] for parts in paths if len(parts) > 1})
+    splits = [top for names in SPLITS.values() for name in names for top in tops if top.lower() == name]
     # one class may be called test, so folders are splits only if one is for training, or if all have such names
-    splits = [name for names in SPLITS.values() for name in names if name in tops]
-    if not tops & set(SPLITS["train"]) and len(splits) < len(tops):
+    if train in tops or len(splits) == len(tops) or any(top.lower() in SPLITS["train"] for top in tops):
+        splits += [top for top in tops if top in (train, report) and top not in splits]
+    else:
         splits = []
-    rows = {split: dict(image=[], label=[], **{FILE: []}) for split in splits or ["train"]}
+    beside = [top for top in tops if splits and top not in splits]
+    rows = {split: dict(image=[], label=[], **{FILE: []}) for split in [*splits, *beside] or ["train"]}
+    loose = 0  # directly in the root, beside splits
     for file, parts in zip(files, paths, strict=True):
         inner = parts[1:] if splits else parts
-        split = rows.get(parts[0] if splits else "train")
-        if split is not None and inner:
-            split["image"].append(file)
-            split["label"].append(inner[0] if len(inner) > 1 else None)
-            split[FILE].append(os.path.join(*inner))
+        if not inner:
+            loose += 1
+            continue
+        split = rows[parts[0] if splits else "train"]
+        split["image"].append(file)
+        split["label"].append(inner[0] if len(inner) > 1 else None)
+        split[FILE].append(os.path.join(*inner))
+    if beside or loose:
+        _say_left_out(root, splits, {top: len(rows[top]["image"]) for top in beside}, loose)
     # labels are folders: there must be two or more, and every image of a split in one
-    several = len({label for columns in rows.values() for label in columns["label"]} - {None}) > 1
+    several = len({label for split in splits or rows for label in rows[split]["label"]} - {None}) > 1
     found = {}
     for split, columns in rows.items():
         features = {"image": datasets.Image(decode=False), FILE: datasets.Value("string")}
@@ -473,6 +531,19 @@ def _folder(root: Path, files: list[str]) -> dict[str, datasets.Dataset]:
     return found
 
 
+def _say_left_out(root: Path, splits: list[str], beside: dict[str, int], loose: int) -> None:
+    """Say how many images lie in no split: beside, by top folder; loose, directly in the root."""
+    places = [f"{top}/" for top in beside] + ([f"{root.resolve().name}/ itself"] if loose else [])
+    places = places[:5] + (["others"] if len(places) > 5 else [])
+    count = sum(beside.values()) + loose
+    say_once(f"Left out: {count:,} images in {_and(places)}, beside {_and([f'{s}/' for s in splits])}.")
+
+
+def _and(words: list[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+
+
 def _labels(
     rows: datasets.Dataset, column: str | None, classes: list[str] | None, title: str
 ) -> tuple[Tensor | None, list[str] | None]:
@@ -481,7 +552,7 @@ def _labels(
         return None, None
     feature, values = rows.features[column], rows[column][:]
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    missing = sum(value is None or (names is not None and value < 0) for value in values)  # the hub's tests have -1
+    missing = _missing(feature, values)
     if missing:
         if missing < len(values):
             say_once(f"{missing} of {len(values)} images of {title} have no label: all labels are left out.")

@@ -151,8 +151,7 @@ class OnlineKnn:
         is_query = torch.from_numpy(np.isin(chosen.numpy(), order[:queries]))
         self.images, self.device, self.chosen, self.is_query = images, device, chosen, is_query.numpy()
         self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()
-        size = recipe.data.size
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = tuple(recipe.data.size)
 
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:

@@ -17,9 +17,7 @@ def prepare(train: np.ndarray, queries: np.ndarray, centre: bool = True) -> tupl
 
 def nearest(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(similarity, index) of the k training features nearest to each query by inner product, exact, both (m, k)."""
-    index = faiss.IndexFlatIP(train.shape[1])
-    index.add(train)
-    return index.search(queries, k)
+    return _index(train).search(queries, k)
 
 
 def vote(
@@ -34,8 +32,7 @@ def vote(
     with weights exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978; DINO's eval_knn.py), or equal weights
     if temperature is None. Of tied classes the lowest number wins.
     """
-    index = faiss.IndexFlatIP(train.shape[1])
-    index.add(train)
+    index = _index(train)
     predicted = {k: np.empty(len(queries), dtype=np.int64) for k in ks}
     for start in range(0, len(queries), 1024):  # so that memory does not grow with the test set
         part = slice(start, start + 1024)
@@ -47,3 +44,9 @@ def vote(
             np.add.at(scores, (rows, labels[nearest[:, :k]]), weights[:, :k])
             predicted[k][part] = scores.argmax(1)
     return predicted
+
+
+def _index(train: np.ndarray) -> faiss.IndexFlatIP:
+    index = faiss.IndexFlatIP(train.shape[1])
+    index.add(train)
+    return index

@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     run = checkpoint.Run(path)
     if accelerator.is_main_process:
         run.lock()
-        run.claim(settings)
+        run.claim(settings, type(recipe.objective))
     [finished] = broadcast_object_list([run.finished])
     if finished:
         say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")
@@ -68,6 +69,12 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
 
     optimizer = optim.build(objective, recipe.optim, lr)
     done, state = run.load() or (0, None)
+    [first] = broadcast_object_list([done])
+    if done != first:
+        raise UserError(
+            f"The first process finds the checkpoint of step {first} in {path}, this one that of step {done}: the run "
+            "must lie on a disk that all machines share."
+        )
     if state is not None:
         try:
             objective.load_state_dict(state["objective"])
@@ -89,7 +96,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                     block.compile()
     describe(recipe, path, images, objective, accelerator, total, flops_per_image, f"{lr:.3g} ({rule})")
 
-    accelerator.init_trackers("ssl_vit")
+    # on Weights & Biases a run has its folder's name, and one that goes on is the same one
+    own = dict(name=path.name, id=f"{path.name}-{zlib.crc32(bytes(path.resolve())):x}", resume="allow", config=settings)
+    accelerator.init_trackers("ssl_vit", init_kwargs=dict(wandb=own))
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
     micro = size = micro_batch(recipe, objective, share, device)
@@ -107,9 +116,10 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             raise UserError(f"The weights after step {step} are not finite numbers; {watch.intact}. {monitor.REMEDY}")
         if accelerator.is_main_process:
             state = dict(objective=objective.state_dict(), optimizer=optimizer.state_dict())
-            run.save(step, state, recipe.runtime.keep_every)
+            run.save(step, state)
 
     objective.train()
+    keep = recipe.runtime.keep_every
     with stop, watch:
         for step in range(done, total):
             chunks = [next(stream) for _ in range(math.ceil(share / size))]
@@ -134,6 +144,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                 watch.knn(at, knn(objective.exported))
             if at % recipe.runtime.save_every == 0 or at == total or stopping:
                 save(at)
+            if keep and at % keep == 0 and accelerator.is_main_process:
+                weights.save(objective.exported, path / "backbones" / f"step-{at:08d}")
             if stopping and at < total:
                 say(f"Stopped after step {at} of {total}, saved. The same command goes on from there.")
                 return 128 + signal.SIGTERM
@@ -285,16 +297,19 @@ def refuse_cut(objective: Objective, micro: int, batch_size: int, processes: int
     tie = objective.whole_batch
     if not tie or micro >= batch_size:
         return
-    optional = "objective.batch_norm" in tie
-    without = "set objective.batch_norm=false (see recipes/dino.yaml)" if optional else "take a backbone without it"
+    without = ""
+    if "BatchNorm in" in tie:
+        without = ", or take a backbone without it"
+    if "objective.batch_norm" in tie:
+        without = ", or set objective.batch_norm=false (see recipes/dino.yaml)"
     if processes > 1:
         raise UserError(
             f"{tie} needs the whole batch of {batch_size} at once, and it is shared by {processes} processes: run one "
-            f"process on one GPU (CUDA_VISIBLE_DEVICES=0), or {without}."
+            f"process on one GPU (CUDA_VISIBLE_DEVICES=0){without}."
         )
     raise UserError(
         f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro} at a time: set "
-        f"runtime.per_device_batch={batch_size} if so many fit, lower train.batch_size, or {without}."
+        f"runtime.per_device_batch={batch_size} if so many fit, or lower train.batch_size{without}."
     )
 
 
@@ -346,6 +361,9 @@ def start_accelerator(recipe: recipes.Recipe, path: Path) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"Accelerate refuses: {' '.join(str(error).split())[:300]}") from None
+    absent = [name for name in names if name not in map(str, accelerator.log_with)]
+    if absent:
+        raise UserError(f"monitor.trackers names {absent[0]}, which is not installed: install it, or leave it out.")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise UserError(

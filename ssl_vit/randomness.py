@@ -48,6 +48,10 @@ class Draw:
         """The same rows in streams of their own: what draws under another name is independent of it."""
         return Draw(self.seed, self.step, self.rows, self.device, f"{self.prefix}{name}/")
 
+    def of(self, rows: Tensor) -> "Draw":
+        """The same streams of other rows."""
+        return Draw(self.seed, self.step, rows, self.device, self.prefix)
+
     def uniform(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent float32 values in [0, 1), of shape (B, *shape); 24 random bits each."""
         return self.words(stream, *shape, device=device).bitwise_right_shift(8).float() * 2.0**-24

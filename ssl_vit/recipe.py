@@ -64,6 +64,7 @@ class Optim:
 @dataclass
 class Data:
     name: str = setting("digits", "a known name, a path, or owner/name on the Hugging Face hub")
+    config: str | None = setting(None, "the configuration of a set that has several")
     image: str | None = setting(None, "the column that holds the images")
     label: str | None = setting(None, "the column that holds the labels")
     train_split: str | None = setting(None, "the split to train on")
@@ -127,9 +128,7 @@ class Runtime:
     )
     threads: int | Literal["auto"] = setting("auto", "CPU threads; auto: cores / local processes", at_least=1)
     save_every: int = setting(500, "steps between checkpoints; the last one is kept", at_least=1)
-    keep_every: int = setting(
-        0, "of the checkpoints, also keep those at multiples of so many steps; 0: none", at_least=0
-    )
+    keep_every: int = setting(0, "steps between backbones that are kept, for the evaluators; 0: the last", at_least=0)
     compile: bool = setting(False, "torch.compile the transformer blocks")
 
 
@@ -138,7 +137,7 @@ MAY_CHANGE = ("runtime", "monitor")  # sections that may differ when a run goes 
 ADDED = {"recipe", "resolved", "images"}  # what a run's recipe.yaml holds beside its settings
 OF_IMAGES = (  # what is of one set of images, or was resolved from them
     *("data.size", "data.channels", "data.mean", "data.std", "data.flip", "backbone.patch"),
-    *("data.image", "data.label", "data.train_split", "data.report_split"),
+    *("data.config", "data.image", "data.label", "data.train_split", "data.report_split"),
 )
 LENGTHS = ("train.epochs", "train.steps", "train.flops")
 
@@ -301,14 +300,19 @@ def find(recipe: str) -> Path:
     raise UserError(f"There is no recipe {recipe!r}.{nearest(recipe, names)} Recipes: {', '.join(names)}.")
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: dict, new: dict, config: type | None = None) -> list[str]:
     """Keys, outside of what may change, whose values differ between two recipes in the form of `as_dict`.
 
-    A setting that the old one does not know yet had its default; what it did not resolve yet does not count.
+    A setting that the old one does not know yet had its default; what it did not resolve yet does not count. Nor does
+    where the images lie, if they are the same. config: of the objective, for its defaults.
     """
     defaults = {name: asdict(cls()) for name, cls in SECTIONS.items()}
+    if config is not None:
+        defaults["objective"] = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     a, b = _flat(defaults) | _flat(old), _flat(new)
     keys = {k for k in a.keys() | b.keys() if k in a or not k.startswith("resolved.")}
+    if "images.fingerprint" in a and a["images.fingerprint"] == b.get("images.fingerprint"):
+        keys.discard("data.name")
     return sorted(k for k in keys if k.split(".")[0] not in MAY_CHANGE and a.get(k) != b.get(k))
 
 

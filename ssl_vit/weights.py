@@ -27,7 +27,7 @@ def save(backbone: Backbone, folder: Path) -> None:
     model, size = backbone.model, backbone.input_size
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
     published = model.pretrained_cfg
     config = dict(

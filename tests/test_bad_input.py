@@ -94,6 +94,18 @@ def test_batch_that_does_not_divide_by_processes(run, monkeypatch):
     refused(run(), "train.batch_size=8", "3 processes", "multiple of 3")
 
 
+def test_a_tracker_that_is_not_installed(run, monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    refused(run("monitor.trackers=wandb"), "monitor.trackers", "wandb", "not installed")
+
+
+def test_a_checkpoint_that_only_the_first_process_sees(run, monkeypatch):
+    monkeypatch.setattr(pretrain, "broadcast_object_list", lambda said: said if said[0] is False else [7])
+    refused(run(), "the checkpoint of step 7", "this one that of step 0", "disk that all machines share")
+
+
 def test_folders(run):
     os.makedirs("empty")
     refused(run("--data", "empty"), "No images found under empty")

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from test_loop import environment
 
-from ssl_vit import data, views
+from eval import inputs
+from ssl_vit import data, objectives, views
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Order
@@ -116,6 +117,51 @@ def test_folder_layouts(tmp_path, files, classes, report):
     assert len(torch.cat([train.images, test.images]).flatten(1).unique(dim=0)) == 20 * len(files)
 
 
+def test_split_folders_in_any_case(tmp_path):
+    for split in ("Train", "VAL"):
+        for animal in ("Cat", "dog"):
+            save(tmp_path / "set" / split / animal / "0.png", len(split))
+    train = load(tmp_path / "set")
+    assert (train.split, len(train), train.classes) == ("Train", 2, ["Cat", "dog"])
+    assert load(tmp_path / "set", "report", train.classes).split == "VAL"
+
+
+def test_what_lies_beside_the_splits_is_left_out_aloud(folder, capsys):
+    before = load(folder)
+    for i in range(3):
+        save(folder / "unlabeled" / f"{i}.png", 500 + i)
+    after = load(folder)
+    load(folder, "report", after.classes)
+    assert after.fingerprint == before.fingerprint
+    assert capsys.readouterr().out.count("Left out: 3 images in unlabeled/, beside train/ and test/.\n") == 1
+    save(folder / "cover.png", 9)
+    load(folder)
+    assert "Left out: 4 images in unlabeled/ and pets/ itself, beside train/ and test/.\n" in capsys.readouterr().out
+    for i in range(9):
+        save(folder / f"more{i}" / "deep" / "0.png", i)
+    load(folder)
+    said = "Left out: 13 images in more0/, more1/, more2/, more3/, more4/ and others, beside train/ and test/.\n"
+    assert said in capsys.readouterr().out
+
+
+def test_any_top_folder_may_be_a_split_that_is_named(folder, capsys):
+    for i in range(3):
+        save(folder / "unlabeled" / f"{i}.png", 500 + i)
+    with pytest.raises(UserError, match="no split 'unlabelled'; its splits are .*unlabeled"):
+        load(folder, train_split="unlabelled")
+    capsys.readouterr()
+    train = load(folder, train_split="unlabeled")
+    assert (train.split, len(train), train.labels) == ("unlabeled", 3, None)
+    assert np.array_equal(as_array(train.images[2]), pixels(502))
+    report = load(folder, "report", train_split="unlabeled")
+    assert (report.split, report.classes) == ("test", ["cat", "dog"])
+    assert load(folder, "report", report_split="unlabeled").split == "unlabeled"
+    assert "Left out" not in capsys.readouterr().out
+    (folder / "train").rename(folder / "labelled")  # then it is the one named that makes splits of folders
+    assert load(folder, train_split="labelled").classes == ["cat", "dog"]
+    assert load(folder, "report", train_split="labelled").split == "test"
+
+
 def test_labels_belong_to_their_images(folder):
     for settings in (dict(), dict(cache_gb=0)):
         train = load(folder, **settings)
@@ -176,13 +222,98 @@ def test_known_names_are_fetched_from_the_hub(monkeypatch):
     unlabelled = datasets.Dataset.from_dict(dict(img=[image] * 2, fine_label=[-1, -1]), features=features)
     asked = []
     splits = dict(train=split, test=unlabelled)
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda hub_id: asked.append(hub_id) or splits)
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda hub_id, name: asked.append(hub_id) or splits)
     train, test = load("cifar100"), load("cifar100", "report")
     assert asked == ["uoft-cs/cifar100"] * 2 and train.labels.tolist() == [0, 1, 0, 1] and test.labels is None
     assert train.facts()["flip"] is True
     reports = {name: hub[3] for name, hub in data.HUB.items()}
     assert reports["cifar10"] == "test" and reports["tiny-imagenet"] == "valid"
     assert reports["imagenet-1k"] == "validation"
+
+
+def test_a_hub_id_is_known_as_its_short_name_is(monkeypatch, capsys):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+
+    def rows(labels: list[int]) -> datasets.Dataset:
+        image = dict(bytes=png(pixels(0)), path=None)
+        return datasets.Dataset.from_dict(dict(image=[image] * len(labels), label=labels), features=features)
+
+    # of its two labelled splits, the one that the name is known for
+    splits = dict(train=rows([0, 1]), test=rows([0, 1, 1]), validation=rows([0, 1, 1, 0]))
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda hub_id, name: splits)
+    for name in ("imagenet-1k", "ILSVRC/imagenet-1k"):
+        assert (load(name, "report").split, len(load(name, "report"))) == ("validation", 4)
+    assert load("somebody/imagenet-1k", "report").split == "test" and "no labels" not in capsys.readouterr().out
+
+
+CONFIGURATIONS = """---
+configs:
+- config_name: large
+  data_files:
+  - {split: train, path: large/train.parquet}
+  - {split: test, path: large/test.parquet}
+- config_name: small
+  data_files:
+  - {split: train, path: small/train.parquet}
+  - {split: test, path: small/test.parquet}
+---
+"""
+
+
+def test_one_of_several_configurations(tmp_path):
+    for folder, count, side in (("large", 4, 12), ("small", 6, 8)):
+        for split in ("train", "test"):
+            images = [dict(bytes=png(pixels(i, side, side)), path=None) for i in range(count)]
+            features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+            parquet(tmp_path / "set" / folder / f"{split}.parquet", features, image=images, label=[0, 1] * (count // 2))
+    (tmp_path / "set" / "README.md").write_text(CONFIGURATIONS)
+    for asked, said in (({}, "several configurations"), (dict(config="tiny"), "no configuration 'tiny'")):
+        with pytest.raises(UserError, match=f"{said}; there are large, small: .*data.config=NAME"):
+            load(tmp_path / "set", **asked)
+    small, large = (load(tmp_path / "set", config=name) for name in ("small", "large"))
+    assert (len(small), small.size, len(large), large.size) == (6, (8, 8), 4, (12, 12))
+    assert (small.name, large.name) == ("set-small", "set-large")  # their rows are of different tests
+    assert small.fingerprint != large.fingerprint
+    save(tmp_path / "photos" / "0.png", 0)
+    with pytest.raises(UserError, match="photos has no configurations: leave data.config out"):
+        load(tmp_path / "photos", config="small")
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "Config name is missing.\nPlease pick one among the available configs: ['a', 'b c']\nExample of usage:\n\t`x`",
+        "There are multiple 'o/n' configurations in the cache: a, b c\nPlease specify which configuration to reload",
+        "Couldn't find cache for o/n for config 'x'\nAvailable configs in the cache: ['a', 'b c']",
+    ],
+)
+def test_a_hub_set_with_several_configurations(monkeypatch, reason):
+    asked = []
+
+    def refuse(*arguments):
+        asked.append(arguments)
+        raise ValueError(reason)
+
+    monkeypatch.setattr(data.datasets, "load_dataset", refuse)
+    for config, said in ((None, "has several configurations"), ("x", "has no configuration 'x'")):
+        with pytest.raises(UserError) as error:
+            load("owner/name", config=config)
+        assert str(error.value) == f"owner/name {said}; there are a, b c: choose one with data.config=NAME."
+    assert asked == [("owner/name", None), ("owner/name", "x")]
+
+
+def test_the_configuration_is_a_setting_of_the_run():
+    def read(*settings: str, recipe: str = "mae") -> recipes.Recipe:
+        return recipes.read(recipe, list(settings), "owner/name", lambda name: objectives.find(name).Config)
+
+    plain, other = read(), read("data.config=small")
+    assert plain.run_name() != other.run_name()
+    assert recipes.differences(plain.as_dict(), other.as_dict()) == ["data.config"]
+    older = plain.as_dict()
+    del older["data"]["config"]  # a run's recipe.yaml from before there was such a setting
+    assert recipes.differences(older, plain.as_dict()) == []
+    assert recipes.differences(older, other.as_dict()) == ["data.config"]
+    assert recipes.Data(**older["data"]) == plain.data
 
 
 def test_an_unreachable_hub_is_not_waited_for(monkeypatch):
@@ -387,7 +518,7 @@ def test_broken_images_are_named_or_left_out(folder, capsys, cache_gb):
     (folder / "train" / "cat" / "6.png").symlink_to("nowhere")
     capsys.readouterr()
     images = load(folder, skip_broken=True, cache_gb=cache_gb)
-    assert len(images) == 14 and images.labels.tolist() == [0] * 6 + [1] * 8 and len(images.broken) == 2
+    assert len(images) == 14 and images.labels.tolist() == [0] * 6 + [1] * 8
     assert "Left out 2 broken image(s) of pets/train; the first: Image cat/5.png" in capsys.readouterr().out
     for image, i in zip(photos(images), [0, 1, 2, 3, 4, 7], strict=False):
         assert np.array_equal(as_array(image), pixels(i))
@@ -486,3 +617,67 @@ def test_numbered_classes_keep_their_order(tmp_path):
     images = [png(pixels(i)) for i in range(40)]
     train = load(parquet(tmp_path / "train.parquet", image=images, label=[10, 9, 2, 1] * 10))
     assert train.classes == ["1", "2", "9", "10"]
+
+
+def labelled_splits(folder: Path, kind, **labels: list) -> Path:
+    """A parquet file for each split, with these labels."""
+    features = datasets.Features(image=datasets.Image(), label=kind)
+    for number, (split, values) in enumerate(labels.items()):
+        images = [dict(bytes=png(pixels(100 * number + i)), path=None) for i in range(len(values))]
+        parquet(folder / f"{split}-00000-of-00001.parquet", features, image=images, label=values)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [(datasets.ClassLabel(names=["a", "b"]), -1), (datasets.Value("int64"), -1), (datasets.Value("string"), None)],
+)
+def test_figures_are_of_validation_where_test_has_no_labels(tmp_path, capsys, kind, missing):
+    a, b = ("0", "1") if kind.dtype == "string" else (0, 1)
+    some = [a, b] * 3
+    path = labelled_splits(tmp_path / "set", kind, train=some, test=[missing] * 5, validation=some[:4])
+    for _ in range(2):
+        train = load(path)
+        report = load(path, "report", train.classes)
+        assert (train.split, len(train), report.split, len(report)) == ("train", 6, "validation", 4)
+        assert report.labels.tolist() == [0, 1, 0, 1]
+    assert capsys.readouterr().out.count("The test split of ") == 1
+    assert load(path, "report", report_split="test").labels is None  # who names it gets it
+    # trained on validation, it is not what figures are of
+    assert load(path, "report", train_split="validation").split == "test"
+    none = labelled_splits(tmp_path / "none", kind, train=some, test=[missing] * 5, validation=[missing] * 4)
+    assert load(none, "report").split == "test"
+    partly = labelled_splits(tmp_path / "partly", kind, train=some, test=[a, missing], validation=some[:4])
+    assert load(partly, "report").split == "test"
+
+
+def test_folders_of_test_images_without_classes_leave_figures_to_val(folder, capsys):
+    shutil.copytree(folder / "test", folder / "val")
+    shutil.rmtree(folder / "test")
+    save(folder / "test" / "0.png", 0)
+    report = load(folder, "report", load(folder).classes)
+    assert (report.split, report.labels.tolist()) == ("val", [0, 0, 0, 1, 1, 1])
+    assert "The test split of " in capsys.readouterr().out
+
+
+def test_what_is_lacking_to_evaluate_is_named_with_its_remedy(folder, tmp_path):
+    def refusal(path: Path, **settings) -> str:
+        asked = inputs.Inputs(inputs.parser("").parse_args(["--backbone", "pixels", "--data", str(path)]))
+        asked.config = recipes.Data(name=str(path), **settings)
+        with pytest.raises(UserError) as error:
+            asked.images(asked.sources[0])
+        return str(error.value)
+
+    save(folder / "unlabeled" / "0.png", 0)
+    said = refusal(folder, train_split="unlabeled")
+    assert "The unlabeled split of" in said and "data.train_split=SPLIT train.steps=0" in said
+    shutil.rmtree(folder / "test")
+    save(folder / "test" / "0.png", 0)
+    said = refusal(folder)
+    assert "The test split of" in said and "data.report_split=SPLIT train.steps=0" in said and "--data RUN" in said
+    assert "data.label" not in said and "--data of labelled images" in said
+    for i in range(30):
+        save(tmp_path / "plain" / f"{i}.png", i)
+    said = refusal(tmp_path / "plain")
+    assert f"The images of {tmp_path / 'plain'} have no labels" in said
+    assert "data.label=COLUMN train.steps=0" in said and "split" not in said

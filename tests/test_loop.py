@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import resource
 import signal
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from eval import knn, results
 from ssl_vit import checkpoint, errors, pretrain, weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +122,20 @@ def test_sigterm_saves_first(tmp_path):
     assert (stopped / "backbone/model.safetensors").read_bytes() == (whole / "backbone/model.safetensors").read_bytes()
 
 
+def test_backbones_on_the_way_are_kept_for_the_evaluators(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    run(tmp_path, *arguments("dino", "--output", str(path), f"runtime.keep_every={STEPS // 2}"))
+    kept = sorted(path.glob("backbones/*"))
+    assert [folder.name for folder in kept] == [f"step-{step:08d}" for step in (STEPS // 2, STEPS)]
+    half, last = (weights.digest(weights.load(str(folder))) for folder in kept)
+    assert half != last == weights.digest(weights.load(str(path)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["knn.py", "--data", "run", "--backbone", *map(str, kept), "--threads", "1"])
+    knn.main()
+    found = [row for folder in tmp_path.glob("runs/step-*-digits") for row in results.read(folder)]
+    assert len({row["run"] for row in found}) == 2 and {row["n"] for row in found} == {360}
+
+
 def test_a_finished_run_says_so(tmp_path):
     out = ["--output", str(tmp_path / "run")]
     run(tmp_path, *arguments("mae", *out))
@@ -171,7 +187,7 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path):
     until(lambda: steps_done(tmp_path / "run") >= 1)
     second = Started(tmp_path, *arguments("mae", *out, "train.steps=100000"))
     assert second.wait() == 2
-    assert f"process {first.process.pid}" in second.said
+    assert f"process {first.process.pid} on {platform.node()}:" in second.said
     first.kill()
 
 

@@ -177,6 +177,23 @@ def test_differences_name_the_keys_that_matter():
     assert recipes.differences(old, old | dict(images=dict(fingerprint="x"))) == ["images.fingerprint"]
 
 
+def test_what_an_older_version_did_not_know_had_its_default():
+    recipe = read("objective.ratio=0.6")
+    new, old = recipe.as_dict(), recipe.as_dict()
+    del old["objective"]["kept"], old["optim"]["clip"]
+    assert recipes.differences(old, new, type(recipe.objective)) == []
+    new["objective"]["kept"] = 0.1
+    assert recipes.differences(old, new, type(recipe.objective)) == ["objective.kept"]
+
+
+def test_where_the_same_images_lie_is_no_difference():
+    here, there = (read(f"data.name={name}").as_dict() for name in ("a/photos", "b/photos"))
+    same, other = dict(images=dict(fingerprint="x")), dict(images=dict(fingerprint="y"))
+    assert recipes.differences(here | same, there | same) == []
+    assert recipes.differences(here | same, there | other) == ["data.name", "images.fingerprint"]
+    assert recipes.differences(here, there) == ["data.name"]
+
+
 def test_what_an_older_version_did_not_resolve_is_no_difference():
     tree = read().as_dict()
     old, new = (tree | dict(resolved=found) for found in (dict(lr=1), dict(lr=1, labelled=False)))

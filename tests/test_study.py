@@ -17,6 +17,7 @@ from PIL import Image
 from test_loop import ROOT, TINY, environment, steps_done, until
 
 from eval import plans, study, verdict
+from eval.jobs import work
 from ssl_vit import data, pretrain
 from ssl_vit.errors import UserError
 
@@ -76,6 +77,14 @@ def test_what_fails_is_named_and_the_rest_is_done(tmp_path, run):
     assert code == 1 and "FAILED   dino-digits" in said and "do not divide" in said
     assert said.count("done     ") == 3 and "2 of 5 jobs failed" in said
     assert (tmp_path / "runs/tiny-digits/report/report.html").exists()  # of what there is
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
+    set_ = []
+    monkeypatch.setattr(signal, "getsignal", lambda n: signal.SIG_IGN if n == signal.SIGHUP else signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_.append(number))
+    work([], 1, tmp_path)
+    assert set(set_) == {signal.SIGTERM, signal.SIGINT}
 
 
 def test_a_stopped_study_goes_on(tmp_path, run):
@@ -209,14 +218,18 @@ def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
         ((5, None, "knn", False), ["runtime.compile=false"], True, ["evaluators=knn"]),
         ((1, None, None, False), ["train.flops=1e9"], True, ["seeds=1"]),
         ((None, None, None, False), ["train.flops=3e9"], False, []),
-        ((None, "mae", None, False), [], False, ["arms=mae"]),
+        ((None, "mae", None, False), [], False, ["arms=mae,random"]),  # the control stays beside it
+        ((None, "mae,simmim", None, False), [], True, []),  # these are all
         ((None, None, None, True), [], False, ["untuned"]),
         ((None, None, None, False), ["backbone.width=12"], False, []),
     ],
 )
 def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_plan(tmp_path, seeds=2, budgets=[1e9, 2e9], decides=True, tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
+    arms = {name: dict(recipe=name, settings=TINY) for name in ("mae", "simmim")}
+    arms["random"] = dict(recipe="mae", settings=[*TINY, "train.steps=0"])
+    tuning = dict(flops=1e8, factors=[1], judge=["knn"])
+    write_plan(tmp_path, arms=arms, seeds=2, budgets=[1e9, 2e9], decides=True, tuning=tuning)
     plan = plans.read("tiny.yaml")
     assert plan.narrow(*narrowed) == words
     plan.spend(settings)

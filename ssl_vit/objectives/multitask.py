@@ -120,12 +120,11 @@ class Multitask(Objective):
         def mine(rows: Tensor) -> Tensor:
             return rows.unflatten(0, (-1, self.turns, self.group))[:, place % self.turns].flatten(0, 1)
 
-        d = batch.draw
         return dataclasses.replace(
             batch,
             views={name: mine(batch.views[f"{self.makers[place]}/{name}"]) for name in self.tasks[place].views},
             labels=None if batch.labels is None else mine(batch.labels),
-            draw=Draw(d.seed, d.step, mine(d.rows), d.device, d.prefix).named(self.names[place]),
+            draw=batch.draw.of(mine(batch.draw.rows)).named(self.names[place]),
         )
 
     def before_optimizer_step(self, step: int, total: int) -> None:
