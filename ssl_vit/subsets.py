@@ -1,5 +1,7 @@
 """Which training images are used: stratified parts of them, and a slice to choose settings on."""
 
+import math
+
 import numpy as np
 
 from ssl_vit.errors import UserError
@@ -37,8 +39,12 @@ def hold_out(labels: np.ndarray, seed: int, fold: int = 0) -> tuple[np.ndarray, 
 
 
 def folds(labels: np.ndarray) -> int:
-    """How many tenths settings are chosen on, one after another: 1 where a tenth is 200 images, else up to 5."""
-    return 1 if len(labels) >= 2000 else min(5, int(np.bincount(labels)[np.unique(labels)].min()))
+    """How many tenths settings are chosen on, in turns: as many as hold 2,000 images together, up to 5.
+
+    An accuracy on 2,000 images has a standard error of about a point; on 500 of two, more than settings differ by.
+    """
+    smallest = int(np.bincount(labels)[np.unique(labels)].min())
+    return min(5, smallest, math.ceil(2000 / (len(labels) / 10)))
 
 
 def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -40,6 +40,14 @@ def test_what_is_held_out_is_a_tenth_of_every_class_and_nothing_is_in_both():
     )
 
 
+@pytest.mark.parametrize(("each", "tenths"), [(3, 3), (90, 5), (450, 5), (500, 4), (1500, 2), (2000, 1), (5000, 1)])
+def test_settings_are_chosen_on_two_thousand_images_where_there_are_so_many(each, tenths):
+    labels = np.repeat(np.arange(10), each)
+    assert subsets.folds(labels) == tenths
+    held = [set(subsets.hold_out(labels, 0, fold)[1]) for fold in range(tenths)]
+    assert len(set.union(*held)) == sum(map(len, held)) >= min(2000, len(labels) // 2)
+
+
 @pytest.mark.parametrize(("amount", "said"), [(21, "one has 20"), (2.5, "2.5")])
 def test_an_impossible_part_is_refused(amount, said):
     with pytest.raises(UserError, match=said):
