@@ -98,7 +98,7 @@ class PatchSpace(nn.Module):
 
     def fit(self, images: Tensor, seed: int) -> None:
         """Standardised images (B, C, H, W)."""
-        patches = patchify(images, self.patch).flatten(0, 1).double()
+        patches = patchify(images, self.patch).flatten(0, 1).cpu().double()  # which Apple's GPUs do not have
         mean = patches.mean(0)
         centred = patches - mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(patches))

@@ -53,7 +53,8 @@ class Pixels(nn.Module):
 
 
 class Features(nn.Module):
-    """What a teacher makes of the clean patch, standardised per patch (data2vec, arXiv 2202.03555, section 3.3)."""
+    """What a teacher makes of the clean patch, standardised per patch (data2vec, arXiv 2202.03555, section 3.3), but of
+    the last block alone, after the final norm, where data2vec averages the last ones."""
 
     def __init__(self, width: int, loss: str):
         super().__init__()

@@ -80,6 +80,15 @@ def test_only_the_hidden_patches_are_spoiled(variant):
     assert torch.equal(changed, hidden) and (hidden.sum(1) == objective.hidden).all()
 
 
+@pytest.mark.parametrize("variant", ["blur", "noise in patch space"])
+def test_images_are_spoiled_in_float32_whatever_the_network_computes_in(variant):
+    objective = small(variant)
+    images = make_batch(objective, torch.arange(6)).views["image"]
+    expected = spoiled(objective, images)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(spoiled(objective, images)[0], expected)
+
+
 def test_shuffling_moves_every_chosen_patch_and_loses_none():
     objective = small("shuffle")
     images = make_batch(objective, torch.arange(4)).views["image"]

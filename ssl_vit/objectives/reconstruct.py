@@ -193,9 +193,15 @@ class Reconstruct(Objective):
         self, images: Tensor, order: Tensor, hidden: Tensor, draw: Draw
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(images in [0, 1] as spoiled, the noise in them, its level), the latter None unless it is gaussian."""
-        b, c = self.backbone, self.config
-        if c.spoil == "none":
+        if self.config.spoil == "none":
             return images, None, None
+        with torch.autocast(images.device.type, enabled=False):  # matrix products of inputs stay float32
+            return self._spoil(images, order, hidden, draw)
+
+    def _spoil(
+        self, images: Tensor, order: Tensor, hidden: Tensor, draw: Draw
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        b, c = self.backbone, self.config
         noise = level = None
         if c.spoil == "gaussian":
             noise, level = corruption.noise(draw, images.shape, c.sigma, self.space)
