@@ -28,9 +28,10 @@ SEEDS = 5  # fewer decide nothing
 ALPHA = 0.05
 YES, NO, OPEN, LACKING = "YES", "NO", "inconclusive at this scale", "not decided: not all is measured"
 CLAIMS = dict(
-    H1="Some objective that spoils an image and recovers it beats no pre-training, at equal total compute.",
-    H2="Additive noise with all tokens visible does so too, and is not inferior to masking.",
-    H3="It is the corruption that helps, more than the same corruption as augmentation in supervised training.",
+    H1="Some objective that spoils an image and recovers it beats no pre-training at equal total compute, and plain "
+    "autoencoding.",
+    H2="Additive noise with all tokens visible does so too, and is not inferior to MAE.",
+    H3="It helps more than noise or dropped patches as augmentation in supervised training.",
 )
 LINEAR = Column("linear-sweep", "chosen", -1, 1.0)
 METRICS = dict(FT10="fine-tuned, 10 % of the labels", FT100="fine-tuned, all labels", LP="linear probe")
@@ -271,9 +272,10 @@ def scope(evidence: list[Evidence]) -> str:
         if runs:
             settings = runs[0].settings
             b, size = settings["backbone"], settings["data"]["size"]
+            images, values = settings["images"], settings["data"]["channels"] * b["patch"] ** 2
             said.append(
-                f"{e.data} ({settings['images']['count']:,} images of {size[0]}×{size[1]} px in patches of "
-                f"{b['patch']}), ViT of width {b['width']} and {b['depth']} blocks"
+                f"{e.data} ({images['count']:,} images of {size[0]}×{size[1]} px, fingerprint {images['fingerprint']}, "
+                f"in patches of {b['patch']}, of {values} values), ViT of width {b['width']} and {b['depth']} blocks"
             )
     budget = f"{evidence[0].budget:.2g} FLOPs of pre-training" if evidence[0].budget else "each recipe's own budget"
     return f"Scope: {'; '.join(said)}; {budget}. Nothing follows for larger images, models or budgets."

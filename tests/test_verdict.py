@@ -41,9 +41,9 @@ def write_arm(folder, arm, seed, data, effects, longer):
         recipe="mae" if random else arm,
         objective=dict(name=objective),
         train=dict(seed=seed, flops=None if random else 1e15, steps=0 if random else 10),
-        data=dict(name=data, size=[32, 32]),
+        data=dict(name=data, size=[32, 32], channels=3),
         backbone=dict(width=192, depth=12, patch=4),
-        images=dict(count=50_000),
+        images=dict(count=50_000, fingerprint="0123"),
     )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     rows, predictions = [], []
