@@ -25,7 +25,7 @@ ARGUMENTS go to ssl_vit/pretrain.py:
 For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
 compare and study take --data and key=value too, and --seeds N; 'python eval/study.py --help' has the rest. On the
-digits compare takes about half an hour on two cores, study an hour. What is done is not done again: stop and start them
+digits compare takes about half an hour on two cores, study 50 minutes. What is done is not done again: stop and start them
 as you like; runs/PLAN-DATA[-HASH]/progress.txt tells how far they are. The report is report/report.html beside it. PLAN is
 compare, denoising or denoising-full; others are in recipes/study, for python eval/study.py PLAN.
 
