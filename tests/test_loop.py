@@ -156,11 +156,12 @@ def test_other_settings_are_refused_with_the_keys_and_a_command(tmp_path):
 
 def test_another_script_is_not_told_to_pass_an_output(tmp_path, monkeypatch):
     run_ = checkpoint.Run(tmp_path)
-    settings = small_recipe("mae").as_dict()
-    run_.claim(settings)
+    recipe = small_recipe("mae")
+    settings, config = recipe.as_dict(), type(recipe.objective)
+    run_.claim(settings, config)
     monkeypatch.setattr(sys, "argv", ["eval/finetune.py", "--backbone", "runs/mae"])
     with pytest.raises(errors.UserError, match=r"other settings \(optim.lr\): remove that folder") as error:
-        run_.claim(settings | dict(optim=settings["optim"] | dict(lr=2)))
+        run_.claim(settings | dict(optim=settings["optim"] | dict(lr=2)), config)
     assert "--output" not in str(error.value) and "python" not in str(error.value)
 
 
@@ -371,7 +372,7 @@ def test_when_the_launcher_dies_the_process_saves_and_exits(tmp_path):
         tmp_path,
     )
     until(lambda: steps_done(tmp_path / "run") >= 3)
-    pid = int((tmp_path / "run" / ".lock").read_text())
+    pid = int((tmp_path / "run" / ".lock").read_text().split()[0])
     assert pid != launcher.pid
     launcher.send_signal(signal.SIGTERM)
     until(lambda: list((tmp_path / "run" / "checkpoints").glob("*.pt")))
