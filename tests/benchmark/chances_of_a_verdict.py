@@ -4,7 +4,7 @@
 
 On a laptop: python tests/benchmark/chances_of_a_verdict.py --studies 20
 
-Made-up studies of known effect, judged by eval/verdict.py: both data sets, 11 eligible arms, four of noise, five seeds.
+Made-up studies of known effect, judged by eval/verdict.py: both data sets, 11 eligible arms, four of noise.
 Differences vary over seeds (--seeds-sd, in points), images (sd 0.3, alike for all seeds) and both (sd 0.3), all apart
 from each other; a difference over 10,000 images and one seed then has a standard error of 0.42 points.
 """
@@ -32,19 +32,17 @@ TRUTHS = {
 }
 
 
-def differences(rng: np.random.Generator, truth: float, images: int, of_seeds: float) -> np.ndarray:
-    """(S, n) differences around the truth, in points."""
-    values = rng.normal(0, 0.3, (SEEDS, images)) + rng.normal(0, 0.3, images)
-    return values + (truth + rng.normal(0, of_seeds, (SEEDS, 1))) / 100
+def study(rng: np.random.Generator, gains: tuple, to_masking: float, seeds: int, sd: float) -> tuple[str, str]:
+    """What the rule says of H1 and H2 in one made-up study. sd: over seeds, in points."""
 
-
-def study(rng: np.random.Generator, gains: tuple, to_masking: float, of_seeds: float) -> tuple[str, str]:
-    """What the rule says of H1 and H2 in one made-up study."""
+    def differences(truth: float, images: int) -> np.ndarray:
+        """(S, n) around the truth, which is in points."""
+        values = rng.normal(0, 0.3, (seeds, images)) + rng.normal(0, 0.3, images)
+        return values + (truth + rng.normal(0, sd, (seeds, 1))) / 100
 
     def ask(arm: str, metric: str, than: str, margin: float, truth: float) -> list[Condition]:
         return [
-            Condition(data, arm, metric, than, margin, differences(rng, truth, images, of_seeds))
-            for data, images in IMAGES.items()
+            Condition(data, arm, metric, than, margin, differences(truth, images)) for data, images in IMAGES.items()
         ]
 
     every = {}
@@ -61,17 +59,18 @@ def study(rng: np.random.Generator, gains: tuple, to_masking: float, of_seeds: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=200, help="made-up studies of each truth")
+    parser.add_argument("--studies", type=int, default=100, help="made-up studies of each truth")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="pre-trainings of every arm; default: the plan's")
     parser.add_argument("--seeds-sd", type=float, nargs="+", default=[0.2, 0.5], help="over seeds, in points")
     args = parser.parse_args()
     print(f"{'the noise arms':27} seeds' sd   H1 yes   no  open   H2 yes   no  open, of {args.studies}")
-    for of_seeds in args.seeds_sd:
+    for sd in args.seeds_sd:
         for name, (gains, to_masking) in TRUTHS.items():
             rng = np.random.default_rng(0)
-            said = [study(rng, gains, to_masking, of_seeds) for _ in range(args.studies)]
+            said = [study(rng, gains, to_masking, args.seeds, sd) for _ in range(args.studies)]
             counts = [Counter(answer[claim] for answer in said) for claim in (0, 1)]
             words = ["".join(f"{count[answer]:>6}" for answer in (YES, NO, OPEN)) for count in counts]
-            print(f"{name:27} {of_seeds:9} {words[0]:>18} {words[1]:>18}", flush=True)
+            print(f"{name:27} {sd:9} {words[0]:>18} {words[1]:>18}", flush=True)
 
 
 if __name__ == "__main__":
