@@ -4,8 +4,9 @@
     command = Command("eval.knn", ["eval/knn.py", "--backbone", "runs/x"], log=Path("log.txt"), environment={})
 
 Each is a process of its own, forked from multiprocessing's fork server, which has imported what they import and done
-nothing else: it has computed nothing, holds no lock and has not touched a GPU. So all commands of a study run the code
-that was there when it began. On macOS, where a process with these libraries must not be forked, each starts anew.
+nothing else: it has computed nothing, holds no lock and has not touched a GPU. So all commands of a study run the
+library that was there when it began. On macOS, where a process with these libraries must not be forked, each starts
+anew.
 """
 
 import importlib
@@ -16,9 +17,10 @@ import sys
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-from ssl_vit import errors
+from ssl_vit import errors, objectives
 
-PREPARED = ["ssl_vit.pretrain", "eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty"]
+PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{name}" for name in objectives.names())]
+PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
 PREPARED += ["sklearn.linear_model"]
 STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
@@ -36,9 +38,8 @@ class Command:
     def __init__(self, module: str, words: list[str], log: Path, environment: dict[str, str]):
         variables = os.environ | environment
         self._process = _context.Process(target=_run, args=(module, words, log.resolve(), Path.cwd(), variables))
-        # The server lives as long as this process, also when a signal to stop is sent to both: from it, one learns
-        # how the commands end.
-        resource_tracker.ensure_running()  # which lets them through when it starts
+        # The server is deaf to signals to stop, which may be sent to both: from it, one learns how the commands end.
+        resource_tracker.ensure_running()  # multiprocessing's; its start would make this process listen again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         if _context.get_start_method() == "forkserver":
             forkserver.ensure_running()

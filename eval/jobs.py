@@ -65,22 +65,14 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
     devices = _devices(at_once)
     begun = time.monotonic()
 
-    def stop(number, frame) -> None:
-        for job in running:
-            job.process.stop()
-        for job in running:
-            job.process.wait()
-        write_whole(folder / "progress.txt", progress(jobs, [], times, at_once))
-        say("\nStopped. The same command goes on from there.")
-        sys.exit(128 + number)
-
     def tell(word: str, job: Job, more: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - begun), 60)
         say(f"{minutes:3d}:{seconds:02d}  {word:7}  {job.name}{more}")
         write_whole(folder / "progress.txt", progress(jobs, running, times, at_once))
 
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # not those of nohup
-    before = {number: signal.signal(number, stop) for number in heard}
+    asked: list[int] = []  # to stop, by these signals
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in heard}
     while True:
         waiting = [job for job in jobs if not job.ended and job.process is None]
         for job in waiting:
@@ -88,14 +80,17 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         for job in [job for job in waiting if job.ready and not job.failed][: at_once - len(running)]:
             if devices:
                 job.device = devices.pop(0)
-            _log(folder, job).write_text(f"$ {shlex.join(job.command)}\n")
-            variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
-            script = Path(job.command[1])
-            module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
-            job.process = Command(module, job.command[1:], _log(folder, job), variables)
-            job.started = time.monotonic()
+            _start(job, _log(folder, job))
             running.append(job)
             tell("started", job, f"   ({summary(jobs, running, times, at_once)})")
+        if asked:
+            for job in running:
+                job.process.stop()
+            for job in running:
+                job.process.wait()
+            write_whole(folder / "progress.txt", progress(jobs, [], times, at_once))
+            say("\nStopped. The same command goes on from there.")
+            sys.exit(128 + asked[0])
         if not running:
             break
         time.sleep(0.2)
@@ -165,6 +160,14 @@ def progress(jobs: list[Job], running: list[Job], times: Times, at_once: int) ->
         lines.append(f"{kind:{wide}}{''.join(words)}")
     lines += ["", *(f"running: {job.name}" for job in running)]
     return "\n".join(lines) + "\n"
+
+
+def _start(job: Job, log: Path) -> None:
+    log.write_text(f"$ {shlex.join(job.command)}\n")
+    module = ".".join(Path(job.command[1]).relative_to(ROOT).with_suffix("").parts)
+    variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
+    job.process = Command(module, job.command[1:], log, variables)
+    job.started = time.monotonic()
 
 
 def _log(folder: Path, job: Job) -> Path:

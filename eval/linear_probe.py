@@ -9,7 +9,8 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 
 Presets:
   sweep     learning rates × poolings (class token, mean of patches, both) × depths (last block, last four), trained
-            side by side in one pass over the features; chosen on a tenth of train, then trained again on all of it
+            side by side in one pass over the features; chosen on a tenth of train (of fewer than 20,000 images on
+            several, in turns), then trained again on all of it
   logistic  scikit-learn's L2-penalised logistic regression on the last block; penalty chosen alike. For small sets
   mae       MAE's protocol: BatchNorm without weights, LARS, batch 16,384, 90 epochs of random crops and flips
   dino      DINO's: class tokens of the last four blocks (from ViT-B on of the last, and the mean of its patches), SGD,

@@ -233,6 +233,7 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
     if not (run / "recipe.yaml").exists():
         return
     old, new = yaml.safe_load((run / "recipe.yaml").read_text()), recipe.as_dict()
+    old.pop("images", None)  # those of the new one are not loaded yet: the same name must do
     for section, values in new.items():  # what is open was resolved there, from the images
         if isinstance(values, dict):
             new[section] = old.get(section, {}) | {k: v for k, v in values.items() if v not in (None, "auto")}
@@ -293,7 +294,7 @@ def main() -> int:
         metavar="NAME[,NAME]",
         help="only these of the plan's, e.g. linear_probe,knn: fine-tuning costs most",
     )
-    parser.add_argument("--arms", metavar="NAME[,NAME]", help="only these of the plan's")
+    parser.add_argument("--arms", metavar="NAME[,NAME]", help="only these of the plan's, and what is not trained")
     parser.add_argument("--no-tuning", action="store_true", help="without trials: the recipes' settings, first knobs")
     parser.add_argument(
         "--accept-failed", action="store_true", help="go on when trials have failed: they are not chosen"

@@ -23,12 +23,11 @@ SHAPE = ("backbone.width", "backbone.depth", "backbone.heads", "backbone.patch")
 
 
 def save(backbone: Backbone, folder: Path) -> None:
-    """Write the timm model, its mean and std into `folder`, which appears whole or not at all."""
+    """Write the timm model, its mean and std into `folder`, which appears whole or not at all.
+
+    Raises UserError if the disk is full.
+    """
     model, size = backbone.model, backbone.input_size
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
     published = model.pretrained_cfg
     config = dict(
         architecture=published["architecture"],
@@ -46,7 +45,17 @@ def save(backbone: Backbone, folder: Path) -> None:
             **{key: published[key] for key in ("first_conv", "classifier") if key in published},
         ),
     )
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=1))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"Could not save the backbone in {folder} ({error}). Make room and start the same command again."
+        ) from None
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 

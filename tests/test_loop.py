@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import SMALL, small_objective, small_recipe, start
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -229,6 +230,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert full.exitcode == 2, said
     assert "Could not save" in said and "intact" in said and "Traceback" not in said
     assert {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
+
+
+def test_a_backbone_that_cannot_be_saved_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    started = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), "runtime.keep_every=4"))
+    assert started.wait() == 2 and "Could not save the backbone" in started.said and "Traceback" not in started.said
+    assert list((tmp_path / "run/backbones").iterdir()) == [] and steps_done(tmp_path / "run") == 4
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

@@ -106,6 +106,16 @@ def test_a_stopped_study_goes_on(tmp_path, run):
     assert "Going on from step" in log.read_text()
 
 
+def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
+    slow = dict(recipe="mae", settings=[*TINY, *SMALL["mae"], "train.steps=1000000"])
+    write_plan(tmp_path, arms=dict(mae=slow), controls=[], evaluators=[])
+    command = [sys.executable, str(ROOT / "eval/study.py"), "tiny.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    until(lambda: list(tmp_path.glob("runs/tiny-digits/logs")))
+    os.kill(process.pid, signal.SIGTERM)
+    assert "Stopped" in process.communicate(timeout=90)[0] and process.returncode == 128 + signal.SIGTERM
+
+
 def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
     arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE, knob=["objective.ratio=0.5"]))
     tuning = dict(flops=1e8, factors=[0.01, 1], judge=["knn", "--k", "5"])
@@ -251,6 +261,20 @@ def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch
     assert plan.evaluators_of("mae") == [["finetune", "--extra-flops", "1e+10"]]
     with pytest.raises(UserError, match="give train.flops instead of train.epochs"):
         plans.read("tiny.yaml").spend(["train.epochs=3"])
+
+
+def test_other_images_of_the_same_name_are_no_part_of_a_study(tmp_path, monkeypatch, colours):
+    monkeypatch.chdir(tmp_path)
+    settings = [*TINY, *SMALL["mae"], "train.steps=1", "backbone.patch=4"]
+    write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=settings)), controls=[])
+    shutil.copytree(colours, "other/colours")
+    made = study.Study(plans.read("tiny.yaml"), colours, [], [], 1)
+    [training] = made.trainings({})
+    recipe = pretrain.read("mae", list(training.settings), colours)
+    assert pretrain.pretrain(recipe, training.run) == 0
+    assert study.Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings({}) == [training]
+    with pytest.raises(UserError, match=r"a run with other settings \(data.name\)"):
+        study.Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
 
 
 def test_failed_trials_are_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
