@@ -38,7 +38,7 @@ What a run does:
      Your own 'accelerate config' is respected if there is one.
   3. The same with train.steps=0: the control, random init.
   4. python eval/knn.py: k-NN of the run beside random init and raw pixels.
-When pre-training fails, its exit code is passed on and the rest is not run.
+When pre-training fails or is stopped, the rest is not run, and the exit code is the launcher's, which is not 0.
 
 Environment variables:
   PYTHON   the interpreter that .venv is made with (3.11 or newer; default: the newest found)
