@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from conftest import SMALL, small_recipe
 from PIL import Image
-from test_loop import ROOT, TINY, environment
+from test_loop import ROOT, TINY, TORCHRUN, environment
 
 from eval import features
 from ssl_vit import backbone as backbones
@@ -144,7 +144,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     )
     evaluators = [["knn.py"], ["linear_probe.py", "--preset", "mae", "--epochs", "2"]]
     found = []
-    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]):
+    for launcher in ([sys.executable], TORCHRUN):
         for script, *arguments in evaluators:
             command = [*launcher, str(ROOT / "eval" / script), "--backbone", "run", *arguments]
             subprocess.run(command, check=True, env=environment(), cwd=tmp_path, capture_output=True)

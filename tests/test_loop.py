@@ -342,6 +342,7 @@ def launched(command: list[str], folder: Path) -> subprocess.Popen:
 
 
 SCRIPT = str(ROOT / "ssl_vit" / "pretrain.py")
+# --standalone: a free port, where two tests at once would both take the default one
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]

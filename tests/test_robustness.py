@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_linear_probe import backbone, rows_of, run  # noqa: F401, a fixture
-from test_loop import ROOT, environment
+from test_loop import ROOT, TORCHRUN, environment
 from tqdm import tqdm
 
 from eval import common_corruptions, frames, linear_probe, results, robustness
@@ -124,8 +124,8 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     corrupt(monkeypatch, *sources)
     one = results.read(tmp_path / "runs/pixels-digits")
     (tmp_path / "runs/pixels-digits/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one[:2]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "eval/robustness.py")]
-    subprocess.run([*launcher, *sources], check=True, env=environment(), cwd=tmp_path, capture_output=True)
+    command = [*TORCHRUN, str(ROOT / "eval/robustness.py"), *sources]
+    subprocess.run(command, check=True, env=environment(), cwd=tmp_path, capture_output=True)
     two = results.read(tmp_path / "runs/pixels-digits")
     assert len(one) == 2 + 27 and len(two) == len(one)
     for first, second in zip(one, two, strict=True):
