@@ -36,6 +36,8 @@ CLAIMS = dict(
 LINEAR = Column("linear-sweep", "chosen", -1, 1.0)
 METRICS = dict(FT10="fine-tuned, 10 % of the labels", FT100="fine-tuned, all labels", LP="linear probe")
 LABELS = dict(FT10=0.1, FT100=1.0)
+MARGINS = dict(FT10=0.01, FT100=-0.005, LP=0.05)  # of H1, over the opponent, and over random features and autoencoding
+TO_MASKING = -0.015  # the margin of H2, by each metric
 AUGMENTATIONS = {"objective.noise": "noise", "objective.drop": "dropped patches"}  # settings of a fine-tuning
 Tuned = list[
     tuple[dict, Frame | None]
@@ -169,19 +171,19 @@ def condition(data: str, arm: str, metric: str, margin: float, mine: Frame | Non
 def against_nothing(evidence: Evidence, arm: str) -> list[Condition]:
     """The conditions of H1 on one data set."""
     found = []
-    for metric, margin in (("FT10", 0.01), ("FT100", -0.005)):
+    for metric in LABELS:
         other, than = evidence.opponent(metric)
-        found.append(condition(evidence.data, arm, metric, margin, evidence.frame(arm, metric), other, than))
+        found.append(condition(evidence.data, arm, metric, MARGINS[metric], evidence.frame(arm, metric), other, than))
     for role, than in (("scratch", "random init"), ("autoencoder", "autoencoder")):
         other = next((f for name in evidence.arms(role) if (f := evidence.frame(name, "LP")) is not None), None)
-        found.append(condition(evidence.data, arm, "LP", 0.05, evidence.frame(arm, "LP"), other, than))
+        found.append(condition(evidence.data, arm, "LP", MARGINS["LP"], evidence.frame(arm, "LP"), other, than))
     return found
 
 
 def against_masking(evidence: Evidence, arm: str) -> list[Condition]:
     """The further conditions of H2 on one data set: not inferior to MAE."""
     return [
-        condition(evidence.data, arm, m, -0.015, evidence.frame(arm, m), evidence.frame("mae", m), "mae")
+        condition(evidence.data, arm, m, TO_MASKING, evidence.frame(arm, m), evidence.frame("mae", m), "mae")
         for m in METRICS
     ]
 

@@ -14,12 +14,10 @@ from collections import Counter
 
 import numpy as np
 
-from eval.verdict import NO, OPEN, SEEDS, YES, Condition, judge
+from eval.verdict import MARGINS, METRICS, NO, OPEN, SEEDS, TO_MASKING, YES, Condition, judge
 
 IMAGES = {"cifar10": 10_000, "tiny-imagenet-100": 5_000}
 NOISE, OTHERS = 4, 7
-MARGINS = dict(FT10=0.01, FT100=-0.005, random=0.05, autoencoder=0.05)  # of H1
-TO_MASKING = ("FT10", "FT100", "LP")
 # what every noise arm gains in fine-tuning with 10 % and all of the labels and by linear probe, over opponent, random
 # features and the autoencoder alike; then all that against MAE; in points. The other seven arms gain nothing.
 TRUTHS = {
@@ -47,11 +45,11 @@ def study(rng: np.random.Generator, gains: tuple, to_masking: float, seeds: int,
 
     every = {}
     for number in range(NOISE + OTHERS):
-        few, full, linear = gains if number < NOISE else (0, 0, 0)
-        own = dict(FT10=few, FT100=full, random=linear, autoencoder=linear)
-        every[f"{number}"] = [c for name in MARGINS for c in ask(f"{number}", name, "", MARGINS[name], own[name])]
+        own = dict(zip(METRICS, gains if number < NOISE else (0, 0, 0), strict=True))
+        asked = [*METRICS, "LP"]  # the probe over random features and over the autoencoder
+        every[f"{number}"] = [c for name in asked for c in ask(f"{number}", name, "", MARGINS[name], own[name])]
     both = {
-        arm: own + [c for metric in TO_MASKING for c in ask(arm, metric, "mae", -0.015, to_masking)]
+        arm: own + [c for metric in METRICS for c in ask(arm, metric, "mae", TO_MASKING, to_masking)]
         for arm, own in list(every.items())[:NOISE]
     }
     return judge("H1", every, len(IMAGES)).answer, judge("H2", both, len(IMAGES)).answer
