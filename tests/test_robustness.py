@@ -125,7 +125,8 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     one = results.read(tmp_path / "runs/pixels-digits")
     (tmp_path / "runs/pixels-digits/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one[:2]))
     command = [*TORCHRUN, str(ROOT / "eval/robustness.py"), *sources]
-    subprocess.run(command, check=True, env=environment(), cwd=tmp_path, capture_output=True)
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     two = results.read(tmp_path / "runs/pixels-digits")
     assert len(one) == 2 + 27 and len(two) == len(one)
     for first, second in zip(one, two, strict=True):

@@ -111,7 +111,7 @@ def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
     write_plan(tmp_path, arms=dict(mae=slow), controls=[], evaluators=[])
     command = [sys.executable, str(ROOT / "eval/study.py"), "tiny.yaml"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
-    until(lambda: list(tmp_path.glob("runs/tiny-digits/logs")))
+    until(lambda: list(tmp_path.glob("runs/tiny-digits/logs/*.txt")))
     os.kill(process.pid, signal.SIGTERM)
     assert "Stopped" in process.communicate(timeout=90)[0] and process.returncode == 128 + signal.SIGTERM
 
