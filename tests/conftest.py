@@ -1,5 +1,6 @@
 """What the tests share: one thread, a private cache, scripts in a child, and small objectives on made-up images."""
 
+import fcntl
 import multiprocessing
 import os
 import sys
@@ -49,6 +50,14 @@ def _private_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
     monkeypatch.setattr(data, "cores", lambda: 1)  # else what a test calls sets more, which stay
+
+
+@pytest.fixture
+def alone(tmp_path_factory):
+    """One launch of several processes at a time, on all workers: on two cores two of them disturb each other."""
+    with open(tmp_path_factory.getbasetemp().parent / "alone.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def start(main: Callable[[], int], folder: Path, log: Path, *arguments: str) -> multiprocessing.Process:

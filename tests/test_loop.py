@@ -349,7 +349,7 @@ LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.mark.parametrize("name", ["dino", "supervised", "beit"])
-def test_two_processes_equal_one(name, tmp_path):
+def test_two_processes_equal_one(name, tmp_path, alone):
     run(tmp_path, *arguments(name, "--output", str(tmp_path / "one")))
     two = launched([*TORCHRUN, SCRIPT, *arguments(name, "--output", str(tmp_path / "two"))], tmp_path)
     said, _ = two.communicate(timeout=180)
