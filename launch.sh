@@ -12,7 +12,7 @@ usage() {
 ./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike beside their controls, write a report
 ./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight arms at equal compute, on the digits
 ./launch.sh study --full [ARGS]    the whole of it, tuned, with a verdict: for GPUs, with --data cifar10
-./launch.sh test [ARGUMENTS]       run the tests; ARGUMENTS go to pytest
+./launch.sh test [ARGUMENTS]       run the tests; --all runs the large matrices too; ARGUMENTS go to pytest
 ./launch.sh --help                 print this; nothing is set up
 
 RECIPE is a file in recipes/ (without .yaml) or the path of your own. Without one it is mae.

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from eval import features, results
-from ssl_vit import data, subsets
+from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
 
@@ -59,7 +59,7 @@ class Inputs:
     """The backbones to evaluate, and the images to evaluate them on. Raises UserError for what is not there."""
 
     def __init__(self, args: argparse.Namespace):
-        threads = args.threads or data.cores()
+        threads = args.threads or system.cores()
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         # the first process votes and fits alone, and the others may wait for it long

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval import features, heads, inputs, results
-from ssl_vit import data, errors, subsets, views
+from ssl_vit import data, errors, subsets, system, views
 from ssl_vit.errors import UserError, say
 from ssl_vit.randomness import Order
 
@@ -236,7 +236,7 @@ def augmented(
     mine = np.minimum(np.arange(share) + share * state.process_index, batch - 1)
     cut = [mine[at : at + 256] for at in range(0, share, 256)]
     plan = ((step, rows, chosen[order.indices(step, rows)]) for step in range(steps) for rows in cut)
-    workers = min(data.cores(), 16)
+    workers = min(system.cores(), 16)
     stream = data.chunks(images, spec, plan, probe.seed, state.device, workers)
     pooled = features.Piecewise(lambda part: features.pool(source, part, blocks))
     for _ in tqdm(range(steps), desc=f"linear probe of {source.name}", leave=False, disable=not state.is_main_process):

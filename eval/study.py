@@ -29,7 +29,7 @@ from eval import features, finetune, inputs, plans, results
 from eval.frames import PRIMARY, most
 from eval.jobs import ROOT, Job, work
 from eval.plans import Plan
-from ssl_vit import data, errors, pretrain
+from ssl_vit import errors, pretrain, system
 from ssl_vit import recipe as recipes
 from ssl_vit.checkpoint import write as write_whole
 from ssl_vit.errors import UserError, say
@@ -315,8 +315,8 @@ def main() -> int:
     settings = plan.spend(args.settings)
     if decides and not plan.decides and not args.dry_run:
         say(f"This is not {plan.name} as it stands, so that no verdict will be computed from it.")
-    at_once = args.jobs or torch.cuda.device_count() or data.cores()
-    study = Study(plan, args.data, settings, given, threads=max(1, data.cores() // at_once))
+    at_once = args.jobs or torch.cuda.device_count() or system.cores()
+    study = Study(plan, args.data, settings, given, threads=max(1, system.cores() // at_once))
 
     trials = study.trial_jobs()
     if args.dry_run:

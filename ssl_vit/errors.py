@@ -1,6 +1,7 @@
 """A user's mistake is one clear sentence and a non-zero exit, never a traceback."""
 
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -32,3 +33,6 @@ def say(text: str) -> None:
     """Tell the user, once: on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
+
+
+say_once = functools.cache(say)

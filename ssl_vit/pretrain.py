@@ -26,7 +26,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 
 from ssl_vit import backbone as backbones
-from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, pictures, weights
+from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, pictures, system, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Facts, Objective
@@ -106,7 +106,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
     plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, size)
     workers = recipe.runtime.workers
-    workers = min(data.cores(), 16) if workers == "auto" else workers
+    workers = min(system.cores(), 16) if workers == "auto" else workers
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, workers)
 
     def save(step: int) -> None:
@@ -342,7 +342,7 @@ def set_threads(asked: int | str) -> int:
     """CPU threads for torch and faiss. Launchers set one by their own; results in the last bits depend on it."""
     import faiss
 
-    threads = data.cores() if asked == "auto" else asked
+    threads = system.cores() if asked == "auto" else asked
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     return threads

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ssl_vit import backbone as backbones
-from ssl_vit import data, errors, objectives
+from ssl_vit import errors, objectives, system
 from ssl_vit import recipe as recipes
 from ssl_vit.objectives.base import Batch, Facts
 from ssl_vit.randomness import Draw
@@ -42,6 +42,18 @@ SMALL = {
 BACKBONE = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.size=16", "data.channels=3"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the large matrices too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        skip = pytest.mark.skip(reason="a large matrix: --all runs it")
+        for item in items:
+            if "matrix" in item.keywords:
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -49,7 +61,7 @@ def _private_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    monkeypatch.setattr(data, "cores", lambda: 1)  # else what a test calls sets more, which stay
+    monkeypatch.setattr(system, "cores", lambda: 1)  # else what a test calls sets more, which stay
 
 
 @pytest.fixture

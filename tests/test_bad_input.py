@@ -13,6 +13,7 @@ from PIL import Image
 from test_loop import ROOT, environment
 
 from ssl_vit import data, errors, pretrain
+from ssl_vit import recipe as recipes
 
 TINY = ["backbone.width=16", "backbone.depth=1", "backbone.heads=2", "monitor.trackers=none"]
 TINY += ["runtime.threads=1", "runtime.workers=0"]
@@ -31,7 +32,7 @@ def save(path: str, seed: int = 0, side: int = 8, count: int = 1) -> None:
 def run(tmp_path, monkeypatch, capsys):
     """Runs pretrain's main in an empty folder; returns (exit code, what it said on stdout and stderr)."""
     monkeypatch.chdir(tmp_path)
-    data.say_once.cache_clear()
+    errors.say_once.cache_clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def main(*arguments: str, recipe: str = "mae") -> tuple[int, str, str]:
@@ -132,7 +133,7 @@ def test_labels(run):
     save("more/train/cat/{i}.png", count=2)
     save("more/train/dog/{i}.png", seed=9, count=2)
     save("more/test/bird/{i}.png", seed=20, count=2)
-    more = data.recipes.Data(name="more")
+    more = recipes.Data(name="more")
     with pytest.raises(errors.UserError, match="more/test has classes that the training split lacks: bird"):
         data.load(more, "report", data.load(more, "train").classes)
 

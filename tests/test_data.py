@@ -18,8 +18,9 @@ from PIL import Image
 from test_loop import environment
 
 from eval import inputs
-from ssl_vit import data, objectives, views
+from ssl_vit import data, errors, objectives, views
 from ssl_vit import recipe as recipes
+from ssl_vit.data import batches, decoding, image_set, sources
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Order
 
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet():
-    data.say_once.cache_clear()
+    errors.say_once.cache_clear()
 
 
 def pixels(seed: int, height: int = 12, width: int = 10, channels: int = 3) -> np.ndarray:
@@ -222,7 +223,7 @@ def test_known_names_are_fetched_from_the_hub(monkeypatch):
     unlabelled = datasets.Dataset.from_dict(dict(img=[image] * 2, fine_label=[-1, -1]), features=features)
     asked = []
     splits = dict(train=split, test=unlabelled)
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda hub_id, name: asked.append(hub_id) or splits)
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda hub_id, name: asked.append(hub_id) or splits)
     train, test = load("cifar100"), load("cifar100", "report")
     assert asked == ["uoft-cs/cifar100"] * 2 and train.labels.tolist() == [0, 1, 0, 1] and test.labels is None
     assert train.facts()["flip"] is True
@@ -240,7 +241,7 @@ def test_a_hub_id_is_known_as_its_short_name_is(monkeypatch, capsys):
 
     # of its two labelled splits, the one that the name is known for
     splits = dict(train=rows([0, 1]), test=rows([0, 1, 1]), validation=rows([0, 1, 1, 0]))
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda hub_id, name: splits)
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda hub_id, name: splits)
     for name in ("imagenet-1k", "ILSVRC/imagenet-1k"):
         assert (load(name, "report").split, len(load(name, "report"))) == ("validation", 4)
     assert load("somebody/imagenet-1k", "report").split == "test" and "no labels" not in capsys.readouterr().out
@@ -294,7 +295,7 @@ def test_a_hub_set_with_several_configurations(monkeypatch, reason):
         asked.append(arguments)
         raise ValueError(reason)
 
-    monkeypatch.setattr(data.datasets, "load_dataset", refuse)
+    monkeypatch.setattr(sources.datasets, "load_dataset", refuse)
     for config, said in ((None, "has several configurations"), ("x", "has no configuration 'x'")):
         with pytest.raises(UserError) as error:
             load("owner/name", config=config)
@@ -320,10 +321,10 @@ def test_an_unreachable_hub_is_not_waited_for(monkeypatch):
     def refuse(*_, **__):
         raise OSError
 
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(data.datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(data.socket, "create_connection", refuse)
+    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(sources.socket, "create_connection", refuse)
     started = time.perf_counter()
     with pytest.raises(UserError, match="--data PATH"):
         load("nobody/nothing")
@@ -338,7 +339,7 @@ def test_twenty_thousand_files_are_listed_quickly(tmp_path, monkeypatch):
             os.link(source, tmp_path / "set" / "train" / f"class{c:02d}" / f"{i}.png")
     opened = []
     real = Image.open
-    monkeypatch.setattr(data.Image, "open", lambda file: opened.append(file) or real(file))
+    monkeypatch.setattr(decoding.Image, "open", lambda file: opened.append(file) or real(file))
     started = time.perf_counter()
     images = load(tmp_path / "set", cache_gb=0)
     assert time.perf_counter() - started < 10  # half a second; the imagefolder loader took 34
@@ -397,7 +398,7 @@ def test_facts_are_exact(tmp_path):
     assert facts["std"] == [round(s, 4) for s in exact.std((0, 1, 2))]
     assert (facts["size"], facts["channels"], facts["flip"]) == ([12, 10], 3, True)
     many = torch.from_numpy(pixels(0, 3000, 1500)).permute(2, 0, 1)[None].repeat(3, 1, 1, 1)  # more than one part
-    mean, std = data._mean_std(many)
+    mean, std = image_set._mean_std(many)
     exact = many[0].double() / 255
     assert mean == [round(m, 4) for m in exact.mean((1, 2)).tolist()]
     assert std == [round(s, 4) for s in exact.std((1, 2), correction=0).tolist()]
@@ -457,7 +458,7 @@ def test_workers_change_nothing(folder):
     # more images than a batch are decoded by workers, fewer in this process
     whole = [list(data.evaluation_views(images, (8, 8), 0.875, CPU, None, batch)) for batch in (len(images), 5)]
     assert torch.equal(torch.cat(whole[0]), torch.cat(whole[1]))
-    for dataset in (data._Crops(images.photo, spec, 0), data._Whole(images.photo, (8, 8), 1.0)):
+    for dataset in (batches._Crops(images.photo, spec, 0), batches._Whole(images.photo, (8, 8), 1.0)):
         pickle.loads(pickle.dumps(dataset))  # as the start method spawn does
 
 
@@ -496,12 +497,12 @@ def test_images_that_differ_in_size_are_streamed(folder, monkeypatch, capsys):
     images = load(folder)
     assert images.images is None and images.facts()["size"] is None and len(images) == 16  # the probe saw it
     assert "differ" not in capsys.readouterr().out
-    monkeypatch.setattr(data, "PROBE", 2)
+    monkeypatch.setattr(decoding, "PROBE", 2)
     images = load(folder)
     assert images.images is None and images.facts()["size"] is None
     said = capsys.readouterr().out
     assert said.count("differ in size") == 1 and said.count("\n") == 2 and "Decoding 16 images" in said
-    monkeypatch.setattr(data, "_decode_all", pytest.fail)  # what was found is remembered
+    monkeypatch.setattr(decoding, "decode_all", pytest.fail)  # what was found is remembered
     assert load(folder).images is None
     [chunk] = data.chunks(images, SPECS["crop+flip"], plan(16, 16, 1), 0, CPU, 0)
     assert chunk.views(images, SPECS["crop+flip"])["image"].shape == (16, 3, 8, 8)
@@ -531,7 +532,7 @@ def test_broken_images_are_named_or_left_out(folder, capsys, cache_gb):
 
 def test_a_second_load_decodes_nothing(folder, monkeypatch):
     first = load(folder)
-    monkeypatch.setattr(data, "_decode_all", pytest.fail)
+    monkeypatch.setattr(decoding, "decode_all", pytest.fail)
     again = load(folder)
     assert torch.equal(first.images, again.images) and first.fingerprint == again.fingerprint
 
@@ -592,7 +593,7 @@ def test_a_cache_that_cannot_be_used(folder, tmp_path, monkeypatch):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     file.unlink()
-    monkeypatch.setattr(data.torch, "save", full)
+    monkeypatch.setattr(decoding.torch, "save", full)
     with pytest.raises(UserError, match="failed writing file.*SSL_VIT_CACHE"):
         load(folder)
     assert not list((tmp_path / "good").glob("*.p*t*"))

@@ -1,0 +1,13 @@
+"""Where images come from: a name, a path or owner/name on the hub → uint8 images on the device.
+
+Sets whose images share one size and fit `data.cache_gb` are decoded once into a uint8 tensor that is kept on disk,
+lives on the device and is indexed there. Others are decoded, and cropped from the original, by worker processes.
+
+    decoding ← sources ← image_set ← batches
+"""
+
+from ssl_vit.data.batches import Chunk, chunks, evaluation_views
+from ssl_vit.data.image_set import ImageSet, load
+from ssl_vit.data.sources import HUB, NAMES
+
+__all__ = ["HUB", "NAMES", "Chunk", "ImageSet", "chunks", "evaluation_views", "load"]

@@ -1,0 +1,130 @@
+"""An image set → chunks of augmented views for training, and batches of unaugmented ones for evaluation."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from ssl_vit import system, views
+from ssl_vit.data.image_set import ImageSet
+from ssl_vit.errors import UserError
+from ssl_vit.randomness import Draw
+
+
+@dataclass
+class Chunk:
+    """Rows of one step on one process. crops: what workers made of photos, uint8 (B, V, C, h, w) by view."""
+
+    draw: Draw
+    indices: Tensor
+    crops: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def part(self, start: int, stop: int) -> "Chunk":
+        """The chunk's rows start:stop."""
+        crops = self.crops and {name: crop[start:stop] for name, crop in self.crops.items()}
+        return Chunk(self.draw.of(self.draw.rows[start:stop]), self.indices[start:stop], crops)
+
+    def views(self, images: ImageSet, spec: views.ViewSpec) -> dict[str, Tensor]:
+        """The augmented views, float32 in [0, 1], on the device."""
+        device = self.draw.device
+        if self.crops is None:
+            return views.make(spec, images.images[self.indices.to(device, non_blocking=True)], self.draw)
+        crops = {name: crop.to(device, non_blocking=True) for name, crop in self.crops.items()}
+        return views.finish(spec, crops, self.draw)
+
+
+def chunks(
+    images: ImageSet,
+    spec: views.ViewSpec,
+    plan: Iterator[tuple[int, np.ndarray, np.ndarray]],
+    seed: int,
+    device: torch.device,
+    workers: int,
+) -> Iterator[Chunk]:
+    """A chunk for every (step, rows, indices) of the plan; photos are decoded and cropped ahead by workers."""
+    if images.images is not None:
+        for step, rows, indices in plan:
+            yield Chunk(Draw(seed, step, torch.from_numpy(rows), device), torch.from_numpy(indices))
+        return
+    dataset = _Crops(images.photo, spec, seed)
+    batches = ([(step, int(r), int(i)) for r, i in zip(rows, indices, strict=True)] for step, rows, indices in plan)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate
+    )
+    for steps, rows, indices, crops in _batches(loader):
+        yield Chunk(Draw(seed, int(steps[0]), rows, device), indices, crops)
+
+
+def evaluation_views(
+    images: ImageSet,
+    size: tuple[int, int],
+    crop_pct: float,
+    device: torch.device,
+    indices: Tensor | None = None,
+    batch: int = 256,
+) -> Iterator[Tensor]:
+    """Batches of unaugmented views, float32 (B, C, H, W) in [0, 1], of these images (default: all, in order)."""
+    indices = torch.arange(len(images)) if indices is None else indices.cpu()
+    if images.images is not None:
+        for part in indices.split(batch):
+            yield views.whole(images.images[part.to(images.images.device)].to(device), size, crop_pct)
+        return
+    dataset = _Whole(images.photo, size, crop_pct)
+    workers = min(system.cores(), 16) if len(indices) > batch else 0
+    loader = DataLoader(dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate)
+    for part in _batches(loader):
+        yield part.to(device).float() / 255
+
+
+class _Crops:
+    """Decodes one photo and crops all its views from the original. An item is (step, row, index)."""
+
+    def __init__(self, photo: Callable[[int], Tensor], spec: views.ViewSpec, seed: int):
+        self.photo, self.spec, self.seed = photo, spec, seed
+
+    def __getitem__(self, item: tuple[int, int, int]) -> tuple[int, int, int, dict[str, Tensor]] | UserError:
+        step, row, index = item
+        try:
+            return *item, views.crop_photo(self.spec, self.photo(index), Draw(self.seed, step, torch.tensor([row])))
+        except UserError as error:
+            return error
+
+
+class _Whole:
+    """Decodes one photo and makes its evaluation view, rounded to uint8 (C, H, W)."""
+
+    def __init__(self, photo: Callable[[int], Tensor], size: tuple[int, int], crop_pct: float):
+        self.photo, self.size, self.crop_pct = photo, size, crop_pct
+
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        try:
+            return (views.whole(self.photo(index)[None], self.size, self.crop_pct)[0] * 255).round().byte()
+        except UserError as error:
+            return error
+
+
+def _collate(items: list):
+    """The items stacked, or the first error among them: raised in a worker, it would arrive wrapped in a traceback."""
+    return next((item for item in items if isinstance(item, UserError)), None) or default_collate(items)
+
+
+def _batches(loader: DataLoader) -> Iterator:
+    """The loader's batches. Raises the UserError of a worker, and one for a worker that the system killed."""
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise UserError(
+            f"A decoding process died ({' '.join(str(error).split())[:200]}): if memory or /dev/shm is short, "
+            "lower runtime.workers or runtime.per_device_batch."
+        ) from None

@@ -1,0 +1,203 @@
+"""One split of a data set: its images, labels and what identifies them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit import recipe as recipes
+from ssl_vit import subsets
+from ssl_vit.data import decoding
+from ssl_vit.data.sources import labels_of, rows_of
+from ssl_vit.errors import say_once
+
+
+@dataclass
+class ImageSet:
+    """One split. images: uint8 (N, C, H, W) if decoded, else None and `photo(i)` decodes one, uint8 (C, h, w)."""
+
+    name: str
+    split: str
+    labels: Tensor | None  # int64 (N,)
+    classes: list[str] | None
+    fingerprint: str
+    channels: int
+    count: int
+    size: tuple[int, int] | None  # (H, W), if the images share it
+    images: Tensor | None = None
+    photo: Callable[[int], Tensor] | None = None
+    flip: bool = True
+
+    def __len__(self) -> int:
+        return self.count
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The same set with its decoded images and labels on the device."""
+        if self.images is not None:
+            self.images = self.images.to(device)
+        if self.labels is not None:
+            self.labels = self.labels.to(device)
+        return self
+
+    def part(self, chosen: Tensor) -> "ImageSet":
+        """These images, int64 (M,) on the CPU (decoding processes see no other), alone."""
+        return dataclasses.replace(
+            self,
+            labels=None if self.labels is None else self.labels[chosen],
+            fingerprint=_fingerprint(self.fingerprint, chosen),
+            count=len(chosen),
+            images=None if self.images is None else self.images[chosen],
+            photo=self.photo and functools.partial(decoding.photo, self.photo, chosen),
+        )
+
+    def facts(self) -> dict:
+        """What the data are, for the recipe: size, channels, mean and std in [0, 1], flip."""
+        if self.images is not None:
+            mean, std = _mean_std(self.images)
+        elif self.channels == 3:  # ImageNet's, as every codebase of the field has them
+            mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        else:
+            mean, std = [0.5] * self.channels, [0.25] * self.channels
+        size = self.size and (self.size[0] if self.size[0] == self.size[1] else list(self.size))
+        return dict(size=size, channels=self.channels, mean=mean, std=std, flip=self.flip)
+
+
+def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> ImageSet:
+    """The images that `config` names. classes: the training set's, so that labels agree.
+
+    role: "train"; "held out", what `data.hold_out` leaves out of it; or "report", the split of the figures.
+    Raises UserError for an unknown name, a missing path, an unreachable hub, an empty folder, a broken image.
+    """
+    whole = _load(config, "report" if role == "report" else "train", classes)
+    if role == "report" or (config.subset is None and not config.hold_out):
+        return whole
+    labels = np.zeros(len(whole), dtype=int) if whole.labels is None else whole.labels.numpy()
+    chosen = np.arange(len(whole))
+    if config.subset is not None:
+        chosen = subsets.stratified(labels, config.subset, config.subset_seed)
+    if config.hold_out:
+        fit, rest = subsets.hold_out(labels[chosen], config.subset_seed)
+        chosen = chosen[rest if role == "held out" else fit]
+    return whole.part(torch.from_numpy(chosen))
+
+
+def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSet:
+    if config.name == "digits":
+        return _digits(role, config.channels or 1)
+    rows, split, image, label, flip = rows_of(config, role)
+    path = Path(config.name)
+    name = path.resolve().name if path.exists() else config.name
+    if config.config:
+        name = f"{name}-{config.config}"
+    title = f"{name}/{split}"
+    labels, classes = labels_of(rows, label, classes, title)
+
+    read = functools.partial(decoding.read, rows, image)
+    found, size = decoding.probe(read, len(rows), config.skip_broken, title)
+    channels = config.channels or found
+    decode = functools.partial(decoding.decode, read, channels)
+    content = _identity(rows, image, split, channels)
+    images, kept = None, None
+    fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
+    if fits or config.skip_broken:
+        shape = (channels, *size) if fits else None
+        stored = decoding.cached(
+            f"{content} {shape} {config.skip_broken}",
+            functools.partial(decoding.decode_all, decode, len(rows), shape, config.skip_broken),
+            f"{'Decoding' if fits else 'Looking for broken images among'} {len(rows):,} images of {title}, once …",
+        )
+        images, kept, broken = stored["images"], stored["kept"], stored["broken"]
+        content = stored["digest"] or f"{content} {broken}"
+        if broken:
+            say_once(f"Left out {len(broken)} broken image(s) of {title}; the first: {broken[0]}")
+        if fits and images is None:
+            say_once(f"The images of {title} differ in size: workers decode them when they are needed.")
+            size = None
+    if labels is not None and kept is not None:
+        labels = labels[kept]
+    return ImageSet(
+        name=name,
+        split=split,
+        labels=labels,
+        classes=classes,
+        fingerprint=_fingerprint(content, labels),
+        channels=channels,
+        count=len(rows) if kept is None else len(kept),
+        size=size,
+        images=images,
+        photo=functools.partial(decoding.photo, functools.partial(decoding.advising, decode), kept)
+        if images is None
+        else None,
+        flip=flip,
+    )
+
+
+def _digits(role: str, channels: int) -> ImageSet:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    train, report = train_test_split(np.arange(1797), test_size=360, stratify=bunch.target, random_state=0)
+    chosen = np.sort(train if role == "train" else report)
+    images = torch.from_numpy((bunch.images[chosen] * (255 / 16)).round().astype(np.uint8))[:, None]
+    images = images.repeat(1, channels, 1, 1)
+    labels = torch.from_numpy(bunch.target[chosen]).long()
+    return ImageSet(
+        name="digits",
+        split="train" if role == "train" else "the fixed 360",
+        labels=labels,
+        classes=[str(d) for d in range(10)],
+        fingerprint=_fingerprint(decoding.digest(images), labels),
+        channels=channels,
+        count=len(images),
+        size=(8, 8),
+        images=images,
+        flip=False,
+    )
+
+
+def _identity(rows: datasets.Dataset, image: str, split: str, channels: int) -> str:
+    """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint."""
+    if decoding.FILE in rows.column_names:
+        files = [
+            (name, *_stat(cell["path"])) for name, cell in zip(rows[decoding.FILE][:], rows[image][:], strict=True)
+        ]
+    else:
+        files = rows._fingerprint
+    return hashlib.sha256(json.dumps([files, split, image, channels]).encode()).hexdigest()
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:  # a dead link: decoding it will name it
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _fingerprint(content: str, labels: Tensor | None) -> str:
+    """What the images and labels are, in 16 hex digits."""
+    own = b"" if labels is None else labels.cpu().numpy().tobytes()
+    return hashlib.sha256(content.encode() + own).hexdigest()[:16]
+
+
+def _mean_std(images: Tensor) -> tuple[list[float], list[float]]:
+    """Per channel, in [0, 1], to four digits. images: uint8 (N, C, H, W), on the CPU."""
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for part in images.split(max(1, 2**22 // images[0].numel())):  # no float copy of the whole set
+        pixels = part.transpose(0, 1).flatten(1).double()
+        total, squares = total + pixels.sum(1), squares + pixels.square().sum(1)  # whole numbers below 2^53: exact
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return [round(m, 4) for m in (mean / 255).tolist()], [max(round(s, 4), 1e-3) for s in (std / 255).tolist()]
