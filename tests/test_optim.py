@@ -1,5 +1,7 @@
 """Parameter groups, schedules and clipping do what their names say."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_batch, small_objective
@@ -46,16 +48,91 @@ def test_what_decays(rule):
     assert found == {id(p) for n, p in objective.named_parameters() if n in decayed and p.requires_grad}
 
 
-def test_the_schedule_warms_up_and_ends():
-    config = Optim(warmup=0.2, min_lr=0.1, weight_decay=0.04, weight_decay_end=0.4)
-    optimizer = optim.build(small_objective("mae"), config, 1.0)
-    rates, decays = [], []
+def line_and_half_cosine(step, total, warmup, peak, end):
+    """Linear warm-up to the peak in so many steps, then half a cosine that ends at the last step (MAE, table 8)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - 1 - warmup))) / 2
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+@pytest.mark.parametrize("decay", [(0.05, None), (0.04, 0.4), (0.3, 0.0)])
+def test_the_whole_course_of_learning_rate_and_weight_decay(warmup, decay):
+    """Every step of every group: DINO's weight decay rises on half a cosine, without warm-up."""
+    start, end = decay
+    config = Optim(warmup=warmup, min_lr=0.1, weight_decay=start, weight_decay_end=end, layer_decay=0.5)
+    objective = small_objective("supervised")
+    optimizer = optim.build(objective, config, 2.0)
+    name = {id(p): n.removeprefix("backbone.model.") for n, p in objective.named_parameters()}
     for step in range(20):
-        rates.append(optim.set_schedule(optimizer, config, 1.0, step, 20))
-        decays.append(max(g["weight_decay"] for g in optimizer.param_groups))
-    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rates[-1] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
-    assert decays[0] == pytest.approx(0.04) and decays[-1] == pytest.approx(0.4)
+        rate = line_and_half_cosine(step, 20, 20 * warmup, 2.0, 0.1)
+        weight = start if end is None else end + (start - end) * (1 + math.cos(math.pi * step / 19)) / 2
+        assert optim.set_schedule(optimizer, config, 2.0, step, 20) == pytest.approx(rate, rel=1e-12)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                own = name[id(parameter)]
+                below = 0 if own.startswith("head.") else 1 if own.startswith(("norm.", "blocks.1.")) else 2
+                below = 3 if own.startswith(("patch_embed.", "pos_embed", "cls_token")) else below
+                assert group["lr"] == pytest.approx(rate * 0.5**below, rel=1e-12), own
+                plain = parameter.ndim > 1 and not own.endswith(".bias")
+                assert group["weight_decay"] == pytest.approx(weight if plain else 0.0, rel=1e-12), own
+
+
+@pytest.mark.parametrize("name", ["dino", "mae", "supervised"])
+def test_the_whole_course_of_the_averaged_weights(name):
+    """At every step the average moves by this step's momentum: DINO's and data2vec's rise on half a cosine to 1, that
+    of TensorFlow's moving average by (1 + t) / (10 + t)."""
+    settings = {
+        "dino": ["objective.momentum=0.9"],
+        "mae": ["objective.target=features", "objective.sees=mask tokens", "objective.momentum=0.9"],
+        "supervised": ["objective.ema=0.5"],
+    }
+    objective = small_objective(name, "backbone.drop_path=0", *settings[name])
+    pairs = {
+        "dino": lambda: [(objective.teacher, objective.backbone), (objective.teacher_head, objective.head)],
+        "mae": lambda: [(objective.teacher, objective.backbone)],
+        "supervised": lambda: [(objective.average, objective.backbone)],
+    }[name]()
+    weights = [[list(module.parameters())[0] for module in pair] for pair in pairs]
+    if name == "dino":
+        objective.teacher_count += 1
+    for step in range(12):
+        momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / 11)) / 2
+        if name == "supervised":
+            momentum = min(0.5, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for average, weight in weights:
+                average.zero_(), weight.fill_(1.0)
+        objective.on_optimizer_step(step, 12, lambda t: t)
+        for average, _ in weights:
+            assert average.flatten()[0].item() == pytest.approx(1 - momentum, abs=1e-6), step
+
+
+def test_the_whole_course_of_dino_s_temperature_and_frozen_prototypes():
+    """The teacher's temperature rises on a line over the first 30 % of the steps; the prototypes stay for 20 %."""
+    objective = small_objective(
+        "dino",
+        "objective.teacher_temperature_start=0.02",
+        "objective.teacher_temperature=0.07",
+        "objective.teacher_warmup=0.3",
+        "objective.freeze_last_layer=0.2",
+    )
+    for step in range(20):
+        expected = 0.02 + 0.05 * min(step / 6, 1.0)
+        assert objective.teacher_temperature(step, 20) == pytest.approx(expected, rel=1e-12)
+        objective.zero_grad()
+        result = objective(make_batch(objective, torch.arange(4), step=step, total=20))
+        result["loss"].backward()
+        objective.before_optimizer_step(step, 20)
+        assert (objective.head.last.direction.grad is None) == (step < 4), step
+        # and it is the temperature of the loss: the entropy is that of the teacher's softmax by it
+        batch = make_batch(objective, torch.arange(4), step=step, total=20)
+        two = torch.cat([batch.views["global1"], batch.views["global2"]])
+        with torch.no_grad():
+            p = ((objective.teacher_head(objective.teacher.tokens(two)[:, 0]) - objective.center) / expected).softmax(
+                -1
+            )
+        assert result["teacher_entropy"].item() == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_clipping_global_and_per_parameter():
