@@ -43,10 +43,11 @@ class Source:
     size: tuple[int, int] | None  # None: the images' own
 
     def data(self) -> recipes.Data | None:
-        """The images of its pre-training, as its recipe names them: all, where it saw a part, with their own facts."""
+        """The images of its pre-training, as its recipe names them: all, where it saw a part, with their own facts, but
+        mirrored only where the recipe allows it, as that is what the user knows of the labels."""
         if not self.settings:
             return None
-        facts = dict.fromkeys(("size", "channels", "mean", "std", "flip", "subset"))
+        facts = dict.fromkeys(("size", "channels", "mean", "std", "subset"))
         return recipes.Data(**self.settings["data"] | facts | dict(hold_out=False))
 
     @property

@@ -79,6 +79,8 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     Raises UserError for an unknown name, a missing path, an unreachable hub, an empty folder, a broken image.
     """
     whole = _load(config, "report" if role == "report" else "train", classes)
+    if config.flip is not None:  # what the recipe says of the images counts
+        whole.flip = config.flip
     if role == "report" or (config.subset is None and not config.hold_out):
         return whole
     labels = np.zeros(len(whole), dtype=int) if whole.labels is None else whole.labels.numpy()
