@@ -67,7 +67,8 @@ def refuse_missing(run: Path) -> None:
     if str(run) in features.CONTROLS or str(run) in timm.list_models() + timm.list_models(pretrained=True):
         return
     if not any((run / file).exists() for file in ("recipe.yaml", "results.jsonl", "config.json")):
-        raise UserError(f"There is no run {str(run)!r}.{errors.nearest(str(run), map(str, run.parent.glob('*')))}")
+        others = (str(path) for path in run.parent.glob("*") if path != run)
+        raise UserError(f"There is no run {str(run)!r}.{errors.nearest(str(run), others)}")
 
 
 @torch.no_grad()

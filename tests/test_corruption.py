@@ -27,8 +27,8 @@ VARIANTS = {
     "masked patch prediction": [
         "objective.sees=mask tokens",
         "objective.ratio=0.5",
-        "objective.others=0.1",
-        "objective.kept=0.1",
+        "objective.others=0.25",
+        "objective.kept=0.125",
         "objective.target=colour",
     ],
 }
@@ -137,10 +137,10 @@ def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
     masked = (given[0] == objective.mask_token).all(-1)
     same = (given[0] == clean).all(-1)
     others = ~masked & ~same
-    assert objective.hidden == 32 and (masked.sum(1) == 26).all() and (others.sum(1) == 3).all()
-    assert (hidden & same).sum(1).tolist() == [3] * 6 and not (masked | others)[~hidden].any()
-    for shown, tokens in zip(given[0][others].split(3), clean, strict=True):
-        assert all((token == tokens).all(-1).any() for token in shown)
+    assert objective.hidden == 32 and (masked.sum(1) == 20).all() and (others.sum(1) == 8).all()
+    assert (hidden & same).sum(1).tolist() == [4] * 6 and not (masked | others)[~hidden].any()
+    for shown, tokens, out_of_sight in zip(given[0][others].split(8), clean, hidden, strict=True):
+        assert all((token == tokens[~out_of_sight]).all(-1).any() for token in shown)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,8 +1,11 @@
 """What every objective promises, whatever its loss."""
 
+import dataclasses
+import json
+import math
+import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -202,56 +205,31 @@ def test_an_unknown_objective_is_refused():
 
 
 def test_a_new_objective_is_one_file_and_one_recipe(tmp_path):
-    """A newcomer's objective: its file beside ours, its recipe anywhere, nothing else touched."""
-    package = tmp_path / "ssl_vit" / "objectives"
-    package.mkdir(parents=True)
+    """The README's: its file beside ours, its recipe anywhere, its command, nothing else touched."""
     root = Path(objectives.__file__).parents[2]
-    for file in [*root.glob("ssl_vit/*.py"), *root.glob("ssl_vit/objectives/*.py")]:
-        (tmp_path / file.relative_to(root)).symlink_to(file)
-    (package / "rotation.py").write_text(
-        textwrap.dedent('''
-        """Predict by how many quarter turns an image was rotated (Gidaris et al. 2018, arXiv 1803.07728)."""
-
-        from dataclasses import dataclass
-
-        import torch
-        import torch.nn.functional as F
-        from torch import nn
-
-        from ssl_vit.objectives.base import Objective
-        from ssl_vit.recipe import setting
-
-
-        @dataclass
-        class Config:
-            turns: int = setting(4, "how many", at_least=2, at_most=4)
-
-
-        class Rotation(Objective):
-            Config = Config
-
-            def __init__(self, config, backbone, facts):
-                super().__init__(config, backbone, facts)
-                self.views = facts.single_view()
-                self.head = nn.Linear(backbone.width, config.turns)
-
-            def forward(self, batch):
-                turn = batch.draw.words("turn")[:].remainder(self.config.turns)
-                images = batch.views["image"]
-                turned = torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turn)])
-                logits = self.head(self.backbone.tokens(turned, batch.draw)[:, 0])
-                return dict(loss=F.cross_entropy(logits.float(), turn))
-        ''')
-    )
-    (tmp_path / "rotation.yaml").write_text(
-        "train: {steps: 3, batch_size: 16}\nbackbone: {width: 16, depth: 1, heads: 2}\nobjective: {name: rotation}\n"
-    )
-    command = [sys.executable, "ssl_vit/pretrain.py", "--recipe", "rotation.yaml", "--output", "run"]
+    text = (root / "README.md").read_text()
+    [(name, code)] = re.findall(r"```python\n# (ssl_vit/objectives/\w+\.py)\n(.*?)```", text, re.DOTALL)
+    [(recipe, command, settings)] = re.findall(r"```yaml\n# (\w+\.yaml); python (.*?)\n(.*?)```", text, re.DOTALL)
+    for file in root.glob("ssl_vit/**/*.py"):
+        copy = tmp_path / file.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(file)
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).write_text(code)
+    (tmp_path / recipe).write_text(settings)
+    small = ["train.steps=3", "train.batch_size=16", "backbone.width=16", "backbone.depth=1", "backbone.heads=2"]
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=120
+        [sys.executable, *command.split(), *small, "--output", "run"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] == pytest.approx(math.log(4), rel=0.5)  # of four turns
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -260,10 +238,15 @@ def environment(root: Path) -> dict[str, str]:
     return os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
 
 
-def test_every_objective_s_settings_are_documented():
-    for name in ("reconstruct", "dino", "supervised"):
-        lines = recipes.describe({"objective": objectives.find(name).Config})
-        assert "objective." in lines
+@pytest.mark.parametrize("name", objectives.names())
+def test_every_objective_s_settings_are_documented(name):
+    """Each with a sentence of its own, which `--help` prints."""
+    config = objectives.find(name).Config
+    said = recipes.describe({"objective": config})
+    helps = [field.metadata.get("help", "") for field in dataclasses.fields(config)]
+    assert all(len(text.split()) >= 2 for text in helps) and len(set(helps)) == len(helps) > 0
+    for field, text in zip(dataclasses.fields(config), helps, strict=True):
+        assert f"objective.{field.name}" in said and text in said, field.name
 
 
 def test_batch_norm_in_the_head_says_that_it_ties_the_batch():
