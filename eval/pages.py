@@ -80,7 +80,7 @@ class Figure:
 
 @dataclass
 class Gallery:
-    """Pictures with what they show."""
+    """Pictures side by side, with what they show."""
 
     pictures: list[tuple[Path, str]]
 
@@ -132,9 +132,9 @@ small{display:block;font-size:12px;font-weight:400;color:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:28px 40px}
 .charts.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr))}
 .charts svg{display:block;margin-left:-8px;width:calc(100% + 16px);height:auto;max-width:560px}
-.gallery{columns:300px 3;column-gap:24px;margin:16px 0}
-.gallery figure{margin:0 0 24px;break-inside:avoid}
-.gallery img{display:block;width:100%;image-rendering:pixelated;border:1px solid var(--rule)}
+.gallery{display:flex;gap:24px;align-items:flex-start;overflow-x:auto;margin:16px 0}
+.gallery figure{flex:none;margin:0}
+.gallery img{display:block;border:1px solid var(--rule)}
 details{margin:10px 0;font-size:15px}
 figcaption details,.caption details{font-size:13px;margin:4px 0}
 summary{cursor:pointer;color:var(--mark)}
@@ -238,7 +238,11 @@ def _html(block: Block) -> str:
             words = f"<figcaption>{escape(caption)}{_rows(sources)}</figcaption>"
             return f'<figure><div class="{kind}">{drawn}</div>{words}</figure>'
         case Gallery(pictures):
-            return '<div class="gallery">' + "".join(_picture(path, words) for path, words in pictures) + "</div>"
+            return (
+                '<div class="gallery" tabindex="0">'
+                + "".join(_picture(path, words) for path, words in pictures)
+                + "</div>"
+            )
         case Folded(summary, blocks):
             inner = "".join(map(_html, blocks))
             return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
@@ -294,7 +298,7 @@ def _picture(path: Path, words: str) -> str:
         image.convert("RGB").save(small, "WEBP", quality=75)  # a fifth of a PNG's bytes
     data = base64.b64encode(small.getvalue()).decode()
     image = f'<img src="data:image/webp;base64,{data}" alt="{escape(words)}" loading="lazy">'
-    return f"<figure>{image}<figcaption>{escape(words)}</figcaption></figure>"
+    return f"<figure><figcaption>{escape(words)}</figcaption>{image}</figure>"
 
 
 def _anchor(text: str) -> str:

@@ -1,6 +1,5 @@
 """Pictures of what a backbone sees in a few test images, written beside those of pre-training."""
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -15,29 +14,32 @@ SHOWN, NEAREST = 6, 6
 
 @torch.inference_mode()
 def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queries: Features) -> None:
-    """SOURCE/pictures/DATA-neighbours.png and DATA-patches.png.
+    """SOURCE/pictures/DATA-neighbours.png and DATA-patches.png, with a row for each of the same few test images.
 
-    neighbours: a row for each test image, first itself, then the training images nearest to it by the class token, or
-    the mean of the patches where there is none (centred cosine). patches: the first three principal components of the
-    patch features of these images, over all of them, as red, green and blue.
+    neighbours: itself, then the training images nearest to it by the class token, or the mean of the patches where
+    there is none (centred cosine). patches: itself, and the first three principal components of the patch features of
+    all these images as red, green and blue.
     """
     device = next(source.backbone.parameters()).device
-    chosen = torch.from_numpy(np.linspace(0, len(test) - 1, SHOWN).astype(np.int64))
+    chosen = pictures.spread(len(test), test.labels, SHOWN)
     images = _views(source, test, chosen, device)
     pooling = next(iter(bank.poolings(-1)))
     near, far = neighbours.prepare(bank.poolings(-1)[pooling], queries.poolings(-1)[pooling][chosen.numpy()])
     nearest = neighbours.nearest(near, far, min(NEAREST, len(near)))[1]
     found = _views(source, train, torch.from_numpy(nearest.flatten()), device).unflatten(0, nearest.shape)
-    folder = source.folder / "pictures"
-    pictures.save(torch.cat([images[:, None], found], 1), folder / f"{short(test.name)}-neighbours.png")
+    folder, name = source.folder / "pictures", short(test.name)
+    title = f"{test.name}, {test.split}: images {', '.join(map(str, chosen.tolist()))}"
+    space = "class token" if pooling == "cls" else "mean of the patches"
+    ranks = [f"training image nearest by the {space}", *(f"{rank}." for rank in range(2, nearest.shape[1] + 1))]
+    sheet = pictures.Sheet(torch.cat([images[:, None], found], 1), ["original", *ranks])
+    pictures.save(sheet, folder / f"{name}-neighbours.png", title)
 
     [(_, patches)] = source.backbone.features(images.to(device))
     colours = components(patches.float().cpu())
     colours = interpolate(colours.permute(0, 3, 1, 2), images.shape[-2:], mode="nearest")
-    if images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)
-    if images.shape[1] == 3:
-        pictures.save(torch.stack([images, colours]), folder / f"{short(test.name)}-patches.png")
+    shown = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
+    words = ["original", "patch features: three principal components as red, green, blue"]
+    pictures.save(pictures.Sheet(torch.stack([shown, colours], 1), words), folder / f"{name}-patches.png", title)
 
 
 def components(patches: Tensor) -> Tensor:

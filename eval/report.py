@@ -71,7 +71,7 @@ DEFINITIONS = {
     "from scratch. A code behind the name stands for other settings, which are never put into one column.",
 }
 PICTURES = dict(
-    reconstruction="what is reconstructed",
+    reconstruction="original, input to the encoder, and reconstruction",
     attention="attention of the class token",
     neighbours="nearest training images of test images",
     patches="PCA of patch features as RGB",
@@ -299,19 +299,26 @@ def _compared(estimate: intervals.Estimate, difference: np.ndarray) -> list[Cell
 
 
 def gallery(groups: list[Group]) -> list[Block]:
-    """The pictures of each recipe's first seed; of a study's arm those with the largest budget."""
-    pictures = [
-        (file, f"{group.label}: {_shows(file.stem)}")
-        for group in sorted((g for g in groups if not g.lesser), key=lambda g: (g.control, g.label))
-        for file in sorted((group.runs[0].folder / "pictures").glob("*.png"))
-    ]
-    return [Heading("Pictures"), Text("Of the first seed of each recipe."), Gallery(pictures)] if pictures else []
+    """The pictures of each recipe's first seed, those of one kind side by side; of a study's arm those with the largest
+    budget."""
+    kinds: dict[str, list[tuple[Path, str]]] = {}
+    for group in sorted((g for g in groups if not g.lesser), key=lambda g: (g.control, g.label)):
+        for file in sorted((group.runs[0].folder / "pictures").glob("*.png")):
+            kind, task = _shows(file.stem)
+            kinds.setdefault(kind, []).append((file, f"{group.label}{task}: {kind}"))
+    blocks: list[Block] = [Heading("Pictures"), Text("Of the first seed of each recipe.")] if kinds else []
+    for kind, pictures in sorted(kinds.items()):
+        blocks += [Heading(kind[0].upper() + kind[1:], 3), Gallery(pictures)]
+    return blocks
 
 
-def _shows(stem: str) -> str:
-    """What a picture of this name shows."""
+def _shows(stem: str) -> tuple[str, str]:
+    """(what a picture of this name shows, of which task of several)."""
     data, _, kind = stem.rpartition("-")
-    return f"{data}: {PICTURES[kind]}" if data and kind in PICTURES else PICTURES.get(stem, stem)
+    if data and kind in PICTURES:
+        return f"{data}: {PICTURES[kind]}", ""
+    task, _, kind = stem.rpartition("_")
+    return PICTURES.get(kind, stem), f" ({task})" if task and kind in PICTURES else ""
 
 
 def provenance(runs: list[Run], tests: list[Test], command: str) -> list[Block]:

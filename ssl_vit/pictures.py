@@ -1,19 +1,69 @@
-"""Sheets of small images, as PNG files."""
+"""Sheets of small images under the words that say what they show, as PNG files."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
-LEAST = 96  # pixels that the side of an image has at least
+SIDE = 160  # pixels that an image is wide at least: one can look at it, and there is room for words
+GAP, LINES, TEXT = 6, 4, 13  # between images; lines above every column, so that sheets align; pixels of the letters
 
 
-def save(panels: Tensor, file: Path) -> None:
-    """Write images (rows, columns, C, H, W) in [0, 1] as one sheet, enlarged if small; of 2 or 4 and more channels the
-    first."""
+@dataclass
+class Sheet:
+    """Images side by side. panels: (rows, columns, C, H, W) in [0, 1]; columns: what each column shows."""
+
+    panels: Tensor
+    columns: list[str]
+
+
+def spread(count: int, labels: Tensor | None, most: int) -> Tensor:
+    """Which of `count` images to show, int64 (at most `most`,): evenly over the classes, or over their order."""
+    order = torch.arange(count) if labels is None else labels.cpu().argsort(stable=True)
+    most = min(most, count)
+    return order[((torch.arange(most) + 0.5) * count / most).long()]
+
+
+def save(sheet: Sheet, file: Path, title: str) -> None:
+    """Write the sheet, enlarged if it is small, each column under its words, a title beneath.
+
+    Of images that are neither grey nor RGB the first channel is shown.
+    """
+    rows, columns, channels, height, width = sheet.panels.shape
+    scale = math.ceil(SIDE / width)
+    tall, wide = height * scale + GAP, width * scale + GAP
+    font = ImageFont.load_default(TEXT)
+    line = math.ceil(1.4 * TEXT)
+    top, beneath = LINES * line + GAP, _wrapped(title, font, columns * wide)
+    bottom = top + rows * tall
+    page = Image.new("RGB", (columns * wide + GAP, bottom + len(beneath) * line + GAP), "white")
+    draw = ImageDraw.Draw(page)
+    for column, words in enumerate(sheet.columns):
+        wrapped = _wrapped(words, font, wide - GAP)[:LINES]
+        for i, text in enumerate(wrapped, LINES - len(wrapped)):  # the last line just above the images
+            draw.text((GAP + column * wide, i * line), text, "black", font)
+    for i, text in enumerate(beneath):
+        draw.text((GAP, bottom + i * line), text, "black", font)
+    panels = sheet.panels if channels in (1, 3) else sheet.panels[:, :, :1]
+    pixels = (panels.float().cpu().clamp(0, 1) * 255).round().byte().expand(-1, -1, 3, -1, -1)
+    pixels = pixels.permute(0, 1, 3, 4, 2).numpy().repeat(scale, 2).repeat(scale, 3)
+    for (row, column), _ in np.ndenumerate(pixels[:, :, 0, 0, 0]):
+        page.paste(Image.fromarray(pixels[row, column]), (GAP + column * wide, top + row * tall))
     file.parent.mkdir(parents=True, exist_ok=True)
-    images = panels.flatten(0, 1)
-    images = images if images.shape[1] in (1, 3) else images[:, :1]
-    scale = max(1, LEAST // images.shape[-1])
-    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    save_image(make_grid(images, nrow=panels.shape[1], pad_value=1.0), file)
+    page.save(file)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The text in lines of at most so many pixels, or of one word."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -32,6 +32,8 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Facts, Objective
 from ssl_vit.randomness import Draw, Order
 
+SHOWN = 8  # images in the pictures of a run
+
 
 def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     """Train until the recipe's budget is spent, then write the backbone. Returns the exit code."""
@@ -446,15 +448,38 @@ def name_of(device: torch.device) -> str:
 def finish(run: checkpoint.Run, recipe: recipes.Recipe, objective: Objective, images: data.ImageSet, device) -> None:
     """Write the pictures, then the backbone, whose presence says that the run is finished."""
     objective.eval()
-    size = tuple(recipe.data.size)
-    chosen = torch.arange(min(8, len(images)))
-    [batch] = data.evaluation_views(images, size, weights.crop_pct(size), device, chosen)
-    with torch.no_grad():
-        shown = objective.show(batch, Draw(recipe.train.seed, recipe.train.steps, chosen, device))
-    for name, panels in shown.items():
-        pictures.save(panels, run.path / "pictures" / f"{name}.png")
+    if objective.shows:
+        batch, title = to_show(recipe, images, device)
+        # one address for all runs, so that recipes and lengths are seen on the same images with the same mask
+        with torch.no_grad():
+            shown = objective.show(batch, Draw(0, 0, torch.arange(len(batch)), device))
+        for name, sheet in shown.items():
+            pictures.save(sheet, run.path / "pictures" / f"{name}.png", title)
     weights.save(objective.exported, run.path / "backbone")
     say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: python eval/knn.py --backbone {run.path}")
+
+
+def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device) -> tuple[Tensor, str]:
+    """(eight unaugmented images (8, C, H, W) in [0, 1] on the device, which they are), spread over the classes.
+
+    They are of the report split; of the held-out images in a run that leaves those out; of the training images where
+    neither can be read.
+    """
+    size = tuple(recipe.data.size)
+
+    def look(others: data.ImageSet, kind: str) -> tuple[Tensor, str]:
+        chosen = pictures.spread(len(others), others.labels, SHOWN)
+        [batch] = data.evaluation_views(others, size, weights.crop_pct(size), device, chosen)
+        return batch, f"{others.name}, {kind}: images {', '.join(map(str, chosen.tolist()))}"
+
+    role = "held out" if recipe.data.hold_out else "report"
+    try:
+        others = data.load(recipe.data, role, images.classes)
+        kind = "held out of training" if recipe.data.hold_out else f"report split ({others.split})"
+        return look(others, kind)
+    except UserError as error:
+        say(f"The pictures show training images, for want of others: {error}")
+        return look(images, "training split")
 
 
 def main() -> int:

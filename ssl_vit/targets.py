@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_vit.errors import UserError
-from ssl_vit.patches import patchify, unpatchify
+from ssl_vit.patches import patchify
 
 
 def distance(name: str, prediction: Tensor, target: Tensor) -> Tensor:
@@ -42,14 +42,18 @@ class Pixels(nn.Module):
         """(…, width) twice → one loss per patch (…)."""
         return distance(self.loss_name, prediction, target)
 
-    def picture(self, prediction: Tensor, images: Tensor) -> Tensor:
-        """Predictions as standardised images, un-normalised with the true patches' mean and variance."""
-        patches = patchify(images, self.patch)
-        if self.normalise:
-            scale = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-            prediction = prediction * scale + patches.mean(-1, keepdim=True)
-        grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
-        return unpatchify(prediction, self.patch, grid)
+    def picture(self, prediction: Tensor, patches: Tensor, known: Tensor) -> Tensor:
+        """Predictions (B, N, width) as standardised patches, (B, N, width).
+
+        What a normalised patch lacks, its mean and variance, is taken from the average of the patches that it was
+        predicted from: the true ones would show silhouettes that no network drew. patches: those that were given,
+        (B, N, width); known: which of them each was predicted from, bool (B or 1, N or 1, N).
+        """
+        if not self.normalise:
+            return prediction
+        share = known / known.sum(-1, keepdim=True).clamp(min=1)
+        mean, variance = share @ patches.mean(-1, keepdim=True), share @ patches.var(-1, keepdim=True)
+        return prediction * (variance + 1e-6).sqrt() + mean
 
 
 class Features(nn.Module):

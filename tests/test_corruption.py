@@ -49,21 +49,6 @@ def test_no_loss_depends_on_the_cut_of_the_batch(variant):
     assert all(p.grad is not None for p in objective.backbone.model.blocks.parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_pictures(variant):
-    objective = small(variant).eval()
-    images = make_batch(objective, torch.arange(3)).views["image"]
-    with torch.no_grad():
-        [panels] = objective.show(images, Draw(0, 0, torch.arange(3))).values()
-    assert (
-        panels.shape == (3, 2 if variant == "features" else 3, *images.shape[1:])
-        and 0 <= panels.min()
-        and panels.max() <= 1
-    )
-    if variant != "autoencoder" and not variant.startswith("next"):
-        assert (panels[:, 1] - panels[:, 0]).abs().max() > 0.05  # the encoder sees something else
-
-
 def spoiled(objective, images):
     draw = Draw(0, 0, torch.arange(len(images)))
     order = objective.order(draw)

@@ -180,7 +180,11 @@ def test_frozen_layers_stay_and_pictures_are_named_after_their_task():
     images = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         shown = objective.eval().show(images, Draw(0, 0, torch.arange(4)))
-    assert set(shown) == {"mae_reconstruction", "dino_attention"}
+    assert set(shown) == {"mae_reconstruction", "dino_attention"} and objective.shows
+    with torch.no_grad():
+        alone = objective.tasks[0].show(images, Draw(0, 0, torch.arange(4)))["reconstruction"]
+    assert torch.equal(shown["mae_reconstruction"].panels, alone.panels)  # the same mask as without other tasks
+    assert not small_objective("multitask", tasks("supervised", "mae")).tasks[0].shows
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,28 @@ def test_pictures_beneath_the_report_are_linked_in_markdown(tmp_path, monkeypatc
     assert "[mae: attention of the class token](<runs/mae-s0/pictures/attention.png>)" in text
 
 
+def test_pictures_of_one_kind_stand_side_by_side(tmp_path, monkeypatch):
+    """Arm by arm, each with its name: whoever compares reconstructions need not look for them."""
+    drawn = dict(mae=["reconstruction", "cifar10-patches"], dino=["attention", "cifar10-patches"])
+    drawn["multitask"] = ["simmim_reconstruction"]
+    runs = []
+    for name, files in drawn.items():
+        [run] = many(tmp_path / name, name, 0.6, seeds=1)
+        (run / "pictures").mkdir()
+        for file in files:
+            Image.new("RGB", (8, 8)).save(run / "pictures" / f"{file}.png")
+        runs.append(run)
+    page, _ = write_report(runs, tmp_path / "out", monkeypatch)
+    check_html(page)
+    galleries = re.findall(r'<h3[^>]*>([^<]+)</h3>\s*<div class="gallery"[^>]*>(.*?)</div>', page, re.DOTALL)
+    found = {title.split(",")[0]: re.findall(r"<figcaption>([^:<]+)", inside) for title, inside in galleries}
+    assert found == {
+        "Attention of the class token": ["dino"],
+        "Cifar10: PCA of patch features as RGB": ["dino", "mae"],
+        "Original": ["mae", "multitask (simmim)"],
+    }
+
+
 # the charts
 
 

@@ -16,6 +16,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit import views
 from ssl_vit.backbone import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
+from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 
 
@@ -59,6 +60,7 @@ class Objective(nn.Module):
     views: views.ViewSpec  # what views one image becomes, by name
     labelled: bool = False  # whether labels are needed
     fits: bool = False  # whether `fit` has anything to learn
+    shows: bool = False  # whether `show` has pictures
     row_multiple: int = 1  # a micro-batch holds whole groups of so many rows: 2 where row r is mixed with row r^1
 
     def __init__(self, config, backbone: Backbone, facts: Facts):
@@ -97,8 +99,8 @@ class Objective(nn.Module):
         counted bool (B, N): those over which the loss runs)."""
         return None
 
-    def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """Pictures of what was learnt, float (B, K, C, H, W) in [0, 1]: K panels for each image, by file name."""
+    def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
+        """Pictures of what was learnt, by file name: a row of panels for each of the images in [0, 1]."""
         return {}
 
     def alarm(self, logged: dict[str, float]) -> str | None:

@@ -15,6 +15,7 @@ from ssl_vit import views
 from ssl_vit.backbone import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Facts, Objective, follow
+from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
 from ssl_vit.schedules import cosine, ramp
@@ -53,6 +54,7 @@ class DINO(Objective):
     """Shapes: B rows, V views of which the first two are global, K prototypes."""
 
     Config = Config
+    shows = True
 
     def __init__(self, config: Config, backbone: Backbone, facts: Facts):
         super().__init__(config, backbone, facts)
@@ -147,13 +149,14 @@ class DINO(Objective):
         self.center.lerp_(mean, 1 - self.config.center_momentum)
 
     @torch.no_grad()
-    def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+    def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
         """The image, and each head's attention of the class token in the teacher's last block."""
         maps = self.teacher.attention(images)
         low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
         maps = F.interpolate((maps - low) / (high - low).clamp(min=1e-12), images.shape[-2:], mode="nearest")
         panels = maps[:, :, None].expand(-1, -1, images.shape[1], -1, -1)
-        return dict(attention=torch.cat([images[:, None], panels], 1))
+        heads = [f"attention of the class token, head {head + 1}" for head in range(maps.shape[1])]
+        return dict(attention=Sheet(torch.cat([images[:, None], panels], 1), ["original", *heads]))
 
     def alarm(self, logged: dict[str, float]) -> str | None:
         largest = math.log(self.config.prototypes)

@@ -29,6 +29,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit.backbone import Backbone
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
 
@@ -135,11 +136,14 @@ class Multitask(Objective):
         for task in self.tasks:
             task.on_optimizer_step(step, total, reduce)
 
-    def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+    @property
+    def shows(self) -> bool:
+        return any(task.shows for task in self.tasks)
+
+    def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
+        """The tasks' pictures, by task, each with the mask that it has when it is trained alone."""
         return {
-            f"{name}_{picture}": panels
-            for name, task in self.each()
-            for picture, panels in task.show(images, draw.named(name)).items()
+            f"{name}_{file}": sheet for name, task in self.each() for file, sheet in task.show(images, draw).items()
         }
 
     def alarm(self, logged: dict[str, float]) -> str | None:

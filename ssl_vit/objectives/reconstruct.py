@@ -32,6 +32,7 @@ from ssl_vit.backbone import Backbone, sincos_positions, xavier
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Facts, Objective, follow
 from ssl_vit.patches import patchify, unpatchify
+from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
 from ssl_vit.schedules import cosine
@@ -78,6 +79,7 @@ class Reconstruct(Objective):
     """Corrupt, encode, predict. Shapes: N patches in a grid, K kept, P prefix tokens, D encoder width."""
 
     Config = Config
+    shows = True
 
     def __init__(self, config: Config, backbone: Backbone, facts: Facts):
         super().__init__(config, backbone, facts)
@@ -225,26 +227,50 @@ class Reconstruct(Objective):
         patches, absent = self.exchange(patchify(spoiled, b.patch), order), self.absent(order)
         return unpatchify(patches.masked_fill(absent[..., None], 0.0), b.patch, self.grid), absent, hidden
 
-    def show(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """Original, what the encoder saw, and the reconstruction with visible patches pasted in."""
+    def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
+        """Original, what the encoder is given, and the reconstruction of what is hidden in place of it."""
         b, patch = self.backbone, self.backbone.patch
         clean = b.normalise(images)
         prediction, hidden, _, _ = self.predict(images, draw)
         prediction = prediction.float()
         given = self.given(images, draw)
-        seen = clean if given is None else given[0]
-        if self.teacher is not None:
-            made = seen  # features have no picture
-        elif self.config.target == "noise":
-            made = seen - self.target.picture(prediction, clean)
-        elif isinstance(self.target, targets.Pixels):
-            made = self.target.picture(prediction, clean)
+        if given is None:
+            place = torch.arange(hidden.shape[1], device=images.device)
+            seen, known = clean, (place < place[:, None])[None]
         else:
+            seen, known = given[0], ~given[1][:, None]
+        if self.config.target == "noise":
+            made = seen - unpatchify(prediction, patch, self.grid)
+        elif isinstance(self.target, targets.Pixels):
+            made = unpatchify(self.target.picture(prediction, patchify(seen, patch), known), patch, self.grid)
+        elif isinstance(self.target, targets.Tokens):
             made = unpatchify(self.target.codes()[prediction.argmax(-1)], patch, self.grid)
-        if self.config.mask in ("random", "blocks"):
-            made = torch.where(corruption.pixels_of(hidden, self.grid, patch), made, seen)
-        panels = torch.stack([clean, seen, made] if self.teacher is None else [clean, seen], 1)
-        return dict(reconstruction=(panels * b.std + b.mean).clamp(0, 1))
+        else:
+            made = seen  # features have no picture
+        made = torch.where(corruption.pixels_of(hidden, self.grid, patch), made, seen)
+        columns = self.columns()
+        panels = torch.stack([clean, seen, made][: len(columns)], 1)
+        return dict(reconstruction=Sheet((panels * b.std + b.mean).clamp(0, 1), columns))
+
+    def columns(self) -> list[str]:
+        """What the panels of `show` are."""
+        c = self.config
+        given = "input to the encoder"
+        if c.mask in NEXT:
+            return ["original", given, f"each patch as predicted from the true ones before it{self.manner()}"]
+        if c.target == "features":
+            return ["original", given]
+        return ["original", given, f"reconstruction{' of the hidden patches' * (c.mask != 'none')}{self.manner()}"]
+
+    def manner(self) -> str:
+        """How a prediction is drawn."""
+        if isinstance(self.target, targets.Pixels) and self.target.normalise:
+            return ", with the mean and variance of the average patch of the input"
+        return {
+            "noise": ": the input less the predicted noise",
+            "colour": ": the most likely of its mean colours",
+            "kmeans": ": the most likely of its tokens",
+        }.get(self.config.target, "")
 
 
 NEXT = ("causal", "prefix")  # every patch is predicted from those before it
