@@ -30,7 +30,8 @@ def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queri
     folder, name = source.folder / "pictures", short(test.name)
     title = f"{test.name}, {test.split}: images {', '.join(map(str, chosen.tolist()))}"
     space = "class token" if pooling == "cls" else "mean of the patches"
-    ranks = [f"training image nearest by the {space}", *(f"{rank}." for rank in range(2, nearest.shape[1] + 1))]
+    ranks = [f"neighbour {rank} in train" for rank in range(1, nearest.shape[1] + 1)]
+    ranks[0] += f", by the {space}"
     sheet = pictures.Sheet(torch.cat([images[:, None], found], 1), ["original", *ranks])
     pictures.save(sheet, folder / f"{name}-neighbours.png", title)
 

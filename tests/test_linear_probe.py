@@ -43,9 +43,10 @@ def test_a_sweep_trains_each_head_as_a_plain_float64_loop(rate):
     mean, std = TRAIN.astype(np.float64).mean(0), TRAIN.astype(np.float64).std(0)
     x, y = [np.c_[(v - mean) / std / np.sqrt(6), np.ones(len(v))] for v in (TRAIN, OTHERS)]
     weight, speed = np.zeros((7, 4)), np.zeros((7, 4))
-    batches = heads._batches(np.random.default_rng(0), 300, 32)
+    shuffled = np.random.default_rng(0)  # one order of all images after another, cut into batches
+    order = np.concatenate([shuffled.permutation(300) for _ in range(7)])
     for step in range(60):
-        chosen = next(batches)
+        chosen = order[32 * step : 32 * step + 32]
         speed = 0.9 * speed + x[chosen].T @ (softmax(x[chosen] @ weight) - one_hot(LABELS[chosen])) / 32
         weight -= rate * 0.5 * (1 + np.cos(np.pi * step / 59)) * speed
     assert (found["a", rate] == (y @ weight).argmax(1)).mean() > 0.99
