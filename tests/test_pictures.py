@@ -11,6 +11,7 @@ from test_loop import TINY
 from ssl_vit import corruption, data, pictures, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
+from ssl_vit.objectives.base import Batch
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
 
@@ -101,8 +102,12 @@ def answer(objective, images, target):
 
 @pytest.mark.parametrize("kind", ["predict the noise", "autoencoder", "blur", "simmim", "gaussian"])
 def test_the_picture_of_a_perfect_predictor_is_the_clean_image(kind):
+    """Of the predictor whose loss is 0, so that what is drawn is what was trained."""
     objective = objective_of(kind)
-    clean, seen, made = answer(objective, images_of(objective), objective.config.target)
+    images = images_of(objective)
+    clean, seen, made = answer(objective, images, objective.config.target)
+    loss = objective(Batch(dict(image=images), None, Draw(0, 0, ROWS), 0, 1))["loss"]
+    assert loss.item() == pytest.approx(0, abs=1e-10)
     torch.testing.assert_close(made, clean, atol=1e-4, rtol=0)
     assert kind == "autoencoder" or (seen - clean).abs().max() > 0.05
 

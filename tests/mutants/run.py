@@ -82,7 +82,7 @@ def pytest(folder: Path, tests: list[str]) -> tuple[int, str]:
     command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-rf", *tests]
     own = os.environ | dict(PYTHONPATH=str(folder))
     result = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
-    failed = re.search(r"^FAILED tests/\S*?(test_\w+\.py::\S+)", result.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED tests/(test_\w+\.py::.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
     return result.returncode, failed[1] if failed else (result.stdout + result.stderr).strip()[-300:]
 
 
