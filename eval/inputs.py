@@ -219,7 +219,7 @@ def row(source: features.Source, test: data.ImageSet) -> dict:
         metric="accuracy",
         classes=len(test.classes),
         chance=1 / len(test.classes),
-        majority=float(truth.bincount().max() / len(test)),
+        majority=truth.bincount().max().item() / len(test),
         **results.SURROUNDINGS,
     )
 

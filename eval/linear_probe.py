@@ -102,10 +102,7 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
                 scores[key] = scores.get(key, 0.0) + float((answer.predicted == labels[rest]).mean()) / folds
             held_out += len(rest)
         if folds:
-            best = {
-                g: max(((n, r) for n in names for r in heads.RATES), key=scores.__getitem__)
-                for g, names in groups.items()
-            }
+            best = {group: highest(scores, names) for group, names in groups.items()}
         else:
             best = {group: (unchosen(names), RATE) for group, names in groups.items()}
         used = {name for name, _ in best.values()}
@@ -155,6 +152,14 @@ def head_flops(options: dict, width: int, times: int, images: int) -> int:
     """Of one learning rate's head on features of this width: trained so often, it predicts for so many images in all.
     A step is a product forward and one for the gradient."""
     return (4 * times * options["steps"] * options["batch"] + 2 * images) * (width + 1) * options["classes"]
+
+
+def highest(scores: dict[tuple, float], names: list[tuple]) -> tuple[tuple, float]:
+    """(features, rate) of the best score among these features; of rates that do equally well, the middle one."""
+    top = max(scores[name, rate] for name in names for rate in heads.RATES) - 1e-9  # but for rounding
+    name = next(name for name in names if any(scores[name, rate] >= top for rate in heads.RATES))
+    alike = [rate for rate in heads.RATES if scores[name, rate] >= top]
+    return name, alike[len(alike) // 2]
 
 
 def unchosen(names: list[tuple[str, tuple[int, ...]]]) -> tuple[str, tuple[int, ...]]:

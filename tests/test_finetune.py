@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ from test_loop import ROOT, TINY, TORCHRUN, Started, arguments, launched, log_of
 from timm.layers import resample_abs_pos_embed
 
 from eval import finetune, results
+from eval.predictions import Predictions
 from ssl_vit import data, flops, optim, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -68,7 +70,8 @@ def test_a_run_beside_its_control_with_all_labels_and_few(tune, tmp_path, capsys
     asked = ["--labels", "all", "0.1", "--label-seeds", "0", "1"]
     rows = tune(*asked, backbones=("runs/mae", "runs/random"))
     said = capsys.readouterr().out
-    assert "| mae | 1,437 |" in said and "| random (random init) | 142 |" in said and "runs/mae/results.jsonl" in said
+    assert re.search(r"\| mae +\| 1,437 \| +\d+\.\d ± \d\.\d \|", said) and "| random (random init) | 142 " in said
+    assert "runs/mae/results.jsonl" in said and "Chance among 10 classes is 10.0" in said
     parts = [(r["label_fraction"], r["subset_seed"], r["train_n"]) for r in rows]
     assert parts == [(1.0, None, 1437), (0.1, 0, 142), (0.1, 1, 142)]
     assert len({results.row_id(r) for r in rows}) == len(rows) == len(tuned(tmp_path / "runs/mae"))
@@ -187,8 +190,8 @@ def judged(monkeypatch, best: float | None) -> list[tuple[str, float, int]]:
     def record(path, images, state):
         settings = yaml.safe_load((path / "recipe.yaml").read_text())
         seen.append((images.split, settings["optim"]["lr"], len(images), settings["images"]["count"]))
-        predicted, spent = predict(path, images, state)
-        return (images.labels.numpy() if settings["optim"]["lr"] == best else predicted), spent
+        answer, spent = predict(path, images, state)
+        return (Predictions(images.labels.numpy()) if settings["optim"]["lr"] == best else answer), spent
 
     monkeypatch.setattr(finetune, "predict", record)
     return seen
@@ -215,7 +218,7 @@ def test_the_best_at_the_edge_of_the_grid_is_said(tune, monkeypatch, capsys):
 
 def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch, capsys):
     def right(path, images, state):
-        return images.labels.numpy(), 0.0
+        return Predictions(images.labels.numpy()), finetune.Cost()
 
     monkeypatch.setattr(finetune, "predict", right)
     [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
@@ -326,7 +329,7 @@ def test_two_processes_train_and_judge_alike(tune, tmp_path):
     alone = np.load(tmp_path / "runs/mae" / one["predictions"])
     assert one["n"] == row["n"] == 360 and (both["true"] == alone["true"]).all()
     assert (both["predicted"] != alone["predicted"]).sum() <= 2  # rounding
-    assert one["eval_flops"] == row["eval_flops"] and said.count("| mae | 200 |") == 1
+    assert one["eval_flops"] == row["eval_flops"] and len(re.findall(r"\| mae +\| 200 ", said)) == 1
 
 
 def test_it_stops_when_told_and_goes_on(pretrained, tmp_path):
@@ -373,7 +376,6 @@ def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):
         (["--lr", "1e-3", "--lr-of", "runs/mae"], "--lr-of takes what was chosen of several --lr"),
         (["--extra-flops", "-1"], "--extra-flops must be 0 or more"),
         (["--labels", "5000"], "There are no 5000 labelled images"),
-        (["--labels", "1", "--lr", "1e-3", "2e-3"], "A class has but one labelled image"),
         (["--data", "nowhere"], "Unknown data 'nowhere'"),
     ],
 )
