@@ -338,10 +338,11 @@ def main() -> None:
     facts = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
     asked.config = dataclasses.replace(asked.config, **{fact: getattr(given, fact) for fact in facts})
     rows = [row for source in asked.sources for row in evaluate(source, asked, schedule)]
-    inputs.announce(rows)
-    say(table(rows, asked.folders))
-    places = dict.fromkeys(str(source.folder / "results.jsonl") for source in asked.sources)
-    say(f"\nRows: {', '.join(places)}")
+    if asked.state.is_main_process:  # which wrote what the table is of
+        inputs.announce(rows)
+        say(table(rows, asked.folders))
+        places = dict.fromkeys(str(source.folder / "results.jsonl") for source in asked.sources)
+        say(f"\nRows: {', '.join(places)}")
     PartialState().destroy_process_group()
 
 

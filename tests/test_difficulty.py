@@ -88,6 +88,18 @@ def test_the_errors_are_those_of_a_plain_loop():
     assert found["linear"] == pytest.approx(((predicted - y["scored"]) ** 2).sum() / variance, rel=1e-3)
 
 
+def test_the_penalty_is_chosen_on_images_that_are_not_scored():
+    """Noise teaches to trust no neighbour, the more the louder it is: only where it is chosen on does it count."""
+    objective, images = small_objective("masked-patch"), smooth(40)
+    noise = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    fifth = torch.arange(40) % 5
+    chosen = {}
+    for name, place in (("nowhere", 9), ("choosing", 3), ("scored", 4)):
+        mixed = torch.where((fifth == place)[:, None, None, None], noise, images)
+        chosen[name] = difficulty.measure(objective, mixed, 3)["penalty"]
+    assert chosen["scored"] == chosen["nowhere"] < chosen["choosing"]
+
+
 def test_harder_corruptions_have_larger_errors():
     def linear(*settings):
         return difficulty.measure(small_objective("mae", *settings), smooth(200), 0)["linear"]
