@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from eval.predictions import Predictions
 from ssl_vit.schedules import cosine
 
-# for features of unit expected length
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+# for features of unit expected length: few images ask for the low ones, features that hardly differ for the high ones
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 PENALTIES = tuple(10.0**e for e in range(-4, 4))  # scikit-learn's C
 MOMENTUM = 0.9
 

@@ -238,6 +238,15 @@ def test_settings_are_chosen_on_images_that_were_not_fitted(preset, tmp_path, mo
     watched.check(part, tried=2 if preset == "logistic" else 1)
 
 
+def test_of_rates_that_do_equally_well_the_middle_one_is_taken(monkeypatch):
+    monkeypatch.setattr(heads, "RATES", (0.1, 1.0, 10.0, 100.0))
+    scores = {("a", rate): 0.5 for rate in heads.RATES}
+    scores |= {("b", 0.1): 0.6, ("b", 1.0): 0.7, ("b", 10.0): 0.7, ("b", 100.0): 0.7}
+    assert linear_probe.highest(scores, ["a"]) == ("a", 10.0)
+    assert linear_probe.highest(scores | {("b", 1.0): 0.7 + 1e-16}, ["a", "b"]) == ("b", 10.0)
+    assert linear_probe.highest(scores | {("a", 0.1): 0.8}, ["a", "b"]) == ("a", 0.1)
+
+
 @pytest.mark.parametrize("preset", ["mae", "dino"])
 def test_published_heads_see_the_labelled_training_images_alone(preset, tmp_path, monkeypatch, backbone):
     """Their views are of those, with their labels; the test images are only judged."""
@@ -315,7 +324,9 @@ def test_one_label_per_class_takes_fixed_settings(tmp_path, monkeypatch, backbon
     assert {tuple(row["settings"]["blocks"]) for row in sweep.values()} == {(1,)}
     assert sweep["chosen"]["settings"]["pooling"] == "concat" and sweep["chosen"]["value"] == sweep["concat"]["value"]
     assert {row["settings"]["C"] for row in rows if row["protocol"] == "logistic"} == {1.0}
-    assert capsys.readouterr().out.count("fixed in advance") == 6  # both parts are the same ten images
+    said = capsys.readouterr()
+    assert "linear probe of small, 10 labels" in said.err  # its progress
+    assert said.out.count("fixed in advance") == 6  # both parts are the same ten images
 
 
 def few(monkeypatch, singles, unlabelled=0):
