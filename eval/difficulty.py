@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor
 
-from eval import features, inputs, results
+from eval import features, inputs, results, tables
 from ssl_vit import checkpoint, data, errors, pretrain
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
@@ -148,11 +148,11 @@ def ridge(moments: Tensor, penalty: float) -> Tensor:
 
 def table(rows: dict[str, dict]) -> str:
     """The errors by run, relative to the variance of the clean pixels, as Markdown."""
-    lines = ["| run | mean patch | as given | linear | penalty | images |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [["run", "mean patch", "as given", "linear", "penalty", "images"]]
     for name, row in rows.items():
         errors_of = [f"{row[key]:.3f}" for key in ("mean_patch", "identity", "linear")]
-        lines.append("| " + " | ".join([name, *errors_of, f"{row['penalty']:g}", f"{row['images']:,}"]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *errors_of, f"{row['penalty']:g}", f"{row['images']:,}"])
+    return tables.aligned(lines)
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `tr
 
 A randomly initialised backbone is the control: the same budget of labels, from scratch. With several --lr each is
 tried on nine tenths of the labelled images and judged on the last tenth; the best is trained again on all of them, and
-only that one sees the report split. --lr-of RUN takes what was chosen for another run, such as one of another seed.
+only that one sees the report split. One label per class leaves nothing to choose on: the middle one is taken then.
+--lr-of RUN takes what was chosen for another run, such as one of another seed.
 With few labels the recipe's epochs become 300 steps, if they are less. --extra-flops F trains for so much longer: the
 compute of a pre-training, for a control from scratch at equal compute in all.
 
@@ -30,8 +31,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from eval import features, inputs, results
-from ssl_vit import data, errors, flops, pretrain, weights
+from eval import features, inputs, results, tables
+from eval.predictions import Predictions
+from ssl_vit import data, errors, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbone import TokenBackbone
 from ssl_vit.errors import UserError, say
@@ -52,6 +54,18 @@ ELSEWHERE = {
         if f.name != "drop_path"
     },
 }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What trainings and judgements took: images passed through the backbone, FLOPs, seconds."""
+
+    images: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.images + other.images, self.flops + other.flops, self.seconds + other.seconds)
 
 
 @dataclass
@@ -98,35 +112,41 @@ def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) 
     train, test = asked.images(source)
     truth = test.labels.cpu().numpy()
     rows = []
-    for (part, seed), (keys, _) in zip(asked.parts, asked.labelled(train), strict=True):
-        started = time.perf_counter()
+    for (part, seed), (keys, chosen) in zip(asked.parts, asked.labelled(train), strict=True):
         own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
         own += [f"data.subset={part:g}", f"data.subset_seed={seed}"] if part else []
         own += few(schedule.settings, keys["train_n"])
         own = [*schedule.settings, *own]
         own += longer(source, asked, own, keys["train_n"], schedule.extra) if schedule.extra else []
-        choice, spent = {}, 0.0
+        labels = train.labels.cpu().numpy()[chosen]
+        choice, spent, how = {}, Cost(), "last checkpoint"
         if schedule.rates:
+            how = "learning rate on a tenth of train"
+            inputs.tell_singles(labels, train.classes)
             if schedule.of:
-                best, choice = chosen_by(schedule, test, keys)
-            else:
+                best, how, choice = chosen_by(schedule, test, keys)
+            elif subsets.folds(labels):
                 best, choice, spent = choose(source, asked, own, schedule.rates)
+            else:
+                best, how = schedule.rates[len(schedule.rates) // 2], inputs.UNCHOSEN
+                say(f"One label per class leaves nothing to choose on: lr {best:g}, the middle of --lr, is taken.")
             own.append(f"optim.lr={best}")
         recipe = make_recipe(source, asked.config, own)
         path = tune(source, recipe, train)
-        predicted, judging = predict(path, test, asked.state)
-        row = inputs.row(source, test) | keys
+        answer, judging = predict(path, test, asked.state)
+        spent += trained(path) + judging
+        row = inputs.row(source, test) | keys | answer.metrics(truth)
         row |= dict(
             protocol=schedule.protocol,
             pooling=dict(token="cls", avg="mean")[recipe.objective.pool],
-            chosen="learning rate on a tenth of train" if schedule.rates else "last checkpoint",
+            chosen=how,
             settings=dict(lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, **choice),
-            value=float((predicted == truth).mean()),
-            eval_flops=spent + results.describe_run(path, {})["train_flops"] + judging,
-            seconds=round(time.perf_counter() - started, 3),
+            eval_images=spent.images,
+            eval_flops=spent.flops,
+            seconds=round(spent.seconds, 3),
         )
         if asked.state.is_main_process:
-            results.write(source.folder, [row], [predicted], truth)
+            results.write(source.folder, [row], [answer], truth, test)
         rows.append(row)
     return rows
 
@@ -150,8 +170,8 @@ def longer(source: features.Source, asked: inputs.Inputs, settings: list[str], i
     return [f"train.epochs={train.epochs + extra / per_image / images}"]
 
 
-def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[float, dict]:
-    """(the learning rate that was chosen for another run, what its row says of it). Raises UserError if none was."""
+def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[float, str, dict]:
+    """(the learning rate of another run, what it was chosen on, settings). Raises UserError if there is none."""
     same = dict(protocol=schedule.protocol, eval_data=test.name, split=test.split)
     same |= dict(label_fraction=keys["label_fraction"])
     rows = [row for row in results.read(schedule.of) if all(row.get(key) == value for key, value in same.items())]
@@ -161,21 +181,21 @@ def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[floa
             f"{schedule.of} was not fine-tuned by this protocol with {keys['train_n']:,} labels, so there is no choice "
             "to take from it: fine-tune it first, or leave --lr-of out."
         )
-    return rows[0]["settings"]["lr"], dict(lr_of=str(schedule.of))
+    return rows[0]["settings"]["lr"], rows[0]["chosen"], dict(lr_of=str(schedule.of))
 
 
 def choose(
     source: features.Source, asked: inputs.Inputs, settings: list[str], rates: list[float]
-) -> tuple[float, dict, float]:
-    """(the best learning rate on held-out training images, what a row says of it, FLOPs spent on that)."""
-    accuracies, total = [], 0.0
+) -> tuple[float, dict, Cost]:
+    """(the best learning rate on held-out training images, what a row says of it, what that took)."""
+    accuracies, total = [], Cost()
     for rate in rates:
         recipe = make_recipe(source, asked.config, [*settings, "data.hold_out=true", f"optim.lr={rate}"])
         path = tune(source, recipe, asked.images(source)[0])
-        held_out = data.load(recipe.data, "held out").to(asked.state.device)
-        predicted, spent = predict(path, held_out, asked.state)
-        accuracies.append(float((predicted == held_out.labels.cpu().numpy()).mean()))
-        total += results.describe_run(path, {})["train_flops"] + spent
+        held_out = inputs.with_labels(data.load(recipe.data, "held out")).to(asked.state.device)
+        answer, judging = predict(path, held_out, asked.state)
+        accuracies.append(answer.metrics(held_out.labels.cpu().numpy())["value"])
+        total += trained(path) + judging
         say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are right")
     alike = [rate for rate, accuracy in zip(rates, accuracies, strict=True) if accuracy == max(accuracies)]
     best = alike[len(alike) // 2]  # few held-out images make ties: their middle is the safest
@@ -240,38 +260,43 @@ def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) 
     return path
 
 
+def trained(path: Path) -> Cost:
+    """What the training of a run took, interruptions left out."""
+    return Cost(**results.spent(path))
+
+
 @torch.inference_mode()
-def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[np.ndarray, float]:
-    """(the class that a fine-tuned run gives each image, int64 (n,), on all processes; FLOPs)."""
+def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Predictions, Cost]:
+    """(what a fine-tuned run predicts for labelled images, on all processes; what that took)."""
+    started = time.perf_counter()
     backbone = weights.load(str(path)).eval().to(state.device)
     size = backbone.input_size
     mine = torch.arange(len(images))[state.process_index :: state.num_processes]
     views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
-    classify = features.Piecewise(lambda part: backbone.classify(part).argmax(1).cpu())
-    answers = torch.cat([torch.empty(0).long(), *(part for view in views for part in classify(view))])
-    predicted = np.full(len(images), -1)
-    for at, answer in gather_object([(mine.numpy(), answers.numpy())]):
-        predicted[at] = answer
+    classify = features.Piecewise(lambda part: backbone.classify(part).float().softmax(1).cpu().numpy())
+    truth = images.labels.cpu().numpy()
+    answers = Predictions.of((part for view in views for part in classify(view)), truth[mine.numpy()])
+    gathered = gather_object([(mine.numpy(), answers)])
+    order = np.argsort(np.concatenate([at for at, _ in gathered]))
+    whole = Predictions.join([answer for _, answer in gathered]).part(order)
     zero = torch.zeros(1, images.channels, *size)
-    return predicted, len(images) * flops.count(backbone, lambda twin: twin.classify(zero))
+    work = len(images) * flops.count(backbone, lambda twin: twin.classify(zero))
+    return whole, Cost(len(images), work, time.perf_counter() - started)
 
 
 def _hash(thing) -> str:
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:6]
 
 
-def table(rows: list[dict]) -> str:
-    """Accuracy in percent per backbone and number of labels, the mean over the label seeds, as Markdown."""
-    lines = ["| backbone | labels | fine-tuned | learning rate |", "|---|---:|---:|---|"]
-    shown: dict[tuple, list[dict]] = {}
+def table(rows: list[dict], folders: dict[str, Path]) -> str:
+    """Accuracy per backbone and number of labels, the mean over the label seeds, as Markdown."""
+    found = []
     for row in rows:
-        name = results.run_of(row)
-        shown.setdefault((name, f"{row['train_n']:,}"), []).append(row)
-    for key, alike in shown.items():
-        accuracy = 100 * np.mean([row["value"] for row in alike])
-        rates = ", ".join(dict.fromkeys(f"{row['settings']['lr']:g}" for row in alike))
-        lines.append("| " + " | ".join([*key, f"{accuracy:.1f}", rates]) + " |")
-    return "\n".join(lines)
+        line = results.run_of(row), f"{row['train_n']:,}"
+        fixed = f" ({inputs.UNCHOSEN})" if row["chosen"] == inputs.UNCHOSEN else ""
+        found.append((line, "fine-tuned", results.correct(folders[row["run"]], row)))
+        found.append((line, "learning rate", f"{row['settings']['lr']:g}{fixed}"))
+    return tables.accuracies(["backbone", "labels"], ["fine-tuned", "learning rate"], found)
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, Schedule]:
@@ -313,10 +338,11 @@ def main() -> None:
     facts = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
     asked.config = dataclasses.replace(asked.config, **{fact: getattr(given, fact) for fact in facts})
     rows = [row for source in asked.sources for row in evaluate(source, asked, schedule)]
-    inputs.announce(rows)
-    say(table(rows))
-    places = dict.fromkeys(str(source.folder / "results.jsonl") for source in asked.sources)
-    say(f"\nRows: {', '.join(places)}")
+    if asked.state.is_main_process:  # which wrote what the table is of
+        inputs.announce(rows)
+        say(table(rows, asked.folders))
+        places = dict.fromkeys(str(source.folder / "results.jsonl") for source in asked.sources)
+        say(f"\nRows: {', '.join(places)}")
     PartialState().destroy_process_group()
 
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from eval.predictions import Predictions
 from ssl_vit.schedules import cosine
 
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # for features of unit expected length
+# for features of unit expected length: few images ask for the low ones, features that hardly differ for the high ones
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 PENALTIES = tuple(10.0**e for e in range(-4, 4))  # scikit-learn's C
 MOMENTUM = 0.9
 
@@ -39,7 +41,7 @@ class Columns:
         """(len(chosen), width)."""
         return np.concatenate([array[self.rows[chosen]] for array in self.arrays], 1)
 
-    def chunks(self, size: int = 8192) -> Iterator[np.ndarray]:
+    def chunks(self, size: int = 4096) -> Iterator[np.ndarray]:
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
@@ -71,10 +73,10 @@ class Head:
     rates: tuple[float, ...]
 
     def __call__(self, features: np.ndarray) -> dict[float, np.ndarray]:
-        """The classes, int64 (m,), that they predict for features (m, D), by rate."""
+        """The probabilities, float32 (m, classes), that they give for features (m, D), by rate."""
         x = _with_one(self.scale(features), self.weight.device)
-        found = (x @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]).argmax(-1).cpu().numpy()
-        return dict(zip(self.rates, found.T, strict=True))
+        found = (x @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]).softmax(-1).cpu().numpy()
+        return {rate: found[:, i] for i, rate in enumerate(self.rates)}
 
 
 def fit(
@@ -86,11 +88,12 @@ def fit(
     batch: int,
     seed: int,
     device: torch.device,
+    tick: Callable[[], object] = lambda: None,
 ) -> dict[Hashable, Head]:
     """Softmax regression for each of the named features and each of its learning rates.
 
     All are trained side by side by SGD with momentum 0.9 and a cosine from the rate to 0, on the same batches, without
-    weight decay, from zero.
+    weight decay, from zero. tick is called after every step.
     """
     scales = {name: Scale(values) for name, values in features.items()}
     weights = {n: torch.zeros(v.width + 1, len(rates[n]), classes, device=device) for n, v in features.items()}
@@ -106,6 +109,7 @@ def fit(
             error = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]).softmax(-1) - truth
             speeds[name].mul_(MOMENTUM).add_((x.T @ error.flatten(1)).view_as(weight), alpha=1 / len(x))
             weight.addcmul_(peaks[name] * -factor, speeds[name])
+        tick()
     return {name: Head(scales[name], weights[name], rates[name]) for name in features}
 
 
@@ -113,29 +117,42 @@ def sweep(
     features: dict[Hashable, Columns],
     labels: np.ndarray,
     others: dict[Hashable, Columns],
+    truth: np.ndarray,
     rates: dict[Hashable, tuple[float, ...]],
     **options,
-) -> dict[tuple[Hashable, float], np.ndarray]:
-    """The classes, int64 (m,), that fit's heads predict for the others, by (name of the features, rate)."""
-    answers: dict[tuple[Hashable, float], np.ndarray] = {}
+) -> dict[tuple[Hashable, float], Predictions]:
+    """What fit's heads predict for the others, whose classes are truth (m,), by (name of the features, rate)."""
+    answers: dict[tuple[Hashable, float], Predictions] = {}
     for name, head in fit(features, labels, rates=rates, **options).items():
-        found = [head(chunk) for chunk in others[name].chunks()]
-        for rate in head.rates:
-            answers[name, rate] = np.concatenate([answer[rate] for answer in found])
+        parts: dict[float, list[Predictions]] = {rate: [] for rate in head.rates}
+        at = 0
+        for chunk in others[name].chunks():
+            for rate, found in head(chunk).items():
+                parts[rate].append(Predictions.of([found], truth[at : at + len(chunk)]))
+            at += len(chunk)
+        answers |= {(name, rate): Predictions.join(of) for rate, of in parts.items()}
     return answers
 
 
-def logistic(features: np.ndarray, labels: np.ndarray, others: np.ndarray, penalty: float) -> np.ndarray:
-    """The classes, int64 (m,), that scikit-learn's L2-penalised logistic regression predicts for the others (m, D).
+def logistic(
+    features: np.ndarray, labels: np.ndarray, others: np.ndarray, truth: np.ndarray, classes: int, penalty: float
+) -> tuple[Predictions, int]:
+    """(what scikit-learn's L2-penalised logistic regression predicts for the others (m, D), FLOPs).
 
-    Features are standardised by the training features'. penalty: C, the inverse of the strength.
+    Features are standardised by the training features'. penalty: C, the inverse of the strength. truth: (m,).
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
     model = LogisticRegression(C=penalty, max_iter=1000).fit(scaler.transform(features), labels)
-    return model.predict(scaler.transform(others))
+    probabilities = np.zeros((len(others), classes))
+    probabilities[:, model.classes_] = model.predict_proba(scaler.transform(others))
+    # a product forward and one for the gradient in each iteration of L-BFGS, which seldom asks for a second
+    flops = (4 * int(model.n_iter_.max()) * len(features) + 2 * len(others)) * (
+        model.coef_.size + len(model.intercept_)
+    )
+    return Predictions.of([probabilities], truth), flops
 
 
 @dataclass
@@ -171,8 +188,9 @@ def train(
     classes: int,
     seed: int,
     device: torch.device,
-) -> Callable[[Columns], np.ndarray]:
-    """Train a head on `steps` batches of features (B, width) and labels (B,); returns what predicts classes (m,).
+) -> Callable[[Columns, np.ndarray], Predictions]:
+    """Train a head on `steps` batches of features (B, width) and labels (B,); returns what predicts from features of
+    images and their true classes.
 
     Weights start normal with deviation 0.01. Linear warm-up, then half a cosine to 0.
     """
@@ -196,9 +214,9 @@ def train(
     head.eval()
 
     @torch.no_grad()
-    def predict(features: Columns) -> np.ndarray:
-        found = [head(torch.from_numpy(chunk).to(device)).argmax(1).cpu() for chunk in features.chunks()]
-        return torch.cat(found).numpy()
+    def predict(features: Columns, truth: np.ndarray) -> Predictions:
+        chunks = (head(torch.from_numpy(chunk).to(device)).softmax(1).cpu().numpy() for chunk in features.chunks())
+        return Predictions.of(chunks, truth)
 
     return predict
 

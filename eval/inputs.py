@@ -14,7 +14,9 @@ from accelerate import PartialState
 from eval import features, results
 from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
-from ssl_vit.errors import UserError, say
+from ssl_vit.errors import UserError, say, say_once
+
+UNCHOSEN = "fixed in advance: one label per class"  # a row's chosen where labels leave nothing to choose on
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -80,6 +82,7 @@ class Inputs:
             if any(other.folder.name == source.folder.name for other in self.sources):
                 raise UserError(f"Two backbones are called {source.folder.name}: evaluate them one after the other.")
             self.sources.append(source)
+        self.folders = {source.folder.name: source.folder for source in self.sources}  # by the name in their rows
         self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
 
     def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
@@ -93,10 +96,10 @@ class Inputs:
         channels = self.config.channels if source.backbone is None else len(source.backbone.mean)
         if channels not in self._loaded:
             config = dataclasses.replace(self.config, channels=channels, hold_out=self.held_out)
-            train = data.load(config, "train").to(self.state.device)
+            train = with_labels(data.load(config, "train")).to(self.state.device)
             config.channels = train.channels
             role = "held out" if self.held_out else "report"
-            test = data.load(config, role, train.classes).to(self.state.device)
+            test = with_labels(data.load(config, role, train.classes)).to(self.state.device)
             if self.held_out:
                 test.split = f"held out of {test.split}"
             if train.labels is None or test.labels is None:
@@ -130,6 +133,29 @@ class Inputs:
         for part, seed in self.parts:
             chosen = subsets.stratified(labels, part, seed) if part else np.arange(len(labels))
             yield dict(label_fraction=describe_part(part), subset_seed=seed, train_n=len(chosen)), chosen
+
+
+def with_labels(images: data.ImageSet) -> data.ImageSet:
+    """Those that have a label: a label below 0 is none. Said once where some have none."""
+    if images.labels is None or bool((images.labels >= 0).all()):
+        return images
+    chosen = (images.labels >= 0).nonzero().flatten()
+    say_once(
+        f"Of the {len(images):,} images of {images.name} ({images.split}), the {len(chosen):,} with a label are used."
+    )
+    return images.part(chosen.cpu())
+
+
+def tell_singles(labels: np.ndarray, classes: list[str]) -> None:
+    """Say which classes have one labelled image, so that no setting is chosen on them. labels: int (n,)."""
+    alone = subsets.singles(labels)
+    present = len(np.unique(labels))
+    if 0 < len(alone) < present:
+        names = ", ".join(classes[i] for i in alone[:5]) + (", …" if len(alone) > 5 else "")
+        say_once(
+            f"{len(alone)} of {present} classes have only one labelled image ({names}): they are fitted, but settings "
+            "are chosen on the others."
+        )
 
 
 def _unlabelled(name: str, train: data.ImageSet, test: data.ImageSet) -> UserError:
@@ -180,6 +206,7 @@ def describe_part(part: float | None) -> float | str:
 def row(source: features.Source, test: data.ImageSet) -> dict:
     """What all rows of a backbone on these test images have in common."""
     said = results.describe_run(source.folder, source.settings)
+    truth = test.labels.cpu()
     if source.backbone is None:
         said["recipe"] = source.name
     return said | dict(
@@ -190,11 +217,18 @@ def row(source: features.Source, test: data.ImageSet) -> dict:
         chosen="last checkpoint",
         n=len(test),
         metric="accuracy",
+        classes=len(test.classes),
+        chance=1 / len(test.classes),
+        majority=truth.bincount().max().item() / len(test),
         **results.SURROUNDINGS,
     )
 
 
 def announce(rows: list[dict]) -> None:
-    """Say on what the figures were obtained."""
+    """Say on what the figures were obtained, and what they are to be held against."""
     test = rows[0]
-    say(f"\n{test['eval_data']} ({test['split']}, n = {test['n']:,}), accuracy in %\n")
+    say(
+        f"\n{test['eval_data']} ({test['split']}, n = {test['n']:,}): accuracy in %, ± the 95 % interval over test "
+        f"images. Chance among {test['classes']:,} classes is {100 * test['chance']:.1f}; always naming the most "
+        f"frequent class scores {100 * test['majority']:.1f}.\n"
+    )

@@ -12,10 +12,12 @@ training mean, unit length, k = 20, weights exp(similarity / 0.07). DINO's proto
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 
-from eval import features, inputs, pictures, results
+from eval import features, inputs, pictures, results, tables
+from eval.predictions import Predictions
 from ssl_vit import errors, neighbours
 from ssl_vit.errors import UserError, say
 
@@ -38,23 +40,20 @@ def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None
     for part, chosen in parts:
         started = time.perf_counter()
         found, predictions = [], []
-        flops = bank.flops_per_image * (len(chosen) + len(test))
+        images = len(chosen) + len(test)
         for pooling, vectors in bank.poolings(-1).items():
             pair = vectors[chosen], queries.poolings(-1)[pooling]
             for protocol, centre in (("knn", True), ("knn-uncentred", False)):
                 near, far = neighbours.prepare(*pair, centre=centre)
-                able = choose(ks, len(chosen))
-                for k, answer in neighbours.vote(near, labels[chosen], far, able, len(train.classes)).items():
-                    value = float((answer == truth).mean())
-                    found.append(
-                        common
-                        | part
-                        | dict(protocol=f"{protocol}-k{k}", pooling=pooling, value=value, eval_flops=flops)
-                    )
+                search = 2 * near.shape[1] * len(near) * len(far)  # every similarity; the vote is nothing beside it
+                cost = dict(eval_images=images, eval_flops=bank.flops_per_image * images + search)
+                for k, answer in vote(near, labels[chosen], far, truth, choose(ks, len(chosen)), len(train.classes)):
+                    name = dict(protocol=f"{protocol}-k{k}", pooling=pooling)
+                    found.append(common | part | name | answer.metrics(truth) | cost)
                     predictions.append(answer)
         for row in found:
             row["seconds"] = round(time.perf_counter() - started, 3)
-        results.write(source.folder, found, predictions, truth)
+        results.write(source.folder, found, predictions, truth, test)
         rows += found
     if source.backbone is not None:
         pictures.write(source, train, test, bank, queries)
@@ -69,19 +68,34 @@ def choose(ks: list[int] | None, count: int) -> list[int]:
     return sorted({k for k in (*(ks or KS), PRIMARY) if k <= count})
 
 
-def table(rows: list[dict]) -> str:
-    """Primary and uncentred accuracy per backbone, labels and pooling, in percent, as Markdown."""
-    lines = ["| backbone | labels | features | k-NN (k=20) | uncentred |", "|---|---:|---|---:|---:|"]
-    shown: dict[tuple, dict[str, list]] = {}
-    for row in rows:
-        name = results.run_of(row)
-        key = name, f"{row['train_n']:,}", row["pooling"]
-        shown.setdefault(key, {}).setdefault(row["protocol"], []).append(row["value"])
-    for key, values in shown.items():
-        cells = [values.get(f"{p}-k{PRIMARY}") for p in ("knn", "knn-uncentred")]
-        cells = ["–" if cell is None else f"{100 * np.mean(cell):.1f}" for cell in cells]
-        lines.append("| " + " | ".join([*key, *cells]) + " |")
-    return "\n".join(lines)
+def vote(
+    near: np.ndarray, labels: np.ndarray, far: np.ndarray, truth: np.ndarray, ks: list[int], classes: int
+) -> list[tuple[int, Predictions]]:
+    """(k, what it predicts for the queries far (m, D), whose classes are truth (m,)) for each k.
+
+    near (n, D), labels (n,): the training images. The probability of a class is its share of the vote.
+    """
+    parts: dict[int, list[Predictions]] = {k: [] for k in ks}
+    at = 0
+    for found in neighbours.weights(near, labels, far, ks, classes):
+        for k, weights in found.items():
+            parts[k].append(Predictions.of([weights], truth[at : at + len(weights)]))
+        at += len(weights)
+    return [(k, Predictions.join(of)) for k, of in parts.items()]
+
+
+def table(rows: list[dict], folders: dict[str, Path]) -> str:
+    """Primary and uncentred accuracy per backbone, labels and pooling, as Markdown. folders: of the rows' runs."""
+    titles = {f"knn-k{PRIMARY}": f"k-NN (k={PRIMARY})", f"knn-uncentred-k{PRIMARY}": "uncentred"}
+    found = (
+        (
+            (results.run_of(row), f"{row['train_n']:,}", row["pooling"]),
+            titles.get(row["protocol"], ""),
+            results.correct(folders[row["run"]], row) if row["protocol"] in titles else "",
+        )
+        for row in rows
+    )
+    return tables.accuracies(["backbone", "labels", "features"], list(titles.values()), found)
 
 
 def main() -> None:
@@ -94,7 +108,7 @@ def main() -> None:
     if not rows:
         return
     inputs.announce(rows)
-    say(table(rows))
+    say(table(rows, asked.folders))
     fewest = min(row["train_n"] for row in rows)
     skipped = [k for k in KS if k > fewest and not args.k]
     if skipped:

@@ -10,8 +10,10 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 Presets:
   sweep     learning rates × poolings (class token, mean of patches, both) × depths (last block, last four), trained
             side by side in one pass over the features; chosen on a tenth of train (of fewer than 20,000 images on
-            several, in turns), then trained again on all of it
-  logistic  scikit-learn's L2-penalised logistic regression on the last block; penalty chosen alike. For small sets
+            several, in turns), then trained again on all of it. One label per class leaves nothing to choose on: the
+            last block, both poolings and learning rate 1 are taken then
+  logistic  scikit-learn's L2-penalised logistic regression on the last block; penalty chosen alike (or C = 1). For
+            small sets
   mae       MAE's protocol: BatchNorm without weights, LARS, batch 16,384, 90 epochs of random crops and flips
   dino      DINO's: class tokens of the last four blocks (from ViT-B on of the last, and the mean of its patches), SGD,
             100 epochs of random crops and flips
@@ -20,6 +22,7 @@ The last two pass the images through the backbone in every epoch.
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,13 +30,15 @@ from accelerate.utils import gather
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import features, heads, inputs, results
+from eval import features, heads, inputs, results, tables
+from eval.predictions import Predictions
 from ssl_vit import data, errors, subsets, system, views
 from ssl_vit.errors import UserError, say
 from ssl_vit.randomness import Order
 
 PRESETS = ("sweep", "logistic", *heads.PROTOCOLS)
 STEPS, EPOCHS = 1000, 10  # a sweep's length: so many steps, or epochs if that is more
+RATE, PENALTY = 1.0, 1.0  # where there is nothing to choose on; the latter is scikit-learn's default
 
 
 class Probe:
@@ -51,10 +56,12 @@ class Probe:
         self.classes = len(self.train.classes)
         self.seed = source.settings["train"]["seed"] if source.settings else 0
         self.rows: list[dict] = []
-        self.predictions: list[np.ndarray] = []
+        self.predictions: list[Predictions] = []
 
-    def add(self, answer: np.ndarray, **keys) -> None:
-        self.rows.append(dict(value=float((answer == self.truth).mean()), **keys))
+    def add(self, answer: Predictions, images: int, flops: float, **keys) -> None:
+        """A row. images: passed through the backbone for it; flops: of fitting, to which those of the images come."""
+        cost = dict(eval_images=images, eval_flops=self.queries.flops_per_image * images + flops)
+        self.rows.append(answer.metrics(self.truth) | cost | keys)
         self.predictions.append(answer)
 
 
@@ -65,54 +72,71 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
     tests = {name: combine(probe.queries, *name, everything) for name in sets}
     labels = probe.labels[chosen]
     options = sweep_options(probe, len(chosen))
-    scores: dict[tuple, float] = {}
+    groups: dict[tuple, list] = {}  # the row's pooling and layer → the features that it may choose from
+    for name in sets:
+        groups.setdefault((name[0], name[1][0] if per_block else -1), []).append(name)
+    if not per_block:
+        groups["chosen", -1] = list(sets)
     folds = subsets.folds(labels)
-    for fold in range(folds):
-        fit, rest = subsets.hold_out(labels, probe.seed, fold)
-        tried = heads.sweep(
-            {name: values.part(fit) for name, values in sets.items()},
-            labels[fit],
-            {name: values.part(rest) for name, values in sets.items()},
-            rates=dict.fromkeys(sets, heads.RATES),
+    scores: dict[tuple, float] = {}
+    held_out = 0
+    with tqdm(
+        desc=f"linear probe of {probe.source.name}, {len(chosen):,} labels",
+        total=(folds + 1) * options["steps"],
+        unit="step",
+        leave=False,
+        mininterval=1.0,
+    ) as bar:
+        for fold in range(folds):
+            fit, rest = subsets.hold_out(labels, probe.seed, fold)
+            tried = heads.sweep(
+                {name: values.part(fit) for name, values in sets.items()},
+                labels[fit],
+                {name: values.part(rest) for name, values in sets.items()},
+                labels[rest],
+                rates=dict.fromkeys(sets, heads.RATES),
+                tick=bar.update,
+                **options,
+            )
+            for key, answer in tried.items():
+                scores[key] = scores.get(key, 0.0) + float((answer.predicted == labels[rest]).mean()) / folds
+            held_out += len(rest)
+        if folds:
+            best = {group: highest(scores, names) for group, names in groups.items()}
+        else:
+            best = {group: (unchosen(names), RATE) for group, names in groups.items()}
+        used = {name for name, _ in best.values()}
+        answers = heads.sweep(
+            {name: sets[name] for name in used},
+            labels,
+            {name: tests[name] for name in used},
+            probe.truth,
+            rates={name: tuple(sorted({r for n, r in best.values() if n == name})) for name in used},
+            tick=bar.update,
             **options,
         )
-        for key, answer in tried.items():
-            scores[key] = scores.get(key, 0.0) + float((answer == labels[rest]).mean()) / folds
-    groups: dict[tuple, list] = {}  # the row's pooling and layer → the features and rates it may choose from
-    for key in scores:
-        pooling, blocks = key[0]
-        groups.setdefault((pooling, blocks[0] if per_block else -1), []).append(key)
-    if not per_block:
-        groups["chosen", -1] = list(scores)
-    best = {group: max(keys, key=scores.__getitem__) for group, keys in groups.items()}
-    names = {name for name, _ in best.values()}
-    answers = heads.sweep(
-        {name: sets[name] for name in names},
-        labels,
-        {name: tests[name] for name in names},
-        rates={name: tuple(sorted({r for n, r in best.values() if n == name})) for name in names},
-        **options,
-    )
-    columns = folds * len(heads.RATES) * sum(v.width for v in sets.values()) + sum(
-        sets[n].width for n, _ in best.values()
-    )
-    work = sweep_flops(options, columns)
     for (pooling, layer), (name, rate) in best.items():
+        names = groups[pooling, layer]
+        choosing = len(heads.RATES) * sum(head_flops(options, sets[n].width, folds, held_out) for n in names)
+        grid = (
+            dict(
+                validation=scores[name, rate],
+                tried=len(names) * len(heads.RATES),
+                rates=list(heads.RATES),
+                at_the_edge=rate in (heads.RATES[0], heads.RATES[-1]),
+            )
+            if folds
+            else {}
+        )
         probe.add(
             answers[name, rate],
+            images=len(chosen) + len(probe.test),
+            flops=choosing + head_flops(options, sets[name].width, 1, len(probe.test)),
             protocol="linear-block" if per_block else "linear-sweep",
             pooling=pooling,
             layer=layer,
-            chosen=f"{'learning rate' if per_block else how(pooling)} on {where(folds)}",
-            settings=dict(
-                rate=rate,
-                pooling=name[0],
-                blocks=list(name[1]),
-                validation=scores[name, rate],
-                tried=len(groups[pooling, layer]),
-                at_the_edge=rate in (heads.RATES[0], heads.RATES[-1]),
-            ),
-            eval_flops=probe.queries.flops_per_image * (len(chosen) + len(probe.test)) + work,
+            chosen=f"{'learning rate' if per_block else how(pooling)} on {where(folds)}" if folds else inputs.UNCHOSEN,
+            settings=dict(rate=rate, pooling=name[0], blocks=list(name[1])) | grid,
             **part,
         )
 
@@ -124,9 +148,24 @@ def sweep_options(probe: Probe, images: int) -> dict:
     return dict(classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device)
 
 
-def sweep_flops(options: dict, columns: int) -> int:
-    """Of training heads on so many columns of features in all: a product forward and one for the gradient."""
-    return 4 * options["steps"] * options["batch"] * options["classes"] * columns
+def head_flops(options: dict, width: int, times: int, images: int) -> int:
+    """Of one learning rate's head on features of this width: trained so often, it predicts for so many images in all.
+    A step is a product forward and one for the gradient."""
+    return (4 * times * options["steps"] * options["batch"] + 2 * images) * (width + 1) * options["classes"]
+
+
+def highest(scores: dict[tuple, float], names: list[tuple]) -> tuple[tuple, float]:
+    """(features, rate) of the best score among these features; of rates that do equally well, the middle one."""
+    top = max(scores[name, rate] for name in names for rate in heads.RATES) - 1e-9  # but for rounding
+    name = next(name for name in names if any(scores[name, rate] >= top for rate in heads.RATES))
+    alike = [rate for rate in heads.RATES if scores[name, rate] >= top]
+    return name, alike[len(alike) // 2]
+
+
+def unchosen(names: list[tuple[str, tuple[int, ...]]]) -> tuple[str, tuple[int, ...]]:
+    """The features that are taken where there is nothing to choose on: of the last block, both poolings if allowed."""
+    last = [name for name in names if len(name[1]) == 1]
+    return next((name for name in last if name[0] == "concat"), last[0])
 
 
 def how(pooling: str) -> str:
@@ -160,26 +199,27 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
     folds = subsets.folds(labels)
     for pooling, values in probe.bank.poolings(-1).items():
         values = values[chosen]  # scikit-learn wants all at once
-        scores = dict.fromkeys(heads.PENALTIES, 0.0)
+        scores, flops = dict.fromkeys(heads.PENALTIES, 0.0), 0
         for fold in range(folds):
             fit, rest = subsets.hold_out(labels, probe.seed, fold)
             for c in tqdm(heads.PENALTIES, desc=f"logistic regression, {pooling}", leave=False):
-                answer = heads.logistic(values[fit], labels[fit], values[rest], c)
-                scores[c] += float((answer == labels[rest]).mean()) / folds
-        penalty = max(scores, key=scores.__getitem__)
+                answer, spent = heads.logistic(values[fit], labels[fit], values[rest], labels[rest], probe.classes, c)
+                scores[c] += float((answer.predicted == labels[rest]).mean()) / folds
+                flops += spent
+        penalty = max(scores, key=scores.__getitem__) if folds else PENALTY
+        tests = probe.queries.poolings(-1)[pooling]
+        answer, spent = heads.logistic(values, labels, tests, probe.truth, probe.classes, penalty)
+        edge = penalty in (heads.PENALTIES[0], heads.PENALTIES[-1])
+        grid = dict(validation=scores[penalty], tried=len(scores), at_the_edge=edge) if folds else {}
         probe.add(
-            heads.logistic(values, labels, probe.queries.poolings(-1)[pooling], penalty),
+            answer,
+            images=len(chosen) + len(probe.test),
+            flops=flops + spent,
             protocol="logistic",
             pooling=pooling,
             layer=-1,
-            chosen=f"penalty on {where(folds)}",
-            settings=dict(
-                C=penalty,
-                validation=scores[penalty],
-                tried=len(scores),
-                at_the_edge=penalty in (heads.PENALTIES[0], heads.PENALTIES[-1]),
-            ),
-            eval_flops=probe.queries.flops_per_image * (len(chosen) + len(probe.test)),
+            chosen=f"penalty on {where(folds)}" if folds else inputs.UNCHOSEN,
+            settings=dict(C=penalty) | grid,
             **part,
         )
 
@@ -206,15 +246,16 @@ def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs:
         seed=probe.seed,
         device=probe.state.device,
     )
-    answer = predict(tests)
+    trained = steps * batch
     probe.add(
-        answer,
+        predict(tests, probe.truth),
+        images=trained + len(probe.test),
+        flops=(4 * trained + 2 * len(probe.test)) * tests.width * probe.classes,
         protocol=f"linear-{preset}" + (f"-{epochs}ep" if epochs else ""),
         pooling=pooling,
         layer=-1,
         chosen="last epoch",
         settings=dict(epochs=length, batch=batch, lr=protocol.rate * batch / 256),
-        eval_flops=probe.queries.flops_per_image * (length * len(chosen) + len(probe.test)),
         **part,
     )
 
@@ -249,22 +290,19 @@ def augmented(
         yield gather(torch.cat(parts))[:batch], gather(torch.cat(labels))[:batch]
 
 
-def table(rows: list[dict]) -> str:
-    """Accuracy per backbone, labels and pooling, in percent, as Markdown."""
-    lines = [
-        "| backbone | labels | protocol | features | block | accuracy | chosen |",
-        "|---|---:|---|---|---:|---:|---|",
-    ]
+def table(rows: list[dict], folders: dict[str, Path]) -> str:
+    """Accuracy per backbone, labels and pooling, as Markdown. folders: of the rows' runs."""
+    found = []
     for row in rows:
-        name = results.run_of(row)
         settings = ", ".join(f"{k} {v:g}" for k, v in row["settings"].items() if k in ("rate", "C", "lr"))
         edge = " (at the edge of what was tried)" if row["settings"].get("at_the_edge") else ""
-        block = "last" if row["layer"] == -1 else row["layer"]
-        lines.append(
-            f"| {name} | {row['train_n']:,} | {row['protocol']} | {row['pooling']} | {block} | "
-            f"{100 * row['value']:.1f} | {settings}{edge} |"
-        )
-    return "\n".join(lines)
+        fixed = f" ({inputs.UNCHOSEN})" if row["chosen"] == inputs.UNCHOSEN else ""
+        block = "last" if row["layer"] == -1 else str(row["layer"])
+        subset = "" if row["subset_seed"] is None else f" (seed {row['subset_seed']})"
+        line = results.run_of(row), f"{row['train_n']:,}{subset}", row["protocol"], row["pooling"], block
+        found.append((line, "accuracy", results.correct(folders[row["run"]], row)))
+        found.append((line, "settings", settings + edge + fixed))
+    return tables.accuracies(["backbone", "labels", "protocol", "features", "block"], ["accuracy", "settings"], found)
 
 
 def evaluate(
@@ -280,6 +318,8 @@ def evaluate(
     main, rows, common = asked.state.is_main_process, [], inputs.row(source, probe.test)
     for part, chosen in probe.parts:
         started = time.perf_counter()
+        if main and preset not in heads.PROTOCOLS:
+            inputs.tell_singles(probe.labels[chosen], probe.train.classes)
         if preset in heads.PROTOCOLS:
             published(probe, part, chosen, preset, epochs)
         elif main and preset == "logistic":
@@ -289,7 +329,7 @@ def evaluate(
         if main:
             seconds = round(time.perf_counter() - started, 3)
             found = [common | dict(seconds=seconds) | row for row in probe.rows]
-            results.write(source.folder, found, probe.predictions, probe.truth)
+            results.write(source.folder, found, probe.predictions, probe.truth, probe.test)
             rows += found
         probe.rows, probe.predictions = [], []
     return rows
@@ -312,7 +352,7 @@ def main() -> None:
     ]
     if rows:
         inputs.announce(rows)
-        say(table(rows))
+        say(table(rows, asked.folders))
 
 
 if __name__ == "__main__":

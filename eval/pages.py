@@ -17,6 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from eval.tables import aligned
+
 
 @dataclass
 class Heading:
@@ -183,14 +185,7 @@ def markdown_table(table: Table) -> str:
         rows += [[f"*{plain(title)}*"] + [""] * len(names)] if title else []
         for name, cells in part:
             rows.append([_cell(name)] + [_cell(cell) for cell in cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
-
-    def line(cells: list[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]) + " |"
-
-    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+    return aligned(rows)
 
 
 def _cell(cell: Cell) -> str:

@@ -1,4 +1,9 @@
-"""Result rows: one JSON line per figure in RUN/results.jsonl, and the predictions behind it."""
+"""Result rows: one JSON line per figure in RUN/results.jsonl, and the predictions behind it.
+
+What a row cost stands in eval_images (passed through the backbone, those of trainings included), eval_flops and
+seconds. Images and FLOPs are those of this row alone, as if features were kept for no other. Seconds are measured, of
+fitting and judging all rows that were made together, without the features of unaugmented images, which are kept.
+"""
 
 import fcntl
 import hashlib
@@ -9,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.predictions import Predictions
 from ssl_vit.checkpoint import write as write_whole
+from ssl_vit.data import ImageSet
 from ssl_vit.recipe import short
 
 # what identifies a measurement; the rest of a row is what came of it
@@ -26,21 +33,39 @@ def row_id(row: dict, without: str | None = None) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def write(folder: Path, rows: list[dict], predictions: list[np.ndarray], truth: np.ndarray) -> None:
-    """Add rows to folder/results.jsonl, and their predictions. Each replaces the row of the same identity, also if that
-    was obtained on another number of test images: the images of that name have changed since."""
+def write(
+    folder: Path,
+    rows: list[dict],
+    predictions: list[Predictions] | list[np.ndarray],
+    truth: np.ndarray,
+    images: ImageSet | None = None,
+) -> None:
+    """Add rows to folder/results.jsonl, and their predictions (arrays: classes whose probabilities are not known). Each
+    replaces the row of the same identity, also if that was obtained on another number of test images: the images of
+    that name have changed since. images: those that they are of; once for all rows, a file beside the predictions has
+    the names of their classes and files."""
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    if images is not None:
+        names = dict(images=f"predictions/images-{images.fingerprint}.json")
+        about = dict(
+            data=images.name, split=images.split, classes=images.classes, names=images.names and images.names()
+        )
+        write_whole(folder / names["images"], json.dumps(about))
+        for row in rows:
+            row |= names
     file = folder / "results.jsonl"
     with open(folder / ".results.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = {row_id(row, "n"): row for row in read(folder)}
-        for row, predicted in zip(rows, predictions, strict=True):
+        for row, found in zip(rows, predictions, strict=True):
             row["predictions"] = f"predictions/{row_id(row)}.npz"
+            found = Predictions(found) if isinstance(found, np.ndarray) else found
+            arrays = dict(index=np.arange(len(truth)), predicted=found.predicted, true=truth)
+            probabilities = dict(p_predicted=found.p_predicted, p_true=found.p_true)
             np.savez_compressed(
                 folder / row["predictions"],
-                index=np.arange(len(truth), dtype=np.int32),
-                predicted=predicted.astype(np.int32),
-                true=truth.astype(np.int32),
+                **{key: values.astype(np.int32) for key, values in arrays.items()},
+                **{key: values.astype(np.float16) for key, values in probabilities.items() if values is not None},
             )
             known[row_id(row, "n")] = row
         write_whole(file, "".join(json.dumps(row) + "\n" for row in known.values()))
@@ -52,11 +77,23 @@ def read(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def describe_run(folder: Path, settings: dict) -> dict:
-    """The part of a row that says what was trained; settings: the run's recipe.yaml, or {} for a foreign backbone."""
+def correct(folder: Path, row: dict) -> np.ndarray:
+    """Which test images a row of this run directory has right, bool (n,)."""
+    with np.load(folder / row["predictions"]) as stored:
+        return stored["predicted"] == stored["true"]
+
+
+def spent(folder: Path) -> dict:
+    """images, flops and seconds of a run's training so far."""
     log = folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    last = next((line for line in reversed(lines) if "images" in line), dict(images=0, flops=0.0))
+    last = next((line for line in reversed(lines) if "images" in line), {})
+    return dict(images=0, flops=0.0, seconds=0.0) | {k: last[k] for k in ("images", "flops", "seconds") if k in last}
+
+
+def describe_run(folder: Path, settings: dict) -> dict:
+    """The part of a row that says what was trained; settings: the run's recipe.yaml, or {} for a foreign backbone."""
+    last = spent(folder)
     return dict(
         run=folder.name,
         recipe="random" if _untrained(settings, last) else settings.get("recipe"),

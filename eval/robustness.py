@@ -17,13 +17,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from eval import common_corruptions, features, heads, inputs, linear_probe, results
+from eval import common_corruptions, features, heads, inputs, linear_probe, results, tables
+from eval.predictions import Predictions
 from ssl_vit import data, errors, weights
 from ssl_vit.errors import UserError, say
 
@@ -69,23 +71,32 @@ def _name(row: dict) -> tuple[str, tuple[int, ...]]:
     return row["settings"]["pooling"], tuple(row["settings"]["blocks"])
 
 
-def retrain(probe: linear_probe.Probe, sweep: Sweep) -> Callable[[features.Features], np.ndarray]:
-    """The sweep's best head as it was trained: what predicts the classes, int64 (m,), of m images."""
+def retrain(probe: linear_probe.Probe, sweep: Sweep) -> Callable[[features.Features, np.ndarray], Predictions]:
+    """The sweep's best head as it was trained: what predicts from features of images and their true classes."""
     values = linear_probe.combine(probe.bank, *sweep.name, sweep.images)
     options = linear_probe.sweep_options(probe, len(sweep.images))
     # with the other rates on these features: alone it would differ by rounding
-    head = heads.fit({0: values}, probe.labels[sweep.images], rates={0: sweep.rates}, **options)[0]
+    with tqdm(
+        desc=f"head of {probe.source.name}, {len(sweep.images):,} labels",
+        total=options["steps"],
+        unit="step",
+        leave=False,
+        mininterval=1.0,
+        disable=not probe.state.is_main_process,
+    ) as bar:
+        labels = probe.labels[sweep.images]
+        head = heads.fit({0: values}, labels, rates={0: sweep.rates}, tick=bar.update, **options)[0]
 
-    def predict(found: features.Features) -> np.ndarray:
+    def predict(found: features.Features, truth: np.ndarray) -> Predictions:
         count = len(next(iter(found.arrays.values())))
         columns = linear_probe.combine(found, *sweep.name, np.arange(count))
-        return np.concatenate([head(chunk)[sweep.row["settings"]["rate"]] for chunk in columns.chunks()])
+        return Predictions.of((head(chunk)[sweep.row["settings"]["rate"]] for chunk in columns.chunks()), truth)
 
     return predict
 
 
-def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[np.ndarray]]:
-    """The classes, int64 (n,), that each predicts for the corrupted test images, by kind and severity.
+def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[Predictions]]:
+    """What each predicts for the corrupted test images, by kind and severity.
 
     Every process passes its share through the backbone and returns all.
     """
@@ -95,7 +106,7 @@ def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tup
     size = features.view_size(source, images)
     mine = torch.from_numpy(np.array_split(np.arange(len(images)), state.num_processes)[state.process_index])
     views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
-    answers: list[list[np.ndarray]] = []  # of each batch: corruption by corruption, predictor by predictor
+    answers: list[list[Predictions]] = []  # of each batch: corruption by corruption, predictor by predictor
     description, at = f"robustness of {source.name}", 0
     arrays_of = features.pooled(source, probe.blocks)
     with tqdm(desc=description, total=len(mine), leave=False, disable=not state.is_main_process) as bar:
@@ -107,20 +118,21 @@ def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tup
                 spoiled = common_corruptions.corrupt(view, kind, severity, index)
                 parts = list(arrays_of(spoiled))
                 arrays = {key: probe.queries.project(np.concatenate([p[key] for p in parts])) for key in parts[0]}
-                answers[-1] += [predict(features.Features(arrays, 0.0)) for predict in predictors]
+                truth = probe.truth[index.numpy()]
+                answers[-1] += [predict(features.Features(arrays, 0.0), truth) for predict in predictors]
             bar.update(len(view))
     count, batches = len(predictors), gather_object(answers)
-    joined = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    joined = [Predictions.join(parts) for parts in zip(*batches, strict=True)]
     return {key: joined[i * count : (i + 1) * count] for i, key in enumerate(plan)}
 
 
 def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep]) -> list[dict]:
     """The rows of one backbone, written to its folder; only the first process gets any."""
-    started = time.perf_counter()
     blocks = sorted({block for sweep in sweeps for block in sweep.name[1]})
     probe = linear_probe.Probe(source, asked, blocks, True)
+    started = time.perf_counter()
     predictors = [retrain(probe, sweep) for sweep in sweeps]
-    clean = [float((predict(probe.queries) == probe.truth).mean()) for predict in predictors]
+    clean = [predict(probe.queries, probe.truth).metrics(probe.truth)["value"] for predict in predictors]
     answers = corrupted(probe, predictors)
     if not asked.state.is_main_process:
         return []
@@ -132,6 +144,8 @@ def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep])
                 width = linear_probe.combine(probe.bank, *sweep.name, sweep.images).width
                 probe.add(
                     answer,
+                    images=len(sweep.images) + len(probe.test),
+                    flops=linear_probe.head_flops(options, width, 1, len(probe.test)),
                     protocol=f"robust-{kind}-{severity}",
                     pooling="chosen",
                     chosen=sweep.row["chosen"],
@@ -143,40 +157,32 @@ def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep])
                         clean=before,
                         **{key: sweep.row["settings"][key] for key in ("rate", "pooling", "blocks")},
                     ),
-                    eval_flops=probe.queries.flops_per_image * (len(sweep.images) + len(probe.test))
-                    + linear_probe.sweep_flops(options, width),
                     **sweep.part,
                 )
     common = inputs.row(source, probe.test) | dict(seconds=round(time.perf_counter() - started, 3))
     rows = [common | row for row in probe.rows]
-    results.write(source.folder, rows, probe.predictions, probe.truth)
+    results.write(source.folder, rows, probe.predictions, probe.truth, probe.test)
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Accuracy per backbone and labels, clean and the mean of each family of corruptions, in percent, as Markdown."""
-    families = list(common_corruptions.FAMILIES)
-    lines = [f"| backbone | labels | clean | {' | '.join(families)} |", "|---|---:|---:|" + "---:|" * len(families)]
-    shown: dict[tuple, dict[str, list]] = {}
-    for row in rows:
-        name = results.run_of(row)
-        cells = shown.setdefault((name, f"{row['train_n']:,}"), {})
-        cells.setdefault("clean", []).append(row["settings"]["clean"])
-        cells.setdefault(row["settings"]["family"], []).append(row["value"])
-    for key, values in shown.items():
-        lines.append(
-            "| " + " | ".join([*key, *(f"{100 * np.mean(values[c]):.1f}" for c in ("clean", *families))]) + " |"
-        )
-    return "\n".join(lines)
+def table(clean: list[dict], rows: list[dict], folders: dict[str, Path]) -> str:
+    """Accuracy per backbone and labels, clean and the mean of each family of corruptions, as Markdown."""
+    columns = [(row, "clean") for row in clean] + [(row, row["settings"]["family"]) for row in rows]
+    found = (
+        ((results.run_of(row), f"{row['train_n']:,}"), column, results.correct(folders[row["run"]], row))
+        for row, column in columns
+    )
+    return tables.accuracies(["backbone", "labels"], ["clean", *common_corruptions.FAMILIES], found)
 
 
 def main() -> None:
     asked = inputs.Inputs(inputs.parser(__doc__).parse_args())
     sweeps = [read_sweeps(source, asked) for source in asked.sources]
     rows = [row for source, found in zip(asked.sources, sweeps, strict=True) for row in evaluate(source, asked, found)]
+    clean = [sweep.row for found in sweeps for sweep in found]
     if rows:
         inputs.announce(rows)
-        say(table(rows))
+        say(table(clean, rows, asked.folders))
         say("\nMeans over kinds and severities; each has a row of its own in results.jsonl.")
 
 

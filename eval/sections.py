@@ -23,12 +23,15 @@ def mixed(runs: list[Run]) -> list[Block]:
     """A warning where the rows come from several states of the code, its packages or the recipe of fine-tuning."""
     rows = [row for run in runs for row in run.rows]
     recipes = {row.get("settings", {}).get("recipe") for row in rows if row["protocol"].startswith("finetune")}
+    swept = [row.get("settings", {}) for row in rows if row["protocol"] in ("linear-sweep", "linear-block")]
+    grids = {json.dumps(settings.get("rates")) for settings in swept if "tried" in settings}
     several = [
         f"{len(found)} {name}"
         for name, found in (
             ("commits of this code", {row["commit"] for row in rows}),
             ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
             ("states of the recipe finetune", recipes),
+            ("grids of learning rates of the linear sweep", grids),
         )
         if len(found) > 1
     ]

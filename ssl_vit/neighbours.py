@@ -1,5 +1,7 @@
 """The k-NN vote, shared by the evaluator and by the monitor."""
 
+from collections.abc import Iterator
+
 import faiss
 import numpy as np
 
@@ -28,22 +30,34 @@ def vote(
     classes: int,
     temperature: float | None = 0.07,
 ) -> dict[int, np.ndarray]:
-    """The predicted class (m,) of each query, for each k: exact search by inner product, then a vote of the k nearest
-    with weights exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978; DINO's eval_knn.py), or equal weights
-    if temperature is None. Of tied classes the lowest number wins.
+    """The predicted class, int64 (m,), of each query, for each k. Of tied classes the lowest number wins."""
+    found = weights(train, labels, queries, ks, classes, temperature)
+    parts = [{k: scores.argmax(1) for k, scores in of.items()} for of in found]
+    return {k: np.concatenate([part[k] for part in parts]) for k in ks}
+
+
+def weights(
+    train: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    ks: list[int],
+    classes: int,
+    temperature: float | None = 0.07,
+) -> Iterator[dict[int, np.ndarray]]:
+    """Of 1,024 queries after the other, for each k: the weight of each class in the vote, float64 (1024, classes).
+
+    Exact search by inner product, then a vote of the k nearest with weights in proportion to exp(similarity /
+    temperature) (Wu et al. 2018, arXiv 1805.01978; DINO's eval_knn.py), or equal weights if temperature is None.
     """
     index = _index(train)
-    predicted = {k: np.empty(len(queries), dtype=np.int64) for k in ks}
     for start in range(0, len(queries), 1024):  # so that memory does not grow with the test set
-        part = slice(start, start + 1024)
-        similarity, nearest = index.search(queries[part], max(ks))
-        weights = np.ones_like(similarity) if temperature is None else np.exp((similarity - 1) / temperature)
-        for k in ks:
-            scores = np.zeros((len(similarity), classes))
-            rows = np.arange(len(similarity))[:, None]
-            np.add.at(scores, (rows, labels[nearest[:, :k]]), weights[:, :k])
-            predicted[k][part] = scores.argmax(1)
-    return predicted
+        similarity, nearest = index.search(queries[start : start + 1024], max(ks))
+        each = np.ones_like(similarity) if temperature is None else np.exp((similarity - 1) / temperature)
+        rows = np.arange(len(similarity))[:, None]
+        found = {k: np.zeros((len(similarity), classes)) for k in ks}
+        for k, scores in found.items():
+            np.add.at(scores, (rows, labels[nearest[:, :k]]), each[:, :k])
+        yield found
 
 
 def _index(train: np.ndarray) -> faiss.IndexFlatIP:

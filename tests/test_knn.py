@@ -4,16 +4,19 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import datasets
 import numpy as np
 import pytest
 from conftest import SMALL
 from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from test_loop import ROOT, TINY, environment
 
 from eval import features, knn, results
+from eval.predictions import Predictions
 from ssl_vit import data, neighbours, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -32,32 +35,61 @@ def plain_vote(train, labels, queries, k, temperature, centre):
         x = x.astype(np.float64) - mean
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-    predicted = []
+    shares = []
     for query in unit(queries):
         similarity = unit(train) @ query
         nearest = np.argsort(-similarity, kind="stable")[:k]
         scores = np.zeros(labels.max() + 1)
         for i in nearest:
             scores[labels[i]] += math.exp(similarity[i] / temperature)
-        predicted.append(scores.argmax())
-    return np.array(predicted)
+        shares.append(scores / scores.sum())
+    return np.array(shares)
 
 
 @pytest.mark.parametrize("centre", [True, False])
 def test_the_vote_equals_a_plain_float64_loop(centre):
     train, queries = neighbours.prepare(TRAIN, QUERIES, centre)
     predicted = neighbours.vote(train, LABELS, queries, [1, 5, 20, 400], 7)
-    for k, answer in predicted.items():
-        assert np.array_equal(answer, plain_vote(TRAIN, LABELS, QUERIES, k, 0.07, centre))
+    answers = dict(knn.vote(train, LABELS, queries, TRUTH, [1, 5, 20, 400], 7))
+    assert predicted.keys() == answers.keys()
+    for k, answer in answers.items():
+        shares = plain_vote(TRAIN, LABELS, QUERIES, k, 0.07, centre)
+        assert np.array_equal(answer.predicted, shares.argmax(1)) and np.array_equal(predicted[k], answer.predicted)
+        np.testing.assert_allclose(answer.p_predicted, shares.max(1), atol=1e-5)
+        np.testing.assert_allclose(answer.p_true, shares[np.arange(130), TRUTH], atol=1e-5)
     assert len({tuple(a) for a in predicted.values()}) > 1
 
 
 def test_the_unweighted_vote_equals_scikit_learn():
     train, queries = neighbours.prepare(TRAIN, QUERIES)
+    [weights] = neighbours.weights(train, LABELS, queries, [1, 5, 20], 7, temperature=None)
     predicted = neighbours.vote(train, LABELS, queries, [1, 5, 20], 7, temperature=None)
     for k, answer in predicted.items():
-        expected = KNeighborsClassifier(k, algorithm="brute").fit(train, LABELS).predict(queries)
-        assert np.array_equal(answer, expected)
+        expected = KNeighborsClassifier(k, algorithm="brute").fit(train, LABELS)
+        assert np.array_equal(answer, expected.predict(queries))
+        np.testing.assert_allclose(weights[k] / k, expected.predict_proba(queries))
+
+
+def test_metrics_are_scikit_learn_s():
+    unbalanced = np.repeat([0, 1, 3], [90, 7, 3])  # class 2 has no test image
+    draws = np.random.default_rng(0)
+    for _ in range(5):
+        predicted = np.where(draws.random(100) < 0.3, unbalanced, draws.integers(0, 4, 100))
+        found = Predictions(predicted).metrics(unbalanced)
+        assert found["value"] == pytest.approx(accuracy_score(unbalanced, predicted))
+        with warnings.catch_warnings(action="ignore"):  # that class 2 is predicted
+            assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(unbalanced, predicted))
+    always = Predictions(np.zeros(100, dtype=int)).metrics(unbalanced)
+    assert always == dict(value=0.9, balanced_accuracy=pytest.approx(1 / 3))
+
+
+def test_probabilities_of_batches_are_those_of_all():
+    weights = np.random.default_rng(0).random((130, 7))
+    found = Predictions.of([weights[:100], weights[100:100], weights[100:]], TRUTH)
+    shares = weights / weights.sum(1)[:, None]
+    assert np.array_equal(found.predicted, weights.argmax(1))
+    np.testing.assert_allclose(found.p_predicted, shares.max(1), rtol=1e-6)
+    np.testing.assert_allclose(found.p_true, shares[np.arange(130), TRUTH], rtol=1e-6)
 
 
 def test_constant_features_give_the_commonest_class_at_best():
@@ -84,7 +116,11 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "run", "pixels", "pixels-pca64"])
     knn.main()
     said = capsys.readouterr().out
-    assert "| pixels-digits | 1,437 | raw 8x8 |" in said and "(random init)" in said and "smoke test" in said
+    assert "(random init)" in said and "smoke test" in said
+    [line] = [line for line in said.splitlines() if "| pixels-digits " in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:4] == ["pixels-digits", "1,437", "raw 8x8", "97.8 ± 1.5"]  # 352 of 360: 196 · √(.978 · .022 / 359)
+    assert "n = 360): accuracy in %, ± the 95 % interval over test images. Chance among 10 classes is 10.0" in said
 
     rows = results.read(tmp_path / "run")
     assert {r["pooling"] for r in rows} == {"cls", "mean"} and len(rows) == 2 * 2 * len(knn.KS)
@@ -93,6 +129,18 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
         stored = np.load(tmp_path / "run" / row["predictions"])
         assert row["n"] == 360 == len(stored["true"])
         assert row["value"] == pytest.approx((stored["predicted"] == stored["true"]).mean())
+        arrays = {key: (array.dtype, array.shape) for key, array in stored.items()}
+        whole, half = (np.dtype("int32"), (360,)), (np.dtype("float16"), (360,))
+        assert arrays == dict(index=whole, predicted=whole, true=whole, p_predicted=half, p_true=half)
+        right = stored["predicted"] == stored["true"]
+        assert np.array_equal(stored["p_predicted"][right], stored["p_true"][right])
+        assert (stored["p_predicted"] >= stored["p_true"]).all() and stored["p_predicted"].min() >= 0.099
+        assert json.loads((tmp_path / "run" / row["images"]).read_text()) == dict(
+            data="digits", split="the fixed 360", classes=list("0123456789"), names=None
+        )
+        assert (row["classes"], row["chance"], row["majority"]) == (10, 0.1, 37 / 360)
+        assert row["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(stored["true"], stored["predicted"]))
+        assert row["eval_images"] == 1437 + 360
         assert row["recipe"] == "random" and row["images_seen"] == 0 and row["train_flops"] == 0
         assert set(results.IDENTITY) <= row.keys() and row["eval_flops"] > 0
     knn.main()  # again: rows are replaced, not added
@@ -117,7 +165,8 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
     config = recipes.Data()
     train, test = data.load(config, "train"), data.load(config, "report")
     flat = [s.images.flatten(1).numpy() / np.float32(255) for s in (train, test)]
-    expected = plain_vote(flat[0], train.labels.numpy(), flat[1], 20, 0.07, True)
+    expected = plain_vote(flat[0], train.labels.numpy(), flat[1], 20, 0.07, True).argmax(1)
+    assert {r["eval_flops"] for r in pixels if r["run"] == "pixels-digits"} == {2 * 64 * 1437 * 360}
     assert value == pytest.approx((expected == test.labels.numpy()).mean(), abs=1e-9)
     assert value > 0.97
 
@@ -190,6 +239,42 @@ def test_images_of_one_class_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "pixels", "--data", "one.parquet"])
     with pytest.raises(UserError, match="of one class"):
         knn.main()
+
+
+def test_the_bank_is_the_labelled_training_images_and_the_queries_those_of_the_test(tmp_path, monkeypatch):
+    """Files, of which some are in no part of the labels; their names are kept once."""
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 40), ("test", 9)):
+        for i in range(count):
+            place = tmp_path / "photos" / split / ("dark" if i % 3 else "bright") / f"{i:02}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng([split == "test", i]).integers(0, 100, (4, 4)) + (0 if i % 3 else 150)
+            Image.fromarray(pixels.astype(np.uint8)).save(place)
+    seen, weights = [], neighbours.weights
+
+    def watched(train, labels, queries, *rest):
+        seen.append((train, labels, queries))
+        return weights(train, labels, queries, *rest)
+
+    monkeypatch.setattr(neighbours, "weights", watched)
+    monkeypatch.setattr(
+        sys, "argv", ["knn.py", "--backbone", "pixels", "--data", "photos", "--labels", "7", "--k", "3"]
+    )
+    knn.main()
+    config = recipes.Data(name="photos", subset=7)
+    train, test = data.load(config, "train"), data.load(config, "report")
+    assert len(seen) == 2 and len(train) == 14
+    for centre, (near, labels, far) in zip((True, False), seen, strict=True):
+        pixels = [s.images.flatten(1).numpy() / np.float32(255) for s in (train, test)]
+        expected = neighbours.prepare(*pixels, centre)
+        assert np.allclose(near, expected[0], atol=1e-6) and np.allclose(far, expected[1], atol=1e-6)
+        assert np.array_equal(labels, train.labels.numpy())
+    for row in results.read(tmp_path / "runs/pixels-photos"):
+        about = json.loads((tmp_path / "runs/pixels-photos" / row["images"]).read_text())
+        assert about["classes"] == ["bright", "dark"] and len(about["names"]) == 9
+        with np.load(tmp_path / "runs/pixels-photos" / row["predictions"]) as stored:
+            assert [name.split("/")[0] for name in about["names"]] == [about["classes"][c] for c in stored["true"]]
+    assert len(list((tmp_path / "runs/pixels-photos/predictions").glob("images-*.json"))) == 1
 
 
 def test_a_run_without_a_backbone_is_refused(tmp_path):

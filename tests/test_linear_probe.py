@@ -1,15 +1,17 @@
 """Linear heads against plain float64 loops; the rows of each preset; what is chosen, and on what."""
 
 import dataclasses
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch.utils.flop_counter import FlopCounterMode
 
 from eval import features, heads, linear_probe, results
-from ssl_vit import data
+from ssl_vit import data, errors, subsets
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -39,7 +41,8 @@ def softmax(x):
 
 @pytest.mark.parametrize("rate", [0.1, 3.0])
 def test_a_sweep_trains_each_head_as_a_plain_float64_loop(rate):
-    found = heads.sweep(dict(a=columns(TRAIN)), LABELS, dict(a=columns(OTHERS)), rates=dict(a=(0.1, 3.0)), **OPTIONS)
+    rates = dict(a=(0.1, 3.0))
+    found = heads.sweep(dict(a=columns(TRAIN)), LABELS, dict(a=columns(OTHERS)), TRUTH, rates, **OPTIONS)["a", rate]
     mean, std = TRAIN.astype(np.float64).mean(0), TRAIN.astype(np.float64).std(0)
     x, y = [np.c_[(v - mean) / std / np.sqrt(6), np.ones(len(v))] for v in (TRAIN, OTHERS)]
     weight, speed = np.zeros((7, 4)), np.zeros((7, 4))
@@ -49,13 +52,19 @@ def test_a_sweep_trains_each_head_as_a_plain_float64_loop(rate):
         chosen = order[32 * step : 32 * step + 32]
         speed = 0.9 * speed + x[chosen].T @ (softmax(x[chosen] @ weight) - one_hot(LABELS[chosen])) / 32
         weight -= rate * 0.5 * (1 + np.cos(np.pi * step / 59)) * speed
-    assert (found["a", rate] == (y @ weight).argmax(1)).mean() > 0.99
+    expected = softmax(y @ weight)
+    assert (found.predicted == expected.argmax(1)).mean() > 0.99
+    np.testing.assert_allclose(found.p_predicted, expected.max(1), atol=1e-4)
+    np.testing.assert_allclose(found.p_true, expected[np.arange(200), TRUTH], atol=1e-4)
 
 
 def test_batches_visit_every_image_equally_often():
     batches = heads._batches(np.random.default_rng(1), 10, 4)
     seen = np.concatenate([next(batches) for _ in range(10)])
     assert np.bincount(seen).tolist() == [4] * 10
+    drawn = np.random.default_rng(1)
+    order = np.concatenate([drawn.permutation(10) for _ in range(4)])
+    assert np.array_equal(seen.reshape(10, 4), np.sort(order.reshape(10, 4)))
 
 
 def test_lars_and_batch_norm_as_a_plain_float64_loop():
@@ -79,13 +88,21 @@ def test_lars_and_batch_norm_as_a_plain_float64_loop():
         now = 5.0 if step == 0 else 5.0 * 0.5 * (1 + np.cos(np.pi * (step - 1) / 2))
         weight, bias = weight - now * speeds[0], bias - now * speeds[1]
     logits = (OTHERS - average) / np.sqrt(variance + 1e-6) @ weight.T + bias
-    assert (predict(columns(OTHERS)) == logits.argmax(1)).mean() > 0.98
+    found = predict(columns(OTHERS), TRUTH)
+    assert (found.predicted == logits.argmax(1)).mean() > 0.98
+    np.testing.assert_allclose(found.p_true, softmax(logits)[np.arange(200), TRUTH], atol=1e-3)
+    np.testing.assert_allclose(found.p_predicted, softmax(logits).max(1), atol=1e-3)
 
 
 def test_logistic_regression_is_scikit_learn_on_standardised_features():
     mean, std = TRAIN.mean(0), TRAIN.std(0)
-    expected = LogisticRegression(C=0.1, max_iter=1000).fit((TRAIN - mean) / std, LABELS).predict((OTHERS - mean) / std)
-    assert (heads.logistic(TRAIN, LABELS, OTHERS, 0.1) == expected).mean() > 0.99
+    model = LogisticRegression(C=0.1, max_iter=1000).fit((TRAIN - mean) / std, LABELS)
+    expected = model.predict_proba((OTHERS - mean) / std)
+    found, spent = heads.logistic(TRAIN, LABELS, OTHERS, TRUTH, 4, 0.1)
+    assert (found.predicted == expected.argmax(1)).mean() > 0.99
+    np.testing.assert_allclose(found.p_true, expected[np.arange(200), TRUTH], atol=1e-4)
+    np.testing.assert_allclose(found.p_predicted, expected.max(1), atol=1e-4)
+    assert spent == (4 * model.n_iter_[0] * 300 + 2 * 200) * 7 * 4
 
 
 @pytest.mark.parametrize("broken", ["constant features", "shuffled labels"])
@@ -93,14 +110,15 @@ def test_what_says_nothing_gives_chance(broken):
     train = np.ones_like(TRAIN) if broken == "constant features" else TRAIN
     others = np.ones_like(OTHERS) if broken == "constant features" else OTHERS
     labels = np.random.default_rng(3).permutation(LABELS)
-    answers = heads.sweep(dict(a=columns(train)), labels, dict(a=columns(others)), rates=dict(a=(0.3, 10.0)), **OPTIONS)
-    answers["logistic"] = heads.logistic(train, labels, others, 1.0)
+    rates = dict(a=(0.3, 10.0))
+    answers = heads.sweep(dict(a=columns(train)), labels, dict(a=columns(others)), TRUTH, rates, **OPTIONS)
+    answers["logistic"] = heads.logistic(train, labels, others, TRUTH, 4, 1.0)[0]
     batches = iter([(torch.from_numpy(train), torch.from_numpy(labels))] * 20)
     answers["dino"] = heads.train(heads.PROTOCOLS["dino"], batches, 20, 0, 0.1, 6, 4, seed=0, device=CPU)(
-        columns(others)
+        columns(others), TRUTH
     )
     for name, answer in answers.items():
-        assert 0.1 < (answer == TRUTH).mean() < 0.4, name
+        assert 0.1 < (answer.predicted == TRUTH).mean() < 0.4, name
 
 
 def run(monkeypatch, tmp_path, *arguments):
@@ -137,7 +155,12 @@ def test_a_sweep_chooses_on_train_alone(tmp_path, monkeypatch, backbone, capsys)
         assert row["protocol"] == "linear-sweep" and row["layer"] == -1 and row["n"] == 360
         assert row["settings"]["tried"] == len(heads.RATES) * (6 if row["pooling"] == "chosen" else 2)
         assert set(results.IDENTITY) <= row.keys()
-    assert "-digits | 1,437 | linear-sweep | chosen |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    [line] = [line for line in said.splitlines() if re.search(r"-digits \| 1,437 +\| linear-sweep \| chosen ", line)]
+    [row] = [r for r in rows if (r["pooling"], r["train_n"]) == ("chosen", 1437)]
+    shown = 100 * row["value"], 196 * np.sqrt(row["value"] * (1 - row["value"]) / 359)
+    assert f"| {shown[0]:.1f} ± {shown[1]:.1f} |" in line
+    assert "Chance among 10 classes is 10.0; always naming the most frequent class scores 10.3." in said
 
     # other test images change no choice
     before = {results.row_id(r): r["settings"] for r in rows}
@@ -154,6 +177,204 @@ def test_a_sweep_chooses_on_train_alone(tmp_path, monkeypatch, backbone, capsys)
     again = results.read(rows_of(tmp_path))
     assert {results.row_id(r): r["settings"] for r in again} == before
     assert [r["value"] for r in again] != [r["value"] for r in rows]
+
+
+class Watched:
+    """What a fit was given, by the images that the rows of pixel features show, and what it then predicted for.
+    calls: (fitted, their labels, others) as indices of all digits, training images first."""
+
+    def __init__(self):
+        sets = [data.load(recipes.Data(), role) for role in ("train", "report")]
+        pixels = np.concatenate([s.images.flatten(1).numpy() for s in sets])
+        self.labels = np.concatenate([s.labels.numpy() for s in sets])
+        self.train = len(sets[0])
+        self.place = {row.tobytes(): i for i, row in enumerate(pixels)}
+        assert len(self.place) == len(pixels)
+        self.calls = []
+
+    def find(self, features):
+        return np.array([self.place[row.tobytes()] for row in (255 * features).round().astype(np.uint8)])
+
+    def add(self, fitted, labels, others):
+        fitted, others = self.find(fitted), self.find(others)
+        assert np.array_equal(self.labels[fitted], labels)
+        self.calls.append((fitted, others))
+
+    def check(self, wanted, tried):
+        """Of five tenths in turns each is judged on by heads that did not see it; the last fit has all, and the test
+        images are read once. tried: fits per tenth. wanted: the training images whose labels are used."""
+        *trials, (fitted, tested) = self.calls
+        assert len(trials) == 5 * tried
+        assert sorted(fitted) == sorted(wanted) and sorted(tested) == list(range(self.train, len(self.labels)))
+        judged = []
+        for fitted, others in trials:
+            assert sorted([*fitted, *others]) == sorted(wanted)  # so nothing is in both, and no test image in either
+            assert np.bincount(self.labels[others]).tolist() == [len(wanted) // 100] * 10
+            judged.append(tuple(sorted(others)))
+        assert len(set(judged)) == 5 and len(set(sum(judged, ()))) == 5 * len(judged[0])
+
+
+@pytest.mark.parametrize("preset", ["sweep", "logistic"])
+def test_settings_are_chosen_on_images_that_were_not_fitted(preset, tmp_path, monkeypatch):
+    watched = Watched()
+    original = getattr(heads, preset)
+
+    def sweep(features, labels, others, truth, rates, **options):
+        [(name, values)] = features.items()
+        watched.add(values.take(), labels, others[name].take())
+        assert np.array_equal(truth, watched.labels[watched.calls[-1][1]])
+        return original(features, labels, others, truth, rates, **options)
+
+    def logistic(features, labels, others, truth, *rest):
+        watched.add(features, labels, others)
+        assert np.array_equal(truth, watched.labels[watched.calls[-1][1]])
+        return original(features, labels, others, truth, *rest)
+
+    monkeypatch.setattr(heads, preset, locals()[preset])
+    monkeypatch.setattr(heads, "PENALTIES", (0.01, 1.0))
+    sources = ["--backbone", "pixels", "--data", "digits", "--labels", "20", "--label-seeds", "1"]
+    run(monkeypatch, tmp_path, *sources, "--preset", preset)
+    part = subsets.stratified(watched.labels[: watched.train], 20, 1)
+    watched.check(part, tried=2 if preset == "logistic" else 1)
+
+
+def test_of_rates_that_do_equally_well_the_middle_one_is_taken(monkeypatch):
+    monkeypatch.setattr(heads, "RATES", (0.1, 1.0, 10.0, 100.0))
+    scores = {("a", rate): 0.5 for rate in heads.RATES}
+    scores |= {("b", 0.1): 0.6, ("b", 1.0): 0.7, ("b", 10.0): 0.7, ("b", 100.0): 0.7}
+    assert linear_probe.highest(scores, ["a"]) == ("a", 10.0)
+    assert linear_probe.highest(scores | {("b", 1.0): 0.7 + 1e-16}, ["a", "b"]) == ("b", 10.0)
+    assert linear_probe.highest(scores | {("a", 0.1): 0.8}, ["a", "b"]) == ("a", 0.1)
+
+
+@pytest.mark.parametrize("preset", ["mae", "dino"])
+def test_published_heads_see_the_labelled_training_images_alone(preset, tmp_path, monkeypatch, backbone):
+    """Their views are of those, with their labels; the test images are only judged."""
+    drawn = []
+    original = data.chunks
+
+    def chunks(images, spec, plan, *rest):
+        plan = list(plan)
+        drawn.append((images, np.concatenate([indices for *_, indices in plan])))
+        return original(images, spec, iter(plan), *rest)
+
+    fitted, train = [], heads.train
+
+    def watched(protocol, batches, *rest, **options):
+        def each():
+            for batch, labels in batches:
+                fitted.extend(labels.tolist())
+                yield batch, labels
+
+        return train(protocol, each(), *rest, **options)
+
+    monkeypatch.setattr(data, "chunks", chunks)
+    monkeypatch.setattr(heads, "train", watched)
+    run(monkeypatch, tmp_path, *backbone, "--preset", preset, "--labels", "5", "--epochs", "4")
+    [(images, indices)] = drawn
+    whole = data.load(recipes.Data(), "train")
+    part = subsets.stratified(whole.labels.numpy(), 5, 0)
+    assert torch.equal(images.images, whole.images[part])
+    assert np.bincount(indices, minlength=50).tolist() == [4] * 50
+    assert fitted == whole.labels[part][indices].tolist()
+
+
+def test_a_row_s_flops_are_those_that_torch_counts(tmp_path, monkeypatch):
+    """Of a sweep over pixels, which pass through no backbone: every head of every fold once."""
+    counted = []
+    original = linear_probe.sweep
+
+    def sweep(*arguments):
+        with FlopCounterMode(display=False) as counter:
+            original(*arguments)
+        counted.append(counter.get_total_flops())
+
+    monkeypatch.setattr(linear_probe, "sweep", sweep)
+    run(monkeypatch, tmp_path, "--backbone", "pixels", "--data", "digits", "--labels", "20")
+    rows = {row["pooling"]: row for row in results.read(tmp_path / "runs/pixels-digits")}
+    assert rows["chosen"]["eval_flops"] == counted[0] == rows["raw 8x8"]["eval_flops"]
+    assert rows["chosen"]["eval_images"] == 200 + 360
+
+
+def test_flops_of_a_backbone_are_counted_once(tmp_path, monkeypatch, backbone):
+    """By hand: 200 labelled and 360 test images through it, and heads on 16 features."""
+    monkeypatch.setattr(heads, "PENALTIES", (1.0,))
+    run(monkeypatch, tmp_path, *backbone, "--preset", "logistic", "--labels", "20")
+    run(monkeypatch, tmp_path, *backbone, "--preset", "dino", "--labels", "20", "--epochs", "3")
+    rows = {(row["protocol"], row["pooling"]): row for row in results.read(rows_of(tmp_path))}
+    depth, width, tokens, patch = 2, 16, 17, 2 * 2
+    block = 2 * tokens * width * (4 * width + 2 * 4 * width) + 4 * tokens**2 * width
+    image = depth * block + 2 * (tokens - 1) * patch * width
+    row = rows["linear-dino-3ep", "cls"]
+    trained = 3 * 200
+    assert row["eval_images"] == trained + 360
+    assert row["eval_flops"] == image * (trained + 360) + (4 * trained + 2 * 360) * 2 * width * 10  # two blocks
+    row = rows["logistic", "mean"]
+    assert row["eval_images"] == 560 and 1 < row["eval_flops"] / (image * 560) < 1.5
+
+
+def test_one_label_per_class_takes_fixed_settings(tmp_path, monkeypatch, backbone, capsys):
+    for preset in ("sweep", "logistic"):
+        run(monkeypatch, tmp_path, *backbone, "--preset", preset, "--labels", "1", "0.5%")
+    rows = results.read(rows_of(tmp_path))
+    assert {row["chosen"] for row in rows} == {"fixed in advance: one label per class"} and len(rows) == 2 * (4 + 2)
+    assert {row["train_n"] for row in rows} == {10} and not any("validation" in row["settings"] for row in rows)
+    sweep = {row["pooling"]: row for row in rows if row["protocol"] == "linear-sweep"}
+    assert {row["settings"]["rate"] for row in sweep.values()} == {1.0}
+    assert {tuple(row["settings"]["blocks"]) for row in sweep.values()} == {(1,)}
+    assert sweep["chosen"]["settings"]["pooling"] == "concat" and sweep["chosen"]["value"] == sweep["concat"]["value"]
+    assert {row["settings"]["C"] for row in rows if row["protocol"] == "logistic"} == {1.0}
+    said = capsys.readouterr()
+    assert "linear probe of small, 10 labels" in said.err  # its progress
+    assert said.out.count("fixed in advance") == 6  # both parts are the same ten images
+
+
+def few(monkeypatch, singles, unlabelled=0):
+    """Digits of which these classes have one labelled training image, and every so-many-th image no label."""
+    load = data.load
+
+    def changed(config, role, classes=None):
+        images = load(config, role, classes)
+        if role == "train":
+            labels = images.labels.numpy()
+            first = [np.flatnonzero(labels == c)[0] for c in singles]
+            images = images.part(torch.from_numpy(np.sort([*np.flatnonzero(~np.isin(labels, singles)), *first])))
+        if unlabelled:
+            images.labels[::unlabelled] = -1
+        return images
+
+    monkeypatch.setattr(data, "load", changed)
+
+
+@pytest.mark.parametrize("preset", ["sweep", "logistic"])
+def test_classes_of_one_image_do_not_stop_a_probe(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(heads, "PENALTIES", (0.1, 1.0))
+    errors.say_once.cache_clear()
+    few(monkeypatch, singles=[0, 2, 3, 5, 6, 9])
+    run(monkeypatch, tmp_path, "--backbone", "pixels", "--data", "digits", "--preset", preset, "--labels", "all", "1%")
+    said = capsys.readouterr().out
+    assert said.count("6 of 10 classes have only one labelled image (0, 2, 3, 5, 6, …): they are fitted, but") == 1
+    rows = results.read(tmp_path / "runs/pixels-digits")
+    assert {row["chosen"].split(" on ")[-1] for row in rows if row["label_fraction"] == 1.0} == {
+        "5 tenths of train, in turns"
+    }
+    assert min(row["value"] for row in rows if row["label_fraction"] == 1.0) > 0.3  # 144 of 360 are of the other four
+
+
+def test_images_without_a_label_are_left_out(tmp_path, monkeypatch, capsys):
+    errors.say_once.cache_clear()
+    few(monkeypatch, singles=[], unlabelled=4)
+    run(monkeypatch, tmp_path, "--backbone", "pixels", "pixels-pca64", "--data", "digits")
+    said = capsys.readouterr().out
+    assert said.count("Of the 1,437 images of digits (train), the 1,077 with a label are used.") == 1
+    assert said.count("Of the 360 images of digits (the fixed 360), the 270 with a label are used.") == 1
+    labels = data.load(recipes.Data(), "report").labels.numpy()
+    truth = labels[labels >= 0]
+    for row in results.read(tmp_path / "runs/pixels-digits"):
+        stored = np.load(tmp_path / "runs/pixels-digits" / row["predictions"])
+        assert (row["n"], row["train_n"], row["classes"]) == (270, 1077, 10)
+        assert np.array_equal(stored["true"], truth) and row["value"] > 0.7
+        assert row["majority"] == np.bincount(truth).max() / 270
 
 
 def test_features_are_computed_of_labelled_images_alone(tmp_path, monkeypatch, backbone):
@@ -221,7 +442,6 @@ def test_the_backbone_is_left_as_it_was(tmp_path, monkeypatch, backbone):
     [
         (["--preset", "mae", "--per-block"], "--per-block belongs"),
         (["--epochs", "3"], "--epochs belongs"),
-        (["--labels", "1"], "but one labelled image"),
     ],
 )
 def test_bad_input_is_refused(arguments, said, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The probe is the sweep's, the images are the same for all backbones, the rows are like others."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from eval import common_corruptions, frames, linear_probe, results, robustness
 from ssl_vit import data
+from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
 WHOLE = dict(STEPS=linear_probe.STEPS, EPOCHS=linear_probe.EPOCHS)
@@ -67,9 +69,12 @@ def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsy
                     for key in ("layer", "chosen", "n", "split", "eval_data", "train_n", "subset_seed", "run"):
                         assert row[key] == clean[key]
                     assert row["value"] == pytest.approx((predicted(folder, row) == truth(folder, row)).mean())
-                    assert row["eval_flops"] > 0
+                    assert row["eval_images"] == row["train_n"] + 360 and row["eval_flops"] > 0
+                    assert (row["classes"], row["chance"]) == (10, 0.1)
     said = capsys.readouterr().out
-    assert "| backbone | labels | clean | noise | blur | other |" in said and "| pixels-pca64-digits | 1,437 |" in said
+    *_, head = (line for line in said.splitlines() if line.startswith("| backbone "))
+    assert head.replace(" ", "") == "|backbone|labels|clean|noise|blur|other|"
+    assert re.search(r"\| pixels-pca64-digits +\| 1,437 +\| \d+\.\d ± \d\.\d \|", said)
     hard, soft = (np.mean([of(rows, f"robust-{kind}-{s}")["value"] for _, kind in kinds]) for s in (5, 1))
     assert 0.1 < hard < soft < of(rows, "linear-sweep")["value"]
 
@@ -89,6 +94,32 @@ def test_images_left_as_they_are_get_the_sweeps_predictions(tmp_path, monkeypatc
         for part in (1.0, "20 per class"):
             answers = [predicted(folder, of(rows, p, part)) for p in ("linear-sweep", "robust-contrast-5")]
             assert (answers[0] == answers[1]).mean() > 0.99  # features are computed anew: a near tie may fall otherwise
+
+
+def test_the_head_is_fitted_on_the_labelled_images_and_gives_their_probabilities(tmp_path, monkeypatch):
+    sources = ["--backbone", "pixels", "--data", "digits", "--labels", "20"]
+    run(monkeypatch, tmp_path, *sources)
+    fitted = []
+    original = linear_probe.heads.fit
+
+    def fit(features, labels, *rest, **options):
+        fitted.append((features[0].take(), labels))
+        return original(features, labels, *rest, **options)
+
+    monkeypatch.setattr(linear_probe.heads, "fit", fit)
+    corrupt(monkeypatch, *sources)
+    [(pixels, labels)] = fitted
+    train = data.load(recipes.Data(subset=20), "train")
+    assert np.array_equal((255 * pixels).round(), train.images.flatten(1).numpy())
+    assert np.array_equal(labels, train.labels.numpy())
+    rows = results.read(tmp_path / "runs/pixels-digits")
+    row = of(rows, "robust-contrast-5", "20 per class")
+    with np.load(tmp_path / "runs/pixels-digits" / row["predictions"]) as stored:
+        right = stored["predicted"] == stored["true"]
+        assert np.array_equal(stored["p_predicted"][right], stored["p_true"][right])
+        assert (stored["p_predicted"][~right] >= stored["p_true"][~right]).all() and stored["p_predicted"].min() > 0.1
+    # by hand: a head of 64 pixels, 10 classes and a bias, trained 60 steps of 25 images, asked about 360
+    assert row["eval_flops"] == (4 * 60 * 25 + 2 * 360) * 65 * 10
 
 
 def test_every_backbone_sees_the_same_images(tmp_path, monkeypatch, backbone):  # noqa: F811

@@ -54,9 +54,37 @@ def test_an_impossible_part_is_refused(amount, said):
         subsets.stratified(LABELS, amount, seed=0)
 
 
-def test_one_image_of_a_class_cannot_be_held_out():
-    with pytest.raises(UserError, match="but one labelled image"):
-        subsets.hold_out(np.array([0, 0, 1]), seed=0)
+def test_a_class_s_only_image_is_fitted_and_settings_are_chosen_on_the_others():
+    labels = np.array([0] * 20 + [1] + [3] * 5 + [4])
+    assert subsets.singles(labels).tolist() == [1, 4] and subsets.folds(labels) == 5
+    for fold in range(5):
+        fit, rest = subsets.hold_out(labels, seed=0, fold=fold)
+        assert sorted([*fit, *rest]) == list(range(27)) and {20, 26} <= set(fit)
+        assert np.bincount(labels[rest], minlength=5).tolist() == [2, 0, 0, 1, 0]
+
+
+def test_one_image_of_every_class_cannot_be_held_out():
+    assert subsets.folds(np.arange(4)) == 0
+    with pytest.raises(UserError, match="Every class has but one labelled image"):
+        subsets.hold_out(np.arange(4), seed=0)
+
+
+def test_images_without_a_label_change_nothing_for_those_that_have_one():
+    """A label below 0 is none."""
+    some = np.insert(LABELS, [0, 0, 7, 100, 253], -1)
+    at = np.flatnonzero(some >= 0)
+    for amount in (0.1, 0.5, 5):
+        chosen = subsets.stratified(some, amount, seed=1)
+        assert np.array_equal(chosen[some[chosen] >= 0], at[subsets.stratified(LABELS, amount, seed=1)])
+        assert (some[chosen] < 0).sum() == {0.1: 1, 0.5: 2, 5: 0}[amount]
+    for fold in range(2):
+        fit, rest = subsets.hold_out(some, 3, fold)
+        known = subsets.hold_out(LABELS, 3, fold)
+        for mine, theirs in zip((fit, rest), known, strict=True):
+            assert np.array_equal(mine[some[mine] >= 0], at[theirs])
+        assert (some[rest] < 0).sum() == 1 and sorted([*fit, *rest]) == list(range(len(some)))
+    with pytest.raises(UserError, match="one has 20"):
+        subsets.stratified(some, 21, seed=0)
 
 
 def test_a_recipe_trains_on_the_part_and_the_held_out_are_the_others():

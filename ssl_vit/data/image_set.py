@@ -37,6 +37,7 @@ class ImageSet:
     images: Tensor | None = None
     photo: Callable[[int], Tensor] | None = None
     flip: bool = True
+    names: Callable[[], list[str]] | None = None  # the files' paths under the split, in order, if they are files
 
     def __len__(self) -> int:
         return self.count
@@ -58,6 +59,7 @@ class ImageSet:
             count=len(chosen),
             images=None if self.images is None else self.images[chosen],
             photo=self.photo and functools.partial(decoding.photo, self.photo, chosen),
+            names=self.names and functools.partial(_names, self.names, chosen),
         )
 
     def facts(self) -> dict:
@@ -141,7 +143,16 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
         if images is None
         else None,
         flip=flip,
+        names=functools.partial(_names, functools.partial(rows.__getitem__, decoding.FILE), kept)
+        if decoding.FILE in rows.column_names
+        else None,
     )
+
+
+def _names(names: Callable[[], list[str]], chosen: Tensor | None) -> list[str]:
+    """Those of the chosen images, or all."""
+    found = list(names())
+    return found if chosen is None else [found[i] for i in chosen.tolist()]
 
 
 def _digits(role: str, channels: int) -> ImageSet:
