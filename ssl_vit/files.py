@@ -1,0 +1,114 @@
+"""Files that are there whole or not at all, and folders with one writer at a time.
+
+    with files.writing(path, "Make room and start the same command again.") as partial:
+        torch.save(state, partial)                 # any library, any format; `path` appears when the block ends
+    with files.Lock(folder / ".lock"): ...         # waits; wait=False refuses, naming the process that holds it
+
+Everything this project keeps is written through here, so that a full, read-only or vanished disk is one sentence on
+every route, and never a half-written file.
+"""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+from safetensors import SafetensorError
+
+from ssl_vit.errors import UserError
+
+ROOM = "Make room, or choose another place, and start the same command again."
+
+
+@contextmanager
+def writing(target: Path, remedy: str = ROOM) -> Iterator[Path]:
+    """A path beside `target` to write to, a file or a folder, which takes its place when the block ends.
+
+    The folders above it are made. Raises UserError, naming the target, the reason and the remedy, if it cannot be
+    written; what was there before then stays as it was, and nothing is left beside it.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        yield partial
+        _sync(partial)
+        if target.is_dir():  # a folder cannot be replaced by another in one step
+            _remove(target)
+        os.replace(partial, target)
+    # a writer of torch's or of safetensors' has an error of its own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise cannot_write(target, error, remedy) from None
+    finally:
+        _remove(partial)
+
+
+def write(target: Path, content: str | bytes, remedy: str = ROOM) -> None:
+    """The file with this content, whole or not at all. Raises UserError as `writing`."""
+    with writing(target, remedy) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append(target: Path, text: str, remedy: str = ROOM) -> None:
+    """Add text to a file's end. Raises UserError if it cannot be written; the file then ends as it did before."""
+    before = target.stat().st_size if target.exists() else 0
+    try:
+        with open(target, "ab") as stream:
+            stream.write(text.encode())
+    except OSError as error:
+        if target.exists():
+            os.truncate(target, before)
+        raise cannot_write(target, error, remedy) from None
+
+
+def cannot_write(target: Path, error: Exception, remedy: str = ROOM) -> UserError:
+    """The error of a file that cannot be written."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"Cannot write {target} ({reason.rstrip('.')}). {remedy}")
+
+
+class Lock:
+    """One process at a time, until the block or the process ends; its pid and machine stand in a file beside it.
+
+    Raises UserError if the place cannot be written; with wait=False also if another process holds the lock, naming it:
+    `refusal` then follows "PLACE is being written by process PID on MACHINE: ".
+    """
+
+    def __init__(self, file: Path, wait: bool = True, refusal: str = "wait for it.", remedy: str = ROOM):
+        self.file, self.refusal, self.remedy = file, refusal, remedy
+        self.holder = file.with_name(f"{file.name}.holder")
+        self._lock = filelock.FileLock(file, timeout=-1 if wait else 0, thread_local=False)
+
+    def __enter__(self) -> "Lock":
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self.holder.write_text(f"{os.getpid()} on {platform.node()}")
+        except filelock.Timeout:
+            holder = self.holder.read_text() if self.holder.exists() else "of another user"
+            raise UserError(f"{self.file.parent} is being written by process {holder}: {self.refusal}") from None
+        except OSError as error:
+            self._lock.release()
+            raise cannot_write(self.file.parent, error, self.remedy) from None
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the bytes are on the disk: a full disk or quota may only be told then."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())

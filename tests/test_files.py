@@ -1,0 +1,113 @@
+"""Files are there whole or not at all; one process writes at a time."""
+
+import errno
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from ssl_vit import files
+from ssl_vit.errors import UserError
+
+
+def full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    target = tmp_path / "new" / "a.txt"
+    with files.writing(target) as partial:
+        partial.write_text("one")
+        assert not target.exists()
+    assert target.read_text() == "one" and [p.name for p in target.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 5")])
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, error):
+    target = tmp_path / "a.txt"
+    files.write(target, "one")
+    with pytest.raises(UserError, match=r"^Cannot write .*a.txt \((No space left on device|unexpected pos 5)\). Buy."):
+        with files.writing(target, "Buy a disk.") as partial:
+            partial.write_text("tw")
+            raise error
+    assert target.read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_may_be_told_by_fsync_alone(tmp_path, monkeypatch):
+    files.write(tmp_path / "a", "one")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        files.write(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "one"
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    for content in ("one", "two"):
+        with files.writing(tmp_path / "folder") as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "two"]
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.writing(tmp_path / "a") as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_appended_is_cut_off_again(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    files.append(log, "one\n")
+
+    class Full:  # room for three more bytes, as write(2) has it
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def write(self, data):
+            with log_open(log, "ab") as stream:
+                stream.write(data[:3])
+            full()
+
+    log_open = open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: Full())
+    with pytest.raises(UserError, match="log.jsonl"):
+        files.append(log, "second\n")
+    monkeypatch.undo()
+    assert log.read_text() == "one\n"
+
+
+def hold(file: Path, held, release) -> None:
+    with files.Lock(file):
+        held.set()
+        release.wait(60)
+
+
+def test_the_holder_of_a_lock_is_named(tmp_path):
+    held, release = multiprocessing.Event(), multiprocessing.Event()
+    child = multiprocessing.Process(target=hold, args=(tmp_path / ".lock", held, release))
+    child.start()
+    try:
+        assert held.wait(60)
+        with pytest.raises(UserError, match=rf"being written by process {child.pid} on .*: pass another --output"):
+            files.Lock(tmp_path / ".lock", wait=False, refusal="pass another --output.").__enter__()
+    finally:
+        release.set()
+        child.join()
+    with files.Lock(tmp_path / ".lock", wait=False):
+        assert (tmp_path / ".lock.holder").read_text().startswith(str(os.getpid()))
+
+
+def test_a_killed_holder_gives_the_lock_free(tmp_path):
+    held, release = multiprocessing.Event(), multiprocessing.Event()
+    child = multiprocessing.Process(target=hold, args=(tmp_path / ".lock", held, release))
+    child.start()
+    assert held.wait(60)
+    child.kill()
+    child.join()
+    with files.Lock(tmp_path / ".lock", wait=False):
+        pass
