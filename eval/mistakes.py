@@ -168,7 +168,7 @@ def _pairs(counts: np.ndarray, names: list[str]) -> list[Block]:
 def _reliability(group: Group, column: Column, error: float, bins: list[tuple[float, ...]]) -> Figure:
     colour = 0 if group.colour is None else group.colour
     series = [
-        plots.Series("as it should be", [0, 100], [0.0, 1.0]),
+        plots.Series("ideal", [0, 100], [0.0, 1.0]),
         plots.Series("measured", [100 * b[0] for b in bins], [b[1] for b in bins], colour=colour),
     ]
     subtitle = f"ECE {percent(error)} %; right, %"

@@ -159,7 +159,7 @@ def test_two_seeds_borrow_by_hand():
 
 def test_four_seeds_and_one_seed_borrow_nothing():
     rng = np.random.default_rng(0)
-    pool = spread(rng.random((3, 2)))
+    pool = spread(rng.random((8, 2)))
     four, one = rng.random((4, 9)), rng.random((1, 9))
     assert interval(four, pool) == interval(four) and interval(one, pool) == interval(one)
     assert spread(rng.random((3, 1))) is None and spread_of_differences(rng.random((3, 1))) is None
