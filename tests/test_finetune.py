@@ -147,7 +147,7 @@ def test_other_resolutions_resample_the_positions(size, tune, tmp_path):
 
 
 def pictures(folder, splits=("train", "test"), channels=3):
-    """Dark and bright images at 10x10, 20 to train on and 7 to report on."""
+    """Dark and bright images of 10x10, 20 to train on and 7 to report on."""
     for split, count in zip(splits, (20, 7), strict=False):
         for i in range(count):
             name = folder / split / ("dark" if i % 2 else "bright") / f"{i}.png"
