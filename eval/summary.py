@@ -101,7 +101,8 @@ def _beside(test: Test, frames: dict[Group, Frame], column: Column) -> str:
     recipes = ranked(frames, controls=False)
     best, clear, unclear = recipes[0], [], []
     for other in recipes[1:2] + ranked(frames, controls=True):
-        name = f"{other.label_in(column)} at {percent(frames[other].estimate.mean)} %"
+        label = other.label_in(column).replace("from scratch", "training from scratch")
+        name = f"{label} at {percent(frames[other].estimate.mean)} %"
         estimate = contrast(frames, best, other)
         if estimate is None:
             continue  # no seed in common
