@@ -12,7 +12,8 @@ import numpy as np
 
 from eval import intervals, plots
 from eval.frames import Column, Frame, Group, Test, ranked
-from eval.pages import Block, Figure, Heading
+from eval.pages import Block, Cell, Figure, Heading, Table, named
+from eval.words import number
 
 CURVES = {
     "Loss. Those of different objectives cannot be compared.": {"loss": "loss"},
@@ -34,53 +35,110 @@ def at_a_glance(test: Test) -> Figure:
             rows += [plots.Dot("Controls")] if groups and controls else []
             for group in groups:
                 estimate = frames[group].estimate
-                rows.append(plots.Dot(group.label_in(column), estimate.mean, estimate.half_width, group.colour))
+                rows.append(plots.Dot(group.label_in(column), estimate.mean, estimate.bounds, group.colour))
         charts.append(
             (file_name(test, "accuracy", column), plots.dots(rows, column.evaluator, f"{column.features}, %"))
         )
         sources += sources_of(frames.values())
-    return Figure(charts, f"Accuracy with 95 % intervals; controls in grey. {counted(sources)}", sources)
+    return Figure(charts, f"Accuracy with 95 % intervals; controls in grey. {test.floors} {counted(sources)}", sources)
 
 
 def against(control: str, differences: dict[Group, intervals.Estimate], column: Column) -> str:
     """The SVG of a row of dots for each recipe's difference to a control."""
-    rows = [plots.Dot(g.label, e.mean, e.half_width, g.colour) for g, e in differences.items()]
+    rows = [plots.Dot(g.label, e.mean, e.bounds, g.colour) for g, e in differences.items()]
     return plots.dots(rows, f"against {control}", f"{column.name}, points", zero=True)
 
 
 def compute(test: Test, of: str) -> list[Block]:
-    """Accuracy against training FLOPs and images seen; untrained controls are lines."""
+    """What pre-training and evaluation cost, and accuracy against FLOPs and images; what cost nothing is a line."""
+    known = [group for group in test.groups if not group.foreign]
     charts, sources = [], []
     for column in test.primary:
-        frames = test.in_column(column)
-        known = [g for g in frames if not g.foreign]
-        if not any(g.mean("train_flops") for g in known):
-            continue
-        sources += sources_of(frames[g] for g in known)
-        for key, words in (("train_flops", "training FLOPs"), ("images_seen", "images seen in training")):
-            series = _series(frames, known, column, key)
-            svg = plots.lines(series, column.evaluator, f"{column.features}, %", words, log=True)
-            charts.append((file_name(test, key.replace("_", "-"), column), svg))
-    if not charts:
+        frames = {g: frame for g, frame in test.in_column(column).items() if not g.foreign}
+        what = "pre-training and fine-tuning" if column.finetunes else "pre-training"
+        for key, own, unit in (("train_flops", "eval_flops", "FLOPs"), ("images_seen", "eval_images", "images")):
+            costs = {group: group.mean(key) for group in frames}
+            if column.finetunes:
+                spent = {group: spent_on(frame, own) for group, frame in frames.items()}
+                if None in spent.values():
+                    continue  # rows from before fine-tuning's images were counted
+                costs = {group: costs[group] + spent[group] for group in frames}
+            if any(costs.values()):
+                svg = plots.lines(
+                    _series(frames, costs, column),
+                    column.evaluator,
+                    f"{column.features}, %",
+                    f"{unit} of {what}",
+                    log=True,
+                )
+                charts.append((file_name(test, key.replace("_", "-"), column), svg))
+                sources += sources_of(frames.values())
+    if not charts and not any(spent_on(f, "eval_flops") for c in test.main for f in test.in_column(c).values()):
         return []
     caption = "A recipe trained with several budgets is joined by a line; each point is a full schedule of its own. "
     if any(group.foreign for group in test.groups):
-        caption += "Backbones trained elsewhere are left out, as their cost is not known. "
-    return [Heading(f"What it costs{of}"), Figure(charts, caption + counted(sources), sources)]
+        caption += "Backbones trained elsewhere are left out, as the cost of their pre-training is not known. "
+    figure = [Figure(charts, caption + counted(sources), sources)] if charts else []
+    return [Heading(f"What it costs{of}"), *figure, costs_table(test, known)]
 
 
-def _series(frames: dict[Group, Frame], groups: list[Group], column: Column, key: str) -> list[plots.Series]:
+def spent_on(frame: Frame, key: str) -> float | None:
+    """eval_flops, eval_images or seconds of a measurement: the mean of its rows, None if one does not say."""
+    values = [row.get(key) for row in frame.rows]
+    return None if None in values else float(np.mean(values))
+
+
+def costs_table(test: Test, groups: list[Group]) -> Table:
+    """Pre-training apart from each evaluation, the means of the seeds."""
+    columns = list({column.protocol: column for column in test.main}.values())  # poolings share the features
+    kinds = {"FLOPs": "eval_flops", "images": "eval_images", "seconds": "seconds"}
+    parts: dict[bool, list] = {False: [], True: []}
+    used: list[Frame] = []
+    for group in groups:
+        cells = [Cell(words) for words in cost_of(group)]
+        tuned = ""
+        for column in columns:
+            frame = test.frame(group, column)
+            values = [spent_on(frame, key) if frame else None for key in kinds.values()]
+            cells += [Cell("" if value is None else number(value)) for value in values]
+            used += [frame] if frame else []
+            tuned = "fine-tuned: from scratch" if frame and column.finetunes and group.recipe == "random" else tuned
+        parts[group.control].append((named(group.label, tuned), cells))
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    head = [("pre-training", list(kinds))] + [(column.evaluator, list(kinds)) for column in columns]
+    lacking = any(spent_on(frame, "eval_images") is None for frame in used)
+    caption = (
+        "What one seed costs. Pre-training and evaluation apart: what is trained from scratch costs nothing before "
+        "fine-tuning, and as much as the others in it. FLOPs of an evaluation are those of the features or of the "
+        "training with labels, with the choice of settings where one is made; its images are those shown to the "
+        "backbone. Seconds are of the machine that ran it, and features computed before are not counted again."
+    )
+    caption += " Empty: the rows do not say, or it was not measured." if lacking else ""
+    return Table(head, filled, caption, sources_of(used))
+
+
+def cost_of(group: Group) -> list[str]:
+    """FLOPs, images and seconds of pre-training, the means of the seeds."""
+    if group.foreign:
+        return ["unknown"] * 3
+    seconds = [next((line["seconds"] for line in reversed(run.log) if "seconds" in line), 0) for run in group.runs]
+    means = group.mean("train_flops"), group.mean("images_seen"), float(np.mean(seconds))
+    return [number(means[0]), f"{means[1]:,.0f}", f"{means[2]:,.0f}"]
+
+
+def _series(frames: dict[Group, Frame], costs: dict[Group, float], column: Column) -> list[plots.Series]:
     """A series for each family of recipes over what they cost, and a level for each that cost nothing."""
     families: dict[str, list[Group]] = {}
-    for group in groups:
-        families.setdefault(group.family if group.mean(key) else group.label_in(column), []).append(group)
+    for group, cost in costs.items():
+        name = group.family if cost and group.recipe != "random" else group.label_in(column)
+        families.setdefault(name, []).append(group)
     series = []
     for name, members in families.items():
-        members.sort(key=lambda g: g.mean(key))
+        members.sort(key=lambda g: costs[g])
         estimates = [frames[g].estimate for g in members]
-        x = [g.mean(key) for g in members if g.mean(key)]
-        y, half = [e.mean for e in estimates], [e.half_width for e in estimates]
-        series.append(plots.Series(name, x, y, half, members[0].colour))
+        x = [costs[g] for g in members if costs[g]]
+        y, bounds = [e.mean for e in estimates], [e.bounds for e in estimates]
+        series.append(plots.Series(name, x, y, bounds, members[0].colour))
     return series
 
 
@@ -103,7 +161,7 @@ def label_efficiency(test: Test, of: str) -> list[Block]:
         charts.append((file_name(test, "labels", some), svg))
     if not charts:
         return []
-    caption = "Several subsets of labels are averaged within a seed before the interval is taken. "
+    caption = f"{test.floors} Several subsets of labels are averaged within a seed before the interval is taken. "
     return [Heading(f"With fewer labels{of}"), Figure(charts, caption + counted(sources), sources)]
 
 
@@ -123,7 +181,7 @@ def by_block(test: Test, of: str) -> list[Block]:
         charts.append((file_name(test, "blocks", some), svg))
     if not charts:
         return []
-    caption = "To pick a block by this chart would be to choose on the test images. "
+    caption = f"{test.floors} To pick a block by this chart would be to choose on the test images. "
     return [Heading(f"Block by block{of}"), Figure(charts, caption + counted(sources), sources)]
 
 
@@ -135,8 +193,8 @@ def _variants(test: Test, wanted: Callable[[Column], bool], **same) -> list[Colu
 
 def _line(points: dict[float, Frame], group: Group, column: Column) -> plots.Series:
     estimates = [frame.estimate for frame in points.values()]
-    y, half = [e.mean for e in estimates], [e.half_width for e in estimates]
-    return plots.Series(group.label_in(column), list(points), y, half, group.colour)
+    y, bounds = [e.mean for e in estimates], [e.bounds for e in estimates]
+    return plots.Series(group.label_in(column), list(points), y, bounds, group.colour)
 
 
 def curves(groups: list[Group]) -> list[Block]:

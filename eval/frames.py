@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from eval import intervals, plots, results
+from eval import intervals, results
+from eval.words import floors, number
 from ssl_vit.errors import UserError
 from ssl_vit.recipe import short
 
@@ -150,27 +151,59 @@ class Group:
 
 @dataclass
 class Frame:
-    """What a group reached in a column. correct (S, n): in [0, 1], the mean over the subsets of labels of a seed."""
+    """What a group reached in a column. correct (S, n): in [0, 1], the mean over the subsets of labels of a seed.
+
+    files: the predictions of each row. pool: how much the groups of the column vary between seeds (pool_seeds).
+    """
 
     seeds: list[int | None]
     correct: np.ndarray
     rows: list[dict]
+    files: list[Path] = field(default_factory=list)
+    pool: intervals.Spread | None = None
 
-    @functools.cached_property
+    @property
     def estimate(self) -> intervals.Estimate:
-        return intervals.interval(self.correct)
+        return intervals.interval(self.correct, self.pool)
 
     @property
     def sources(self) -> list[tuple[str, str]]:
         return [(row["run"], results.row_id(row)) for row in self.rows]
 
+    def at(self, seeds: list[int]) -> np.ndarray:
+        """correct of these seeds."""
+        return self.correct[[self.seeds.index(seed) for seed in seeds]]
+
     def minus(self, other: "Frame") -> np.ndarray | None:
         """The difference (S, n), paired by seed; None where they have no seed in common."""
+        pair = self._paired(other)
+        return None if pair is None else np.subtract(*pair, dtype=np.float64)
+
+    def _paired(self, other: "Frame") -> tuple[np.ndarray, np.ndarray] | None:
         if [None] in (self.seeds, other.seeds):
-            return self.correct - other.correct
+            return self.correct, other.correct
         common = [seed for seed in self.seeds if seed in other.seeds]
-        mine, theirs = ([frame.seeds.index(seed) for seed in common] for frame in (self, other))
-        return self.correct[mine] - other.correct[theirs] if common else None
+        return (self.at(common), other.at(common)) if common else None
+
+
+def pool_seeds(frames: dict[Group, Frame]) -> None:
+    """Let the groups of one column borrow from one another how much they vary between seeds."""
+    pool = intervals.spread(frame.correct.mean(1) for frame in frames.values())
+    for frame in frames.values():
+        frame.pool = pool
+
+
+def contrast(frames: dict[Group, Frame], one: Group, other: Group) -> intervals.Estimate | None:
+    """The difference of two groups of a column, paired by seed; None where they have no seed in common."""
+    a, b = frames[one], frames[other]
+    pair = a._paired(b)
+    if pair is None:
+        return None
+    if [None] in (a.seeds, b.seeds):  # one is constant: the difference varies as the other does
+        return intervals.paired(*pair, a.pool)
+    common = [seed for seed in a.seeds if seed in b.seeds]
+    alike = [frame.at(common).mean(1) for frame in frames.values() if set(common) <= set(frame.seeds)]
+    return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))
 
 
 @dataclass
@@ -190,6 +223,38 @@ class Test:
         found = [column for column in self.frames if wanted(column) and not column.corrupted]
         common = [c for c in found if not all(group.pixels for group in self.frames[c])]
         return sorted(common or found, key=lambda column: column.order)
+
+    @functools.cached_property
+    def classes(self) -> int:
+        """How many there are: as the rows say or, where they were made before they did, of those in the test."""
+        rows = [row for frames in self.frames.values() for frame in frames.values() for row in frame.rows]
+        return next((row["classes"] for row in rows if "classes" in row), len(np.unique(self.truth)))
+
+    @functools.cached_property
+    def majority(self) -> Frame:
+        """What always naming the most frequent class of these test images comes to."""
+        found, counts = np.unique(self.truth, return_counts=True)
+        return Frame([None], (self.truth == found[counts.argmax()])[None].astype(float), [])
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.classes
+
+    @property
+    def floors(self) -> str:
+        """Chance and the majority rate, in words."""
+        return floors(self.classes, float(self.majority.correct.mean()))
+
+    @property
+    def unbalanced(self) -> bool:
+        """Whether the most frequent class is more than one and a half times as frequent as the mean class."""
+        return bool(self.majority.correct.mean() * self.classes > 1.5)
+
+    def balanced(self, frame: Frame) -> float:
+        """The mean over the classes of the share of their images that is right, over all seeds."""
+        counts = np.bincount(self.truth)
+        right = np.bincount(self.truth, weights=frame.correct.mean(0))
+        return float((right[counts > 0] / counts[counts > 0]).mean())
 
     @property
     def main(self) -> list[Column]:
@@ -338,7 +403,7 @@ def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Gro
                     if group.recipe != "random":
                         group.family = group.label = name
                         group.lesser = len(budgets) > 1 and training["budget"] < max(budgets)
-                        group.label += f" ({plots.number(training['budget'])} FLOPs)" if len(budgets) > 1 else ""
+                        group.label += f" ({number(training['budget'])} FLOPs)" if len(budgets) > 1 else ""
     families = sorted({group.family if arms else group.label for group in groups if not group.control})
     for group in groups:
         if not group.control:
@@ -383,7 +448,7 @@ def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> 
         return group.runs[0].folder.name
     budget = [k for k in BUDGET if k in keys]
     if set(keys) <= set(BUDGET):
-        spent = [plots.number(g.mean("train_flops")) for g in (group, *others)]
+        spent = [number(g.mean("train_flops")) for g in (group, *others)]
         return f"{spent[0]} FLOPs" if spent.count(spent[0]) == 1 else ""
     for shown in (["recipe"], ["data.name"], [k for k in keys if k not in BUDGET] + budget[:1]):
         unique = not any(all(other.get(k) == mine[k] for k in shown) for other in theirs)
@@ -417,13 +482,18 @@ def read_tests(groups: list[Group]) -> list[Test]:
                         f"{run.folder / 'results.jsonl'} measures {column.protocol} ({column.pooling}) twice: delete "
                         f"the outdated one of the rows {twice[0]} and {twice[1]}."
                     )
-                cell[row["subset_seed"]] = row, answers["predicted"] == answers["true"]
+                file = run.folder / row["predictions"]
+                cell[row["subset_seed"]] = row, answers["predicted"] == answers["true"], file
     for (data, split, column, group), by_seed in cells.items():
-        correct = np.stack([np.mean([right for _, right in cell.values()], axis=0) for cell in by_seed.values()])
-        rows = [row for cell in by_seed.values() for row, _ in cell.values()]
-        tests[data, split].frames.setdefault(column, {})[group] = Frame(list(by_seed), correct, rows)
-    for number, test in enumerate(tests.values(), 1):
-        test.place = f"{number}-" if len(tests) > 1 else ""
+        correct = np.stack([np.mean([right for _, right, _ in cell.values()], axis=0) for cell in by_seed.values()])
+        rows, _, files = zip(*(measured for cell in by_seed.values() for measured in cell.values()), strict=True)
+        frame = Frame(list(by_seed), correct, list(rows), list(files))
+        tests[data, split].frames.setdefault(column, {})[group] = frame
+    for test in tests.values():
+        for frames in test.frames.values():
+            pool_seeds(frames)
+    for place, test in enumerate(tests.values(), 1):
+        test.place = f"{place}-" if len(tests) > 1 else ""
         if test.main:
             by = test.in_column(test.main[0])
             test.groups.sort(key=lambda g: -by[g].estimate.mean if g in by else 0.0)

@@ -22,6 +22,7 @@ from ssl_vit.checkpoint import write as write_whole
 from ssl_vit.errors import say
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 30  # seconds after which progress.txt is written anew
 
 
 @dataclass(eq=False)
@@ -57,13 +58,14 @@ class Job:
 def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
     """Run all jobs, so many at once; returns those that failed. When told to stop, it tells the running ones.
 
-    folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends.
+    folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
+    SHOWN seconds.
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     times = Times(folder / "logs" / "seconds.jsonl")
     running: list[Job] = []
     devices = _devices(at_once)
-    begun = time.monotonic()
+    begun = shown = time.monotonic()
 
     def tell(word: str, job: Job, more: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - begun), 60)
@@ -94,6 +96,9 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         if not running:
             break
         time.sleep(0.2)
+        if time.monotonic() - shown > SHOWN:
+            shown = time.monotonic()
+            write_whole(folder / "progress.txt", progress(jobs, running, times, at_once))
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
             if job.device:
@@ -158,8 +163,21 @@ def progress(jobs: list[Job], running: list[Job], times: Times, at_once: int) ->
         each = times.mean(kind)
         words = [f"{count or '.':>8}" for count in counts] + [f"{'?' if each is None else f'{each:.0f}':>14}"]
         lines.append(f"{kind:{wide}}{''.join(words)}")
-    lines += ["", *(f"running: {job.name}" for job in running)]
+    lines += ["", *(f"running: {job.name}{_how_far(job)}" for job in running)]
     return "\n".join(lines) + "\n"
+
+
+def _how_far(job: Job) -> str:
+    """For how long a job has run, and of a pre-training the last step that it logged."""
+    words = f", {(time.monotonic() - job.started) / 60:.0f} min"
+    log = job.mark.parent.parent / "log.jsonl"
+    if job.marks and log.exists():
+        for line in reversed(log.read_text().splitlines()):
+            try:
+                return f"{words}, step {json.loads(line)['step']:,}"
+            except (ValueError, KeyError):  # it is being written
+                continue
+    return words
 
 
 def _start(job: Job, log: Path) -> None:

@@ -9,12 +9,14 @@ Markdown leaves out what the page folds away, and shows the charts from files be
 
 import base64
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from eval.tables import aligned
@@ -88,68 +90,44 @@ class Gallery:
 
 
 @dataclass
+class Confusion:
+    """How often images of each class (row) were said to be of which (column), as shares of the row in shades.
+
+    counts: (K, K); images: how many of each class there are.
+    """
+
+    names: list[str]
+    counts: np.ndarray
+    images: list[int]
+    caption: str
+
+
+@dataclass
+class Thumbnails:
+    """Small pictures, uint8 (H, W, 3), with what they show; of None the words alone."""
+
+    pictures: list[tuple[np.ndarray | None, str]]
+    caption: str
+
+
+@dataclass
 class Folded:
-    """What only he reads who wants to know it exactly."""
+    """Collapsible details."""
 
     summary: str
     blocks: list["Block"]
 
 
-Block = Heading | Text | Code | Items | Table | Figure | Gallery | Folded
+def named(label: str, note: str = "") -> Cell:
+    """A row's name, with what stands in brackets in the small line under it."""
+    name, _, rest = label.partition(" (")
+    return Cell(name, "; ".join(filter(None, (rest.removesuffix(")"), note))))
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d1f23;--soft:#62666d;--rule:#e3e3e0;--ground:#ffffff;--tint:#f6f5f2;
---mark:#0b6fb3;--best:#e4f0f9;--warn:#fff3d6;--edge:#d99a00}
-@media (prefers-color-scheme:dark){:root{--ink:#ecebe8;--soft:#a2a6ad;--rule:#33373d;--ground:#16181c;--tint:#1e2126;
---mark:#5cb3f0;--best:#173450;--warn:#3a2e10;--edge:#e8b53c}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--ground);color:var(--ink);
-font:17px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
-font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
-main{max-width:1080px;margin:0 auto;padding:56px 24px 96px}
-h1{font-size:clamp(28px,5vw,44px);line-height:1.12;letter-spacing:-.02em;margin:0 0 16px;
-border-top:6px solid var(--mark);padding-top:20px}
-h2{font-size:26px;line-height:1.2;letter-spacing:-.01em;margin:72px 0 12px;padding-top:16px;
-border-top:1px solid var(--ink)}
-h3{font-size:18px;margin:36px 0 8px}
-p{max-width:44em;margin:0 0 14px;overflow-wrap:anywhere}
-p.lead{font-size:20px;line-height:1.5}
-p.warning{background:var(--warn);border-left:4px solid var(--edge);padding:12px 16px;max-width:none}
-nav{margin:24px 0 0;font-size:15px;display:flex;flex-wrap:wrap;gap:4px 20px}
-a{color:var(--mark);text-underline-offset:3px}
-figure{margin:20px 0 36px}
-figcaption,.caption{font-size:14px;line-height:1.5;color:var(--soft);max-width:62em;margin-top:10px}
-.scroll{overflow-x:auto;border-top:2px solid var(--ink);border-bottom:1px solid var(--ink)}
-table{border-collapse:separate;border-spacing:0;min-width:100%;font-size:15px;line-height:1.35}
-th,td{padding:9px 14px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule);vertical-align:top}
-thead th{font-weight:600;font-size:13px;color:var(--soft);vertical-align:bottom}
-thead tr:first-child th[colspan]{text-align:center;color:var(--ink)}
-thead th.over::after{content:"";display:block;border-bottom:1px solid var(--soft);margin-top:6px}
-th:first-child{position:sticky;left:0;background:var(--ground);text-align:left;font-weight:600;z-index:1;min-width:8em;
-max-width:16em;white-space:normal}
-tr.part th{font-size:12px;text-transform:uppercase;letter-spacing:.08em;color:var(--soft);padding-top:18px}
-tbody:last-child tr:last-child>*{border-bottom:0}
-td.best{background:var(--best);font-weight:700}
-small{display:block;font-size:12px;font-weight:400;color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:28px 40px}
-.charts.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr))}
-.charts svg{display:block;margin-left:-8px;width:calc(100% + 16px);height:auto;max-width:560px}
-.gallery{display:flex;gap:24px;align-items:flex-start;overflow-x:auto;margin:16px 0}
-.gallery figure{flex:none;margin:0}
-.gallery img{display:block;border:1px solid var(--rule)}
-details{margin:10px 0;font-size:15px}
-figcaption details,.caption details{font-size:13px;margin:4px 0}
-summary{cursor:pointer;color:var(--mark)}
-code,pre{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre{background:var(--tint);padding:14px 16px;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
-details ul{padding-left:18px;overflow-wrap:anywhere}
-dl{max-width:52em}dt{font-weight:600;margin-top:12px}dd{margin:2px 0 0;overflow-wrap:anywhere}
-@media (max-width:640px){main{padding:28px 16px 64px}body{font-size:16px}p.lead{font-size:18px}th,td{padding:8px 10px}
-h2{margin-top:52px}}
-@media print{main{max-width:none;padding:0}nav{display:none}.scroll{overflow:visible}table{font-size:10px}
-th:first-child{position:static}th,td{padding:4px 6px}figure,tr{break-inside:avoid}h2,h3{break-after:avoid}
-.charts{grid-template-columns:1fr 1fr}}
-"""
+
+Block = Heading | Text | Code | Items | Table | Figure | Gallery | Confusion | Thumbnails | Folded
+
+STYLE = (Path(__file__).parent / "page.css").read_text()
+WIDE = 7  # columns, from which on a table is cut at the right of a screen too
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:
@@ -188,6 +166,27 @@ def markdown_table(table: Table) -> str:
     return aligned(rows)
 
 
+def terminal(table: Table, width: int = 100) -> str:
+    """The same for a terminal: a table for each name over columns, of as many columns as fit into so many letters."""
+    parts, start = [], 0
+    for over, columns in table.head:
+        while columns:
+            count = len(columns)
+            while count > 1 and len(_columns(table, columns[:count], start).partition("\n")[0]) > width:
+                count -= 1
+            parts += [plain(over)] if over else []
+            parts.append(_columns(table, columns[:count], start))
+            columns, start = columns[count:], start + count
+    return "\n\n".join(parts)
+
+
+def _columns(table: Table, names: list[str], start: int) -> str:
+    """The columns of these names from start on as Markdown, without the rows that hold nothing there."""
+    rows = [(title, [(name, cells[start : start + len(names)]) for name, cells in part]) for title, part in table.parts]
+    rows = [(title, [row for row in part if any(cell.text for cell in row[1])]) for title, part in rows]
+    return markdown_table(Table([("", names)], [(title, part) for title, part in rows if part], ""))
+
+
 def _cell(cell: Cell) -> str:
     text = f"**{plain(cell.text)}**" if cell.best else plain(cell.text)
     return text + (f" ({plain(cell.note)})" if cell.note else "")
@@ -211,7 +210,7 @@ def _markdown(block: Block, folder: Path) -> str:
             beneath = [(path, words) for path, words in pictures if path.resolve().is_relative_to(folder.resolve())]
             lines = [f"- [{plain(words)}](<{p.resolve().relative_to(folder.resolve())}>)" for p, words in beneath]
             return "\n".join(lines) or "They are shown on the HTML page."
-        case Folded():
+        case Confusion() | Thumbnails() | Folded():
             return ""
 
 
@@ -234,10 +233,13 @@ def _html(block: Block) -> str:
             return f'<figure><div class="{kind}">{drawn}</div>{words}</figure>'
         case Gallery(pictures):
             return (
-                '<div class="gallery" tabindex="0">'
-                + "".join(_picture(path, words) for path, words in pictures)
-                + "</div>"
+                f'<div class="gallery" tabindex="0">{"".join(_picture(path, words) for path, words in pictures)}</div>'
             )
+        case Confusion():
+            return _html_confusion(block)
+        case Thumbnails(pictures, caption):
+            drawn = "".join(_thumbnail(*picture) for picture in pictures)
+            return f'<div class="thumbs">{drawn}</div><div class="caption">{escape(caption)}</div>'
         case Folded(summary, blocks):
             inner = "".join(map(_html, blocks))
             return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
@@ -260,9 +262,10 @@ def _html_table(table: Table) -> str:
             drawn = "".join(f"<td{' class=best' if c.best else ''}>{_words(c)}</td>" for c in cells)
             lines.append(f'<tr><th scope="row">{_words(name)}</th>{drawn}</tr>')
         bodies.append("<tbody>" + "\n".join(lines) + "</tbody>")
+    kind = "scroll wide" if width > WIDE else "scroll"
     return (
-        f'<div class="scroll" tabindex="0"><table><thead>{over}<tr><th></th>{below}</tr></thead>'
-        f'{"".join(bodies)}</table></div><div class="caption">{escape(table.caption)}{_rows(table.sources)}</div>'
+        f'<div class="{kind}" tabindex="0"><table><thead>{over}<tr><th></th>{below}</tr></thead>'
+        f"{''.join(bodies)}</table></div>{_caption(table.caption, _rows(table.sources))}"
     )
 
 
@@ -287,13 +290,46 @@ def _rows(sources: list[tuple[str, str]]) -> str:
     return f"<details><summary>The {count} rows behind it, by run</summary><ul>{lines}</ul></details>"
 
 
+def _html_confusion(block: Confusion) -> str:
+    """The shade of a cell is its share of the row, in tenths; empty cells hold nothing."""
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in block.names)
+    lines = []
+    for row, (name, counts) in enumerate(zip(block.names, block.counts, strict=True)):
+        cells = []
+        for column, count in enumerate(counts):
+            share = count / max(1, counts.sum())
+            kinds = [f"s{math.ceil(10 * share)}"] * bool(count) + ["right"] * (row == column)
+            text = f"{100 * share:.0f}" if count else ""
+            cells.append(f'<td class="{" ".join(kinds)}">{text}</td>' if kinds else "<td></td>")
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td>{block.images[row]:,}</td></tr>')
+    return (
+        f'<div class="scroll" tabindex="0"><table class="confusion"><thead><tr><th></th>{head}<th scope="col">images'
+        f"</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>{_caption(block.caption)}"
+    )
+
+
+def _caption(text: str, more: str = "") -> str:
+    """Under a table, with the hint that it scrolls, shown where the screen is narrow."""
+    hint = '<span class="hint">Where it is cut, the table scrolls sideways. </span>'
+    return f'<div class="caption">{hint}{escape(text)}{more}</div>'
+
+
+def _thumbnail(pixels: np.ndarray | None, words: str) -> str:
+    image = "" if pixels is None else _webp(Image.fromarray(np.ascontiguousarray(pixels)), words)
+    return f"<figure>{image}<figcaption>{escape(words)}</figcaption></figure>"
+
+
 def _picture(path: Path, words: str) -> str:
-    small = io.BytesIO()
     with Image.open(path) as image:
-        image.convert("RGB").save(small, "WEBP", quality=75)  # a fifth of a PNG's bytes
+        drawn = _webp(image.convert("RGB"), words)
+    return f"<figure><figcaption>{escape(words)}</figcaption>{drawn}</figure>"
+
+
+def _webp(image: Image.Image, words: str) -> str:
+    small = io.BytesIO()
+    image.save(small, "WEBP", quality=75)  # a fifth of a PNG's bytes
     data = base64.b64encode(small.getvalue()).decode()
-    image = f'<img src="data:image/webp;base64,{data}" alt="{escape(words)}" loading="lazy">'
-    return f"<figure><figcaption>{escape(words)}</figcaption>{image}</figure>"
+    return f'<img src="data:image/webp;base64,{data}" alt="{escape(words)}">'
 
 
 def _anchor(text: str) -> str:

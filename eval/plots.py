@@ -1,7 +1,7 @@
 """Charts as SVG text: lines and points over an axis, and dots with intervals in rows.
 
     from eval.plots import Series, lines
-    mae = Series("mae", x=[1e12, 1e13], y=[0.31, 0.42], half=[0.02, 0.01], colour=0)
+    mae = Series("mae", x=[1e12, 1e13], y=[0.31, 0.42], bounds=[(0.29, 0.33), (0.41, 0.43)], colour=0)
     svg = lines([mae], "k-NN", "class token, %", "training FLOPs", log=True)
 
 A chart stands alone, as a file or within a page. It is light or dark as the reader's screen is, fits a phone, and each
@@ -16,13 +16,14 @@ from html import escape
 import numpy as np
 from scipy import optimize
 
+from eval.words import between, number
+
 WIDTH = 400  # units; type is then not under 11 px on a phone of 360
 SMALL = 300  # the width of a chart that is one of many
 TEXT, MINOR = 14, 13  # sizes of type
 LETTER = 0.53  # mean width of a letter, in units of the size of its type
 LIGHT = ("#0b6fb3", "#cf4f05", "#008060", "#b0508c", "#5a4fc0", "#9a6b00", "#2b8fa8", "#a33b3b")
 DARK = ("#5cb3f0", "#ff8f52", "#35c79e", "#ec9dc9", "#a9a0ff", "#e8b53c", "#66cde3", "#ff8a8a")
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _theme(colours: Sequence[str], ink: str, soft: str, control: str, rule: str, ground: str) -> str:
@@ -42,7 +43,8 @@ STYLE = (
 
 @dataclass
 class Series:
-    """Points (x, y ± half), or with no x a level: a dashed line over the whole axis, for a control.
+    """Points (x, y) with the bounds (low, high) of each y, if there are any; or with no x a level: a dashed line over
+    the whole axis, for a control.
 
     colour: the number of a colour, or None for a control. Hover texts name the series by `name`.
     """
@@ -50,17 +52,17 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    half: Sequence[float] = field(default_factory=list)
+    bounds: Sequence[tuple[float, float]] = field(default_factory=list)
     colour: int | None = None
 
 
 @dataclass
 class Dot:
-    """A row of a dot chart: value ± half. A row with no value is a heading."""
+    """A row of a dot chart: a value with its bounds (low, high). A row with no value is a heading."""
 
     name: str
     value: float | None = None
-    half: float = 0.0
+    bounds: tuple[float, float] = (0.0, 0.0)
     colour: int | None = None
 
 
@@ -81,9 +83,7 @@ def lines(
     left, top, height = 46, 62, 300 if width == WIDTH else 230
     bottom = height - 46
     scale_x, x_ticks = _axis([x for s in series for x in s.x], left + 8, width - right, log)
-    heights = [
-        y + sign * h for s in series for y, h in zip(s.y, s.half or [0] * len(s.y), strict=True) for sign in (-1, 1)
-    ]
+    heights = [height for s in series for height in (*s.y, *(end for ends in s.bounds for end in ends))]
     scale_y, y_ticks = _axis(
         heights, bottom, top + 8, False, 0.0 if min(heights) >= 0 else None, 1.0 if percent else math.inf
     )
@@ -118,12 +118,10 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
     """A chart with a row for each value and its interval. zero: of differences; hollow where they may be none."""
     names = [_split(row.name) for row in rows]
     measured = [row for row in rows if row.value is not None]
-    figures = [
-        f"{100 * r.value:{'+' if zero else ''}.1f}".replace("-", "−") + f" ± {100 * r.half:.1f}" for r in measured
-    ]
+    figures = [between(row.value, *row.bounds, "+" if zero else "") for row in measured]
     left = 14 + max(_length(name) for name, row in zip(names, rows, strict=True) if row.value is not None)
     right = 14 + max(len(f) for f in figures) * MINOR * 0.56
-    ends = [r.value + sign * r.half for r in measured for sign in (-1, 1)] + ([0.0] if zero else [])
+    ends = [end for row in measured for end in row.bounds] + ([0.0] if zero else [])
     top, height = 56, 56 + sum(12 + 16 * len(name) for name in names) + 30
     scale, ticks = _axis(ends, left + 8, WIDTH - right - 8, False, *((None,) if zero else (0.0, 1.0)))
     places = _apart([(scale(t), f"{100 * t:g}".replace("-", "−")) for t in ticks])
@@ -141,9 +139,8 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
             parts.append(_text(0, middle + 4.5 + 16 * (i - (len(name) - 1) / 2), words, *kind[:2], weight=kind[2]))
         if row.value is not None:
             words = next(figure)
-            ends = [row.value + sign * row.half for sign in (-1, 1)]
-            low, high = (scale(end if zero else min(max(end, 0.0), 1.0)) for end in ends)
-            fill = "ground" if zero and abs(row.value) <= row.half else colour
+            low, high = map(scale, row.bounds)
+            fill = "ground" if zero and row.bounds[0] <= 0 <= row.bounds[1] else colour
             parts.append(
                 f"<g><title>{escape(row.name)}: {words}</title>"
                 + _line(low, middle, high, middle, colour, 3, round=True)
@@ -169,15 +166,6 @@ def log_ticks(low: float, high: float) -> list[float]:
     factors = (1,) if high / low > 300 else (1, 2, 5)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
-
-
-def number(value: float, power: bool = False) -> str:
-    """2·10¹², 1,500 or 0.25. power: as a multiple of a power of ten in any case."""
-    if value and (power or not 1e-3 <= abs(value) < 1e6):
-        mantissa, power = f"{value:.1e}".split("e")
-        mantissa = mantissa.removesuffix(".0")
-        return ("" if mantissa == "1" else f"{mantissa}·") + f"10{str(int(power)).translate(SUPERSCRIPT)}"
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def _axis(
@@ -226,18 +214,16 @@ def _series(
     s: Series, scale_x: Callable, scale_y: Callable, left: float, right: float, log: bool, percent: bool, marks: bool
 ) -> str:
     colour = _colour(s)
-    halves = s.half or [0.0] * len(s.y)
+    bounds = s.bounds or [None] * len(s.y)
 
-    def told(y: float, half: float, x: float | None = None) -> str:
-        value = (
-            f"{100 * y:.1f} ± {100 * half:.1f} %" if percent and half else f"{100 * y:.1f} %" if percent else f"{y:.4g}"
-        )
+    def told(y: float, ends: tuple[float, float] | None, x: float | None = None) -> str:
+        value = f"{between(y, *ends)} %" if percent and ends else f"{100 * y:.1f} %" if percent else f"{y:.4g}"
         at = "" if x is None else f" at {number(x)}"
         return f"<title>{escape(s.name)}: {value}{at}</title>"
 
     if not s.x:
         y = scale_y(s.y[0])
-        return f"<g>{told(s.y[0], halves[0])}{_line(left, y, right, y, colour, 1.6, '5 4')}</g>"
+        return f"<g>{told(s.y[0], bounds[0])}{_line(left, y, right, y, colour, 1.6, '5 4')}</g>"
     places = [(scale_x(x), scale_y(y)) for x, y in zip(s.x, s.y, strict=True)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dash = "stroke-dasharray:5 4;" if s.colour is None else ""
@@ -246,10 +232,10 @@ def _series(
     if not marks:
         return f"<g><title>{escape(s.name)}: {number(s.y[-1])} at the end</title>{line}</g>"
     points = []
-    for x, y, half, (px, py) in zip(s.x, s.y, halves, places, strict=True):
-        bar = _line(px, scale_y(max(y - half, 0)), px, scale_y(min(y + half, 1)), colour, 1.6) if half else ""
+    for x, y, ends, (px, py) in zip(s.x, s.y, bounds, places, strict=True):
+        bar = _line(px, scale_y(ends[0]), px, scale_y(ends[1]), colour, 1.6) if ends else ""
         circle = f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" style="fill:var(--{colour});stroke:var(--ground)"/>'
-        points.append(f"<g>{told(y, half, x)}{bar}{circle}</g>")
+        points.append(f"<g>{told(y, ends, x)}{bar}{circle}</g>")
     return line + "".join(points)
 
 

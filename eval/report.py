@@ -7,31 +7,34 @@ On a laptop, after `./launch.sh`:
 
     python eval/report.py runs/*-digits*
 
-It writes DIR/report.html (one file that needs nothing else), DIR/report.md and its charts, DIR/*.svg. It trains and
-evaluates nothing: all it reads are run directories. Runs that differ in nothing but their seed are one recipe.
+It writes DIR/report.html (one file that needs nothing else), DIR/report.md and its charts, DIR/*.svg, and all figures
+as a table, DIR/report.csv (its columns: eval/tidy.py). It trains and evaluates nothing: all it reads are run
+directories, and the test images themselves where they are on this machine.
+
+Runs that differ in nothing but their seed are one recipe.
 """
 
 import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from eval import charts, intervals, plots, sections, verdict
+from eval import charts, intervals, mistakes, sections, verdict
 from eval.frames import (
     NAMES,
-    PRIMARY,
     Column,
     Frame,
     Group,
     Run,
     Study,
     Test,
+    contrast,
     group_runs,
-    most,
     ranked,
     read_run,
     read_study,
@@ -50,9 +53,12 @@ from eval.pages import (
     Text,
     html,
     markdown,
-    markdown_table,
+    named,
+    terminal,
 )
-from eval.words import labels_in_words, named, percent, with_interval
+from eval.summary import summary
+from eval.tidy import tidy
+from eval.words import borrowed, labels_in_words, percent, with_interval
 from ssl_vit import errors
 from ssl_vit.errors import UserError
 
@@ -78,8 +84,13 @@ PICTURES = dict(
 )
 INTERVALS = (
     "The same test images serve every seed: seeds and images are crossed. The half-width of a 95 % interval is the "
-    "hypotenuse of t(S − 1) times the standard error over the S seeds and 1.96 times that over the test images; a "
-    "difference is taken image by image and paired by seed first. With one seed only the second part exists. The "
+    "hypotenuse of t times the standard error over the S seeds and 1.96 times that over the test images; a "
+    "difference is taken image by image and paired by seed first. From four seeds on each arm and each difference has "
+    "its own variance between seeds, and t has S − 1 degrees of freedom. Two or three seeds say too little of it (t(1) "
+    "is 12.7): there it is the larger of their own and of that pooled over all arms of the column, with the pool’s "
+    "degrees of freedom; an arm that is far less stable than the others then has an interval that is too narrow. With "
+    "one seed only the images’ part exists. Where ± would cross 0 or 100 %, or all or none are right, the bounds are "
+    "shown instead: of an accuracy Wilson’s with the seeds’ part in it, cut at 0 and 100 %. The "
     "bootstrap beside it resamples seeds and images independently, 1,000 times; with few seeds it is too narrow."
 )
 COMPARED = (
@@ -113,7 +124,7 @@ def report(
             blocks += [Heading(f"Accuracy{of}"), charts.at_a_glance(test), mains[-1]]
         blocks += details(test) + comparisons(test, of)
         blocks += charts.compute(test, of) + charts.label_efficiency(test, of) + charts.by_block(test, of)
-        blocks += sections.robustness(test, of) + sections.rates(test)
+        blocks += sections.robustness(test, of) + sections.rates(test) + mistakes.by_class(test, of)
     blocks += sections.difficulty(groups) + (sections.trials(study) if study else [])
     blocks += charts.curves(groups) + gallery(groups) + provenance(runs, tests, command)
     kind = "arm" if study else "recipe"
@@ -121,71 +132,13 @@ def report(
     return f"{what} on {names}", blocks, mains
 
 
-def summary(test: Test, metrics: Sequence[Column] = ()) -> list[Block]:
-    """What the primary protocol says, in words; of a study, what its metrics say."""
-    blocks: list[Block] = []
-    if test.data == "digits":
-        blocks.append(
-            Text("This is a smoke test: 8×8 digits show that a recipe learns, not which one is best.", "warning")
-        )
-    counts = sorted({len(g.runs) for g in test.groups if not g.control} or {1})
-    single = [g.label for g in test.groups if not g.control and len(g.runs) == 1]
-    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-    seeds += " per arm" if metrics else " per recipe"
-    where = f"On {test.data} ({test.split}, {len(test.truth):,} images; {seeds}), by"
-    for column in metrics or [c for c in test.main if c.protocol == PRIMARY] or test.main[:1]:
-        frames = test.in_column(column)
-        recipes = ranked(frames, controls=False)
-        if recipes:
-            best = recipes[0]
-            reached = f"{with_interval(frames[best].estimate)} %."
-            start = f"{best.label} is {'the highest, ' if len(recipes) > 1 else ''}at"
-            others = recipes[1:2] + ranked(frames, controls=True)
-            means = column.name.replace("fine-tuned", "fine-tuning", 1).replace("linear,", "linear probe,", 1)
-            words = f"{where} {means}, {start} {reached}{_told(frames, best, others, column)}"
-            blocks.append(Text(words, "lead"))
-            where = "By"
-    more = [g.label for g in test.groups if not g.control and most(test.parts(g)) != test.labels]
-    if more:
-        words = f"The tables show {labels_in_words(test.labels)}, which all have; there are figures with more of"
-        blocks.append(Text(f"{words} {_list(more)}."))
-    if single:
-        words = (
-            f"One seed only: {_list(single)}. The interval then is of these test images, not of another training run."
-        )
-        blocks.append(Text(words))
-    return blocks
-
-
-def _told(frames: dict[Group, Frame], best: Group, others: list[Group], column: Column) -> str:
-    """The best recipe beside the second and the controls, in words; what is not distinguishable apart."""
-    clear, unclear = [], []
-    for other in others:
-        name = f"{other.label_in(column)} at {percent(frames[other].estimate.mean)} %"
-        difference = frames[best].minus(frames[other])
-        if difference is None:
-            continue  # no seed in common
-        estimate = intervals.interval(difference)
-        if estimate.excludes_zero:
-            size = f"{percent(abs(estimate.mean))} ± {percent(estimate.half_width)} points"
-            clear.append(f"{size} {'above' if estimate.mean > 0 else 'below'} {name}")
-        else:
-            unclear.append(f"{name} (difference {with_interval(estimate, '+')} points)")
-    words = f" It is {_list(clear)}." if clear else ""
-    return words + (f" It is not distinguishable from {_list(unclear)}." if unclear else "")
-
-
-def _list(parts: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-
-
 def best_of(frames: dict[Group, Frame]) -> set[Group]:
     """The best recipe beside the controls, and all that are not distinguishable from it; none if there is only one."""
     recipes = ranked(frames, controls=False)
     if len(recipes) < 2:
         return set()
-    differences = {g: frames[recipes[0]].minus(frames[g]) for g in recipes[1:]}
-    apart = {g for g, d in differences.items() if d is not None and intervals.interval(d).excludes_zero}
+    differences = {g: contrast(frames, recipes[0], g) for g in recipes[1:]}
+    apart = {g for g, difference in differences.items() if difference is not None and difference.excludes_zero}
     return set(recipes) - apart
 
 
@@ -215,24 +168,18 @@ def table(test: Test, columns: list[Column], caption: str, extra: tuple[str, lis
             few = (ONE_SEED if len(frame.seeds) == 1 else f"{len(frame.seeds)} seeds") if fewer else ""
             cells.append(Cell() if frame is None else Cell(with_interval(frame.estimate), few, group in marked))
         used += filter(None, frames)
-        cells += [Cell(words) for words in _cost(group)] if extra else []
+        cells += [Cell(words) for words in charts.cost_of(group)] if extra else []
         parts[group.control].append((named(label, "no seed" if group.runs[0].seed is None else note), cells))
     head: list[tuple[str, list[str]]] = []
     for column in columns:
         if not head or head[-1][0] != column.evaluator:
             head.append((column.evaluator, []))
         head[-1][1].append(column.features)
+    majority = [Cell(percent(test.majority.estimate.mean))] * len(columns) + [Cell("0")] * (3 if extra else 0)
+    parts[True].append((Cell("most frequent class", "always named"), majority))
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    caption = f"{caption} {test.floors} {borrowed(frame.estimate for frame in used)}".strip()
     return Table(head + ([extra] if extra else []), filled, caption, charts.sources_of(used))
-
-
-def _cost(group: Group) -> list[str]:
-    """FLOPs, images and seconds of training, the means of the seeds."""
-    if group.foreign:
-        return ["unknown"] * 3
-    seconds = [next((line["seconds"] for line in reversed(run.log) if "seconds" in line), 0) for run in group.runs]
-    means = group.mean("train_flops"), group.mean("images_seen"), float(np.mean(seconds))
-    return [plots.number(means[0]), f"{means[1]:,.0f}", f"{means[2]:,.0f}"]
 
 
 def main_table(test: Test) -> Table:
@@ -242,8 +189,9 @@ def main_table(test: Test) -> Table:
         f"Accuracy in % ± half-width of the 95 % interval on {test.data} ({test.split}, {len(test.truth):,} images), "
         f"{labels_in_words(test.labels)}, last blocks. Marked in each column: the best recipe beside the controls, and "
         "all that are not distinguishable from it; between single seeds the test images alone decide. Raw pixels have "
-        "no pooling: their figure is repeated.",
-        ("training", ["FLOPs", "images seen", "seconds"]),
+        "no pooling: their figure is repeated. What evaluation costs, fine-tuning above all, stands under “What it "
+        "costs”.",
+        ("pre-training", ["FLOPs", "images seen", "seconds"]),
     )
 
 
@@ -261,14 +209,15 @@ def comparisons(test: Test, of: str) -> list[Block]:
     blocks: list[Block] = []
     for column in test.primary:
         frames = test.in_column(column)
-        parts, drawn = [], []
+        parts, drawn, every = [], [], []
         for control in ranked(frames, controls=True):
             name, lines, estimates = control.label_in(column), [], {}
             for group in ranked(frames, controls=False):
-                difference = frames[group].minus(frames[control])
-                if difference is not None:
-                    estimates[group] = intervals.interval(difference)
-                    lines.append((named(group.label), _compared(estimates[group], difference)))
+                estimate = contrast(frames, group, control)
+                if estimate is not None:
+                    estimates[group] = estimate
+                    lines.append((named(group.label), _compared(estimate, frames[group].minus(frames[control]))))
+                    every.append(estimate)
             if estimates:
                 parts.append((f"against {name}", lines))
                 svg = charts.against(name, estimates, column)
@@ -280,7 +229,7 @@ def comparisons(test: Test, of: str) -> list[Block]:
         blocks += [
             Heading(column.name, 3),
             Figure(drawn, "Hollow: not distinguishable from zero. Each chart has its own scale."),
-            Table(head, parts, f"In points. {charts.counted(sources)}", sources),
+            Table(head, parts, f"In points. {test.floors} {borrowed(every)} {charts.counted(sources)}", sources),
         ]
     return [Heading(f"Against the controls{of}"), Text(COMPARED), *blocks] if blocks else []
 
@@ -376,7 +325,8 @@ def main() -> None:
     command = shlex.join(["python", "eval/report.py", *sys.argv[1:]])
     study = read_study(args.study) if args.study else None
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
-    title, blocks, mains = report(groups, study.tests if study else read_tests(groups), command, study)
+    tests = study.tests if study else read_tests(groups)
+    title, blocks, mains = report(groups, tests, command, study)
     args.output.mkdir(parents=True, exist_ok=True)
     old = args.output / "report.md"
     for name in re.findall(r"^!\[.*\]\(([\w.-]+\.svg)\)$", old.read_text() if old.exists() else "", re.MULTILINE):
@@ -385,9 +335,10 @@ def main() -> None:
         (args.output / f"{name}.svg").write_text(svg)
     (args.output / "report.md").write_text(markdown(title, blocks, args.output))
     (args.output / "report.html").write_text(html(title, blocks))
+    (args.output / "report.csv").write_text(tidy(tests))
     for table in mains:
-        print(f"\n{markdown_table(table)}\n\n{table.caption}")
-    print(f"\nWritten: {args.output / 'report.html'}, {args.output / 'report.md'}")
+        print(f"\n{terminal(table)}\n\n{textwrap.fill(table.caption, 100)}")
+    print("\nWritten: " + ", ".join(str(args.output / f"report.{kind}") for kind in ("html", "md", "csv")))
 
 
 if __name__ == "__main__":

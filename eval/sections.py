@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from eval import charts, intervals, plans, plots
-from eval.frames import PRIMARY, Column, Frame, Group, Run, Study, Test, most
-from eval.pages import Block, Cell, Folded, Heading, Table, Text
-from eval.words import labels_in_words, named, percent, with_interval
+from eval import charts, intervals, plans
+from eval.frames import PRIMARY, Column, Frame, Group, Run, Study, Test, contrast, most, pool_seeds
+from eval.pages import Block, Cell, Folded, Heading, Table, Text, named
+from eval.words import borrowed, labels_in_words, number, percent, with_interval
 
 FAMILIES = dict(noise="noise", blur="blur", other="others")
 CHANGES = {  # what a plan's fine-tunings of one arm differ in
@@ -76,8 +76,9 @@ def primary(study: Study) -> list[Block]:
         return []
     filled = [(title, [(name, [cells[i] for i in there]) for name, cells in rows]) for title, rows in filled]
     head = [("", [names[i] for i in there])]
-    at = f" after {plots.number(budget)} FLOPs of pre-training" if budget else ""
-    caption = f"Accuracy in % ± half-width of the 95 % interval{at}."
+    at = f" after {number(budget)} FLOPs of pre-training" if budget else ""
+    caption = f"Accuracy in % ± half-width of the 95 % interval{at}. {test.floors} "
+    caption = (caption + borrowed(f.estimate for f in used)).strip()
     if there != [2]:
         caption += (
             " From scratch is the random initialisation, fine-tuned alike; with the compute of pre-training on top it "
@@ -119,6 +120,7 @@ def budgets(study: Study) -> list[Block]:
     blocks: list[Block] = []
     for column in [c for c in test.primary if not c.finetunes or c in metrics(study)]:
         frames, head, used = test.in_column(column), [], []
+        found: list[intervals.Estimate] = []
         rows: dict[str, list[Cell]] = {arm: [] for arm in arms if arms[arm]["role"] != "scratch"}
         for control in controls:
             beside = [study.group(control, budget) for budget in spent]
@@ -130,13 +132,15 @@ def budgets(study: Study) -> list[Block]:
                 for budget, other in zip(spent, beside, strict=True):
                     group, difference = study.group(arm, budget), None
                     if group in frames and other in frames and arm != control:
-                        difference = frames[group].minus(frames[other])
+                        difference = contrast(frames, group, other)
                         used += [frames[group], frames[other]]
-                    cells.append(Cell() if difference is None else _gain(intervals.interval(difference)))
+                        found += [difference] if difference else []
+                    cells.append(Cell() if difference is None else _gain(difference))
         filled = [(Cell(arm), cells) for arm, cells in rows.items() if any(cell.text for cell in cells)]
         if filled:
-            head = [(name, [plots.number(budget) for budget in at]) for name, at in head]
-            caption = "Difference in points ± half-width of the 95 % interval, by FLOPs of pre-training."
+            head = [(name, [number(budget) for budget in at]) for name, at in head]
+            caption = "Difference in points ± half-width of the 95 % interval, by FLOPs of pre-training. "
+            caption += borrowed(found)
             blocks.append(Heading(column.name, 3))
             blocks.append(Table(head, [("", filled)], caption, list(dict.fromkeys(charts.sources_of(used)))))
     words = (
@@ -165,7 +169,8 @@ def robustness(test: Test, of: str) -> list[Block]:
     caption = (
         f"Accuracy in % ± half-width of the 95 % interval of the linear probe ({labels_in_words(clean.labels)}) "
         "on corrupted test images: the mean over kinds and severities 1, 3 and 5 of Hendrycks and Dietterich "
-        "(arXiv 1903.12261). An arm that was trained on noise or blur is no surprise where it is robust to that."
+        "(arXiv 1903.12261). An arm that was trained on noise or blur is no surprise where it is robust to that. "
+        f"{test.floors}"
     )
     return [
         Heading(f"On corrupted images{of}"),
@@ -175,22 +180,23 @@ def robustness(test: Test, of: str) -> list[Block]:
 
 
 def _averages(test: Test, wanted: dict[str, list[Column]], caption: str) -> Table:
-    parts: dict[bool, list] = {False: [], True: []}
-    used: list[Frame] = []
-    for group in test.groups:
-        cells = []
-        for columns in wanted.values():
+    means: list[dict[Group, Frame]] = [{} for _ in wanted]
+    for columns, of in zip(wanted.values(), means, strict=True):
+        for group in test.groups:
             frames = [test.frame(group, c) for c in columns]
-            if None in frames or any(f.seeds != frames[0].seeds for f in frames):
-                cells.append(Cell())
-                continue
-            whole = Frame(frames[0].seeds, np.mean([f.correct for f in frames], 0), [r for f in frames for r in f.rows])
-            cells.append(Cell(with_interval(whole.estimate)))
-            used.append(whole)
+            if None not in frames and all(f.seeds == frames[0].seeds for f in frames):
+                rows = [row for frame in frames for row in frame.rows]
+                of[group] = Frame(frames[0].seeds, np.mean([f.correct for f in frames], 0), rows)
+        pool_seeds(of)
+    parts: dict[bool, list] = {False: [], True: []}
+    for group in test.groups:
+        cells = [Cell(with_interval(of[group].estimate)) if group in of else Cell() for of in means]
         if any(cell.text for cell in cells):
             parts[group.control].append((named(group.label), cells))
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
-    return Table([("", list(wanted))], filled, caption, charts.sources_of(used))
+    used = [frame for of in means for frame in of.values()]
+    words = f"{caption} {borrowed(frame.estimate for frame in used)}".strip()
+    return Table([("", list(wanted))], filled, words, charts.sources_of(used))
 
 
 def difficulty(groups: list[Group]) -> list[Block]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ssl_vit import backbone as backbones
@@ -425,17 +426,25 @@ class StopSignal:
 
 def describe(recipe, path, images, objective, accelerator, total, flops_per_image, lr) -> None:
     """One paragraph: what will happen, on what, at which cost."""
-    count = sum(p.numel() for p in objective.exported.parameters())
     images_seen = total * recipe.train.batch_size
     say(
-        f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images of "
-        f"{'x'.join(map(str, recipe.data.size))}), {recipe.backbone.name} of {count / 1e6:.2f} M parameters, patch "
-        f"{recipe.backbone.patch}\n"
+        f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images at "
+        f"{'x'.join(map(str, recipe.data.size))}), {shape_of(objective.exported, recipe.backbone)}\n"
         f"{total:,} steps of {recipe.train.batch_size} = {images_seen / max(len(images), 1):.1f} epochs, "
         f"{images_seen * flops_per_image:.3g} FLOPs; learning rate {lr}; {recipe.train.precision} on "
         f"{accelerator.num_processes} x {name_of(accelerator.device)}\n"
         f"Run directory: {path}"
     )
+
+
+def shape_of(backbone: backbones.Backbone, config: recipes.Backbone) -> str:
+    """A backbone in words: a plain ViT by its shape, as a width or depth of the recipe replaces that of the name."""
+    size = f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters"
+    if not isinstance(backbone.model, VisionTransformer):
+        return f"{config.name}, {size}"
+    patch = "x".join(map(str, dict.fromkeys(backbone.patch)))
+    model = "ViT" if config.width or config.depth else f"{config.name}: ViT"
+    return f"{model}, {backbone.model.embed_dim} wide, {backbone.depth} deep, patch {patch}, {size}"
 
 
 def name_of(device: torch.device) -> str:

@@ -248,3 +248,12 @@ def test_the_seed_alone_makes_the_weights():
     torch.manual_seed(2)
     b = build()
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_the_header_names_the_shape_that_is_trained():
+    """Not "vit_tiny" where width and depth of the recipe replace it."""
+    recipe = small_recipe("mae", "backbone.width=16", "backbone.depth=3", "backbone.heads=2", "backbone.patch=4")
+    model = backbones.build(recipe.backbone, recipe.data, seed=0)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    said = pretrain.shape_of(model, recipe.backbone)
+    assert said == f"ViT, 16 wide, 3 deep, patch 4, {count:.2f} M parameters"

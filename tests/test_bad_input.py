@@ -158,7 +158,7 @@ def test_a_broken_image(run, setting):
     settings = ["--data", "set", "data.size=8", setting]
     refused(run(*settings), "Image 3.png cannot be decoded", "data.skip_broken=true")
     code, said, _ = run(*settings, "data.skip_broken=true", "--output=out")
-    assert code == 0 and "Left out 1 broken image(s)" in said and "(5 images of 8x8)" in said
+    assert code == 0 and "Left out 1 broken image(s)" in said and "(5 images at 8x8)" in said
     for i in range(6):
         Path(f"set/train/{i}.png").write_bytes(b"x")
     refused(run(*settings, "data.skip_broken=true", "--output=none"), "images tried of set/train (", "can be decoded")
@@ -169,7 +169,7 @@ def test_sizes_that_differ(run):
         save(f"mixed/train/{i}.png", side=side)
     refused(run("--data", "mixed"), "mixed", "data.size", "mae-photos")
     code, said, _ = run("--data", "mixed", "data.size=8")
-    assert code == 0 and "3 images of 8x8" in said
+    assert code == 0 and "3 images at 8x8" in said
 
 
 def test_unwritable_cache(run, monkeypatch):

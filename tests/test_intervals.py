@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.intervals import Estimate, bootstrap, interval, paired
+from eval.intervals import Estimate, bootstrap, interval, paired, spread, spread_of_differences
 
 
 def simulate(count, seeds, images, of_seed, of_image, residual, mean=0.0, draw=0):
@@ -73,6 +73,7 @@ def test_the_detectable_difference_is_detected_in_four_of_five_cases(seeds, effe
         se_seeds=math.sqrt((of_seed**2 + residual**2 / 100) / seeds),
         se_images=math.sqrt((of_image**2 + residual**2 / seeds) / 100),
         se_limit=of_image / 10,
+        freedom=seeds - 1,
     )
     data = simulate(1000, seeds, 100, *effects, mean=truth.detectable, draw=1)
     assert 0.75 <= np.mean([interval(x).excludes_zero for x in data]) <= 0.88
@@ -84,12 +85,12 @@ def test_seeds_for_a_point():
 
     def with_seeds(count):
         parts = of_seed / math.sqrt(count), math.hypot(of_image, residual / math.sqrt(count)) / math.sqrt(images)
-        return Estimate(0.0, count, images, *parts, of_image / math.sqrt(images))
+        return Estimate(0.0, count, images, *parts, of_image / math.sqrt(images), count - 1)
 
     least = next(count for count in range(2, 100) if with_seeds(count).detectable <= 0.01)
     assert least > 3
     assert with_seeds(3).seeds_for_a_point == with_seeds(20).seeds_for_a_point == least
-    few_images = Estimate(0.0, 3, 100, 0.001, 0.02, 0.02)
+    few_images = Estimate(0.0, 3, 100, 0.001, 0.02, 0.02, 2)
     assert few_images.seeds_for_a_point is None and not few_images.images_only
 
 
@@ -108,3 +109,83 @@ def test_the_bootstrap_agrees_where_it_can():
     assert bootstrap(data) == (low, high) != bootstrap(data, seed=1)
     low, high = bootstrap(data[:1])
     assert (high - low) / 2 == pytest.approx(interval(data[:1]).half_width, rel=0.1)
+
+
+# few seeds borrow
+
+
+def covered(deviations, seeds, draws=4000):
+    """Shares of 95 % intervals that hold the truth, of each arm's mean and of each pair's difference."""
+    rng = np.random.default_rng(0)
+    arms, pairs = [], []
+    for table in rng.normal(size=(draws, len(deviations), seeds)) * np.array(deviations)[:, None]:
+        pool, of_pairs = spread(table), spread_of_differences(table)
+        wide = np.repeat(table[:, :, None], 2, axis=2)  # all images alike
+        arms.append([interval(x, pool).excludes_zero for x in wide])
+        indices = [(i, j) for i in range(len(wide)) for j in range(i)]
+        pairs.append([paired(wide[i], wide[j], of_pairs).excludes_zero for i, j in indices])
+    return 1 - np.mean(arms, 0), 1 - np.mean(pairs, 0)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_coverage_with_a_borrowed_variance_where_arms_vary_alike(seeds):
+    arms, pairs = covered([0.03, 0.03, 0.03], seeds)
+    assert arms.min() >= 0.93 and pairs.min() >= 0.93
+
+
+@pytest.mark.parametrize(("seeds", "arm", "pair"), [(2, 0.84, 0.90), (3, 0.86, 0.90)])
+def test_what_borrowing_costs_an_arm_that_varies_three_times_as_much(seeds, arm, pair):
+    """On average over the arms nothing; the unstable one itself is covered less, as the docstring says."""
+    arms, pairs = covered([0.01, 0.01, 0.03], seeds)
+    assert arms.mean() >= 0.93 and pairs.mean() >= 0.93
+    assert arm <= arms[2] <= 0.91 and pairs.min() >= pair
+
+
+def test_two_seeds_borrow_by_hand():
+    """Arms (0.5, 0.7) and (0.2, 0.2): pooled variance 0.02 / 2 with 2 degrees of freedom; the first keeps its own."""
+    table = np.array([[0.5, 0.7], [0.2, 0.2]])
+    wide = np.repeat(table[:, :, None], 5, axis=2)
+    pool = spread(table)
+    assert (pool.variance, pool.freedom, pool.arms) == (pytest.approx(0.01), 2, 2)
+    first, second = (interval(x, pool) for x in wide)
+    assert second.half_width == pytest.approx(stats.t.ppf(0.975, 2) * math.sqrt(0.01 / 2))
+    assert first.half_width == pytest.approx(stats.t.ppf(0.975, 2) * math.sqrt(0.02 / 2))  # larger: its own
+    assert first.pooled == second.pooled == 2 and interval(wide[0]).freedom == 1
+    # of differences: 0.3, 0.5 have a variance of 0.02, and two arms have nothing to borrow from
+    of_pairs = spread_of_differences(table)
+    assert (of_pairs.variance, of_pairs.freedom) == (pytest.approx(0.02), 1)
+    assert paired(*wide, of_pairs) == paired(*wide)
+
+
+def test_four_seeds_and_one_seed_borrow_nothing():
+    rng = np.random.default_rng(0)
+    pool = spread(rng.random((8, 2)))
+    four, one = rng.random((4, 9)), rng.random((1, 9))
+    assert interval(four, pool) == interval(four) and interval(one, pool) == interval(one)
+    assert spread(rng.random((3, 1))) is None and spread_of_differences(rng.random((3, 1))) is None
+
+
+# bounds
+
+
+def test_bounds_never_leave_what_is_possible():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.01, 0.5, 0.97, 1.0):
+        for seeds in (1, 2, 5):
+            low, high = interval(rng.random((seeds, 30)) < share + 0.3 * rng.normal(size=(seeds, 1))).bounds
+            assert 0 <= low <= high <= 1
+    difference = paired(np.array([[1] * 9, [1] * 8 + [0]]), np.array([[0] * 9, [0] * 9]))
+    assert difference.bounds[1] == 1 and difference.bounds[0] < difference.mean
+
+
+@pytest.mark.parametrize(("right", "n"), [(30, 30), (0, 30), (116, 117), (1, 12)])
+def test_near_the_ends_it_is_wilson_s_interval(right, n):
+    """Against SciPy's; ours has the variance with n - 1, which is 1/n larger."""
+    found = interval((np.arange(n) < right)[None])
+    expected = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert found.bounds == pytest.approx((expected.low, expected.high), abs=0.02 if 0 < right < n else 1e-9)
+
+
+def test_in_the_middle_the_bounds_are_the_half_width_away():
+    found = interval(np.random.default_rng(0).random((3, 200)) < 0.6)
+    assert found.bounds == (found.mean - found.half_width, found.mean + found.half_width)

@@ -1,5 +1,6 @@
 """The report of synthetic run directories: groups, averages, marks, refusals, and pages that stand alone."""
 
+import csv
 import json
 import re
 import sys
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from sklearn import metrics
 
-from eval import intervals, plots, results
+from eval import charts, intervals, mistakes, pages, plots, results, tidy, words
 from eval import report as reports
 from eval.frames import Column, group_runs, ranked, read_run, read_study, read_tests
+from eval.summary import summary
 from ssl_vit.errors import UserError
 
 N = 200
@@ -22,11 +25,11 @@ KNN = dict(protocol="knn-k20", pooling="cls")
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
-def answers(share, seed):
-    """Predictions (N,) of which about this share are right; which ones is drawn by the seed."""
-    wrong = np.random.default_rng(seed).permutation(N)[round(share * N) :]
-    predicted = TRUTH.copy()
-    predicted[wrong] = (TRUTH[wrong] + 1) % 10
+def answers(share, seed, truth=TRUTH):
+    """Predictions (n,) of which about this share are right; which ones is drawn by the seed."""
+    wrong = np.random.default_rng(seed).permutation(len(truth))[round(share * len(truth)) :]
+    predicted = truth.copy()
+    predicted[wrong] = (truth[wrong] + 1) % (truth.max() + 1)
     return predicted
 
 
@@ -59,7 +62,7 @@ def write_run(folder, recipe, share, seed=0, tree=None, measures=(KNN,), truth=T
     rows, predictions = [], []
     for number, measure in enumerate(measures):
         measure = dict(measure)
-        predicted = answers(measure.pop("share", share), [*map(ord, recipe or "foreign"), seed, number])[: len(truth)]
+        predicted = answers(measure.pop("share", share), [*map(ord, recipe or "foreign"), seed, number], truth)
         row = dict(
             run=folder.name,
             recipe=recipe,
@@ -165,8 +168,9 @@ def test_other_settings_of_fine_tuning_have_a_column_of_their_own(tmp_path):
     plain, other = dict(protocol="finetune", pooling="mean"), dict(protocol="finetune-0a1b2c", pooling="mean")
     folders = many(tmp_path, "mae", 0.6, measures=[KNN, plain]) + many(tmp_path, "dino", 0.6, measures=[KNN, other])
     table = reports.main_table(the_test(folders))
-    assert [over for over, _ in table.head] == ["k-NN (k = 20)", "fine-tuned", "fine-tuned (0a1b2c)", "training"]
-    [(_, rows)] = table.parts
+    assert [over for over, _ in table.head] == ["k-NN (k = 20)", "fine-tuned", "fine-tuned (0a1b2c)", "pre-training"]
+    (_, rows), (_, [(majority, _)]) = table.parts
+    assert majority.text == "most frequent class"
     filled = {name.text: [bool(cell.text) for cell in cells[:3]] for name, cells in rows}
     assert filled == {"mae": [True, True, False], "dino": [True, False, True]}
 
@@ -234,7 +238,8 @@ def test_the_table_of_comparisons(tmp_path):
     _, _, _, _, table = reports.comparisons(test, "")
     cells = {title: lines[0][1] for title, lines in table.parts}["against random init"]
     frames = by_label(test)
-    estimate = intervals.paired(frames["mae"].correct, frames["random init"].correct)
+    pool = intervals.spread_of_differences(np.array([frames[g].correct.mean(1) for g in ("mae", "random init")]))
+    estimate = intervals.paired(frames["mae"].correct, frames["random init"].correct, pool)
     low, high = intervals.bootstrap(frames["mae"].minus(frames["random init"]))
     assert cells[0].text == f"+{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f}"
     assert cells[1].text == f"+{100 * low:.1f} to +{100 * high:.1f}"
@@ -243,15 +248,109 @@ def test_the_table_of_comparisons(tmp_path):
 
 def test_the_summary_does_not_claim_what_is_not_there(tmp_path):
     shares = [write_run(tmp_path / "mae", "mae", 0.46, tree=settings("mae")), *controls(tmp_path)]
-    lead, single = reports.summary(the_test(shares))
+    lead, beside, single = summary(the_test(shares))
     assert lead.text.startswith(
-        "On cifar10 (test, 200 images; 1 seed per recipe), by k-NN (k = 20), class token, mae is at 46.0 ± 6.9 %."
+        "On cifar10 (test, 200 images; 1 seed per recipe), mae is by k-NN (k = 20), class token, at 46.0 ± 6.9 %."
     )
-    assert "points above random init at 20.0 %" in lead.text
-    assert "It is not distinguishable from raw pixels at 45.0 % (difference +1.0 ± " in lead.text
+    [(by, said)] = beside.items
+    assert by == "By k-NN (k = 20), class token"
+    assert "points above random init at 20.0 %" in said
+    assert "it is not distinguishable from raw pixels at 45.0 % (difference +1.0 ± " in said
     assert single.text.startswith("One seed only: mae.")
-    two = reports.summary(the_test(many(tmp_path, "mae", 0.46) + many(tmp_path, "dino", 0.45)))
-    assert "mae is the highest, at 46.0" in two[0].text and "not distinguishable from dino" in two[0].text
+    lead, beside = summary(the_test(many(tmp_path, "mae", 0.46) + many(tmp_path, "dino", 0.45)))
+    assert "mae is the highest by k-NN" in lead.text and "not distinguishable from dino" in beside.items[0][1]
+
+
+def ranked_by(folder, **shares):
+    """Runs of mae and dino with other shares by k-NN, linear probe and fine-tuning."""
+    ways = dict(knn=KNN, linear=dict(protocol="linear-sweep", pooling="chosen"), tuned=dict(protocol="finetune"))
+    ways["tuned"]["pooling"] = "mean"
+    runs = []
+    for place, name in enumerate(("mae", "dino")):
+        measures = [dict(way, share=shares[key][place]) for key, way in ways.items()]
+        runs += many(folder, name, 0.5, measures=measures)
+    return the_test(runs)
+
+
+def test_the_lead_covers_every_evaluator_and_says_where_they_disagree(tmp_path):
+    """As on the page of CIFAR-10 that named the highest by k-NN and not the other, ahead by linear probe."""
+    lead = summary(ranked_by(tmp_path / "a", knn=(0.3, 0.6), linear=(0.7, 0.5), tuned=(0.9, 0.6)))[0].text
+    assert "dino is the highest by k-NN (k = 20), class token, at 60.0 ± " in lead
+    assert re.search(r"mae is the highest by linear probe, chosen on train, at 70.0 ± \S+ % and by fine-tuning,", lead)
+    assert "disagree about which recipe is the highest: " in lead
+    opposite = r"(dino|mae) is above (mae|dino) by (k-NN|linear probe).*, and below it by (k-NN|linear probe)"
+    first, second, above, below = re.search(opposite, lead).groups()
+    assert first != second and (first, above, below) in (
+        ("dino", "k-NN", "linear probe"),
+        ("mae", "linear probe", "k-NN"),
+    )
+
+    lead = summary(ranked_by(tmp_path / "b", knn=(0.6, 0.3), linear=(0.7, 0.5), tuned=(0.9, 0.6)))[0].text
+    assert "The evaluators rank the recipes alike." in lead and "disagree" not in lead
+
+    lead = summary(ranked_by(tmp_path / "c", knn=(0.49, 0.5), linear=(0.5, 0.49), tuned=(0.9, 0.6)))[0].text
+    assert "no two recipes are distinguishable in opposite order" in lead
+
+
+def test_what_is_below_the_most_frequent_class_is_said_to_be(tmp_path):
+    """Of 22 unbalanced classes, above raw pixels and below always naming the most frequent."""
+    truth = np.where(np.arange(N) < 150, 0, 1 + np.arange(N) % 21)
+    folders = [write_run(tmp_path / "mae", "mae", 0.5, tree=settings("mae"), truth=truth, classes=22)]
+    folders.append(write_run(tmp_path / "pixels", "pixels", 0.1, truth=truth, flops=0.0, classes=22))
+    test = the_test(folders)
+    lead, beside, _ = summary(test)
+    assert "Chance is 4.5 % (22 classes); always naming the most frequent class is right for 75.0 %." in lead.text
+    [(_, said)] = beside.items
+    assert (
+        re.match(r"mae is \S+ ± \S+ points above raw pixels", said)
+        and "it is below always naming the most frequent class (75.0 %)" in said
+    )
+    assert "balanced accuracy of" in said
+    [row] = [cells for part in reports.main_table(test).parts for name, cells in part[1] if "frequent" in name.text]
+    assert row[0].text == "75.0"
+
+
+def test_chance_and_the_majority_stand_beside_every_table_and_chart(tmp_path, monkeypatch):
+    _, text = write_report(everything(tmp_path), tmp_path / "out", monkeypatch)
+    floors = "Chance is 10.0 % (10 classes); always naming the most frequent class is right for 10.0 %."
+    for section in ("Accuracy", "Against the controls", "With fewer labels", "Block by block", "Class by class"):
+        assert floors in text[text.index(f"## {section}") :].split("\n## ")[0], section
+
+
+def test_balanced_accuracy_is_scikit_learn_s(tmp_path):
+    truth = np.random.default_rng(0).choice(10, N, p=[0.55] + [0.05] * 9)
+    test = the_test([write_run(tmp_path / "mae", "mae", 0.6, tree=settings("mae"), truth=truth)])
+    [frame] = test.in_column(test.main[0]).values()
+    with np.load(frame.files[0]) as stored:
+        expected = metrics.balanced_accuracy_score(stored["true"], stored["predicted"])
+    assert test.balanced(frame) == pytest.approx(expected) and test.unbalanced
+
+
+def test_two_seeds_borrow_and_say_so(tmp_path, monkeypatch):
+    """Seeds at 0.3 and 0.6: alone t(1) gives an interval wider than the axis."""
+    folders = []
+    for name, shares in (("mae", (0.5, 0.6)), ("dino", (0.4, 0.42)), ("beit", (0.5, 0.52)), ("simmim", (0.3, 0.31))):
+        folders += [write_run(tmp_path / f"{name}{s}", name, v, s, settings(name, s)) for s, v in enumerate(shares)]
+    test = the_test(folders)
+    frames = by_label(test)
+    assert {frame.estimate.pooled for frame in frames.values()} == {4}
+    assert frames["mae"].estimate.freedom == 4
+    alone = intervals.interval(frames["mae"].correct)
+    assert frames["mae"].estimate.half_width < 0.4 * alone.half_width
+    _, text = write_report(folders, tmp_path / "out", monkeypatch)
+    assert "With fewer than 4 seeds the variance between seeds is taken from all 4 arms" in text
+    several = [run for name in ("mae", "dino") for run in many(tmp_path / "four", name, 0.5, seeds=4)]
+    _, text = write_report(several, tmp_path / "own", monkeypatch)
+    assert "With fewer than 4 seeds" not in text
+
+
+def test_all_right_is_no_certainty(tmp_path, monkeypatch):
+    """Not 100.0 ± 0.0: Wilson's interval of 200 of 200 begins at 98.1; in the table, the chart and the words."""
+    page, text = write_report(
+        [write_run(tmp_path / "mae", "mae", 1.0, tree=settings("mae"))], tmp_path / "o", monkeypatch
+    )
+    assert text.count("100.0 (98.1 to 100.0)") >= 2 and "100.0 (98.1 to 100.0)" in page and "± 0.0" not in page
+    assert "100.0 (98.1 to 100.0)" in (tmp_path / "o" / "cifar10-accuracy-knn-k20-cls-1.svg").read_text()
 
 
 # refusals
@@ -367,6 +466,7 @@ def test_a_full_report(tmp_path, monkeypatch, capsys):
         "What it costs",
         "With fewer labels",
         "Block by block",
+        "Class by class",
         "While training",
         "Pictures",
         "Where it comes from",
@@ -391,7 +491,8 @@ def test_a_full_report(tmp_path, monkeypatch, capsys):
 def test_sections_without_rows_are_left_out(tmp_path, monkeypatch):
     page, text = write_report([write_run(tmp_path / "vit", None, 0.8, flops=0.0)], tmp_path / "out", monkeypatch)
     check_html(page)
-    assert re.findall(r"<h2[^>]*>([^<]+)", page) == ["Accuracy", "Where it comes from"]
+    sections = re.findall(r"<h2[^>]*>([^<]+)", page)
+    assert sections == ["Accuracy", "What it costs", "Class by class", "Where it comes from"]
     assert "unknown" in page and "smoke test" not in page and "commits of this code" not in page
 
 
@@ -454,15 +555,15 @@ def test_ticks_and_numbers():
     assert plots.ticks(-0.12, 0.04) == pytest.approx([-0.15, -0.1, -0.05, 0, 0.05])
     assert plots.log_ticks(8e11, 3e13) == pytest.approx([1e12, 2e12, 5e12, 1e13, 2e13])
     assert plots.log_ticks(90, 1.1e6) == pytest.approx([1e2, 1e3, 1e4, 1e5, 1e6])
-    told = [plots.number(v) for v in (0, 0.25, 1500, 1e12, 2.5e13, 4e-5)]
+    told = [words.number(v) for v in (0, 0.25, 1500, 1e12, 2.5e13, 4e-5)]
     assert told == ["0", "0.25", "1,500", "10¹²", "2.5·10¹³", "4·10⁻⁵"]
-    assert plots.number(1e5, power=True) == "10⁵"
+    assert words.number(1e5, power=True) == "10⁵"
 
 
 def test_a_chart_escapes_names_and_holds_its_marks():
     series = [
-        plots.Series("a <b> & c", [1e12, 1e13], [0.2, 0.4], [0.1, 0.05], 0),
-        plots.Series("control", [], [0.3], [0.02]),
+        plots.Series("a <b> & c", [1e12, 1e13], [0.2, 0.4], [(0.1, 0.3), (0.35, 0.45)], 0),
+        plots.Series("control", [], [0.3], [(0.28, 0.32)]),
     ]
     root = ElementTree.fromstring(plots.lines(series, "T", "s", "x", log=True))
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -475,7 +576,7 @@ def test_a_chart_escapes_names_and_holds_its_marks():
 
 
 def test_a_hollow_dot_may_be_no_difference():
-    rows = [plots.Dot("clear", 0.05, 0.02, 1), plots.Dot("unclear", 0.01, 0.02, 2)]
+    rows = [plots.Dot("clear", 0.05, (0.03, 0.07), 1), plots.Dot("unclear", 0.01, (-0.01, 0.03), 2)]
     svg = plots.dots(rows, "T", "s", zero=True)
     fills = re.findall(r'<circle[^>]*style="fill:var\(--(\w+)\)', svg)
     assert fills == ["c1", "ground"] and "+1.0 ± 2.0" in svg
@@ -562,7 +663,7 @@ def test_the_arms_stand_beside_scratch_of_equal_compute(tmp_path, monkeypatch):
         ),
     ]
     _, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
-    assert "2 seeds per arm), by linear probe, chosen on train, mae is at 30.0" in markdown  # not by k-NN
+    assert "2 seeds per arm), mae is by linear probe, chosen on train, at 30.0" in markdown  # not by k-NN
     section = markdown[markdown.index("## The arms") :].split("##")[1]
     rows = [
         [cell.split("±")[0].strip() for cell in line.split("|")[1:5]] for line in section.splitlines() if "±" in line
@@ -583,7 +684,7 @@ def test_what_only_a_control_has_with_more_labels_does_not_push_the_others_out(t
     test = the_test(runs)
     assert test.labels == 0.1 and {g.recipe for g in test.in_column(test.main[0])} == {"mae", "random"}
     more = the_test(many(tmp_path / "more", "dino", 0.5, measures=[few, KNN]) + runs)
-    assert more.labels == 0.1 and "there are figures with more of dino." in str(reports.summary(more))
+    assert more.labels == 0.1 and "there are figures with more of dino." in str(summary(more))
     assert the_test(many(tmp_path / "alone", "random", 0.3, measures=[few, KNN], flops=0.0)).labels == 1.0
 
 
@@ -680,3 +781,173 @@ def test_what_is_no_study_is_refused(tmp_path):
         read_study(tmp_path)
     with pytest.raises(UserError, match="None of the runs of .* was evaluated"):
         read_study(write_study(tmp_path, [("mae", "", None, [tmp_path / "none"])]))
+
+
+# class by class
+
+
+def probable(folder, seed=0):
+    """Give the rows of a run the probabilities, class names and file names that evaluators keep."""
+    rng = np.random.default_rng(seed)
+    names = dict(classes=[f"kind {c}" for c in range(10)], names=[f"{i}.png" for i in range(N)])
+    (folder / "images.json").write_text(json.dumps(names))
+    lines = results.read(folder)
+    for row in lines:
+        file = folder / row["predictions"]
+        with np.load(file) as stored:
+            kept = dict(stored)
+        p = rng.uniform(0.2, 1, N).astype(np.float16)
+        np.savez(file, **kept, p_predicted=p, p_true=p)
+    more = dict(classes=10, images="images.json", eval_images=700)
+    (folder / "results.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in lines))
+
+
+def test_confusion_and_calibration_against_references():
+    """Counts as scikit-learn has them; the calibration error by hand."""
+    rng = np.random.default_rng(0)
+    true, predicted = rng.integers(0, 5, (2, 300))
+    answers = mistakes.Answers(predicted, true, np.arange(300), None)
+    assert np.array_equal(mistakes.confusion(answers, 5), metrics.confusion_matrix(true, predicted))
+    # bins of tenths: (0.1, 0.2] holds .15 right and .2 wrong; (0.9, 1] holds .95 and 1.0, both right
+    confidence, right = np.array([0.15, 0.2, 0.95, 1.0]), np.array([True, False, True, True])
+    error, bins = mistakes.calibration(confidence, right, bins=10)
+    assert bins == [(pytest.approx(0.175), 0.5, 2), (pytest.approx(0.975), 1.0, 2)]
+    assert error == pytest.approx(0.5 * (0.5 - 0.175) + 0.5 * 0.025)
+
+
+def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypatch):
+    """From the images of the run's recipe: uniform squares whose brightness is their index."""
+    for split, count in (("train", 20), ("test", N)):
+        for i in range(count):
+            place = tmp_path / "set" / split / f"kind {i % 10}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), i).save(place / f"{i:03d}.png")
+    config = dict(name=str(tmp_path / "set"), config=None, image=None, label=None, train_split=None, report_split=None)
+    config |= dict(subset=None, subset_seed=0, hold_out=False, size=[8, 8], channels=1, mean=[0.5], std=[0.2])
+    config |= dict(flip=False, cache_gb=4.0, skip_broken=False)
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
+    truth = np.sort(TRUTH)  # the order of a folder
+    tree = settings("mae")
+    tree["data"] = config
+    tree["images"]["classes"] = [f"kind {c}" for c in range(10)]
+    run = write_run(tmp_path / "mae", "mae", 0.5, tree=tree, truth=truth, eval_data="set")
+    probable(run)
+    test = the_test([run])
+    blocks = mistakes.by_class(test, "")
+    [folded] = [block for block in blocks if isinstance(block, pages.Folded)]
+    [thumbs] = [block for block in folded.blocks if isinstance(block, pages.Thumbnails)]
+    answers = mistakes.read_answers(list(test.in_column(test.main[0]).values())[0].files)
+    wrong = [i for i in np.argsort(-answers.p, kind="stable") if not answers.right[i]][: mistakes.SHOWN]
+    by_place = [10 * j + c for c in range(10) for j in range(N // 10)]  # the brightness of each index
+    assert [int(pixels.mean()) for pixels, _ in thumbs.pictures] == [by_place[i] for i in wrong]
+    first = wrong[0]
+    said = f"kind {answers.true[first]}, taken for kind {answers.predicted[first]} at {100 * answers.p[first]:.0f} %"
+    assert thumbs.pictures[0][1] == f"{said} ({first}.png)"
+    assert "ECE" in folded.summary and "balanced accuracy 50.0 %" in folded.summary
+    assert not any("no pictures" in getattr(block, "text", "") for block in blocks)
+    check_html(pages.html("T", blocks))
+
+    other = tmp_path / "set" / "test" / "kind 0" / "000.png"
+    other.rename(other.parent.parent / "kind 1" / "000.png")  # other images than were evaluated
+    blocks = mistakes.by_class(test, "")
+    said = " ".join(block.text for block in blocks if isinstance(block, pages.Text))
+    assert "have no pictures: the images there now are not those that were evaluated." in said
+    config["name"] = str(tmp_path / "gone")
+    (tmp_path / "set").rename(tmp_path / "moved")
+    said = " ".join(block.text for block in mistakes.by_class(test, "") if isinstance(block, pages.Text))
+    assert "The mistakes have no pictures: " in said
+
+
+def test_rows_without_probabilities_still_have_their_confusion(tmp_path):
+    blocks = mistakes.by_class(the_test(many(tmp_path, "mae", 0.5)), "")
+    [folded] = [block for block in blocks if isinstance(block, pages.Folded)]
+    [matrix] = folded.blocks
+    assert matrix.counts.sum() == 3 * N and matrix.images == [20] * 10
+    assert any("made before evaluators kept" in getattr(block, "text", "") for block in blocks)
+
+
+def test_of_many_classes_the_pairs_confused_most_are_listed(tmp_path):
+    truth = np.arange(N) % 25
+    run = write_run(tmp_path / "mae", "mae", 0.5, tree=settings("mae"), truth=truth, classes=25)
+    [folded] = [block for block in mistakes.by_class(the_test([run]), "") if isinstance(block, pages.Folded)]
+    classes, pairs = folded.blocks
+    assert len(classes.parts[0][1]) == 25 and pairs.head[0][1] == ["taken for", "in 100", "count"]
+    with np.load(next((run / "predictions").iterdir())) as stored:
+        wrong = metrics.confusion_matrix(stored["true"], stored["predicted"], labels=range(25))
+    np.fill_diagonal(wrong, 0)
+    assert [int(cells[2].text) for _, cells in pairs.parts[0][1]] == sorted(wrong.flat)[: -mistakes.CONFUSED - 1 : -1]
+
+
+# costs, report.csv, the page's edges
+
+
+def test_fine_tuning_is_not_free(tmp_path):
+    """Its FLOPs are shown apart, and the chart of fine-tuned arms has both in its axis: from scratch is a point."""
+    measures = [KNN, dict(protocol="finetune", pooling="mean", eval_flops=3e12, eval_images=5000, seconds=9.0)]
+    folders = many(tmp_path, "mae", 0.6, measures=measures)
+    folders += many(tmp_path, "random", 0.2, measures=measures, flops=0.0, changes=dict(train__steps=0))
+    [_, figure, table] = charts.compute(the_test(folders), "")
+    assert [over for over, _ in table.head] == ["pre-training", "k-NN (k = 20)", "fine-tuned"]
+    cells = {name.text: [cell.text for cell in cells] for _, rows in table.parts for name, cells in rows}
+    assert cells["mae"] == ["10¹²", "1,000", "100", "1", "", "1", "3·10¹²", "5,000", "9"]
+    assert cells["random init"][:3] == ["0"] * 3 and cells["random init"][6:] == ["3·10¹²", "5,000", "9"]
+    tuned = dict(figure.charts)["cifar10-train-flops-finetune-mean-1"]
+    assert "at 4·10¹²" in tuned and re.search(r"from scratch: [^<]* at 3·10¹²", tuned)
+    assert "FLOPs of pre-training and fine-tuning" in tuned
+    assert "at 10¹²" in dict(figure.charts)["cifar10-train-flops-knn-k20-cls-1"]
+
+
+def test_a_figure_can_be_drawn_from_the_csv(tmp_path, monkeypatch):
+    """The numbers of the charts of accuracy, of differences and of fewer labels, as the SVGs tell them."""
+    write_report(everything(tmp_path), tmp_path / "out", monkeypatch)
+    with open(tmp_path / "out" / "report.csv", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert list(lines[0]) == tidy.COLUMNS
+
+    def told(line, sign=""):
+        return words.between(*(float(line[key]) for key in ("mean", "low", "high")), sign)
+
+    def hovers(name):
+        root = ElementTree.fromstring((tmp_path / "out" / f"{name}.svg").read_text())
+        return {e.text for e in root.iter("{http://www.w3.org/2000/svg}title")}
+
+    whole = dict(protocol="knn-k20", pooling="cls", layer="-1")
+    mine = [line for line in lines if whole.items() <= line.items()]
+    drawn = {f"{x['group']}: {told(x)}" for x in mine if x["quantity"] == "accuracy" and x["labels"] == "1.0"}
+    pixels = [x for x in lines if x["group"] == "raw pixels" and x["protocol"] == "knn-k20" and x["labels"] == "1.0"]
+    drawn |= {f"raw pixels: {told(x)}" for x in pixels if x["quantity"] == "accuracy"}
+    assert hovers("cifar10-accuracy-knn-k20-cls-1") == drawn
+
+    against = [x for x in mine if x["against"] == "random init" and x["labels"] == "1.0" and x["control"] == "0"]
+    assert hovers("cifar10-against-knn-k20-cls-1-random-init") == {f"{x['group']}: {told(x, '+')}" for x in against}
+
+    fewer = [x for x in mine if x["quantity"] == "accuracy" and x["group"] == "dino"]
+    at = {f"dino: {told(x)} % at {x['labelled_images']}" for x in fewer}
+    assert len(at) == 2 and at <= hovers("cifar10-labels-knn-k20-cls-1")
+    assert {x["majority"] for x in lines} == {"0.1"} == {x["chance"] for x in lines}
+    widths = [(float(x["high"]) - float(x["low"])) / 2 - float(x["half_width"]) for x in lines]
+    assert np.abs(widths).max() < 1e-5
+
+
+def test_the_page_fits_a_phone():
+    """Long words break, no element is set wider than a screen of 390 px, and tables scroll in boxes that say so."""
+    assert re.search(r"[^{}]*\bdt\b[^{}]*\{ overflow-wrap: anywhere", pages.STYLE)
+    fixed = re.findall(r"(?<!max-)(?:min-)?width: (\d+)px", re.sub(r"@media \([^)]*\)", "", pages.STYLE))
+    assert fixed and max(map(int, fixed)) < 390
+    smallest = re.findall(r"minmax\((?!min\()(\d+)px", pages.STYLE)
+    assert max(map(int, smallest)) < 390
+    table = pages.Table([("", ["a"])], [("", [(pages.Cell("b"), [pages.Cell("c")])])], "Words.")
+    page = pages.html("T", [table, pages.Items([("0123456789" * 4, "x")])])
+    assert re.search(r'class="scroll"[^>]*><table', page) and 'class="hint"' in page
+    wide = pages.Table([("", list("abcdefghij"))], [("", [(pages.Cell("b"), [pages.Cell("c")] * 10)])], "Words.")
+    assert 'class="scroll wide"' in pages.html("T", [wide])
+    assert pages.STYLE.count("{") == pages.STYLE.count("}")
+
+
+def test_the_terminal_s_tables_fit_into_100_columns(tmp_path, monkeypatch, capsys):
+    write_report(everything(tmp_path), tmp_path / "out", monkeypatch)
+    said = capsys.readouterr().out
+    assert max(len(line) for line in said.splitlines() if not line.startswith("Written")) <= 100
+    assert all(name in said for name in ("k-NN (k = 20)", "fine-tuned", "pre-training", "chosen on train", "both"))
+    row = next(line for line in said.splitlines() if line.startswith("| mae"))
+    assert row.count("|") == 4 and "±" in row

@@ -16,8 +16,8 @@ from conftest import SMALL
 from PIL import Image
 from test_loop import ROOT, TINY, environment, steps_done, until
 
-from eval import plans, study, verdict
-from eval.jobs import work
+from eval import jobs, plans, study, verdict
+from eval.jobs import Job, Times, progress, work
 from ssl_vit import data, pretrain
 from ssl_vit.errors import UserError
 
@@ -399,3 +399,38 @@ def test_an_unknown_plan_is_refused_with_the_nearest(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study.py", "compair"])
     with pytest.raises(UserError, match="'compare'"):
         study.main()
+
+
+def test_progress_shows_the_last_step_of_a_running_pre_training(tmp_path):
+    run = tmp_path / "runs/mae-s0"
+    run.mkdir(parents=True)
+    job = Job("mae-s0 pre-training", "pre-training mae", [], run / "backbone/config.json", marks=True, started=0.0)
+    other = Job("mae-s0 knn-0", "knn-0", [], run / "done/x.json")
+
+    def last_line():
+        return progress([job, other], [job], Times(tmp_path / "seconds.jsonl"), 1).splitlines()[-1]
+
+    assert last_line().startswith("running: mae-s0 pre-training, ") and "step" not in last_line()
+    (run / "log.jsonl").write_text('{"step": 10}\n{"step": 1200}\n{"step": 12')  # the last is being written
+    assert last_line().endswith(" min, step 1,200")
+
+
+def test_progress_is_written_while_a_job_runs(tmp_path, monkeypatch):
+    """With nothing started or ended in between: the file is as new as the last turn of the loop."""
+    monkeypatch.setattr(jobs, "SHOWN", 0)
+    seen = []
+
+    class Slow:
+        def __init__(self, *arguments):
+            self.left = 3
+
+        def poll(self):
+            seen.append((tmp_path / "progress.txt").read_text())
+            (tmp_path / "progress.txt").write_text("old")
+            self.left -= 1
+            return None if self.left > 0 else 0
+
+    monkeypatch.setattr(jobs, "Command", Slow)
+    mark = tmp_path / "runs/x/done/y.json"
+    assert work([Job("x", "kind", ["python", str(jobs.ROOT / "eval/knn.py")], mark)], 1, tmp_path) == []
+    assert len(seen) == 4 and "old" not in seen[:3]  # the fourth asks for the code of what has ended

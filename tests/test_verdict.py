@@ -1,11 +1,13 @@
 """The verdict on synthetic studies of known effect, and the coverage of its simultaneous bounds."""
 
 import json
+import math
 import sys
 
 import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from eval import intervals, results, verdict
 from eval.frames import read_study
@@ -271,3 +273,15 @@ def test_all_bounds_hold_together():
         wrong += any(abs(e.mean) > e.half_width_at(level) for e in found)
     assert wrong / draws <= 0.05
     assert wrong > 0  # it is not so wide that it says nothing
+
+
+def test_no_condition_of_the_verdict_borrows_the_variance_of_other_arms():
+    """It asks for as many seeds as have their own, and judges each difference alone."""
+    assert verdict.SEEDS >= intervals.OWN
+    rng = np.random.default_rng(0)
+    difference = rng.normal(size=(verdict.SEEDS, 50))
+    condition = verdict.Condition("cifar10", "mae", "LP", "random init", 0.0, difference)
+    alone = stats.ttest_1samp(difference.mean(1), 0).confidence_interval(0.99)
+    of_seeds = (alone.high - alone.low) / 2
+    of_images = stats.norm.ppf(0.995) * math.sqrt(difference.mean(0).var(ddof=1) / 50)
+    assert condition.estimate.half_width_at(0.99) == pytest.approx(math.hypot(of_seeds, of_images))
