@@ -228,6 +228,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     frames = by_label(test)
     expected = frames["mae"].correct[1:] * 1.0 - frames["dino"].correct
     assert np.array_equal(frames["mae"].minus(frames["dino"]), expected)
+    assert np.array_equal(frames["dino"].minus(frames["mae"]), -expected)
     assert frames["mae"].minus(frames["raw pixels"]).shape == (3, N)
     apart = by_label(the_test([a[0], b[1]]))
     assert apart["mae"].minus(apart["dino"]) is None
