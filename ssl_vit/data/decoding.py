@@ -45,10 +45,12 @@ class Reader:
         if isinstance(cell, dict) and (cell.get("bytes") is not None or cell.get("path") is not None):
             source = cell.get("bytes")
             source = self._find(where, cell["path"]) if source is None else source
+        elif isinstance(cell, list) and cell and isinstance(cell[0], dict | bytes | str):
+            raise UserError(f"Image {where} is a list of {len(cell)} images: store one in each row.")
         else:
             try:
-                source = np.asarray(cell)
-            except ValueError:  # lists of several lengths
+                source = np.asarray(cell, dtype=_dtype(self.rows.features[self.column]))
+            except (TypeError, ValueError):  # lists of several lengths
                 source = np.empty(0)
         return pixels.look(where, source, self.layout, self.pages)
 
@@ -62,6 +64,14 @@ class Reader:
         if not found:
             raise UserError(f"Image {where} is not there: {path} was looked up in {', '.join(self.folders[:3])}.")
         raise UserError(f"Image {where} is there twice, as {found[0]} and {found[1]}: store absolute paths.")
+
+
+def _dtype(feature) -> str | None:
+    """The type of the numbers in a column of arrays: as Python's, they would all be 64 bits deep."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    dtype = getattr(feature, "dtype", None)
+    return dtype if dtype in np.sctypeDict else None
 
 
 def decode(read: Callable[[int], Stored], rules: Rules, i: int) -> Tensor:

@@ -198,7 +198,7 @@ def _descend(
         names = _named(tops, train, report)
         if names:
             if at != root:
-                say_once(f"The splits {_and(names)} of {root} lie in {at}/.")
+                say_once(f"{root}: its splits ({_and(names)}) lie in {at}/.")
             return at, inner, names
         if len(tops) != 1 or any(len(parts) == 1 for parts in inner):
             break
@@ -231,9 +231,10 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         members[split] = sorted(kept.values())
         left_out["links"] = left_out.get("links", 0) + len(chosen) - len(kept)
         real |= {files[i].key: i for i in reversed(members[split])}
-    if left_out["links"] or found.links:
-        folders = f" and {len(found.links)} linked folder(s) that are read already" if found.links else ""
-        say_once(f"Every file counts once: left out {left_out['links']:,} links to images{folders}.")
+    again = [f"{left_out['links']:,} links to images"] * bool(left_out["links"])
+    again += [f"{len(found.links):,} links to folders"] * bool(found.links)
+    if again:
+        say_once(f"Left out: {_and(again)} that are read already; every file counts once.")
 
     firsts = copies([files[i] for i in sorted(real.values())])
     group = {files[i].key: firsts.get(files[i].key, files[i].key) for i in real.values()}
@@ -355,7 +356,7 @@ def _say_left_out(root: Path, splits: list[str], beside: dict[str, int], loose: 
 
 def counts(kinds: dict[str, int]) -> str:
     """ ".md 3, .txt 1 and others": the five most frequent."""
-    most = sorted(kinds.items(), key=lambda item: -item[1])
+    most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{kind} {count:,}" for kind, count in most[:5]) + (" and others" if len(most) > 5 else "")
 
 

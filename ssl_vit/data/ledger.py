@@ -59,7 +59,9 @@ def tell(entry: dict) -> None:
     size = entry["size"]
     sides = "of several sizes" if size is None else f"of {size[0]}x{size[1]}"
     of = "" if looked >= used else f" ({looked:,} looked at)"
-    words = [f"{entry['title']}: {used:,} images {sides}, {counts(entry['formats'])}; {counts(entry['modes'])}{of}"]
+    images = "image" if used == 1 else "images"
+    kinds = f"{counts(entry['formats'])}; {counts(entry['modes'])}{of}"
+    words = [f"{entry['title']}: {used:,} {images} {sides}, {kinds}"]
     if entry["turned_upright"]:
         words.append(f"{entry['turned_upright']:,} turned upright by EXIF")
     if entry["with_alpha"]:
@@ -80,6 +82,8 @@ def tell(entry: dict) -> None:
     text = "; ".join(words) + "."
     if found.get("other_files"):
         text += f" Other files: {counts(found['other_files'])}."
+    if found.get("image_files_beside"):
+        text += f" Of {found['image_files_beside']:,} image files beside the tables those are read that a row names."
     say_once(text)
 
 

@@ -13,6 +13,7 @@ The one place that reads images and the one law for all of them: files, bytes an
 
 import io
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"),
     ".npy",
 }
+# its decoders are to move to another package one day; no other dependency reads colour of 16 bits from PNG
+warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
+
 TURNS = {  # EXIF orientation → what makes stored values (H, W, C) upright
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -127,8 +131,7 @@ def convert(stored: Stored, rules: Rules) -> tuple[Tensor, int]:
         kind = stored.dtype.kind
         full = (0, 1) if kind == "f" else (0, np.iinfo(stored.dtype).max)
         alpha = _to_bytes(stored, values[..., stored.channels :], full)[0]
-    image = np.ascontiguousarray(_channels(stored, colours, alpha, rules).transpose(2, 0, 1))
-    return torch.from_numpy(image), clipped
+    return torch.from_numpy(_channels(stored, colours, alpha, rules).transpose(2, 0, 1).copy()), clipped
 
 
 def _to_bytes(stored: Stored, values: np.ndarray, limits: tuple[float, float] | None) -> tuple[np.ndarray, int]:

@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import urllib.request
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -95,7 +94,9 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
                 f"{', '.join(columns)}: choose one with data.{key}=…"
             )
     if label is not None and (reason := _no_class(rows, label)):
-        raise UserError(f"Column {label!r} of {config.name} holds no class per image, {reason}: see data.label=…")
+        raise UserError(
+            f"Column {label!r} of {config.name} holds no class per image but {reason}: choose one with data.label=…"
+        )
     if label is None:
         for column in (c for c in LABEL_COLUMNS if c in columns):
             say_once(f"Column {column!r} of {config.name} is not taken for labels: it holds {_no_class(rows, column)}.")
@@ -114,13 +115,13 @@ def _no_class(rows: datasets.Dataset, column: str) -> str | None:
     if isinstance(feature, datasets.ClassLabel):
         return None
     if not isinstance(feature, datasets.Value):
-        return "but lists (several labels per image are not supported)"
+        return "lists (several labels per image are not supported)"
     if re.match(r"u?int|bool|(large_)?string|null", feature.dtype):
         return None
     if feature.dtype.startswith("float"):
         broken = next((v for v in rows[column][:] if not _is_none(v) and not float(v).is_integer()), None)
-        return None if broken is None else f"but numbers such as {broken:g}"
-    return f"but {feature.dtype}"
+        return None if broken is None else f"numbers such as {broken:g}"
+    return feature.dtype
 
 
 def _label_column(rows: datasets.Dataset) -> str | None:
@@ -225,8 +226,8 @@ def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset
     # images beside their table are in its cells; a stray table among more images is none
     if tables and (len(tables) >= len(found.images) or config.config or _has_images(tables[0])):
         beside = tuple(dict.fromkeys([str(path), *map(os.path.dirname, sorted(tables))]))
-        others = Counter(os.path.splitext(file.path)[1].lower() for file in found.images) + found.others
-        return _parquet(path, config.config), beside, dict(files=len(tables), other_files=dict(others))
+        ledger = dict(files=len(tables), other_files=dict(found.others), image_files_beside=len(found.images))
+        return _parquet(path, config.config), beside, ledger
     if config.config:
         raise UserError(f"{path} has no configurations: leave data.config out.")
     found.others.update([".parquet"] * len(found.tables))
