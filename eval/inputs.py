@@ -97,7 +97,7 @@ class Inputs:
         if channels not in self._loaded:
             config = dataclasses.replace(self.config, channels=channels, hold_out=self.held_out)
             train = with_labels(data.load(config, "train")).to(self.state.device)
-            config.channels = train.channels
+            config.channels, config.range = train.channels, train.range and list(train.range)
             role = "held out" if self.held_out else "report"
             test = with_labels(data.load(config, role, train.classes)).to(self.state.device)
             if self.held_out:

@@ -151,6 +151,8 @@ class OnlineKnn:
         is_query = torch.from_numpy(np.isin(chosen.numpy(), order[:queries]))
         self.images, self.device, self.chosen, self.is_query = images, device, chosen, is_query.numpy()
         self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()
+        if self.labels is not None and not all((self.labels[q] >= 0).any() for q in (self.is_query, ~self.is_query)):
+            self.labels = None  # too few have one
         self.size = tuple(recipe.data.size)
 
     @torch.no_grad()
@@ -173,11 +175,12 @@ class OnlineKnn:
         return result
 
     def _accuracy(self, features: np.ndarray) -> float:
-        bank, queries = neighbours.prepare(features[~self.is_query], features[self.is_query])
-        labels = self.labels[~self.is_query]
+        known = self.labels >= 0
+        is_bank, is_query = ~self.is_query & known, self.is_query & known
+        bank, queries = neighbours.prepare(features[is_bank], features[is_query])
         k = min(20, len(bank))
-        predicted = neighbours.vote(bank, labels, queries, [k], int(self.labels.max()) + 1)[k]
-        return float((predicted == self.labels[self.is_query]).mean())
+        predicted = neighbours.vote(bank, self.labels[is_bank], queries, [k], int(self.labels.max()) + 1)[k]
+        return float((predicted == self.labels[is_query]).mean())
 
 
 def effective_rank(features: np.ndarray) -> float:

@@ -11,6 +11,7 @@ The same command again goes on where a stopped run was: on a CPU to the same wei
 
 import argparse
 import gc
+import json
 import math
 import os
 import signal
@@ -27,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ssl_vit import backbone as backbones
-from ssl_vit import checkpoint, data, errors, flops, monitor, objectives, optim, pictures, system, weights
+from ssl_vit import checkpoint, data, errors, files, flops, monitor, objectives, optim, pictures, system, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Facts, Objective
@@ -48,6 +49,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     images = images.to(device)
 
     objective = build(recipe, images).to(device)
+    images = images.labelled() if objective.labelled else images
     total, flops_per_image = budget(recipe, objective, images)
     recipe.train.steps = total
     lr, rule = recipe.learning_rate()
@@ -65,6 +67,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     if accelerator.is_main_process:
         run.lock()
         run.claim(settings, type(recipe.objective))
+        files.write(path / "images.json", json.dumps(images.ledger, indent=1, ensure_ascii=False))
     [finished] = broadcast_object_list([run.finished])
     if finished:
         say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")

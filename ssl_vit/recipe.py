@@ -79,6 +79,14 @@ class Data:
     mean: list[float] | None = setting(None, "per channel, in [0, 1]")
     std: list[float] | None = setting(None, "per channel, in [0, 1]")
     flip: bool | None = setting(None, "whether a horizontal flip keeps the label")
+    range: list[float] | None = setting(
+        None, "[black, white] of images deeper than 8 bits; of the training set: its bits, or [0, 1], or its values"
+    )
+    background: Literal["white", "black"] = setting("white", "what images with alpha are laid on; channels=4 keeps it")
+    layout: Literal["hwc", "chw"] | None = setting(None, "axes of stored arrays, where their shape does not tell")
+    pages: Literal["first", "channels"] | None = setting(
+        None, "of files with several pages or frames take the first, or all as channels; null: refused"
+    )
     cache_gb: float = setting(4.0, "decode once and keep in memory if the images share one size and fit", at_least=0)
     skip_broken: bool = setting(False, "leave out images that cannot be decoded, and count them")
 
@@ -136,7 +144,7 @@ SECTIONS = dict(train=Train, optim=Optim, data=Data, views=Views, backbone=Backb
 MAY_CHANGE = ("runtime", "monitor")  # sections that may differ when a run goes on
 ADDED = {"recipe", "resolved", "images"}  # what a run's recipe.yaml holds beside its settings
 OF_IMAGES = (  # what is of one set of images, or was resolved from them
-    *("data.size", "data.channels", "data.mean", "data.std", "data.flip", "backbone.patch"),
+    *("data.size", "data.channels", "data.mean", "data.std", "data.flip", "data.range", "backbone.patch"),
     *("data.config", "data.image", "data.label", "data.train_split", "data.report_split"),
 )
 LENGTHS = ("train.epochs", "train.steps", "train.flops")
@@ -343,7 +351,10 @@ def _checked(cls: type, key: str, leaf: str, value: Any, source: str) -> Any:
     try:
         value = _coerce(kind, value)
     except (ValueError, OverflowError):
-        raise UserError(f"{key} in {source} must be {_type_name(kind)}, not {value!r}.") from None
+        hint = ""
+        if str in (kind, *typing.get_args(kind)) and not isinstance(value, list | dict | types.NoneType):
+            hint = f' Quote it: {key}=\'"{value}"\' on the command line, "{value}" in a file.'
+        raise UserError(f"{key} in {source} must be {_type_name(kind)}, not {value!r}.{hint}") from None
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
@@ -401,6 +412,9 @@ def _check_together(recipe: Recipe) -> None:
         raise UserError(f"views.scale must be two rising fractions such as [0.2, 1], not {recipe.views.scale}.")
     if len(recipe.optim.betas) != 2 or not all(0 <= b < 1 for b in recipe.optim.betas):
         raise UserError(f"optim.betas must be two numbers in [0, 1), not {recipe.optim.betas}.")
+    limits = recipe.data.range
+    if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
+        raise UserError(f"data.range must be two rising numbers such as [0, 4095], not {limits}.")
     size = recipe.data.size
     sides = size if isinstance(size, list) else [size] * 2
     if size is not None and (len(sides) != 2 or any(s < 1 for s in sides)):

@@ -1,76 +1,82 @@
-"""One stored image → uint8 (C, H, W); and all images of a set, decoded once and kept on disk."""
+"""The rows of a table → uint8 images: what a set is like, all of it decoded once, and what is kept on disk."""
 
-import fcntl
 import hashlib
-import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ssl_vit import system
+from ssl_vit import files, system
+from ssl_vit.data import pixels
+from ssl_vit.data.pixels import Rules, Stored, one_line
 from ssl_vit.errors import UserError, say
 
+LAW = 2  # the version of how stored values become uint8: what was decoded by another is not used
 PROBE = 256  # images whose headers are read to learn what a set is like
-PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 FILE = "ssl_vit.file"  # the column with an image file's path under its split; no column of a user's has this name
 
 
-def read(rows: datasets.Dataset, column: str, i: int) -> tuple[str, Image.Image | np.ndarray]:
-    """(its name, the image of row i): only its header is read yet; or an array, uint8 (H, W) or (H, W, C).
+@dataclass(frozen=True)
+class Reader:
+    """Row i → the stored image, of which only the header is read. folders: where a cell's path is looked up."""
 
-    Raises UserError, naming the image.
-    """
-    row = rows[i]
-    cell = dict(bytes=row[column]) if isinstance(row[column], bytes) else row[column]
-    where = row.get(FILE) or (isinstance(cell, dict) and cell.get("path")) or f"row {i}"
-    if isinstance(cell, dict):
-        try:
-            return where, Image.open(cell["path"] if cell.get("bytes") is None else io.BytesIO(cell["bytes"]))
-        except Exception as error:
-            raise _broken(where, error) from None
-    try:
-        array = np.asarray(cell)
-    except ValueError:
-        array = np.empty(0)
-    if array.dtype.kind not in "ui" or array.ndim not in (2, 3) or not 0 <= array.min() <= array.max() <= 255:
-        raise UserError(f"Image {where} is neither an image nor an array (H, W, C) of whole numbers from 0 to 255.")
-    return where, array.astype(np.uint8)
+    rows: datasets.Dataset
+    column: str
+    layout: str | None = None
+    pages: str | None = None
+    folders: tuple[str, ...] = ()
+
+    def __call__(self, i: int) -> Stored:
+        """Raises UserError, naming the image."""
+        row = self.rows[i]
+        cell = row[self.column]
+        if isinstance(cell, bytes):
+            cell = dict(bytes=cell)
+        elif isinstance(cell, str):
+            cell = dict(path=cell)
+        where = row.get(FILE) or (isinstance(cell, dict) and cell.get("path")) or f"row {i}"
+        if isinstance(cell, dict) and (cell.get("bytes") is not None or cell.get("path") is not None):
+            source = cell.get("bytes")
+            source = self._find(where, cell["path"]) if source is None else source
+        elif isinstance(cell, list) and cell and isinstance(cell[0], dict | bytes | str):
+            raise UserError(f"Image {where} is a list of {len(cell)} images: store one in each row.")
+        else:
+            try:
+                source = np.asarray(cell, dtype=_dtype(self.rows.features[self.column]))
+            except (TypeError, ValueError):  # lists of several lengths
+                source = np.empty(0)
+        return pixels.look(where, source, self.layout, self.pages)
+
+    def _find(self, where: str, path: str) -> str:
+        """The file of a cell: as it stands, or beside the table."""
+        if os.path.isabs(path) or not self.folders:
+            return path
+        found = [file for folder in self.folders if os.path.exists(file := os.path.join(folder, path))]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise UserError(f"Image {where} is not there: {path} was looked up in {', '.join(self.folders[:3])}.")
+        raise UserError(f"Image {where} is there twice, as {found[0]} and {found[1]}: store absolute paths.")
 
 
-def _channels(image: Image.Image | np.ndarray) -> int:
-    if isinstance(image, np.ndarray):
-        return 1 if image.ndim == 2 else image.shape[-1]
-    return 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3
+def _dtype(feature) -> str | None:
+    """The type of the numbers in a column of arrays: as Python's, they would all be 64 bits deep."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    dtype = getattr(feature, "dtype", None)
+    return dtype if dtype in np.sctypeDict else None
 
 
-def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """(height, width)."""
-    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
-
-
-def decode(read: Callable, channels: int, i: int) -> Tensor:
+def decode(read: Callable[[int], Stored], rules: Rules, i: int) -> Tensor:
     """Image i as uint8 (C, H, W). Raises UserError, naming it."""
-    where, image = read(i)
-    if not isinstance(image, np.ndarray):
-        try:
-            if image.mode.startswith("I"):  # 16-bit grey: keep the upper byte, where PIL would clip
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            mode = PIL_MODES.get(channels, "RGB")
-            image = np.array(image if image.mode == mode else image.convert(mode))
-        except Exception as error:
-            raise _broken(where, error) from None
-    image = torch.from_numpy(image)
-    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    if len(image) != channels:
-        raise UserError(f"Image {where} has {len(image)} channels, not {channels}: set data.channels.")
-    return image.contiguous()
+    return pixels.convert(read(i), rules)[0]
 
 
 def photo(decode: Callable, kept: Tensor | None, i: int) -> Tensor:
@@ -86,68 +92,149 @@ def advising(decode: Callable, i: int) -> Tensor:
         raise _advised(error) from None
 
 
-def _broken(where: str, error: Exception) -> UserError:
-    reason = "it is in no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
-    return UserError(f"Image {where} cannot be decoded ({reason}).")
-
-
 def _advised(error: UserError) -> UserError:
+    if "set data." in str(error):
+        return error
     return UserError(f"{error} Mend or remove it, or pass data.skip_broken=true.")
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")
+@dataclass
+class Look:
+    """What the headers of some images say. deep: "whole numbers" or "fractions" where values have over 8 bits."""
+
+    indices: list[int]
+    channels: int
+    size: tuple[int, int] | None  # that all share
+    deep: list[str]
+    seen: Counter
 
 
-def probe(read: Callable, n: int, skip_broken: bool, title: str) -> tuple[int, tuple[int, int] | None]:
-    """(channels, the size that all share or None), from the headers of some of the n images, spread evenly.
+def describe(stored: Stored) -> tuple:
+    """What is counted of an image: form, mode, whether it has alpha, whether it was turned upright."""
+    return stored.form, stored.mode, stored.alpha, stored.turned
+
+
+def probe(read: Callable[[int], Stored], n: int, skip_broken: bool, title: str) -> Look:
+    """What a set of n images is like, from the headers of some of them, spread evenly.
 
     Raises UserError for a broken one; if those are to be skipped, when all are.
     """
     tried = np.linspace(0, n - 1, min(n, PROBE)).astype(int).tolist()
-    good, error = [], None
+    good, error = {}, None
     for i in tried:
         try:
-            good.append(read(i)[1])
+            good[i] = read(i)
         except UserError as e:
             error = e
             if not skip_broken:
                 raise _advised(error) from None
     if not good:
         raise UserError(f"None of {len(tried)} images tried of {title} can be decoded; the last: {error}")
-    sizes = set(map(_size, good))
-    return max(map(_channels, good)), sizes.pop() if len(sizes) == 1 else None
+    found = good.values()
+    sizes = {stored.size for stored in found}
+    return Look(
+        indices=list(good),
+        channels=max(stored.channels for stored in found),
+        size=sizes.pop() if len(sizes) == 1 else None,
+        deep=sorted({stored.deep for stored in found} - {None}),
+        seen=Counter(map(describe, found)),
+    )
 
 
-def decode_all(decode: Callable, n: int, shape: tuple[int, int, int] | None, skip_broken: bool) -> dict:
+def span(read: Callable[[int], Stored], indices: list[int]) -> dict:
+    """low, high: of all colour values deeper than 8 bits in these images. Broken images are left to the decoding."""
+
+    def one(i: int) -> tuple[float, float] | None:
+        try:
+            stored = read(i)
+            if stored.deep is None:
+                return None
+            values = stored.colours()
+            return float(values.min()), float(values.max())
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(min(8, system.cores())) as pool:
+        found = [pair for pair in pool.map(one, indices) if pair is not None]
+    lows, highs = zip(*found, strict=True) if found else ((0.0,), (0.0,))
+    return dict(low=min(lows), high=max(highs))
+
+
+def choose_range(deep: str, low: float, high: float) -> tuple[float, float]:
+    """(black, white) of a set whose values lie between low and high: one range for all images, never one for each.
+
+    Whole numbers: the least number of bits, from 8, that holds them, so that what a camera of 12 bits or a dim
+    microscope stores in 16 keeps its contrast; fractions: 0 to 1, or 0 to 255, if they lie inside; else low to high.
+    """
+    if low < 0:
+        return low, high if high > low else low + 1
+    if deep == "whole numbers":
+        return 0.0, float(2 ** max(8, int(high).bit_length()) - 1)
+    return 0.0, 1.0 if high <= 1 else 255.0 if high <= 255 else high
+
+
+def refuse_alike(decode: Callable[[int], Tensor], indices: list[int], title: str) -> None:
+    """Raises UserError if two or more images are there and all of these have the same pixels."""
+    first = None
+    for i in indices:
+        try:
+            image = decode(i)
+        except UserError:
+            continue
+        if first is None:
+            first = image
+        elif not torch.equal(first, image):
+            return
+    if first is not None and len(indices) > 1:
+        raise alike(len(indices), title)
+
+
+def alike(count: int, title: str) -> UserError:
+    """The error of a set that shows one image only."""
+    return UserError(
+        f"All {count:,} images looked at of {title} have the same pixels once decoded: check data.range (values deeper "
+        "than 8 bits), data.background (alpha), and the files."
+    )
+
+
+def decode_all(
+    read: Callable[[int], Stored], rules: Rules, n: int, shape: tuple[int, int, int] | None, skip_broken: bool
+) -> dict:
     """All images of one shape, decoded by threads. Without a shape they are only looked through for broken ones.
 
     Returns images: uint8 (N, *shape), or None if there is no shape or not all have it; kept: int64 (N,), which of the n
-    these are, or None for all; broken: why the others are not; digest of the images. Raises UserError for a broken
+    these are, or None for all; broken: why the others are not; digest of the images; alike: whether all are the same;
+    seen: what they were, with counts; clipped: (images, values) outside of the range. Raises UserError for a broken
     image, unless they are to be skipped.
     """
     images = None if shape is None else torch.empty(n, *shape, dtype=torch.uint8)
 
-    def block(start: int) -> tuple[list[tuple[int, UserError]], bool]:
-        broken, alike = [], shape is not None
+    def block(start: int) -> tuple[list[tuple[int, UserError]], bool, Counter, list[int]]:
+        broken, same, seen, clipped = [], shape is not None, Counter(), []
         for i in range(start, min(start + 64, n)):
             try:
-                pixels = decode(i)
+                stored = read(i)
+                image, outside = pixels.convert(stored, rules)
             except UserError as error:
                 broken.append((i, error))
                 continue
-            if alike and pixels.shape == shape:
-                images[i] = pixels
+            seen[describe(stored)] += 1
+            if outside:
+                clipped.append(outside)
+            if same and image.shape == shape:
+                images[i] = image
             else:
-                alike = False
-        return broken, alike
+                same = False
+        return broken, same, seen, clipped
 
-    broken, alike = [], True
+    broken, of_shape, seen, clipped = [], True, Counter(), []
     with ThreadPoolExecutor(min(8, system.cores())) as pool:  # more would wait for each other
-        for bad, same in pool.map(block, range(0, n, 64)):
+        for bad, same, kinds, outside in pool.map(block, range(0, n, 64)):
             broken += bad
-            alike &= same
-            if not skip_broken and (broken or not alike):
+            of_shape &= same
+            seen += kinds
+            clipped += outside
+            if not skip_broken and (broken or not of_shape):
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
     kept = None
@@ -157,49 +244,44 @@ def decode_all(decode: Callable, n: int, shape: tuple[int, int, int] | None, ski
         if len(broken) == n:
             raise UserError(f"None of the {n} images can be decoded; the first: {broken[0][1]}")
         kept = torch.tensor(sorted(set(range(n)) - {i for i, _ in broken}))
-    if not alike:
+    if not of_shape:
         images = None
     elif kept is not None:
         images = images[kept]
-    content = None if images is None else digest(images)
-    return dict(images=images, kept=kept, broken=[str(error) for _, error in broken], digest=content)
+    return dict(
+        images=images,
+        kept=kept,
+        broken=[str(error) for _, error in broken],
+        digest=None if images is None else digest(images),
+        alike=images is not None and len(images) > 1 and all(torch.equal(images[0], image) for image in images[1:]),
+        seen=list(seen.items()),
+        clipped=(len(clipped), sum(clipped)),
+    )
 
 
-def cached(identity: str, make: Callable[[], dict], announcement: str) -> dict:
+def cached(identity: str, make: Callable[[], dict], announcement: str | None = None) -> dict:
     """What make() returns, made once per machine and kept on disk; its tensors are mapped, not read.
 
     Raises UserError if the cache cannot be written or read.
     """
-    folder = Path(os.environ.get("SSL_VIT_CACHE") or Path.home() / ".cache" / "ssl_vit")
-    file = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.pt"
+    remedy = "Name a folder with room in SSL_VIT_CACHE, or set data.cache_gb=0."
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".lock"), "w") as lock:  # the other processes wait here, before any group starts
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not file.exists():
+        folder = Path(os.environ.get("SSL_VIT_CACHE") or Path.home() / ".cache" / "ssl_vit")
+    except RuntimeError:  # a container's user without a home
+        raise UserError("There is no home folder to keep decoded images in: name a folder in SSL_VIT_CACHE.") from None
+    file = folder / f"{hashlib.sha256(f'{LAW} {identity}'.encode()).hexdigest()[:24]}.pt"
+    # the other processes wait here, before any group starts
+    with files.Lock(file.with_suffix(".lock"), remedy=remedy):
+        if not file.exists():
+            if announcement:
                 say(announcement)
-                _save(make(), file)
-    except OSError as error:
-        raise UserError(
-            f"Cannot keep decoded images in {folder} ({one_line(error)}): name a folder with room in SSL_VIT_CACHE, "
-            "or set data.cache_gb=0."
-        ) from None
+            made = make()
+            with files.writing(file, remedy) as partial:
+                torch.save(made, partial)
     try:
         return torch.load(file, mmap=True, weights_only=True)
     except Exception as error:  # torch's readers raise a dozen types for a damaged file
         raise UserError(f"The decoded images in {file} are damaged ({one_line(error)}): delete the file.") from None
-
-
-def _save(made: dict, file: Path) -> None:
-    """Write a file that is there whole or not at all. Raises OSError if it cannot."""
-    partial = file.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as stream:
-            torch.save(made, stream)
-        os.replace(partial, file)
-    except (OSError, RuntimeError) as error:  # torch's writer may have a RuntimeError for a full disk
-        partial.unlink(missing_ok=True)
-        raise OSError(str(error)) from None
 
 
 def digest(images: Tensor) -> str:

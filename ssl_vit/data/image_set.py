@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ssl_vit import recipe as recipes
 from ssl_vit import subsets
-from ssl_vit.data import decoding
-from ssl_vit.data.sources import labels_of, rows_of
-from ssl_vit.errors import say_once
+from ssl_vit.data import decoding, ledger
+from ssl_vit.data.pixels import Rules
+from ssl_vit.data.sources import Rows, labels_of, place, rows_of
+from ssl_vit.errors import UserError, say_once
 
 
 @dataclass
@@ -28,7 +29,7 @@ class ImageSet:
 
     name: str
     split: str
-    labels: Tensor | None  # int64 (N,)
+    labels: Tensor | None  # int64 (N,), −1 where an image has none; None where none has any
     classes: list[str] | None
     fingerprint: str
     channels: int
@@ -38,6 +39,8 @@ class ImageSet:
     photo: Callable[[int], Tensor] | None = None
     flip: bool = True
     names: Callable[[], list[str]] | None = None  # the files' paths under the split, in order, if they are files
+    range: tuple[float, float] | None = None  # black and white of values deeper than 8 bits
+    ledger: dict = dataclasses.field(default_factory=dict)  # what was found, used and left out, and why
 
     def __len__(self) -> int:
         return self.count
@@ -62,8 +65,14 @@ class ImageSet:
             names=self.names and functools.partial(_names, self.names, chosen),
         )
 
+    def labelled(self) -> "ImageSet":
+        """Those that have a label; the same set if all have one or none has."""
+        if self.labels is None or bool((self.labels >= 0).all()):
+            return self
+        return self.part((self.labels >= 0).nonzero().flatten().cpu())
+
     def facts(self) -> dict:
-        """What the data are, for the recipe: size, channels, mean and std in [0, 1], flip."""
+        """What the data are, for the recipe: size, channels, mean and std in [0, 1], flip; range, if it has one."""
         if self.images is not None:
             mean, std = _mean_std(self.images)
         elif self.channels == 3:  # ImageNet's, as every codebase of the field has them
@@ -71,7 +80,8 @@ class ImageSet:
         else:
             mean, std = [0.5] * self.channels, [0.25] * self.channels
         size = self.size and (self.size[0] if self.size[0] == self.size[1] else list(self.size))
-        return dict(size=size, channels=self.channels, mean=mean, std=std, flip=self.flip)
+        facts = dict(size=size, channels=self.channels, mean=mean, std=std, flip=self.flip)
+        return facts if self.range is None else facts | dict(range=list(self.range))
 
 
 def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> ImageSet:
@@ -98,37 +108,52 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
 def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSet:
     if config.name == "digits":
         return _digits(role, config.channels or 1)
-    rows, split, image, label, flip = rows_of(config, role)
-    path = Path(config.name)
+    found = rows_of(config, role)
+    rows, split = found.rows, found.split
+    path = place(config.name)
     name = path.resolve().name if path.exists() else config.name
     if config.config:
         name = f"{name}-{config.config}"
     title = f"{name}/{split}"
-    labels, classes = labels_of(rows, label, classes, title)
+    labels, classes = labels_of(rows, found.label, classes, title)
 
-    read = functools.partial(decoding.read, rows, image)
-    found, size = decoding.probe(read, len(rows), config.skip_broken, title)
-    channels = config.channels or found
-    decode = functools.partial(decoding.decode, read, channels)
-    content = _identity(rows, image, split, channels)
-    images, kept = None, None
+    read = decoding.Reader(rows, found.image, config.layout, config.pages, found.folders)
+    look = decoding.probe(read, len(rows), config.skip_broken, title)
+    channels, size = config.channels or look.channels, look.size
+    content = _identity(rows, found, channels, config)
     fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
+    span, limits = None, config.range and tuple(config.range)
+    if look.deep and limits is None:
+        span, limits = _range(read, look, len(rows) if fits else None, content, title)
+    rules = Rules(channels, limits, config.background)
+    decode = functools.partial(decoding.decode, read, rules)
+    images, kept, broken, seen, clipped = None, None, [], look.seen, None
     if fits or config.skip_broken:
         shape = (channels, *size) if fits else None
         stored = decoding.cached(
-            f"{content} {shape} {config.skip_broken}",
-            functools.partial(decoding.decode_all, decode, len(rows), shape, config.skip_broken),
+            f"{content} {rules} {shape} {config.skip_broken}",
+            functools.partial(decoding.decode_all, read, rules, len(rows), shape, config.skip_broken),
             f"{'Decoding' if fits else 'Looking for broken images among'} {len(rows):,} images of {title}, once …",
         )
         images, kept, broken = stored["images"], stored["kept"], stored["broken"]
-        content = stored["digest"] or f"{content} {broken}"
+        content, clipped = stored["digest"] or f"{content} {limits} {broken}", stored["clipped"]
+        seen = Counter(dict(stored["seen"]))
         if broken:
             say_once(f"Left out {len(broken)} broken image(s) of {title}; the first: {broken[0]}")
         if fits and images is None:
             say_once(f"The images of {title} differ in size: workers decode them when they are needed.")
             size = None
+        if stored["alike"]:
+            raise decoding.alike(len(images), title)
+    if images is None:
+        decoding.refuse_alike(decode, look.indices, title)
     if labels is not None and kept is not None:
         labels = labels[kept]
+    if labels is not None and not bool((labels >= 0).any()):
+        labels, classes = None, None
+    count = len(rows) if kept is None else len(kept)
+    entry = ledger.entry(title, found.ledger, seen, size, count, broken, labels, classes, rules, span, clipped)
+    ledger.tell(entry)
     return ImageSet(
         name=name,
         split=split,
@@ -136,17 +161,33 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
         classes=classes,
         fingerprint=_fingerprint(content, labels),
         channels=channels,
-        count=len(rows) if kept is None else len(kept),
+        count=count,
         size=size,
         images=images,
         photo=functools.partial(decoding.photo, functools.partial(decoding.advising, decode), kept)
         if images is None
         else None,
-        flip=flip,
+        flip=found.flip,
         names=functools.partial(_names, functools.partial(rows.__getitem__, decoding.FILE), kept)
         if decoding.FILE in rows.column_names
         else None,
+        range=rules.range,
+        ledger=entry,
     )
+
+
+def _range(
+    read: decoding.Reader, look: decoding.Look, count: int | None, content: str, title: str
+) -> tuple[dict, tuple[float, float]]:
+    """(the values found, black and white) of a set deeper than 8 bits: by all `count` images, or those looked at."""
+    if len(look.deep) > 1:
+        raise UserError(
+            f"The images of {title} hold {' and '.join(look.deep)}: say with data.range=[LOW, HIGH] which values are "
+            "black and white in all of them."
+        )
+    indices = look.indices if count is None else list(range(count))
+    span = decoding.cached(f"range {content} {len(indices)}", functools.partial(decoding.span, read, indices))
+    return span | dict(images=len(indices)), decoding.choose_range(look.deep[0], span["low"], span["high"])
 
 
 def _names(names: Callable[[], list[str]], chosen: Tensor | None) -> list[str]:
@@ -179,15 +220,18 @@ def _digits(role: str, channels: int) -> ImageSet:
     )
 
 
-def _identity(rows: datasets.Dataset, image: str, split: str, channels: int) -> str:
-    """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint."""
+def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipes.Data) -> str:
+    """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint; and
+    what is made of them."""
+    image = found.image
     if decoding.FILE in rows.column_names:
         files = [
             (name, *_stat(cell["path"])) for name, cell in zip(rows[decoding.FILE][:], rows[image][:], strict=True)
         ]
     else:
         files = rows._fingerprint
-    return hashlib.sha256(json.dumps([files, split, image, channels]).encode()).hexdigest()
+    made = [decoding.LAW, channels, config.layout, config.pages, config.background, config.range]
+    return hashlib.sha256(json.dumps([files, found.split, image, made]).encode()).hexdigest()
 
 
 def _stat(path: str) -> tuple[int, int]:

@@ -1,21 +1,27 @@
 """Where rows come from: a name, a path or owner/name on the hub → a table of one split, its image and label column."""
 
 import hashlib
+import math
 import os
 import re
 import socket
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import datasets
 import huggingface_hub.constants
 import numpy as np
+import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from ssl_vit import recipe as recipes
-from ssl_vit.data.decoding import FILE, one_line
+from ssl_vit.data import folders
+from ssl_vit.data.decoding import FILE
+from ssl_vit.data.folders import FIRST, SPLITS
+from ssl_vit.data.pixels import one_line
 from ssl_vit.errors import UserError, nearest, say_once
 
 # Data facts of known names: hub id, image and label column, report split, whether a flip keeps the label.
@@ -28,24 +34,47 @@ HUB = {
 }
 KNOWN = HUB | {facts[0]: facts for facts in HUB.values()}  # by their hub ids too
 NAMES = ("digits", *HUB)
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "images", "pixel_values"), ("label", "labels", "fine_label", "class")
 # what `datasets` says before it lists the configurations of a set
 CONFIGURATIONS = re.compile(r"(?:available configs|not found\. Available|[Cc]onfig(?:uration)?s in the cache): (.+)")
 
 
-def rows_of(config: recipes.Data, role: str) -> tuple[datasets.Dataset, str, str, str | None, bool]:
-    """(rows, split, image column, label column or None, whether flips keep the label) of one split."""
+@dataclass
+class Rows:
+    """One split. label: its column, or None; flip: whether flips keep it; folders: where the paths in cells lead from.
+
+    ledger: what was found and what left out, beside these rows.
+    """
+
+    rows: datasets.Dataset
+    split: str
+    image: str
+    label: str | None
+    flip: bool
+    folders: tuple[str, ...]
+    ledger: dict
+
+
+def place(name: str) -> Path:
+    """The path that a name may be, with ~ for the home folder."""
+    return Path(os.path.expanduser(name))
+
+
+def rows_of(config: recipes.Data, role: str) -> Rows:
+    """The rows of one split: "train" or "report". Raises UserError for what is not there."""
     unknown = (config.name, None, None, None, True)
-    local = config.name and config.name not in HUB and Path(config.name).exists()
+    named = config.name in NAMES
+    local = config.name and not named and place(config.name).exists()
+    if named and Path(config.name).exists():
+        say_once(f"{config.name} is the known set; for the folder of that name here, pass --data ./{config.name}.")
     hub_id, image, label, report, flip = unknown if local else KNOWN.get(config.name, unknown)
     image, label, report = config.image or image, config.label or label, config.report_split or report
+    lookup, ledger = (), {}
     if local:
-        splits = _local(Path(config.name), config)
+        splits, lookup, ledger = _local(place(config.name), config)
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
         splits = _hub(hub_id, config.config)
-    elif "/" in config.name:
+    elif "/" in config.name or config.name.startswith("~"):
         raise UserError(f"There is no folder or file {config.name!r}: check --data.")
     else:
         raise UserError(
@@ -53,7 +82,8 @@ def rows_of(config: recipes.Data, role: str) -> tuple[datasets.Dataset, str, str
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
     split, rows = _choose_split(splits, config, role, report, label)
-    columns = [c for c in rows.column_names if c != FILE]
+    ledger = ledger | dict(splits={name: len(part) for name, part in splits.items()})
+    columns = [c for c in rows.column_names if c not in (FILE, FIRST)]
     kinds = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
     image = image or next((c for c in (*IMAGE_COLUMNS, *kinds) if c in columns), None)
     label = label or _label_column(rows)
@@ -63,37 +93,51 @@ def rows_of(config: recipes.Data, role: str) -> tuple[datasets.Dataset, str, str
                 f"{config.name} has no {key} column{'' if column is None else f' {column!r}'}; its columns are "
                 f"{', '.join(columns)}: choose one with data.{key}=…"
             )
-    if label is not None and not _is_class(rows.features[label]):
-        raise UserError(f"Column {label!r} of {config.name} holds no class per image: choose with data.label=…")
+    if label is not None and (reason := _no_class(rows, label)):
+        raise UserError(
+            f"Column {label!r} of {config.name} holds no class per image but {reason}: choose one with data.label=…"
+        )
+    if label is None:
+        for column in (c for c in LABEL_COLUMNS if c in columns):
+            say_once(f"Column {column!r} of {config.name} is not taken for labels: it holds {_no_class(rows, column)}.")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    return rows, split, image, label, flip
+    return Rows(rows, split, image, label, flip, lookup, ledger)
 
 
-def _is_class(feature) -> bool:
-    dtype = getattr(feature, "dtype", "")
-    return isinstance(feature, datasets.ClassLabel) or (
-        isinstance(feature, datasets.Value) and re.match(r"u?int|bool|(large_)?string", dtype) is not None
-    )
+def _no_class(rows: datasets.Dataset, column: str) -> str | None:
+    """What a column holds instead of one class per image: None where it holds classes.
+
+    Classes are named classes, words, whole numbers and true/false; numbers with a point where all are whole, which is
+    what pandas makes of whole numbers with gaps.
+    """
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return None
+    if not isinstance(feature, datasets.Value):
+        return "lists (several labels per image are not supported)"
+    if re.match(r"u?int|bool|(large_)?string|null", feature.dtype):
+        return None
+    if feature.dtype.startswith("float"):
+        broken = next((v for v in rows[column][:] if not _is_none(v) and not float(v).is_integer()), None)
+        return None if broken is None else f"numbers such as {broken:g}"
+    return feature.dtype
 
 
 def _label_column(rows: datasets.Dataset) -> str | None:
     """The column that holds the labels, where the user names none."""
-    return next((c for c in LABEL_COLUMNS if c in rows.column_names and _is_class(rows.features[c])), None)
+    return next((c for c in LABEL_COLUMNS if c in rows.column_names and _no_class(rows, c) is None), None)
 
 
-def _missing(feature, values: list) -> int:
-    """How many labels are none: null, -1 among named classes (as in the hub's tests), or -1 throughout."""
-    if all(value in (None, -1) for value in values):
-        return len(values)
-    named = isinstance(feature, datasets.ClassLabel)
-    return sum(value is None or (named and value < 0) for value in values)
+def _is_none(value: object) -> bool:
+    """Whether a label is none: null, NaN or −1, in any column."""
+    return value is None or value == -1 or (isinstance(value, float) and math.isnan(value))
 
 
 def _labelled(rows: datasets.Dataset, label: str | None) -> bool:
     """Whether any image has a label in this column, or in the one that would be taken."""
     column = label or _label_column(rows)
-    return column in rows.column_names and _missing(rows.features[column], rows[column][:]) < len(rows)
+    return column in rows.column_names and not all(map(_is_none, rows[column][:]))
 
 
 def _choose_split(
@@ -120,8 +164,9 @@ def _choose_split(
     if report is not None and report != train:
         return (train, splits[train]) if role == "train" else (report, splits[report])
     rows = splits[train]
-    # by the file's name if it has one, so that new files move none
-    keys = rows[FILE][:] if FILE in rows.column_names else map(str, range(len(rows)))
+    # by the file's name if it has one, so that new files move none; copies lie where their first lies
+    column = next((c for c in (FIRST, FILE) if c in rows.column_names), None)
+    keys = rows[column][:] if column else map(str, range(len(rows)))
     held_out = np.array([int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 10 == 0 for key in keys])
     chosen = np.flatnonzero(held_out if role == "report" else ~held_out)
     if len(chosen) == 0:
@@ -170,21 +215,33 @@ def _hub_answers() -> bool:
     return True
 
 
-def _local(path: Path, config: recipes.Data) -> dict[str, datasets.Dataset]:
-    """Splits of a parquet file, or of a folder of parquet or image files at any depth."""
+def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], dict]:
+    """(splits of a parquet file, or a folder of parquet or image files; where paths in cells lead from; the ledger)"""
     if path.is_file() and path.suffix != ".parquet":
         raise UserError(f"{path} is neither a folder nor a parquet file: check --data.")
-    files = []
-    for at, folders, names in os.walk(path, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        files += [os.path.join(at, name) for name in names if not name.startswith(".")]
-    tables = any(file.endswith(".parquet") for file in files)
-    if config.config and not tables:
+    if path.is_file():
+        return _parquet(path, config.config), (str(path.parent),), dict(files=1)
+    found = folders.walk(path)
+    tables = [file for file in found.tables if Path(file).name != "metadata.parquet"]
+    # images beside their table are in its cells; a stray table among more images is none
+    if tables and (len(tables) >= len(found.images) or config.config or _has_images(tables[0])):
+        beside = tuple(dict.fromkeys([str(path), *map(os.path.dirname, sorted(tables))]))
+        ledger = dict(files=len(tables), other_files=dict(found.others), image_files_beside=len(found.images))
+        return _parquet(path, config.config), beside, ledger
+    if config.config:
         raise UserError(f"{path} has no configurations: leave data.config out.")
-    if tables or path.is_file():
-        return _parquet(path, config.config)
-    images = sorted(f for f in files if os.path.splitext(f)[1].lower() in IMAGE_FILES)
-    return _folder(path, images, config.train_split, config.report_split)
+    found.others.update([".parquet"] * len(found.tables))
+    splits, ledger = folders.splits(path, found, config.train_split, config.report_split, config.label)
+    return splits, (), ledger
+
+
+def _has_images(table: str) -> bool:
+    """Whether a parquet file has a column that may hold images."""
+    try:
+        names = set(pyarrow.parquet.read_schema(table).names)
+    except (OSError, pyarrow.ArrowException):  # reading it will say so
+        return True
+    return bool(names & set(IMAGE_COLUMNS))
 
 
 def _parquet(path: Path, configuration: str | None) -> dict[str, datasets.Dataset]:
@@ -198,84 +255,30 @@ def _parquet(path: Path, configuration: str | None) -> dict[str, datasets.Datase
         raise UserError(f"The parquet files in {path} cannot be read ({one_line(error)}).") from None
 
 
-def _folder(root: Path, files: list[str], train: str | None, report: str | None) -> dict[str, datasets.Dataset]:
-    """Splits of image files: SPLIT/CLASS/*.jpg, SPLIT/*.jpg, CLASS/*.jpg or just *.jpg, at any depth.
-
-    Beside splits, every other top folder is one too, for the user to name: train, report.
-    """
-    if not files:
-        raise UserError(f"No images found under {root}: looked for {', '.join(sorted(IMAGE_FILES))} and *.parquet.")
-    paths = [Path(file).relative_to(root).parts for file in files]
-    tops = sorted({parts[0] for parts in paths if len(parts) > 1})
-    splits = [top for names in SPLITS.values() for name in names for top in tops if top.lower() == name]
-    # one class may be called test, so folders are splits only if one is for training, or if all have such names
-    if train in tops or len(splits) == len(tops) or any(top.lower() in SPLITS["train"] for top in tops):
-        splits += [top for top in tops if top in (train, report) and top not in splits]
-    else:
-        splits = []
-    beside = [top for top in tops if splits and top not in splits]
-    rows = {split: dict(image=[], label=[], **{FILE: []}) for split in [*splits, *beside] or ["train"]}
-    loose = 0  # directly in the root, beside splits
-    for file, parts in zip(files, paths, strict=True):
-        inner = parts[1:] if splits else parts
-        if not inner:
-            loose += 1
-            continue
-        split = rows[parts[0] if splits else "train"]
-        split["image"].append(file)
-        split["label"].append(inner[0] if len(inner) > 1 else None)
-        split[FILE].append(os.path.join(*inner))
-    if beside or loose:
-        _say_left_out(root, splits, {top: len(rows[top]["image"]) for top in beside}, loose)
-    # labels are folders: there must be two or more, and every image of a split in one
-    several = len({label for split in splits or rows for label in rows[split]["label"]} - {None}) > 1
-    found = {}
-    for split, columns in rows.items():
-        features = {"image": datasets.Image(decode=False), FILE: datasets.Value("string")}
-        if several and None not in columns["label"]:
-            # with all names of the split, so that a held-out tenth of it has no class that the rest does not know
-            features["label"] = datasets.ClassLabel(names=sorted(set(columns["label"])))
-        columns = {name: columns[name] for name in features}
-        found[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return found
-
-
-def _say_left_out(root: Path, splits: list[str], beside: dict[str, int], loose: int) -> None:
-    """Say how many images lie in no split: beside, by top folder; loose, directly in the root."""
-    places = [f"{top}/" for top in beside] + ([f"{root.resolve().name}/ itself"] if loose else [])
-    places = places[:5] + (["others"] if len(places) > 5 else [])
-    count = sum(beside.values()) + loose
-    say_once(f"Left out: {count:,} images in {_and(places)}, beside {_and([f'{s}/' for s in splits])}.")
-
-
-def _and(words: list[str]) -> str:
-    """a, b and c."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
-
-
 def labels_of(
     rows: datasets.Dataset, column: str | None, classes: list[str] | None, title: str
 ) -> tuple[Tensor | None, list[str] | None]:
-    """(int64 labels, class names), or (None, None). Class numbers follow `classes` if given."""
+    """(int64 labels, −1 where an image has none; class names), or (None, None). Numbers follow `classes` if given."""
     if column is None:
         return None, None
     feature, values = rows.features[column], rows[column][:]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    missing = _missing(feature, values)
-    if missing:
-        if missing < len(values):
-            say_once(f"{missing} of {len(values)} images of {title} have no label: all labels are left out.")
+    values = [None if _is_none(value) else value for value in values]
+    there = [value for value in values if value is not None]
+    if not there:
         return None, None
-    if names is None:
-        names = [str(value) for value in sorted(set(values))]
-        values = list(map(str, values))
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+        values = [None if value is None else names[value] for value in values]
     else:
-        values = [names[value] for value in values]
+        if isinstance(there[0], float):
+            there, values = list(map(int, there)), [None if v is None else int(v) for v in values]
+        names = [str(value) for value in sorted(set(there))]
+        values = [None if value is None else str(value) for value in values]
     classes = classes or names
     number = {name: i for i, name in enumerate(classes)}
-    strangers = sorted(set(values) - number.keys())
+    strangers = sorted(set(values) - number.keys() - {None})
     if strangers:
         raise UserError(
             f"{title} has classes that the training split lacks: {', '.join(strangers[:5])}. Remove them or add them."
         )
-    return torch.tensor([number[value] for value in values]), classes
+    return torch.tensor([-1 if value is None else number[value] for value in values]), classes

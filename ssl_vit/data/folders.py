@@ -1,0 +1,365 @@
+"""A folder of image files → the splits in it, every real file once, and none of the training images in another split.
+
+- Folders: SPLIT/CLASS/*.jpg, SPLIT/*.jpg, CLASS/*.jpg or just *.jpg, at any depth; a folder whose only folder holds
+  the splits (as archives unpack) is that folder.
+- Links: a folder or file that is reached twice, by links or hard links, counts once, where it really lies if it lies
+  here.
+- Copies: files with the same bytes stay in their split, as published sets have them, but leave the training split where
+  another split has them too, and are held out together.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+from ssl_vit.data import decoding
+from ssl_vit.data.decoding import FILE
+from ssl_vit.data.pixels import SUFFIXES
+from ssl_vit.errors import UserError, say_once
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+FIRST = "ssl_vit.first"  # the column with the path of the first of equal files
+MANY = 5000  # files of equal size from which on what was found among them is kept on disk
+
+
+@dataclass(frozen=True)
+class File:
+    """An image file as it was reached. key: what it really is, (device, inode)."""
+
+    path: str
+    size: int
+    time: int
+    key: tuple
+    linked: bool
+
+
+@dataclass
+class Found:
+    """What lies under a folder. links: to folders that count already; others: files that are no images, by suffix."""
+
+    images: list[File] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)  # *.parquet
+    labels: list[str] = field(default_factory=list)  # metadata.csv, metadata.jsonl
+    links: list[str] = field(default_factory=list)
+    others: Counter = field(default_factory=Counter)
+    hidden: int = 0
+
+
+def walk(root: Path) -> Found:
+    """All files under a folder, links followed, every real folder once. Raises UserError for a name not in UTF-8."""
+    found = Found()
+    above = {_key(parent) for parent in root.resolve().parents}
+    seen, folders, links = set(), [str(root)], []
+    while folders or links:  # real folders first, so that a link to one is the one left out
+        at = folders.pop() if folders else links.pop(0)
+        key = _key(at)
+        if key in seen or key in above:
+            found.links.append(at)
+            continue
+        seen.add(key)
+        with os.scandir(at) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    found.hidden += 1
+                elif entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                else:
+                    _add(found, entry)
+    found.images.sort(key=lambda file: file.path)
+    return found
+
+
+def _key(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _add(found: Found, entry: os.DirEntry) -> None:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix == ".parquet":
+        found.tables.append(entry.path)
+    elif entry.name in ("metadata.csv", "metadata.jsonl"):
+        found.labels.append(entry.path)
+    elif suffix not in SUFFIXES:
+        found.others[suffix or "without a suffix"] += 1
+    else:
+        try:
+            entry.path.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"The name of the file {os.fsencode(entry.path)!r} is not in UTF-8: rename it (convmv renames many)."
+            ) from None
+        try:
+            status = entry.stat()
+            found.images.append(
+                File(
+                    entry.path,
+                    status.st_size,
+                    status.st_mtime_ns,
+                    (status.st_dev, status.st_ino),
+                    entry.is_symlink(),
+                )
+            )
+        except OSError:  # a dead link: decoding it will name it
+            found.images.append(File(entry.path, 0, 0, (entry.path,), True))
+
+
+def splits(
+    root: Path, found: Found, train: str | None, report: str | None, label: str | None
+) -> tuple[dict[str, datasets.Dataset], dict]:
+    """(rows by split, what was left out and why). Beside splits, every other top folder is one, for the user to name.
+
+    Raises UserError where there are no images, or where splits lie too deep to be told from classes.
+    """
+    if not found.images:
+        raise UserError(
+            f"No images found under {root}: looked for {', '.join(sorted(SUFFIXES))} and *.parquet"
+            + (f"; there are {counts(found.others)}." if found.others else ".")
+        )
+    root, paths, names = _descend(
+        root, [Path(file.path).relative_to(root).parts for file in found.images], train, report
+    )
+    tops = sorted({parts[0] for parts in paths if len(parts) > 1})
+    beside = [top for top in tops if names and top not in names]
+    members: dict[str, list[int]] = {split: [] for split in [*names, *beside] or ["train"]}
+    loose = 0  # directly in the root, beside splits
+    for i, parts in enumerate(paths):
+        if names and len(parts) == 1:
+            loose += 1
+        else:
+            members[parts[0] if names else "train"].append(i)
+    if beside or loose:
+        _say_left_out(root, names, {top: len(members[top]) for top in beside}, loose)
+    left_out = dict(beside_splits=sum(len(members[top]) for top in beside) + loose)
+    own = train or next((s for kind in SPLITS["train"] for s in names if s.lower() == kind), None)
+    judged = [name for name in names if name != own and name.lower() not in SPLITS["train"]]
+    firsts = _once(found, members, own, judged, left_out)
+
+    tables = [_table(Path(path), label) for path in found.labels]
+    inner = [parts[1:] if names else parts for parts in paths]
+    classes = {split: [inner[i][0] if len(inner[i]) > 1 else None for i in chosen] for split, chosen in members.items()}
+    # labels are folders: there must be two or more, and every image of a split in one
+    several = len({label for split in names or members for label in classes[split]} - {None}) > 1
+    result = {}
+    for split, chosen in members.items():
+        columns = {
+            "image": [found.images[i].path for i in chosen],
+            FILE: [os.path.join(*inner[i]) for i in chosen],
+        }
+        features = {"image": datasets.Image(decode=False), FILE: datasets.Value("string")}
+        if any(i in firsts for i in chosen):
+            columns[FIRST] = [os.path.join(*inner[firsts.get(i, i)]) for i in chosen]
+            features[FIRST] = datasets.Value("string")
+        if several and None not in classes[split]:
+            # with all names of the split, so that a held-out tenth of it has no class that the rest does not know
+            columns["label"] = classes[split]
+            features["label"] = datasets.ClassLabel(names=sorted(set(classes[split])))
+        for column, values in tables:
+            own_values = [values.get(os.path.realpath(found.images[i].path)) for i in chosen]
+            if ("label" not in columns or label == column) and any(v is not None for v in own_values):
+                columns[column] = own_values
+                features[column] = datasets.Value("string")
+        result[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return result, dict(
+        files=len(found.images),
+        other_files=dict(found.others),
+        hidden=found.hidden,
+        links_to_folders_that_count_already=found.links,
+        left_out={reason: count for reason, count in left_out.items() if count},
+        copies_within_a_split=len(firsts),
+        splits={split: len(rows) for split, rows in result.items()},
+    )
+
+
+def _named(tops: Iterable[str], train: str | None, report: str | None) -> list[str]:
+    """Which of these folders are splits. One class may be called test: all are, or one is for training, or none is."""
+    tops = sorted(tops)
+    known = [top for names in SPLITS.values() for name in names for top in tops if top.lower() == name]
+    if train in tops or (tops and len(known) == len(tops)) or any(top.lower() in SPLITS["train"] for top in tops):
+        return known + [top for top in tops if top in (train, report) and top not in known]
+    return []
+
+
+def _descend(
+    root: Path, paths: list[tuple], train: str | None, report: str | None
+) -> tuple[Path, list[tuple], list[str]]:
+    """(the folder that holds the splits, the paths under it, its splits), or (root, paths, []) where there are none."""
+    at, inner = root, paths
+    while True:
+        tops = {parts[0] for parts in inner if len(parts) > 1}
+        names = _named(tops, train, report)
+        if names:
+            if at != root:
+                say_once(f"{root}: its splits ({_and(names)}) lie in {at}/.")
+            return at, inner, names
+        if len(tops) != 1 or any(len(parts) == 1 for parts in inner):
+            break
+        at, inner = at / tops.pop(), [parts[1:] for parts in inner]
+    folders = defaultdict(set)
+    for parts in paths:
+        for depth in range(1, len(parts) - 1):
+            folders[parts[:depth]].add(parts[depth])
+    for folder, names in folders.items():
+        kinds = {kind for kind, known in SPLITS.items() for name in names if name.lower() in known}
+        if "train" in kinds and len(kinds) > 1:
+            raise UserError(
+                f"{root} has no splits, but {Path(root, *folder)} has ({_and(sorted(names)[:5])}): they would be "
+                "mixed. Pass --data of the folder that holds train and test, or move them up (train/CLASS, test/CLASS)."
+            )
+    return root, paths, []
+
+
+def _once(found: Found, members: dict[str, list[int]], train: str | None, others: list[str], left_out: dict) -> dict:
+    """Take from `members` what counts already. Returns {index of a file: of the first with the same bytes}.
+
+    left_out: gets the counts. others: the splits that no training image may be in.
+    """
+    files = found.images
+    real = {}
+    for split, chosen in members.items():
+        kept: dict[tuple, int] = {}
+        for i in sorted(chosen, key=lambda i: (files[i].linked, files[i].path)):
+            kept.setdefault(files[i].key, i)
+        members[split] = sorted(kept.values())
+        left_out["links"] = left_out.get("links", 0) + len(chosen) - len(kept)
+        real |= {files[i].key: i for i in reversed(members[split])}
+    again = [f"{left_out['links']:,} links to images"] * bool(left_out["links"])
+    again += [f"{len(found.links):,} links to folders"] * bool(found.links)
+    if again:
+        say_once(f"Left out: {_and(again)} that are read already; every file counts once.")
+
+    firsts = copies([files[i] for i in sorted(real.values())])
+    group = {files[i].key: firsts.get(files[i].key, files[i].key) for i in real.values()}
+    if train in members and others:
+        outside = {group[files[i].key]: split for split in reversed(others) for i in members.get(split, [])}
+        stays = [i for i in members[train] if group[files[i].key] not in outside]
+        leak = len(members[train]) - len(stays)
+        if leak:
+            lost = next(i for i in members[train] if group[files[i].key] in outside)
+            say_once(
+                f"Left out of {train}: {leak:,} images that lie in {_and(others)} too, byte for byte; the first: "
+                f"{files[lost].path}."
+            )
+        if not stays:
+            raise UserError(f"All images of {train} lie in {_and(others)} too: nothing is left to train on.")
+        members[train], left_out["also_in_another_split"] = stays, leak
+    place = {files[i].key: i for chosen in members.values() for i in reversed(chosen)}
+    return {
+        i: place[group[files[i].key]]
+        for chosen in members.values()
+        for i in chosen
+        if group[files[i].key] != files[i].key and group[files[i].key] in place
+    }
+
+
+def copies(files: list[File]) -> dict[tuple, tuple]:
+    """{a file's key: that of the first with the same bytes}, for all but the first. Only equal sizes are read.
+
+    Of those first the last 4 KiB, then all of those that agree in them. What is found among many is kept on disk.
+    """
+    sizes = Counter(file.size for file in files)
+    alike = [file for file in files if sizes[file.size] > 1 and file.size]
+
+    def find() -> dict:
+        groups = _regrouped([list(g) for g in _grouped(alike, lambda file: file.size)], _tail)
+        groups = _regrouped(groups, _digest)
+        return dict(groups=[[file.path for file in group] for group in groups])
+
+    if len(alike) < MANY:
+        groups = find()["groups"]
+    else:
+        identity = json.dumps([(file.path, file.size, file.time) for file in alike])
+        groups = decoding.cached(f"copies {identity}", find, f"Looking for copies among {len(alike):,} files, once …")
+        groups = groups["groups"]
+    keys = {file.path: file.key for file in alike}
+    return {keys[path]: keys[group[0]] for group in groups for path in group[1:]}
+
+
+def _grouped(files: list[File], key: Callable) -> Iterable[list[File]]:
+    groups = defaultdict(list)
+    for file in files:
+        groups[key(file)].append(file)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _regrouped(groups: list[list[File]], read: Callable[[str], bytes]) -> list[list[File]]:
+    """The groups, parted by what read says of their files; those of one file are left out."""
+    files = [file for group in groups for file in group]
+    with ThreadPoolExecutor(8) as pool:
+        said = dict(zip((file.path for file in files), pool.map(lambda file: read(file.path), files), strict=True))
+    return [part for group in groups for part in _grouped(group, lambda file: said[file.path])]
+
+
+def _tail(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 4096))
+            return stream.read()
+    except OSError:  # decoding it will name it
+        return path.encode()
+
+
+def _digest(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError:
+        return path.encode()
+
+
+def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:
+    """(label column, {real path: label}) of a metadata.csv or metadata.jsonl beside images, as of `datasets`."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            if file.suffix == ".csv":
+                rows = list(csv.DictReader(stream))
+            else:
+                rows = [json.loads(line) for line in stream if line.strip()]
+        columns = list(rows[0]) if rows else []
+    except (OSError, ValueError, csv.Error, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}): mend or remove it.") from None
+    known = [c for c in (label, "label", "labels", "fine_label", "class") if c in columns]
+    if "file_name" not in columns or not known:
+        say_once(
+            f"No labels are read from {file}: its columns are {', '.join(columns)}; it needs file_name and label, or "
+            "data.label=COLUMN."
+        )
+        return "label", {}
+    if any(isinstance(row.get(known[0]), list | dict) for row in rows):
+        raise UserError(f"{file} has several labels per image in {known[0]!r}: one class per image is supported.")
+    return known[0], {os.path.realpath(file.parent / str(row["file_name"])): _word(row.get(known[0])) for row in rows}
+
+
+def _word(value: object) -> str | None:
+    """A label as a word; "", null, NaN and −1 are none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    word = "" if value is None else str(value).strip()
+    return None if word in ("", "-1", "nan", "NaN", "null") else word
+
+
+def _say_left_out(root: Path, splits: list[str], beside: dict[str, int], loose: int) -> None:
+    """Say how many images lie in no split: beside, by top folder; loose, directly in the root."""
+    places = [f"{top}/" for top in beside] + ([f"{root.resolve().name}/ itself"] if loose else [])
+    places = places[:5] + (["others"] if len(places) > 5 else [])
+    count = sum(beside.values()) + loose
+    say_once(f"Left out: {count:,} images in {_and(places)}, beside {_and([f'{s}/' for s in splits])}.")
+
+
+def counts(kinds: dict[str, int]) -> str:
+    """ ".md 3, .txt 1 and others": the five most frequent."""
+    most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{kind} {count:,}" for kind, count in most[:5]) + (" and others" if len(most) > 5 else "")
+
+
+def _and(words: list[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)

@@ -1,0 +1,329 @@
+"""Every file once, no image on both sides, splits found where they lie, labels with gaps, and the ledger of it all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import as_array, load, parquet, photos, pixels, png, save
+
+from ssl_vit import data, errors, monitor, pretrain
+from ssl_vit.data import folders, sources
+from ssl_vit.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet():
+    errors.say_once.cache_clear()
+
+
+def fill(folder: Path, count: int, start: int = 0) -> Path:
+    for i in range(start, start + count):
+        save(folder / f"{i}.png", i)
+    return folder
+
+
+def seen(images: data.ImageSet) -> list[bytes]:
+    return sorted(image.numpy().tobytes() for image in photos(images))
+
+
+# -- every file once --------------------------------------------------------------------------------------------------
+
+
+def test_links_to_folders_above_change_nothing(tmp_path, capsys):
+    for label in "ab":
+        fill(tmp_path / "plain" / label, 40, 100 * ord(label))
+    shutil.copytree(tmp_path / "plain", tmp_path / "linked", copy_function=shutil.copy2)
+    os.symlink("..", tmp_path / "linked" / "a" / "back", target_is_directory=True)
+    os.symlink("../..", tmp_path / "linked" / "a" / "far", target_is_directory=True)  # holds plain too
+    os.symlink(tmp_path / "linked" / "b", tmp_path / "linked" / "a" / "again", target_is_directory=True)
+    for role in ("train", "report"):
+        plain, linked = load(tmp_path / "plain", role), load(tmp_path / "linked", role)
+        assert plain.fingerprint == linked.fingerprint and len(plain) == len(linked) > 0
+        assert plain.names() == linked.names()
+    said = capsys.readouterr().out
+    assert said.count("Left out: 3 links to folders that are read already; every file counts once.") == 1
+    assert len(linked.ledger["found"]["links_to_folders_that_count_already"]) == 3
+
+
+def test_a_folder_of_links_to_elsewhere_is_read(tmp_path):
+    fill(tmp_path / "store" / "x", 6)
+    fill(tmp_path / "store" / "y", 6, 50)
+    for split, place in (("train", "x"), ("test", "y")):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        os.symlink(tmp_path / "store" / place, tmp_path / "set" / split, target_is_directory=True)
+    assert (len(load(tmp_path / "set")), len(load(tmp_path / "set", "report"))) == (6, 6)
+
+
+def test_links_and_hard_links_to_files_count_once(tmp_path, capsys):
+    fill(tmp_path / "train" / "b", 3)
+    fill(tmp_path / "train" / "a", 3, 50)
+    fill(tmp_path / "test" / "a", 2, 80)
+    before = load(tmp_path)
+    os.link(tmp_path / "train" / "b" / "0.png", tmp_path / "train" / "b" / "9.png")
+    os.symlink(tmp_path / "train" / "b" / "1.png", tmp_path / "train" / "a" / "0.png")  # the real one is b's
+    after = load(tmp_path)
+    assert after.fingerprint == before.fingerprint and after.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert after.ledger["found"]["left_out"] == dict(links=2)
+    assert "Left out: 2 links to images that are read already" in capsys.readouterr().out
+
+
+def test_images_of_the_report_split_are_not_trained_on(tmp_path, capsys):
+    fill(tmp_path / "train", 8)
+    fill(tmp_path / "test", 3, 50)
+    shutil.copy(tmp_path / "train" / "2.png", tmp_path / "test" / "copy.png")
+    os.link(tmp_path / "train" / "3.png", tmp_path / "test" / "hard.png")
+    os.symlink(tmp_path / "test" / "50.png", tmp_path / "train" / "soft.png")
+    shutil.copy(tmp_path / "train" / "5.png", tmp_path / "train" / "twice.png")  # stays, as in published sets
+    train, report = load(tmp_path), load(tmp_path, "report")
+    assert not set(seen(train)) & set(seen(report))
+    assert (len(train), len(report)) == (7, 5)
+    assert train.ledger["found"]["left_out"] == dict(also_in_another_split=3)
+    assert train.ledger["found"]["copies_within_a_split"] == 1
+    said = capsys.readouterr().out
+    assert said.count("Left out of train: 3 images that lie in test too, byte for byte; the first: ") == 1
+    shutil.copytree(tmp_path / "train", tmp_path / "all" / "train")
+    shutil.copytree(tmp_path / "train", tmp_path / "all" / "val")
+    with pytest.raises(UserError, match="All images of train lie in val too"):
+        load(tmp_path / "all")
+
+
+def test_copies_are_held_out_together(tmp_path):
+    fill(tmp_path, 60)
+    held = set(load(tmp_path, "report").names())
+    for i in range(60):
+        shutil.copy(tmp_path / f"{i}.png", tmp_path / f"zz-{i}.png")
+    report = load(tmp_path, "report")
+    assert held and set(report.names()) == held | {f"zz-{name}" for name in held}
+    assert not set(seen(report)) & set(seen(load(tmp_path)))
+
+
+def test_equal_sizes_are_not_equal_files(tmp_path, monkeypatch):
+    for i, content in enumerate((b"a" * 9000, b"b" + b"a" * 8999, b"a" * 9000, b"a" * 5)):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    files = folders.walk(tmp_path).images
+    assert folders.copies(files) == {files[2].key: files[0].key}
+    monkeypatch.setattr(folders, "MANY", 2)  # and the same when it is remembered
+    assert folders.copies(files) == folders.copies(files) == {files[2].key: files[0].key}
+
+
+# -- splits -----------------------------------------------------------------------------------------------------------
+
+
+def test_splits_one_level_deeper_are_found(tmp_path, capsys):
+    for split, start in (("train", 0), ("test", 50)):
+        for k, label in enumerate("ab"):
+            fill(tmp_path / "set" / "pictures" / split / label, 4, start + 10 * k)
+    (tmp_path / "set" / "README.txt").write_text("Unpacked.")
+    train, test = load(tmp_path / "set"), load(tmp_path / "set", "report", ["a", "b"])
+    assert (len(train), train.split, train.classes, len(test), test.split) == (8, "train", ["a", "b"], 8, "test")
+    assert train.names()[0] == os.path.join("a", "0.png")
+    assert "its splits (train and test) lie in" in capsys.readouterr().out
+    fill(tmp_path / "set" / "masks", 3, 90)
+    with pytest.raises(UserError, match="set/pictures has .test and train.: they would be mixed. Pass --data of"):
+        load(tmp_path / "set")
+    for label in "ab":
+        fill(tmp_path / "turned" / label / "train", 3, ord(label))
+        fill(tmp_path / "turned" / label / "test", 3, 200 + ord(label))
+    with pytest.raises(UserError, match=r"turned/a has .test and train.*move them up \(train/CLASS, test/CLASS\)"):
+        load(tmp_path / "turned")
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path):
+    fill(tmp_path, 3)
+    os.rename(tmp_path / "0.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    with pytest.raises(UserError, match=r"caf\\xe9\.png' is not in UTF-8: rename it"):
+        load(tmp_path)
+
+
+def test_other_files_are_counted(tmp_path, capsys):
+    fill(tmp_path / "train", 3)
+    fill(tmp_path / "test", 2, 50)
+    for name in ("a.heic", "b.HEIC", "c.pt", "notes"):
+        (tmp_path / "train" / name).write_text("")
+    (tmp_path / "train" / "._0.png").write_text("")
+    train = load(tmp_path)
+    assert train.ledger["found"]["other_files"] == {".heic": 2, ".pt": 1, "without a suffix": 1}
+    assert train.ledger["found"]["hidden"] == 1
+    assert "Other files: .heic 2, .pt 1, without a suffix 1." in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.heic").write_text("")
+    with pytest.raises(UserError, match=r"No images found .*; there are \.heic 1\."):
+        load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jp2", "avif", "npy"])
+def test_files_of_less_frequent_formats_are_read(tmp_path, suffix):
+    for split, start in (("train", 0), ("test", 50)):
+        (tmp_path / split).mkdir()
+        for i in range(start, start + 3):
+            if suffix == "npy":
+                np.save(tmp_path / split / f"{i}.npy", pixels(i, 16, 16))
+            else:
+                options = dict(quality=100, format="jpeg") if suffix == "jfif" else {}
+                Image.fromarray(pixels(i, 16, 16)).save(tmp_path / split / f"{i}.{suffix}", **options)
+    images = load(tmp_path)
+    assert (len(images), images.size, images.channels) == (3, (16, 16), 3)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dicts", "strings"])
+def test_paths_in_cells_are_looked_up_beside_the_table(tmp_path, monkeypatch, form):
+    fill(tmp_path / "set" / "pics", 6)
+    for split, rows in (("train", range(4)), ("test", (4, 5))):
+        cells = [f"pics/{i}.png" for i in rows]
+        cells = cells if form == "strings" else [dict(bytes=None, path=cell) for cell in cells]
+        parquet(tmp_path / "set" / f"{split}.parquet", image=cells, label=[i % 2 for i in rows])
+    monkeypatch.chdir("/")
+    for route in (dict(), dict(cache_gb=0)):
+        for role, first in (("train", 0), ("report", 4)):
+            images = load(tmp_path / "set", role, **route)
+            assert np.array_equal(as_array(photos(images)[0]), pixels(first))
+    os.remove(tmp_path / "set" / "pics" / "0.png")
+    with pytest.raises(UserError, match="Image pics/0.png is not there: .* looked up in"):
+        load(tmp_path / "set", cache_gb=0)
+
+
+def test_lists_of_images_are_refused(tmp_path):
+    cells = [[dict(bytes=png(pixels(i)), path=None)] * 2 for i in range(4)]
+    for split in ("train", "test"):
+        parquet(tmp_path / f"{split}.parquet", images=cells)
+    with pytest.raises(UserError, match="row 0 is a list of 2 images: store one in each row"):
+        load(tmp_path)
+
+
+def test_home_and_folders_called_as_known_sets(tmp_path, monkeypatch, capsys):
+    fill(tmp_path / "photos" / "train", 3)
+    fill(tmp_path / "photos" / "test", 3, 50)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (load("~/photos").name, len(load("~/photos"))) == ("photos", 3)
+    with pytest.raises(UserError, match="There is no folder or file '~/nothing'"):
+        load("~/nothing")
+    (tmp_path / "photos").rename(tmp_path / "cifar10")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "_hub", lambda *_: (_ for _ in ()).throw(UserError("the hub was asked")))
+    with pytest.raises(UserError, match="the hub was asked"):
+        load("cifar10")
+    assert "for the folder of that name here, pass --data ./cifar10." in capsys.readouterr().out
+    assert len(load("./cifar10")) == 3
+
+
+def test_words_that_yaml_reads_as_numbers():
+    with pytest.raises(UserError, match=r"must be a word or null, not 2017. Quote it: data.train_split='\"2017\"'"):
+        pretrain.read("mae", ["data.train_split=2017"], "digits")
+    assert pretrain.read("mae", ['data.train_split="2017"'], "digits").data.train_split == "2017"
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+NONE = {  # the type of a column, and labels of which every third is none
+    "null": (datasets.Value("int64"), None, [0, 1]),
+    "-1": (datasets.Value("int64"), -1, [0, 1]),
+    "named": (datasets.ClassLabel(names=["0", "1"]), -1, [0, 1]),
+    "NaN": (datasets.Value("float64"), float("nan"), [0.0, 1.0]),
+    "null word": (datasets.Value("string"), None, ["0", "1"]),
+}
+
+
+@pytest.mark.parametrize("kind", NONE)
+def test_no_label_has_one_meaning(tmp_path, kind, capsys):
+    feature, none, (a, b) = NONE[kind]
+    kinds = datasets.Features(image=datasets.Image(), label=feature)
+    cells = [dict(bytes=png(pixels(i)), path=None) for i in range(12)]
+    parquet(tmp_path / "train.parquet", kinds, image=cells, label=[none, a, b] * 4)
+    parquet(tmp_path / "test.parquet", kinds, image=cells[:3], label=[a, b, none])
+    train = load(tmp_path)
+    assert (train.classes, train.labels.tolist()) == (["0", "1"], [-1, 0, 1] * 4)
+    assert load(tmp_path, "report", train.classes).labels.tolist() == [0, 1, -1]
+    some = train.labelled()
+    assert some.labels.tolist() == [0, 1] * 4 and np.array_equal(as_array(some.images[0]), pixels(1))
+    assert train.ledger["labels_per_class"] == {"0": 4, "1": 4} and train.ledger["without_label"] == 4
+    assert "2 classes of 4 images; 4 without a label" in capsys.readouterr().out
+    half = load(tmp_path, subset=0.5)  # of the unlabelled too
+    assert sorted(half.labels.tolist()) == [-1, -1, 0, 0, 1, 1]
+
+
+def test_what_holds_no_class_is_said_with_the_reason(tmp_path, capsys):
+    for name, labels, reason in (
+        ("real", [0.5, 1.0] * 3, "numbers such as 0.5"),
+        ("lists", [[0, 1]] * 6, "lists (several labels per image are not supported)"),
+    ):
+        for split in ("train", "test"):
+            parquet(tmp_path / name / f"{split}.parquet", image=[png(pixels(i)) for i in range(6)], label=labels)
+        assert load(tmp_path / name).labels is None
+        assert f"is not taken for labels: it holds {reason}" in capsys.readouterr().out
+        with pytest.raises(UserError) as error:
+            load(tmp_path / name, label="label")
+        assert f"holds no class per image but {reason}" in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_labels_of_a_metadata_file(tmp_path, form):
+    for split, start in (("train", 0), ("test", 50)):
+        fill(tmp_path / split / "deep", 6, start)
+        rows = [(f"deep/{i}.png", ["cat", "dog", None][i % 3], i % 2) for i in range(start, start + 6)]
+        if form == "csv":
+            text = "file_name,label,side\n" + "".join(f"{n},{a or ''},{b}\n" for n, a, b in rows)
+        else:
+            text = "".join(json.dumps(dict(file_name=n, label=a, side=b)) + "\n" for n, a, b in rows)
+        (tmp_path / split / f"metadata.{form}").write_text(text)
+    train = load(tmp_path)
+    assert (train.classes, train.labels.tolist()) == (["cat", "dog"], [0, 1, -1, 0, 1, -1])
+    assert load(tmp_path, "report", train.classes).labels.tolist() == [-1, 0, 1, -1, 0, 1]
+    assert load(tmp_path, label="side").labels.tolist() == [0, 1] * 3
+
+
+class _Same:
+    """A backbone whose patches are the image's mean colour."""
+
+    training = False
+
+    def eval(self):
+        pass
+
+    def train(self, mode: bool):
+        pass
+
+    def features(self, batch: torch.Tensor):
+        return [(batch.new_zeros(len(batch), 0, 3), batch.mean((2, 3))[:, None, None, :])]
+
+
+def test_online_knn_leaves_out_images_without_a_label():
+    colour = torch.tensor([[250, 5, 5], [5, 250, 5]], dtype=torch.uint8)
+    labels = torch.arange(200) % 2
+    images = colour[labels][:, :, None, None].repeat(1, 1, 4, 4)
+    labels[::3] = -1
+    facts = dict(name="two", split="train", classes=["0", "1"], fingerprint="", channels=3, count=200, size=(4, 4))
+    knn = monitor.OnlineKnn(
+        data.ImageSet(labels=labels, images=images, **facts),
+        pretrain.read("mae", ["data.size=[4, 4]"], "digits"),
+        torch.device("cpu"),
+    )
+    assert knn(_Same())["knn"] == 1.0
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    cells = [dict(bytes=png(pixels(i, 8, 8)), path=None) for i in range(12)]
+    parquet(tmp_path / "set" / "train.parquet", kinds, image=cells, label=[-1, 0, 1] * 4)
+    parquet(tmp_path / "set" / "test.parquet", kinds, image=cells[:2], label=[0, 1])
+    small = ["backbone.width=16", "backbone.depth=1", "backbone.heads=2", "train.steps=1", "train.batch_size=8"]
+    small += ["monitor.trackers=none"]
+    for name in ("supervised", "masked-patch"):
+        recipe = pretrain.read(name, small, str(tmp_path / "set"))
+        assert pretrain.pretrain(recipe, tmp_path / name) == 0
+        ledger = json.loads((tmp_path / name / "images.json").read_text())
+        assert (ledger["used"], ledger["without_label"], ledger["formats"]) == (12, 4, {"PNG": 12})
+        text = (tmp_path / name / "recipe.yaml").read_text()
+        assert f"count: {8 if name == 'supervised' else 12}" in text
+        assert pretrain.pretrain(pretrain.read(name, small, str(tmp_path / "set")), tmp_path / name) == 0  # goes on
