@@ -17,13 +17,13 @@ import sys
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-from ssl_vit import errors
+from ssl_vit import errors, system
 
 OBJECTIVES = Path(__file__).resolve().parent.parent / "ssl_vit" / "objectives"  # which the loop imports by name
 PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{file.stem}" for file in sorted(OBJECTIVES.glob("[a-z]*.py")))]
 PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
 PREPARED += ["sklearn.linear_model"]
-STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+STOPPING = {*system.STOPPING, signal.SIGHUP}
 
 _context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
 _context.set_forkserver_preload(PREPARED)

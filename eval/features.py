@@ -3,12 +3,11 @@
 They are computed once per backbone and images, on all processes, and kept in SOURCE/features/ as .npy files.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_vit import files, weights
 from ssl_vit import recipe as recipes
-from ssl_vit import weights
 from ssl_vit.backbone import Backbone
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.errors import UserError, say
@@ -107,13 +106,14 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
 
     folder = source.folder / "features"
     key = _key(source, images, size)
-    files = {k: folder / f"{key}-block{k[0]}-{k[1].replace(' ', '-')}.npy" for k in shapes}
-    with _lock(folder) if state.is_main_process else nullcontext():  # against another evaluator of the same backbone
+    arrays = {k: folder / f"{key}-block{k[0]}-{k[1].replace(' ', '-')}.npy" for k in shapes}
+    lock = files.Lock(folder / ".lock", remedy="Features are kept beside the run: make room there.")
+    with lock if state.is_main_process else nullcontext():  # against another evaluator of the same backbone
         state.wait_for_everyone()
-        missing = {k: file for k, file in files.items() if not file.exists()}
+        missing = {k: file for k, file in arrays.items() if not file.exists()}
         if missing:
             _compute(source, images, state, size, missing, shapes)
-    return Features({k: np.load(file, mmap_mode="r") for k, file in files.items()}, flops)
+    return Features({k: np.load(file, mmap_mode="r") for k, file in arrays.items()}, flops)
 
 
 def view_size(source: Source, images: ImageSet) -> tuple[int, int]:
@@ -142,20 +142,20 @@ def _compute(
     images: ImageSet,
     state: PartialState,
     size: tuple[int, int],
-    files: dict[tuple[int, str], Path],
+    wanted: dict[tuple[int, str], Path],
     shapes: dict[tuple[int, str], int],
 ) -> None:
     """Write the arrays of these files, each process its share of the rows."""
-    partial = {k: file.with_suffix(".partial.npy") for k, file in files.items()}
+    partial = {k: file.with_suffix(".partial.npy") for k, file in wanted.items()}
     if state.is_main_process:
-        gigabytes = 4e-9 * len(images) * sum(shapes[k] for k in files)
+        gigabytes = 4e-9 * len(images) * sum(shapes[k] for k in wanted)
         if gigabytes > 1:
             say(f"Features of {source.name} on {images.name}/{images.split}: {gigabytes:.1f} GB go to {source.folder}.")
         for k, file in partial.items():
             _allocate(file, (len(images), shapes[k]))
     state.wait_for_everyone()
     arrays = {k: open_memmap(file, mode="r+") for k, file in partial.items()}
-    blocks = sorted({block for block, _ in files})
+    blocks = sorted({block for block, _ in wanted})
     mine = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index]
     views = evaluation_views(images, size, weights.crop_pct(size), state.device, torch.from_numpy(mine))
     with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
@@ -178,7 +178,7 @@ def _compute(
     state.wait_for_everyone()
     if state.is_main_process:
         for k, file in partial.items():
-            os.replace(file, files[k])
+            os.replace(file, wanted[k])
     state.wait_for_everyone()
 
 
@@ -242,18 +242,6 @@ def _key(source: Source, images: ImageSet, size: tuple[int, int]) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder} ({error.strerror}): features are kept beside the run.") from None
-    with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def _allocate(file: Path, shape: tuple[int, int]) -> None:
     """An empty float32 .npy file of this shape, its disk space reserved: a mapped file that lacks it kills the process.
 
@@ -266,7 +254,7 @@ def _allocate(file: Path, shape: tuple[int, int]) -> None:
                 os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
     except OSError as error:
         file.unlink(missing_ok=True)
-        raise UserError(f"Cannot keep features in {file.parent} ({error.strerror}): make room there.") from None
+        raise files.cannot_write(file, error, "Features are kept beside the run: make room there.") from None
 
 
 def _not_finite(array: np.ndarray) -> Iterator[int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from eval.commands import STOPPING, Command
-from ssl_vit.checkpoint import write as write_whole
+from ssl_vit import files
 from ssl_vit.errors import say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
     def tell(word: str, job: Job, more: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - begun), 60)
         say(f"{minutes:3d}:{seconds:02d}  {word:7}  {job.name}{more}")
-        write_whole(folder / "progress.txt", progress(jobs, running, times, at_once))
+        files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
 
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # not those of nohup
     asked: list[int] = []  # to stop, by these signals
@@ -90,7 +90,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
                 job.process.stop()
             for job in running:
                 job.process.wait()
-            write_whole(folder / "progress.txt", progress(jobs, [], times, at_once))
+            files.write(folder / "progress.txt", progress(jobs, [], times, at_once))
             say("\nStopped. The same command goes on from there.")
             sys.exit(128 + asked[0])
         if not running:
@@ -98,7 +98,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         time.sleep(0.2)
         if time.monotonic() - shown > SHOWN:
             shown = time.monotonic()
-            write_whole(folder / "progress.txt", progress(jobs, running, times, at_once))
+            files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
             if job.device:
@@ -106,8 +106,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
             seconds = time.monotonic() - job.started
             code, job.process = job.process.poll(), None
             if code == 0 and not job.marks:
-                job.mark.parent.mkdir(parents=True, exist_ok=True)
-                job.mark.write_text(json.dumps(dict(command=job.command, seconds=round(seconds, 1))))
+                files.write(job.mark, json.dumps(dict(command=job.command, seconds=round(seconds, 1))))
             job.failed = code != 0 or not job.done
             if job.failed:
                 last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
@@ -131,8 +130,7 @@ class Times:
 
     def add(self, kind: str, seconds: float) -> None:
         self.of.setdefault(kind, []).append(seconds)
-        with open(self.file, "a") as stream:
-            stream.write(json.dumps(dict(kind=kind, seconds=round(seconds, 1))) + "\n")
+        files.append(self.file, json.dumps(dict(kind=kind, seconds=round(seconds, 1))) + "\n")
 
     def mean(self, kind: str) -> float | None:
         """Seconds; None if none has been done."""
@@ -181,7 +179,7 @@ def _how_far(job: Job) -> str:
 
 
 def _start(job: Job, log: Path) -> None:
-    log.write_text(f"$ {shlex.join(job.command)}\n")
+    files.write(log, f"$ {shlex.join(job.command)}\n")
     module = ".".join(Path(job.command[1]).relative_to(ROOT).with_suffix("").parts)
     variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
     job.process = Command(module, job.command[1:], log, variables)

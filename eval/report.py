@@ -59,7 +59,7 @@ from eval.pages import (
 from eval.summary import summary
 from eval.tidy import tidy
 from eval.words import borrowed, labels_in_words, percent, with_interval
-from ssl_vit import errors
+from ssl_vit import errors, files
 from ssl_vit.errors import UserError
 
 DEFINITIONS = {
@@ -327,15 +327,16 @@ def main() -> None:
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     tests = study.tests if study else read_tests(groups)
     title, blocks, mains = report(groups, tests, command, study)
-    args.output.mkdir(parents=True, exist_ok=True)
     old = args.output / "report.md"
-    for name in re.findall(r"^!\[.*\]\(([\w.-]+\.svg)\)$", old.read_text() if old.exists() else "", re.MULTILINE):
-        (args.output / name).unlink(missing_ok=True)  # of an earlier report there
-    for name, svg in charts_in(blocks).items():
-        (args.output / f"{name}.svg").write_text(svg)
-    (args.output / "report.md").write_text(markdown(title, blocks, args.output))
-    (args.output / "report.html").write_text(html(title, blocks))
-    (args.output / "report.csv").write_text(tidy(tests))
+    earlier = re.findall(r"^!\[.*\]\(([\w.-]+)\.svg\)$", old.read_text() if old.exists() else "", re.MULTILINE)
+    drawn = charts_in(blocks)
+    for name, svg in drawn.items():
+        files.write(args.output / f"{name}.svg", svg)
+    files.write(args.output / "report.md", markdown(title, blocks, args.output))
+    files.write(args.output / "report.html", html(title, blocks))
+    files.write(args.output / "report.csv", tidy(tests))
+    for name in set(earlier) - set(drawn):  # of an earlier report there
+        (args.output / f"{name}.svg").unlink(missing_ok=True)
     for table in mains:
         print(f"\n{terminal(table)}\n\n{textwrap.fill(table.caption, 100)}")
     print("\nWritten: " + ", ".join(str(args.output / f"report.{kind}") for kind in ("html", "md", "csv")))

@@ -5,7 +5,6 @@ seconds. Images and FLOPs are those of this row alone, as if features were kept 
 fitting and judging all rows that were made together, without the features of unaugmented images, which are kept.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.predictions import Predictions
-from ssl_vit.checkpoint import write as write_whole
+from ssl_vit import files
 from ssl_vit.data import ImageSet
 from ssl_vit.recipe import short
 
@@ -44,31 +43,28 @@ def write(
     replaces the row of the same identity, also if that was obtained on another number of test images: the images of
     that name have changed since. images: those that they are of; once for all rows, a file beside the predictions has
     the names of their classes and files."""
-    (folder / "predictions").mkdir(parents=True, exist_ok=True)
     if images is not None:
         names = dict(images=f"predictions/images-{images.fingerprint}.json")
         about = dict(
             data=images.name, split=images.split, classes=images.classes, names=images.names and images.names()
         )
-        write_whole(folder / names["images"], json.dumps(about))
+        files.write(folder / names["images"], json.dumps(about))
         for row in rows:
             row |= names
     file = folder / "results.jsonl"
-    with open(folder / ".results.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.Lock(folder / ".results.lock"):
         known = {row_id(row, "n"): row for row in read(folder)}
         for row, found in zip(rows, predictions, strict=True):
             row["predictions"] = f"predictions/{row_id(row)}.npz"
             found = Predictions(found) if isinstance(found, np.ndarray) else found
             arrays = dict(index=np.arange(len(truth)), predicted=found.predicted, true=truth)
             probabilities = dict(p_predicted=found.p_predicted, p_true=found.p_true)
-            np.savez_compressed(
-                folder / row["predictions"],
-                **{key: values.astype(np.int32) for key, values in arrays.items()},
-                **{key: values.astype(np.float16) for key, values in probabilities.items() if values is not None},
-            )
+            arrays = {key: values.astype(np.int32) for key, values in arrays.items()}
+            arrays |= {key: values.astype(np.float16) for key, values in probabilities.items() if values is not None}
+            with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
+                np.savez_compressed(stream, **arrays)
             known[row_id(row, "n")] = row
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in known.values()))
+        files.write(file, "".join(json.dumps(row) + "\n" for row in known.values()))
 
 
 def read(folder: Path) -> list[dict]:

@@ -12,7 +12,6 @@ runs/PLAN-DATA[-HASH]/progress.txt tells. A key=value goes to the pre-training o
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import shlex
@@ -29,9 +28,8 @@ from eval import features, finetune, inputs, plans, results
 from eval.frames import PRIMARY, most
 from eval.jobs import ROOT, Job, work
 from eval.plans import Plan
-from ssl_vit import errors, pretrain, system
+from ssl_vit import errors, files, pretrain, system
 from ssl_vit import recipe as recipes
-from ssl_vit.checkpoint import write as write_whole
 from ssl_vit.errors import UserError, say
 
 
@@ -225,7 +223,7 @@ class Study:
             trials={arm: [_plain(trial) for trial in trials] for arm, trials in self.trials.items()},
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "study.json", json.dumps(said, indent=1) + "\n")
+        files.write(self.folder / "study.json", json.dumps(said, indent=1) + "\n")
 
 
 def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
@@ -327,11 +325,7 @@ def main() -> int:
             print(shlex.join(job.command))
         return 0
     study.folder.mkdir(parents=True, exist_ok=True)
-    with open(study.folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{study.folder} is being worked on by another process: wait for it, or stop it.") from None
+    with files.Lock(study.folder / ".lock", wait=False, refusal="wait for it, or stop it."):
         return run(study, trials, at_once, args.accept_failed)
 
 

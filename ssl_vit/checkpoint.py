@@ -1,9 +1,6 @@
 """The run's state: one writer, whole checkpoints, a log that never runs ahead of them."""
 
-import fcntl
 import json
-import os
-import platform
 import re
 import shlex
 import sys
@@ -12,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from ssl_vit import files
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -30,22 +28,9 @@ class Run:
 
     def lock(self) -> None:
         """Be the only writer, until the process ends. Raises UserError with the holder's pid and machine."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")
-        except OSError as error:
-            raise UserError(f"Cannot write to {self.path}: {error.strerror}. Choose another --output.") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise UserError(
-                f"{self.path} is being written by process {self._lock.read().strip()}: wait for it, or pass "
-                "another --output."
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()} on {platform.node()}")
-        self._lock.flush()
+        refusal = "wait for it, or pass another --output."
+        self._lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
+        self._lock.__enter__()
 
     def claim(self, settings: dict, config: type) -> None:
         """Write recipe.yaml, or check that the one there says the same wherever it must. config: of the objective.
@@ -54,7 +39,7 @@ class Run:
         """
         file = self.path / "recipe.yaml"
         if not file.exists():
-            if any(p.name != ".lock" for p in self.path.iterdir()):
+            if any(not p.name.startswith(".lock") for p in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no run: choose another --output.")
         else:
             old = yaml.safe_load(file.read_text())
@@ -76,7 +61,7 @@ class Run:
                     other += " Its images were others; of photos, names, sizes and times of the files count (cp -p)."
                 raise UserError(f"{other} Start a new one: {command}")
         if not self.finished:
-            write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            files.write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     @property
     def finished(self) -> bool:
@@ -95,22 +80,13 @@ class Run:
         Raises UserError if the disk is full; what was there stays.
         """
         file = self.path / "checkpoints" / f"step-{step:08d}.pt"
-        partial = file.with_suffix(".partial")
-        try:
-            file.parent.mkdir(exist_ok=True)
-            with open(partial, "wb") as stream:
-                torch.save(state, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, file)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            older = list(self.checkpoints())
-            intact = f"the checkpoint of step {older[-1]} is intact" if older else "there is no earlier checkpoint"
-            raise UserError(
-                f"Could not save the checkpoint of step {step} in {file.parent} ({error}); {intact}. Make room and "
-                "start the same command again."
-            ) from None
+        older = list(self.checkpoints())
+        intact = f"The checkpoint of step {older[-1]} is intact" if older else "There is no earlier checkpoint"
+        with (
+            files.writing(file, f"{intact}. Make room and start the same command again.") as partial,
+            open(partial, "wb") as stream,
+        ):
+            torch.save(state, stream)
         for old, path in self.checkpoints().items():
             if old < step:
                 path.unlink()
@@ -133,8 +109,7 @@ class Run:
     # -- the log ------------------------------------------------------------------------------------------------------
 
     def log(self, line: dict) -> None:
-        with open(self.log_file, "a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        files.append(self.log_file, json.dumps(line) + "\n")
 
     def cut_log(self, step: int) -> dict:
         """Drop what was logged after `step`, or half written; returns the last line left that has seconds, or {}."""
@@ -147,12 +122,5 @@ class Run:
                     break
                 if line["step"] <= step:
                     lines.append(line)
-        write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
+        files.write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
         return next((line for line in reversed(lines) if "seconds" in line), {})
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, file)

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, and folders with one writer at a time.
 
-    with files.writing(path, "Make room and start the same command again.") as partial:
-        torch.save(state, partial)                 # any library, any format; `path` appears when the block ends
+    with files.writing(path) as partial, open(partial, "wb") as stream:
+        torch.save(state, stream)                  # any library, any format; `path` appears when the block ends
     with files.Lock(folder / ".lock"): ...         # waits; wait=False refuses, naming the process that holds it
 
 Everything this project keeps is written through here, so that a full, read-only or vanished disk is one sentence on

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ssl_vit import files
+
 SIDE = 160  # pixels that an image is wide at least: one can look at it, and there is room for words
 GAP, LINES, TEXT = 6, 4, 13  # between images; lines above every column, so that sheets align; pixels of the letters
 
@@ -53,8 +55,8 @@ def save(sheet: Sheet, file: Path, title: str) -> None:
     pixels = pixels.permute(0, 1, 3, 4, 2).numpy().repeat(scale, 2).repeat(scale, 3)
     for (row, column), _ in np.ndenumerate(pixels[:, :, 0, 0, 0]):
         page.paste(Image.fromarray(pixels[row, column]), (GAP + column * wide, top + row * tall))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    page.save(file)
+    with files.writing(file) as partial:
+        page.save(partial, "PNG")
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

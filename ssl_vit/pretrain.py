@@ -16,9 +16,11 @@ import math
 import os
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,7 +117,10 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     workers = min(system.cores(), 16) if workers == "auto" else workers
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, workers)
 
+    saved, saved_at = done, time.monotonic()
+
     def save(step: int) -> None:
+        nonlocal saved, saved_at
         watch.check_finite()
         norms = torch.stack(torch._foreach_norm(list(objective.parameters())))
         if not norms.isfinite().all():
@@ -123,15 +128,26 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         if accelerator.is_main_process:
             state = dict(objective=objective.state_dict(), optimizer=optimizer.state_dict())
             run.save(step, state)
+        saved, saved_at = step, time.monotonic()
+
+    def asked() -> Asked:
+        minutes = recipe.runtime.save_minutes
+        return Asked(stop.requested, minutes is not None and time.monotonic() - saved_at >= 60 * minutes)
 
     objective.train()
     keep = recipe.runtime.keep_every
     with stop, watch:
         for step in range(done, total):
-            chunks = [next(stream) for _ in range(math.ceil(share / size))]
+            try:
+                chunks = [next(stream) for _ in range(math.ceil(share / size))]
+            except UserError:  # a broken image, a decoding process that died
+                if processes == 1 and step > saved:
+                    save(step)
+                    say(f"Saved after step {step} of {total}.")
+                raise
             while True:
-                scalars, fits, stopping = gradients(
-                    accelerator, objective, images, chunks, micro, step, total, stop.requested
+                scalars, fits, now_asked = gradients(
+                    accelerator, objective, images, chunks, micro, step, total, asked()
                 )
                 if fits:
                     break
@@ -148,13 +164,13 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             at = step + 1
             if knn and at % recipe.monitor.knn_every == 0:
                 watch.knn(at, knn(objective.exported))
-            if at % recipe.runtime.save_every == 0 or at == total or stopping:
+            if at % recipe.runtime.save_every == 0 or at == total or now_asked.stop or now_asked.save:
                 save(at)
             if keep and at % keep == 0 and accelerator.is_main_process:
                 weights.save(objective.exported, path / "backbones" / f"step-{at:08d}")
-            if stopping and at < total:
+            if now_asked.stop and at < total:
                 say(f"Stopped after step {at} of {total}, saved. The same command goes on from there.")
-                return 128 + signal.SIGTERM
+                return stop.code
 
     if accelerator.is_main_process:
         finish(run, recipe, objective, images, device)
@@ -162,6 +178,13 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     for tracker in accelerator.trackers:
         tracker.finish()
     return 0
+
+
+class Asked(NamedTuple):
+    """What is to happen after this step, on all processes if one is asked: stop; save."""
+
+    stop: bool
+    save: bool
 
 
 def gradients(
@@ -172,13 +195,13 @@ def gradients(
     micro: int,
     step: int,
     total: int,
-    stop: bool,
-) -> tuple[dict[str, Tensor], bool, bool]:
+    asked: Asked,
+) -> tuple[dict[str, Tensor], bool, Asked]:
     """Gradients of the global batch, accumulated here over micro-batches and averaged over processes.
 
     They are averaged by one explicit all-reduce, not by DDP's hooks: a process that runs out of memory can then say so
     in the same message, and all of them repeat the step. Returns (logged scalars, whether it fitted everywhere,
-    whether any process was told to stop).
+    what any process was asked).
     """
     share = sum(map(len, chunks))
     scalars: dict[str, Tensor] = {}
@@ -206,22 +229,22 @@ def gradients(
         gc.collect()
         torch.cuda.empty_cache()
     if accelerator.num_processes > 1:
-        fits, stop = average_gradients(accelerator, objective, fits, stop)
-    return scalars, fits, stop
+        fits, asked = average_gradients(accelerator, objective, fits, asked)
+    return scalars, fits, asked
 
 
-def average_gradients(accelerator: Accelerator, objective: Objective, fits: bool, stop: bool) -> tuple[bool, bool]:
-    """Average all gradients over the processes, and agree whether the step fitted and whether to stop."""
+def average_gradients(accelerator: Accelerator, objective: Objective, fits: bool, asked: Asked) -> tuple[bool, Asked]:
+    """Average all gradients over the processes, and agree whether the step fitted, and on what was asked of any."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    flags = [not fits, stop, *(p.grad is not None for p in parameters)]
+    flags = [not fits, *asked, *(p.grad is not None for p in parameters)]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(flags, dtype=grads[0].dtype, device=grads[0].device)])
     *means, flags = accelerator.reduce(flat, "mean").split([p.numel() for p in parameters] + [len(flags)])
-    missed, stopping, *used = flags.tolist()
+    missed, stop, save, *used = flags.tolist()
     for parameter, mean, anywhere in zip(parameters, means, used, strict=True):
         # what no process used stays without a gradient, or weight decay would move it
         parameter.grad = mean.view_as(parameter) if anywhere else None
-    return not missed, bool(stopping)
+    return not missed, Asked(bool(stop), bool(save))
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -401,16 +424,17 @@ def told_to_use_cpu() -> bool:
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C, or the death of the launcher: the step is finished and saved, then the process ends."""
+    """SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, or the death of the launcher: the step is finished and saved, then the process
+    ends with the shell's code of that signal (128 + its number)."""
 
     def __init__(self):
-        self._asked = False
+        self._asked: int | None = None
         # accelerate launch dies of SIGTERM without passing it on to its one child
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def __enter__(self) -> "StopSignal":
         """From here on a signal waits for the step; before the first step there is nothing to save."""
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._ask) for number in system.STOPPING}
         return self
 
     def __exit__(self, *error) -> None:
@@ -418,13 +442,18 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self._asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked = number
 
     @property
     def requested(self) -> bool:
-        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
+        return self._asked is not None or (self._launcher is not None and os.getppid() != self._launcher)
+
+    @property
+    def code(self) -> int:
+        """The exit code; of a process that stops because another one was asked, or its launcher died, SIGTERM's."""
+        return 128 + (self._asked or signal.SIGTERM)
 
 
 def describe(recipe, path, images, objective, accelerator, total, flops_per_image, lr) -> None:

@@ -136,6 +136,7 @@ class Runtime:
     )
     threads: int | Literal["auto"] = setting("auto", "CPU threads; auto: cores / local processes", at_least=1)
     save_every: int = setting(500, "steps between checkpoints; the last one is kept", at_least=1)
+    save_minutes: float | None = setting(10.0, "minutes between checkpoints, whichever comes first", above=0)
     keep_every: int = setting(0, "steps between backbones that are kept, for the evaluators; 0: the last", at_least=0)
     compile: bool = setting(False, "torch.compile the transformer blocks")
 

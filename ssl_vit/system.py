@@ -1,6 +1,10 @@
-"""What the machine gives this process."""
+"""What the machine gives this process, and asks of it."""
 
 import os
+import signal
+
+# what asks a process to stop: schedulers (Slurm, docker, systemd, timeout), Ctrl-C, a warning before time is up
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def cores() -> int:

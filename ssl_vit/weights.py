@@ -6,8 +6,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import timm
@@ -16,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from ssl_vit import files
 from ssl_vit.backbone import Backbone, TokenBackbone, wrap
 from ssl_vit.errors import UserError, nearest
 
@@ -45,19 +44,10 @@ def save(backbone: Backbone, folder: Path) -> None:
             **{key: published[key] for key in ("first_conv", "classifier") if key in published},
         ),
     )
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with files.writing(folder) as partial:
+        partial.mkdir()
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
         (partial / "config.json").write_text(json.dumps(config, indent=1))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"Could not save the backbone in {folder} ({error}). Make room and start the same command again."
-        ) from None
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 def crop_pct(size) -> float:

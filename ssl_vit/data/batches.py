@@ -1,5 +1,6 @@
 """An image set → chunks of augmented views for training, and batches of unaugmented ones for evaluation."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -114,10 +115,27 @@ def _collate(items: list):
     return next((item for item in items if isinstance(item, UserError)), None) or default_collate(items)
 
 
+def _start(loader: DataLoader) -> Iterator:
+    """The loader's iterator, whose worker processes ignore the signals that ask to stop.
+
+    Such a signal often goes to the whole process group (timeout, docker stop, systemd, Slurm), and the training loop
+    needs the workers to end its step. They inherit the blocked signals, and end when the loop does. A worker that dies
+    raises where a batch is awaited, within seconds: torch's SIGCHLD handler would raise anywhere, even inside an
+    optimizer step.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, system.STOPPING)
+    ended = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, ended)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _batches(loader: DataLoader) -> Iterator:
     """The loader's batches. Raises the UserError of a worker, and one for a worker that the system killed."""
     try:
-        for batch in loader:
+        for batch in _start(loader):
             if isinstance(batch, UserError):
                 raise batch
             yield batch

@@ -276,8 +276,8 @@ def cached(identity: str, make: Callable[[], dict], announcement: str | None = N
             if announcement:
                 say(announcement)
             made = make()
-            with files.writing(file, remedy) as partial:
-                torch.save(made, partial)
+            with files.writing(file, remedy) as partial, open(partial, "wb") as stream:
+                torch.save(made, stream)
     try:
         return torch.load(file, mmap=True, weights_only=True)
     except Exception as error:  # torch's readers raise a dozen types for a damaged file

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import socket
+import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,7 @@ def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises a dozen types of its own for what is one thing to the user
+        _refuse_cache()
         raise UserError(
             f"There is no folder {hub_id!r} here, and the Hugging Face hub did not give it ({type(error).__name__}: "
             f"{one_line(error)}). Check the name, the network and `hf auth login`, or download the images elsewhere "
@@ -252,7 +254,21 @@ def _parquet(path: Path, configuration: str | None) -> dict[str, datasets.Datase
     except UserError:
         raise
     except Exception as error:
+        _refuse_cache()
         raise UserError(f"The parquet files in {path} cannot be read ({one_line(error)}).") from None
+
+
+def _refuse_cache() -> None:
+    """Raises UserError if what failed is not the set, but that the library `datasets` has no place to work in."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        raise UserError(
+            f"The folder in which the library datasets keeps its files, {cache}, cannot be written ({error.strerror}): "
+            "name another one in HF_HOME or HF_DATASETS_CACHE."
+        ) from None
 
 
 def labels_of(
