@@ -229,7 +229,7 @@ def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipe
             (name, *_stat(cell["path"])) for name, cell in zip(rows[decoding.FILE][:], rows[image][:], strict=True)
         ]
     else:
-        files = rows._fingerprint
+        files = [rows._fingerprint, found.files]
     made = [decoding.LAW, channels, config.layout, config.pages, config.background, config.range]
     return hashlib.sha256(json.dumps([files, found.split, image, made]).encode()).hexdigest()
 
