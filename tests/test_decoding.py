@@ -193,6 +193,13 @@ def test_the_report_split_has_the_range_of_the_training_split(tmp_path):
             assert np.array_equal(image[0].numpy(), scaled(array, 0, 4095))
     assert load(tmp_path / "set", "report", range=list(train.range)).ledger["clipped"] == dict(images=1, values=1)
     assert load(tmp_path / "set", "report").range == (0, 8191)  # alone it would have another
+    for split in ("train", "test"):
+        for i in range(3):
+            (tmp_path / "set" / split / "ab"[i % 2]).mkdir(exist_ok=True)
+            (tmp_path / "set" / split / f"{i}.tif").rename(tmp_path / "set" / split / "ab"[i % 2] / f"{i}.tif")
+    asked = inputs.Inputs(inputs.parser("").parse_args(["--backbone", "pixels", "--data", str(tmp_path / "set")]))
+    train, test = asked.images(asked.sources[0])
+    assert train.range == test.range == (0, 4095)
 
 
 def test_the_range_is_the_users_to_set(tmp_path, capsys):
@@ -201,6 +208,9 @@ def test_the_range_is_the_users_to_set(tmp_path, capsys):
     assert np.array_equal(both(tmp_path / "set", range=[1000.0, 2000.0])[..., 0], scaled(arrays, 1000, 2000))
     outside = int(((arrays < 1000) | (arrays > 2000)).sum())
     assert f"; {outside:,} values in 3 images lie outside" in capsys.readouterr().out
+    save(tmp_path / "plain" / "train" / "0.png", 0)
+    assert load(tmp_path / "plain", range=[0.0, 9.0]).ledger["range"] is None
+    assert "data.range is not used" in capsys.readouterr().out
     np.save(tmp_path / "set" / "train" / "9.npy", np.random.default_rng(0).random((6, 5)))
     with pytest.raises(UserError, match=r"fractions and whole numbers: say with data.range=\[LOW, HIGH\]"):
         load(tmp_path / "set")
