@@ -88,8 +88,8 @@ class Lock:
             self._lock.acquire()
             self.holder.write_text(f"{os.getpid()} on {platform.node()}")
         except filelock.Timeout:
-            holder = self.holder.read_text() if self.holder.exists() else "of another user"
-            raise UserError(f"{self.file.parent} is being written by process {holder}: {self.refusal}") from None
+            holder = f"process {self.holder.read_text()}" if self.holder.exists() else "another process"
+            raise UserError(f"{self.file.parent} is being written by {holder}: {self.refusal}") from None
         except OSError as error:
             self._lock.release()
             raise cannot_write(self.file.parent, error, self.remedy) from None

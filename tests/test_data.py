@@ -20,7 +20,7 @@ from test_loop import environment
 from eval import inputs
 from ssl_vit import data, errors, objectives, views
 from ssl_vit import recipe as recipes
-from ssl_vit.data import batches, decoding, folders, image_set, sources
+from ssl_vit.data import batches, copies, decoding, image_set, sources
 from ssl_vit.data import pixels as pixels_of
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Order
@@ -199,7 +199,7 @@ def test_parquet_file_and_folder(tmp_path):
         parquet(
             tmp_path / "set" / f"{split}-00000-of-00001.parquet",
             class_label,
-            img=[dict(bytes=png(pixels(i)), path=None) for i in range(count)],
+            img=[dict(bytes=png(pixels(i + 50 * (split == "test"))), path=None) for i in range(count)],
             label=[i % 2 for i in range(count)],
         )
     train = load(tmp_path / "set")
@@ -225,9 +225,9 @@ def test_other_numbers_of_channels_are_arrays(tmp_path):
 
 def test_known_names_are_fetched_from_the_hub(monkeypatch):
     features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=["a", "b"]))
-    images = [dict(bytes=png(pixels(i)), path=None) for i in range(4)]
-    split = datasets.Dataset.from_dict(dict(img=images, fine_label=[0, 1, 0, 1]), features=features)
-    unlabelled = datasets.Dataset.from_dict(dict(img=images[:2], fine_label=[-1, -1]), features=features)
+    images = [dict(bytes=png(pixels(i)), path=None) for i in range(6)]
+    split = datasets.Dataset.from_dict(dict(img=images[:4], fine_label=[0, 1, 0, 1]), features=features)
+    unlabelled = datasets.Dataset.from_dict(dict(img=images[4:], fine_label=[-1, -1]), features=features)
     asked = []
     splits = dict(train=split, test=unlabelled)
     monkeypatch.setattr(sources.datasets, "load_dataset", lambda hub_id, name: asked.append(hub_id) or splits)
@@ -243,7 +243,7 @@ def test_a_hub_id_is_known_as_its_short_name_is(monkeypatch, capsys):
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
 
     def rows(labels: list[int]) -> datasets.Dataset:
-        images = [dict(bytes=png(pixels(i)), path=None) for i in range(len(labels))]
+        images = [dict(bytes=png(pixels(10 * len(labels) + i)), path=None) for i in range(len(labels))]
         return datasets.Dataset.from_dict(dict(image=images, label=labels), features=features)
 
     # of its two labelled splits, the one that the name is known for
@@ -271,7 +271,8 @@ configs:
 def test_one_of_several_configurations(tmp_path):
     for folder, count, side in (("large", 4, 12), ("small", 6, 8)):
         for split in ("train", "test"):
-            images = [dict(bytes=png(pixels(i, side, side)), path=None) for i in range(count)]
+            start = 50 * (split == "test")
+            images = [dict(bytes=png(pixels(start + i, side, side)), path=None) for i in range(count)]
             features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
             parquet(tmp_path / "set" / folder / f"{split}.parquet", features, image=images, label=[0, 1] * (count // 2))
     (tmp_path / "set" / "README.md").write_text(CONFIGURATIONS)
@@ -352,7 +353,7 @@ def test_twenty_thousand_files_are_listed_quickly(tmp_path, monkeypatch):
     images = load(tmp_path / "set", cache_gb=0)
     assert time.perf_counter() - started < 10  # half a second; the imagefolder loader took 34
     assert len(images) > 17_500 and len(images.classes) == 20 and len(opened) < 270
-    monkeypatch.setattr(folders, "_tail", pytest.fail)  # which of them are copies is remembered
+    monkeypatch.setattr(copies, "_end", pytest.fail)  # which of them are copies is remembered
     load(tmp_path / "set", cache_gb=0)
 
 

@@ -48,7 +48,8 @@ def values(seed: int, *shape: int, below: int = 2**16, dtype="uint16") -> np.nda
 def load(path: Path, role: str = "train", **settings):
     """A split of images, with another beside the training split, so that nothing of it is held out."""
     if (path / "train.parquet").exists():
-        shutil.copy(path / "train.parquet", path / "test.parquet")
+        if not (path / "test.parquet").exists():
+            shutil.copy(path / "train.parquet", path / "test.parquet")
     elif not (path / "test").exists():
         save(path / "test" / "0.png", 999)
     return load_split(path, role, **settings)
@@ -108,10 +109,11 @@ def test_files_and_tables_stand_upright_as_datasets_reads_them(tmp_path, capsys)
     for i in range(2):
         (tmp_path / "files" / "train").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels(i)).save(tmp_path / "files" / "train" / f"{i}.png", exif=exif)
-    Image.fromarray(pixels(0)).save(stream, "png", exif=exif)
+    Image.fromarray(pixels(9)).save(stream, "png", exif=exif)
     cells = [dict(bytes=(tmp_path / "files" / "train" / f"{i}.png").read_bytes(), path=None) for i in range(2)]
     kinds = datasets.Features(image=datasets.Image())
     parquet(tmp_path / "table" / "train.parquet", kinds, image=cells)
+    parquet(tmp_path / "table" / "test.parquet", kinds, image=[dict(bytes=stream.getvalue(), path=None)])
     [theirs, _] = datasets.Dataset.from_dict(dict(image=cells), features=kinds)["image"]
     for place in ("files", "table"):
         images = load(tmp_path / place)
@@ -191,6 +193,13 @@ def test_the_report_split_has_the_range_of_the_training_split(tmp_path):
             assert np.array_equal(image[0].numpy(), scaled(array, 0, 4095))
     assert load(tmp_path / "set", "report", range=list(train.range)).ledger["clipped"] == dict(images=1, values=1)
     assert load(tmp_path / "set", "report").range == (0, 8191)  # alone it would have another
+    for split in ("train", "test"):
+        for i in range(3):
+            (tmp_path / "set" / split / "ab"[i % 2]).mkdir(exist_ok=True)
+            (tmp_path / "set" / split / f"{i}.tif").rename(tmp_path / "set" / split / "ab"[i % 2] / f"{i}.tif")
+    asked = inputs.Inputs(inputs.parser("").parse_args(["--backbone", "pixels", "--data", str(tmp_path / "set")]))
+    train, test = asked.images(asked.sources[0])
+    assert train.range == test.range == (0, 4095)
 
 
 def test_the_range_is_the_users_to_set(tmp_path, capsys):
@@ -199,6 +208,9 @@ def test_the_range_is_the_users_to_set(tmp_path, capsys):
     assert np.array_equal(both(tmp_path / "set", range=[1000.0, 2000.0])[..., 0], scaled(arrays, 1000, 2000))
     outside = int(((arrays < 1000) | (arrays > 2000)).sum())
     assert f"; {outside:,} values in 3 images lie outside" in capsys.readouterr().out
+    save(tmp_path / "plain" / "train" / "0.png", 0)
+    assert load(tmp_path / "plain", range=[0.0, 9.0]).ledger["range"] is None
+    assert "data.range is not used" in capsys.readouterr().out
     np.save(tmp_path / "set" / "train" / "9.npy", np.random.default_rng(0).random((6, 5)))
     with pytest.raises(UserError, match=r"fractions and whole numbers: say with data.range=\[LOW, HIGH\]"):
         load(tmp_path / "set")
@@ -340,13 +352,14 @@ def test_the_axes_of_arrays_are_told_apart_or_asked_for(tmp_path):
 
 
 def test_the_same_values_are_the_same_pixels_on_every_route(tmp_path):
-    arrays = values(0, 4, 3, 12, 10, below=4096)
+    *arrays, other = values(0, 5, 3, 12, 10, below=4096)
     files, cells, lists = (tmp_path / name for name in ("files", "cells", "lists"))
     write(files / "train", "npy", arrays)
     kinds = datasets.Features(image=datasets.Array3D((3, 12, 10), "uint16"))
     parquet(lists / "train.parquet", kinds, image=list(arrays))
-    stored = [dict(bytes=deep_png(a.transpose(1, 2, 0)), path=None) for a in arrays]
-    parquet(cells / "train.parquet", datasets.Features(image=datasets.Image()), image=stored)
+    stored = [dict(bytes=deep_png(a.transpose(1, 2, 0)), path=None) for a in (*arrays, other)]
+    parquet(cells / "train.parquet", datasets.Features(image=datasets.Image()), image=stored[:4])
+    parquet(cells / "test.parquet", datasets.Features(image=datasets.Image()), image=stored[4:])
     one, two, three = map(both, (files, cells, lists))
     assert np.array_equal(one, two) and np.array_equal(one, three)
 

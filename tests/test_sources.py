@@ -13,7 +13,7 @@ from PIL import Image
 from test_data import as_array, load, parquet, photos, pixels, png, save
 
 from ssl_vit import data, errors, monitor, pretrain
-from ssl_vit.data import folders, sources
+from ssl_vit.data import copies, folders, sources
 from ssl_vit.errors import UserError
 
 
@@ -107,9 +107,34 @@ def test_equal_sizes_are_not_equal_files(tmp_path, monkeypatch):
     for i, content in enumerate((b"a" * 9000, b"b" + b"a" * 8999, b"a" * 9000, b"a" * 5)):
         (tmp_path / f"{i}.png").write_bytes(content)
     files = folders.walk(tmp_path).images
-    assert folders.copies(files) == {files[2].key: files[0].key}
-    monkeypatch.setattr(folders, "MANY", 2)  # and the same when it is remembered
-    assert folders.copies(files) == folders.copies(files) == {files[2].key: files[0].key}
+    paths, status = [file.path for file in files], [(file.size, file.time) for file in files]
+    assert copies.of_files(paths, status) == {2: 0}
+    monkeypatch.setattr(copies, "MANY", 2)
+    assert copies.of_files(paths, status) == {2: 0}
+    monkeypatch.setattr(copies, "_end", pytest.fail)  # it is remembered
+    assert copies.of_files(paths, status) == {2: 0}
+
+
+def test_rows_of_tables_are_kept_apart_too(tmp_path, capsys):
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+
+    def table(file: Path, *seeds: int) -> None:
+        cells = [dict(bytes=png(pixels(seed)), path=None) for seed in seeds]
+        parquet(file, kinds, image=cells, label=[seed % 2 for seed in seeds])
+
+    table(tmp_path / "set" / "train.parquet", 0, 1, 2, 3, 4, 2)
+    table(tmp_path / "set" / "test.parquet", 10, 2, 11)
+    train, test = load(tmp_path / "set"), load(tmp_path / "set", "report")
+    assert (len(train), len(test), train.labels.tolist()) == (4, 3, [0, 1, 1, 0])
+    assert not set(seen(train)) & set(seen(test))
+    assert (
+        "Left out of train: 2 images that lie in test too, byte for byte; the first: row 2." in capsys.readouterr().out
+    )
+    assert train.ledger["found"]["left_out"] == dict(also_in_another_split=2)
+    table(tmp_path / "one.parquet", *range(60), *range(60))
+    train, test = load(tmp_path / "one.parquet"), load(tmp_path / "one.parquet", "report")
+    assert (len(train) + len(test), len(test)) == (120, 2 * len(set(seen(test))))
+    assert not set(seen(train)) & set(seen(test))
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -187,8 +212,32 @@ def test_paths_in_cells_are_looked_up_beside_the_table(tmp_path, monkeypatch, fo
             images = load(tmp_path / "set", role, **route)
             assert np.array_equal(as_array(photos(images)[0]), pixels(first))
     os.remove(tmp_path / "set" / "pics" / "0.png")
-    with pytest.raises(UserError, match="Image pics/0.png is not there: .* looked up in"):
+    with pytest.raises(UserError, match="names the image file .pics/0.png., which is not in .*: put it there"):
         load(tmp_path / "set", cache_gb=0)
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_tables(tmp_path, monkeypatch):
+    fill(tmp_path / "set" / "pics", 2)
+    parquet(tmp_path / "set" / "train.parquet", image=["pics/0.png", "pics/1.png"], label=[0, 1])
+    cache = tmp_path / "set" / "pics" / "0.png" / "cache"  # beneath a file
+    monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", cache)
+    with pytest.raises(
+        UserError, match=rf"{cache}, cannot be written \(Not a directory\): name another one in HF_HOME"
+    ):
+        load(tmp_path / "set")
+
+
+def test_tables_that_changed_are_read_anew(tmp_path):
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    readme = "---\nconfigs:\n- config_name: one\n  data_files: [{split: train, path: t.parquet}]\n---\n"
+    for place, start in (("a", 0), ("b", 200), ("a", 400)):  # a folder of the same name, and new files in the first
+        folder = tmp_path / place / "set"
+        cells = [dict(bytes=png(pixels(start + i)), path=None) for i in range(40)]
+        parquet(folder / "t.parquet", kinds, image=cells, label=[0, 1] * 20)
+        (folder / "README.md").write_text(readme)
+        images = [*load(folder).images, *load(folder, "report").images]
+        own = {pixels(start + i).tobytes() for i in range(40)}
+        assert {as_array(image).tobytes() for image in images} == own
 
 
 def test_lists_of_images_are_refused(tmp_path):
@@ -236,9 +285,9 @@ NONE = {  # the type of a column, and labels of which every third is none
 def test_no_label_has_one_meaning(tmp_path, kind, capsys):
     feature, none, (a, b) = NONE[kind]
     kinds = datasets.Features(image=datasets.Image(), label=feature)
-    cells = [dict(bytes=png(pixels(i)), path=None) for i in range(12)]
-    parquet(tmp_path / "train.parquet", kinds, image=cells, label=[none, a, b] * 4)
-    parquet(tmp_path / "test.parquet", kinds, image=cells[:3], label=[a, b, none])
+    cells = [dict(bytes=png(pixels(i)), path=None) for i in range(15)]
+    parquet(tmp_path / "train.parquet", kinds, image=cells[:12], label=[none, a, b] * 4)
+    parquet(tmp_path / "test.parquet", kinds, image=cells[12:], label=[a, b, none])
     train = load(tmp_path)
     assert (train.classes, train.labels.tolist()) == (["0", "1"], [-1, 0, 1] * 4)
     assert load(tmp_path, "report", train.classes).labels.tolist() == [0, 1, -1]
@@ -255,8 +304,9 @@ def test_what_holds_no_class_is_said_with_the_reason(tmp_path, capsys):
         ("real", [0.5, 1.0] * 3, "numbers such as 0.5"),
         ("lists", [[0, 1]] * 6, "lists (several labels per image are not supported)"),
     ):
-        for split in ("train", "test"):
-            parquet(tmp_path / name / f"{split}.parquet", image=[png(pixels(i)) for i in range(6)], label=labels)
+        for split, start in (("train", 0), ("test", 50)):
+            cells = [png(pixels(start + i)) for i in range(6)]
+            parquet(tmp_path / name / f"{split}.parquet", image=cells, label=labels)
         assert load(tmp_path / name).labels is None
         assert f"is not taken for labels: it holds {reason}" in capsys.readouterr().out
         with pytest.raises(UserError) as error:
@@ -314,9 +364,9 @@ def test_online_knn_leaves_out_images_without_a_label():
 
 def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
     kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    cells = [dict(bytes=png(pixels(i, 8, 8)), path=None) for i in range(12)]
-    parquet(tmp_path / "set" / "train.parquet", kinds, image=cells, label=[-1, 0, 1] * 4)
-    parquet(tmp_path / "set" / "test.parquet", kinds, image=cells[:2], label=[0, 1])
+    cells = [dict(bytes=png(pixels(i, 8, 8)), path=None) for i in range(14)]
+    parquet(tmp_path / "set" / "train.parquet", kinds, image=cells[:12], label=[-1, 0, 1] * 4)
+    parquet(tmp_path / "set" / "test.parquet", kinds, image=cells[12:], label=[0, 1])
     small = ["backbone.width=16", "backbone.depth=1", "backbone.heads=2", "train.steps=1", "train.batch_size=8"]
     small += ["monitor.trackers=none"]
     for name in ("supervised", "masked-patch"):

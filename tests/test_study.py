@@ -1,6 +1,5 @@
 """A plan from one command: everything once, in the right order, and never twice."""
 
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from test_loop import ROOT, TINY, environment, steps_done, until
 
 from eval import jobs, plans, study, verdict
 from eval.jobs import Job, Times, progress, work
-from ssl_vit import data, pretrain, system
+from ssl_vit import data, files, pretrain, system
 from ssl_vit.errors import UserError
 
 MAE = [*TINY, *SMALL["mae"], "train.steps=3"]
@@ -293,9 +292,8 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
     folder = tmp_path / "runs/tiny-digits"
     folder.mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml"])
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="worked on by another process"):
+    with files.Lock(folder / ".lock"):
+        with pytest.raises(UserError, match=f"being written by process {os.getpid()} on .*: wait for it, or stop it"):
             study.main()
 
 

@@ -21,6 +21,7 @@ from ssl_vit.errors import UserError, say
 LAW = 2  # the version of how stored values become uint8: what was decoded by another is not used
 PROBE = 256  # images whose headers are read to learn what a set is like
 FILE = "ssl_vit.file"  # the column with an image file's path under its split; no column of a user's has this name
+FIRST = "ssl_vit.first"  # the column with the name or row of the first of equal images
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class Reader:
         if len(found) == 1:
             return found[0]
         if not found:
-            raise UserError(f"Image {where} is not there: {path} was looked up in {', '.join(self.folders[:3])}.")
+            raise UserError(
+                f"Column {self.column!r} names the image file {path!r}, which is not in {', '.join(self.folders[:3])}: "
+                "put it there, or choose another column with data.image=…"
+            )
         raise UserError(f"Image {where} is there twice, as {found[0]} and {found[1]}: store absolute paths.")
 
 
@@ -93,7 +97,7 @@ def advising(decode: Callable, i: int) -> Tensor:
 
 
 def _advised(error: UserError) -> UserError:
-    if "set data." in str(error):
+    if "data." in str(error):  # it has a remedy
         return error
     return UserError(f"{error} Mend or remove it, or pass data.skip_broken=true.")
 

@@ -9,25 +9,21 @@
 """
 
 import csv
-import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 
-from ssl_vit.data import decoding
-from ssl_vit.data.decoding import FILE
+from ssl_vit.data import copies
+from ssl_vit.data.decoding import FILE, FIRST
 from ssl_vit.data.pixels import SUFFIXES
 from ssl_vit.errors import UserError, say_once
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-FIRST = "ssl_vit.first"  # the column with the path of the first of equal files
-MANY = 5000  # files of equal size from which on what was found among them is kept on disk
 
 
 @dataclass(frozen=True)
@@ -236,7 +232,9 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
     if again:
         say_once(f"Left out: {_and(again)} that are read already; every file counts once.")
 
-    firsts = copies([files[i] for i in sorted(real.values())])
+    unique = [files[i] for i in sorted(real.values())]
+    same = copies.of_files([file.path for file in unique], [(file.size, file.time) for file in unique])
+    firsts = {unique[i].key: unique[first].key for i, first in same.items()}
     group = {files[i].key: firsts.get(files[i].key, files[i].key) for i in real.values()}
     if train in members and others:
         outside = {group[files[i].key]: split for split in reversed(others) for i in members.get(split, [])}
@@ -244,12 +242,7 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         leak = len(members[train]) - len(stays)
         if leak:
             lost = next(i for i in members[train] if group[files[i].key] in outside)
-            say_once(
-                f"Left out of {train}: {leak:,} images that lie in {_and(others)} too, byte for byte; the first: "
-                f"{files[lost].path}."
-            )
-        if not stays:
-            raise UserError(f"All images of {train} lie in {_and(others)} too: nothing is left to train on.")
+            copies.tell(train, leak, len(stays), _and(others), files[lost].path)
         members[train], left_out["also_in_another_split"] = stays, leak
     place = {files[i].key: i for chosen in members.values() for i in reversed(chosen)}
     return {
@@ -258,61 +251,6 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         for i in chosen
         if group[files[i].key] != files[i].key and group[files[i].key] in place
     }
-
-
-def copies(files: list[File]) -> dict[tuple, tuple]:
-    """{a file's key: that of the first with the same bytes}, for all but the first. Only equal sizes are read.
-
-    Of those first the last 4 KiB, then all of those that agree in them. What is found among many is kept on disk.
-    """
-    sizes = Counter(file.size for file in files)
-    alike = [file for file in files if sizes[file.size] > 1 and file.size]
-
-    def find() -> dict:
-        groups = _regrouped([list(g) for g in _grouped(alike, lambda file: file.size)], _tail)
-        groups = _regrouped(groups, _digest)
-        return dict(groups=[[file.path for file in group] for group in groups])
-
-    if len(alike) < MANY:
-        groups = find()["groups"]
-    else:
-        identity = json.dumps([(file.path, file.size, file.time) for file in alike])
-        groups = decoding.cached(f"copies {identity}", find, f"Looking for copies among {len(alike):,} files, once …")
-        groups = groups["groups"]
-    keys = {file.path: file.key for file in alike}
-    return {keys[path]: keys[group[0]] for group in groups for path in group[1:]}
-
-
-def _grouped(files: list[File], key: Callable) -> Iterable[list[File]]:
-    groups = defaultdict(list)
-    for file in files:
-        groups[key(file)].append(file)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _regrouped(groups: list[list[File]], read: Callable[[str], bytes]) -> list[list[File]]:
-    """The groups, parted by what read says of their files; those of one file are left out."""
-    files = [file for group in groups for file in group]
-    with ThreadPoolExecutor(8) as pool:
-        said = dict(zip((file.path for file in files), pool.map(lambda file: read(file.path), files), strict=True))
-    return [part for group in groups for part in _grouped(group, lambda file: said[file.path])]
-
-
-def _tail(path: str) -> bytes:
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 4096))
-            return stream.read()
-    except OSError:  # decoding it will name it
-        return path.encode()
-
-
-def _digest(path: str) -> bytes:
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
-    except OSError:
-        return path.encode()
 
 
 def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:

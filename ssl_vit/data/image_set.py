@@ -123,6 +123,8 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     content = _identity(rows, found, channels, config)
     fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
     span, limits = None, config.range and tuple(config.range)
+    if limits and not look.deep and role == "train":
+        say_once(f"data.range is not used: the images of {title} that were looked at have 8 bits.")
     if look.deep and limits is None:
         span, limits = _range(read, look, len(rows) if fits else None, content, title)
     rules = Rules(channels, limits, config.background)
@@ -152,7 +154,8 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     if labels is not None and not bool((labels >= 0).any()):
         labels, classes = None, None
     count = len(rows) if kept is None else len(kept)
-    entry = ledger.entry(title, found.ledger, seen, size, count, broken, labels, classes, rules, span, clipped)
+    used = rules if look.deep else Rules(channels, None, config.background)
+    entry = ledger.entry(title, found.ledger, seen, size, count, broken, labels, classes, used, span, clipped)
     ledger.tell(entry)
     return ImageSet(
         name=name,
@@ -206,17 +209,23 @@ def _digits(role: str, channels: int) -> ImageSet:
     images = torch.from_numpy((bunch.images[chosen] * (255 / 16)).round().astype(np.uint8))[:, None]
     images = images.repeat(1, channels, 1, 1)
     labels = torch.from_numpy(bunch.target[chosen]).long()
+    split, classes = "train" if role == "train" else "the fixed 360", [str(d) for d in range(10)]
+    seen = Counter({("array", "1 x uint8", False, False): len(images)})
+    entry = ledger.entry(
+        f"digits/{split}", {}, seen, (8, 8), len(images), [], labels, classes, Rules(channels), None, None
+    )
     return ImageSet(
         name="digits",
-        split="train" if role == "train" else "the fixed 360",
+        split=split,
         labels=labels,
-        classes=[str(d) for d in range(10)],
+        classes=classes,
         fingerprint=_fingerprint(decoding.digest(images), labels),
         channels=channels,
         count=len(images),
         size=(8, 8),
         images=images,
         flip=False,
+        ledger=entry,
     )
 
 
@@ -229,7 +238,7 @@ def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipe
             (name, *_stat(cell["path"])) for name, cell in zip(rows[decoding.FILE][:], rows[image][:], strict=True)
         ]
     else:
-        files = rows._fingerprint
+        files = [rows._fingerprint, found.files]
     made = [decoding.LAW, channels, config.layout, config.pages, config.background, config.range]
     return hashlib.sha256(json.dumps([files, found.split, image, made]).encode()).hexdigest()
 

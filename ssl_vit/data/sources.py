@@ -1,6 +1,7 @@
 """Where rows come from: a name, a path or owner/name on the hub → a table of one split, its image and label column."""
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ssl_vit import recipe as recipes
-from ssl_vit.data import folders
-from ssl_vit.data.decoding import FILE
-from ssl_vit.data.folders import FIRST, SPLITS
+from ssl_vit.data import copies, folders
+from ssl_vit.data.decoding import FILE, FIRST
+from ssl_vit.data.folders import SPLITS
 from ssl_vit.data.pixels import one_line
 from ssl_vit.errors import UserError, nearest, say_once
 
@@ -44,7 +45,7 @@ CONFIGURATIONS = re.compile(r"(?:available configs|not found\. Available|[Cc]onf
 class Rows:
     """One split. label: its column, or None; flip: whether flips keep it; folders: where the paths in cells lead from.
 
-    ledger: what was found and what left out, beside these rows.
+    files: what identifies the tables on this disk; ledger: what was found and what left out, beside these rows.
     """
 
     rows: datasets.Dataset
@@ -53,6 +54,7 @@ class Rows:
     label: str | None
     flip: bool
     folders: tuple[str, ...]
+    files: str
     ledger: dict
 
 
@@ -70,9 +72,9 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
         say_once(f"{config.name} is the known set; for the folder of that name here, pass --data ./{config.name}.")
     hub_id, image, label, report, flip = unknown if local else KNOWN.get(config.name, unknown)
     image, label, report = config.image or image, config.label or label, config.report_split or report
-    lookup, ledger = (), {}
+    lookup, files, ledger = (), "", {}
     if local:
-        splits, lookup, ledger = _local(place(config.name), config)
+        splits, lookup, files, ledger = _local(place(config.name), config)
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
         splits = _hub(hub_id, config.config)
     elif "/" in config.name or config.name.startswith("~"):
@@ -82,11 +84,13 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
             f"Unknown data {config.name!r}.{nearest(config.name, NAMES)} Give one of {', '.join(NAMES)}, "
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
+    if not any(FILE in part.column_names for part in splits.values()):  # else they are apart already
+        splits, apart = _apart(splits, config.train_split, image)
+        ledger = ledger | apart
     split, rows = _choose_split(splits, config, role, report, label)
     ledger = ledger | dict(splits={name: len(part) for name, part in splits.items()})
     columns = [c for c in rows.column_names if c not in (FILE, FIRST)]
-    kinds = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
-    image = image or next((c for c in (*IMAGE_COLUMNS, *kinds) if c in columns), None)
+    image = image or _image_column(rows)
     label = label or _label_column(rows)
     for key, column in (("image", image), ("label", label)):
         if column not in columns and (key == "image" or column is not None):
@@ -103,7 +107,49 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
             say_once(f"Column {column!r} of {config.name} is not taken for labels: it holds {_no_class(rows, column)}.")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    return Rows(rows, split, image, label, flip, lookup, ledger)
+    return Rows(rows, split, image, label, flip, lookup, files, ledger)
+
+
+def _apart(
+    splits: dict[str, datasets.Dataset], train: str | None, image: str | None
+) -> tuple[dict[str, datasets.Dataset], dict]:
+    """(the splits of tables without the training images that another split has too, and with FIRST; what that was)"""
+    own = train or _training(splits)
+    column = image or (own in splits and _image_column(splits[own])) or ""
+    judged = [name for name in splits if name != own and name.lower() not in SPLITS["train"]]
+    same = copies.of_cells(splits, column)
+    if not same:
+        return splits, {}
+    firsts: dict[str, dict[int, tuple]] = {name: {} for name in splits}
+    for (name, row), first in same.items():
+        firsts[name][row] = first
+    parts, left_out = dict(splits), {}
+    for name, rows in splits.items():
+        if any(first[0] == name for first in firsts[name].values()):
+            keys = [str(firsts[name][i][1]) if i in firsts[name] else str(i) for i in range(len(rows))]
+            parts[name] = rows.add_column(FIRST, keys)
+    if own in splits:
+        outside = {same.get((name, row), (name, row)) for name in judged for row in firsts[name]}
+        outside |= {first for first in same.values() if first[0] in judged}
+        lost = [i for i in range(len(splits[own])) if same.get((own, i), (own, i)) in outside]
+        if lost:
+            stays = sorted(set(range(len(splits[own]))) - set(lost))
+            copies.tell(own, len(lost), len(stays), " and ".join(judged), f"row {lost[0]}")
+            parts[own], left_out = parts[own].select(stays), dict(also_in_another_split=len(lost))
+    return parts, dict(left_out=left_out, copies_within_a_split=sum(f[0] == n for (n, _), f in same.items()))
+
+
+def _training(splits: dict[str, datasets.Dataset]) -> str | None:
+    """The training split, where the user names none."""
+    named = (s for name in SPLITS["train"] for s in splits if s.lower() == name)
+    return next(named, next(iter(splits)) if len(splits) == 1 else None)
+
+
+def _image_column(rows: datasets.Dataset) -> str | None:
+    """The column that holds the images, where the user names none."""
+    columns = [c for c in rows.column_names if c not in (FILE, FIRST)]
+    kinds = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
+    return next((c for c in (*IMAGE_COLUMNS, *kinds) if c in columns), None)
 
 
 def _no_class(rows: datasets.Dataset, column: str) -> str | None:
@@ -149,7 +195,7 @@ def _choose_split(
     def named(*kinds: str) -> str | None:
         return next((s for kind in kinds for name in SPLITS[kind] for s in splits if s.lower() == name), None)
 
-    train = config.train_split or named("train") or (next(iter(splits)) if len(splits) == 1 else None)
+    train = config.train_split or _training(splits)
     if report is None:
         report, other = named("test", "val"), named("val")
         if role == "report" and other is not None and train not in (report, other):
@@ -193,10 +239,10 @@ def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
         ) from None
 
 
-def _load_dataset(source: str, configuration: str | None) -> dict[str, datasets.Dataset]:
+def _load_dataset(source: str, configuration: str | None, **options) -> dict[str, datasets.Dataset]:
     """Splits of a set on the hub or in a folder. Raises UserError if it has other configurations than asked for."""
     try:
-        return dict(datasets.load_dataset(source, configuration))
+        return dict(datasets.load_dataset(source, configuration, **options))
     except ValueError as error:
         listed = CONFIGURATIONS.search(str(error))
         if listed is None:
@@ -217,24 +263,26 @@ def _hub_answers() -> bool:
     return True
 
 
-def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], dict]:
-    """(splits of a parquet file, or a folder of parquet or image files; where paths in cells lead from; the ledger)"""
+def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], str, dict]:
+    """(splits of a parquet file, or a folder of parquet or image files; the folders, files and ledger of Rows)"""
     if path.is_file() and path.suffix != ".parquet":
         raise UserError(f"{path} is neither a folder nor a parquet file: check --data.")
     if path.is_file():
-        return _parquet(path, config.config), (str(path.parent),), dict(files=1)
+        files = _status(path, [str(path)])
+        return _parquet(path, config.config, files), (str(path.parent),), files, dict(files=1)
     found = folders.walk(path)
     tables = [file for file in found.tables if Path(file).name != "metadata.parquet"]
     # images beside their table are in its cells; a stray table among more images is none
     if tables and (len(tables) >= len(found.images) or config.config or _has_images(tables[0])):
         beside = tuple(dict.fromkeys([str(path), *map(os.path.dirname, sorted(tables))]))
         ledger = dict(files=len(tables), other_files=dict(found.others), image_files_beside=len(found.images))
-        return _parquet(path, config.config), beside, ledger
+        files = _status(path, [*tables, str(path / "README.md")])
+        return _parquet(path, config.config, files), beside, files, ledger
     if config.config:
         raise UserError(f"{path} has no configurations: leave data.config out.")
     found.others.update([".parquet"] * len(found.tables))
     splits, ledger = folders.splits(path, found, config.train_split, config.report_split, config.label)
-    return splits, (), ledger
+    return splits, (), "", ledger
 
 
 def _has_images(table: str) -> bool:
@@ -246,11 +294,20 @@ def _has_images(table: str) -> bool:
     return bool(names & set(IMAGE_COLUMNS))
 
 
-def _parquet(path: Path, configuration: str | None) -> dict[str, datasets.Dataset]:
+def _status(root: Path, files: list[str]) -> str:
+    """What identifies tables: their places under the root, sizes and times."""
+    status = [(os.path.relpath(file, root), os.stat(file)) for file in sorted(files) if os.path.exists(file)]
+    told = json.dumps([(file, found.st_size, found.st_mtime_ns) for file, found in status])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _parquet(path: Path, configuration: str | None, files: str) -> dict[str, datasets.Dataset]:
+    # `datasets` takes a folder with a README.md for another of its name, and old files for new ones, in its own cache
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "ssl_vit" / files
     try:
         if path.is_file():
-            return dict(datasets.load_dataset("parquet", data_files={"train": str(path)}))
-        return _load_dataset(str(path), configuration)
+            return dict(datasets.load_dataset("parquet", data_files={"train": str(path)}, cache_dir=str(cache)))
+        return _load_dataset(str(path), configuration, cache_dir=str(cache))
     except UserError:
         raise
     except Exception as error:
