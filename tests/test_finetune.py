@@ -155,7 +155,7 @@ def pictures(folder, splits=("train", "test"), channels=3):
         for i in range(count):
             name = folder / split / ("dark" if i % 2 else "bright") / f"{i}.png"
             name.parent.mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng(i).integers(0, 60, (10, 10, channels)) + (0 if i % 2 else 190)
+            noise = np.random.default_rng((len(split), i)).integers(0, 60, (10, 10, channels)) + (0 if i % 2 else 190)
             Image.fromarray(noise.astype(np.uint8)).save(name)
     return str(folder)
 

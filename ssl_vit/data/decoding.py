@@ -273,7 +273,7 @@ def cached(identity: str, make: Callable[[], dict], announcement: str | None = N
         folder = Path(os.environ.get("SSL_VIT_CACHE") or Path.home() / ".cache" / "ssl_vit")
     except RuntimeError:  # a container's user without a home
         raise UserError("There is no home folder to keep decoded images in: name a folder in SSL_VIT_CACHE.") from None
-    file = folder / f"{hashlib.sha256(f'{LAW} {identity}'.encode()).hexdigest()[:24]}.pt"
+    file = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.pt"
     # the other processes wait here, before any group starts
     with files.Lock(file.with_suffix(".lock"), remedy=remedy):
         if not file.exists():
