@@ -299,6 +299,8 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
             settings = " ".join(f"backbone.{k}={'null' if v is None else v}" for k, v in unset.items())
             raise UserError(f"{name} is no plain ViT and has no {', '.join(unset)}: set {settings}, or name a vit_*.")
     else:
+        if "distilled" in name and config.registers:
+            raise UserError(f"{name} has a distillation token and takes no registers: set backbone.registers=null.")
         patch = resolve_patch(config.patch, size)
         args |= dict(
             img_size=size,
@@ -310,13 +312,7 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
         )
         shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads)
         args |= {key: value for key, value in shape.items() if value is not None}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            args = {key: value for key, value in args.items() if value is not None}
-            model = timm.create_model(name, **args)
-        except (AssertionError, TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"timm cannot build {name} with {args}: {error or type(error).__name__}.") from None
+    model, args = _create(name, {key: value for key, value in args.items() if value is not None}, size, seed)
     if isinstance(model, VisionTransformer) and config.positions == "sincos":
         fix_sincos_positions(model)
     if config.init == "xavier":
@@ -327,6 +323,23 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
                 nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(len(model.patch_embed.proj.weight), -1))
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (data.channels, *size)}
     return wrap(model, data.mean, data.std, args)
+
+
+def _create(name: str, args: dict, size: tuple[int, int], seed: int) -> tuple[nn.Module, dict]:
+    """(timm's model for images of this size, its weights drawn from the seed; what it was built with)."""
+    own = timm.get_pretrained_cfg(name)
+    # models with a grid or windows must be told the size; convolutions do not take it
+    tries = [args] if "img_size" in args or own.input_size[1:] == size else [args | dict(img_size=size), args]
+    for given in tries:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                return timm.create_model(name, **given), given
+            except FAULTS as error:
+                if "img_size" in str(error) and isinstance(error, TypeError) and given is not tries[-1]:
+                    continue
+                raise UserError(f"timm cannot build {name} with {given}: {reason(error)}.") from None
+    raise AssertionError
 
 
 def wrap(model: nn.Module, mean: Sequence[float], std: Sequence[float], args: dict) -> Backbone:

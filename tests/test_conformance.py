@@ -21,7 +21,7 @@ FAMILIES = [
     ("xcit_nano_12_p16_224", dict(img_size=32, **SMALL), 1),
     ("swin_tiny_patch4_window7_224", dict(img_size=64, embed_dim=24, depths=(1, 1, 1, 1)), "NHWC"),
     ("mvitv2_tiny", dict(img_size=64), 0),
-    ("twins_svt_small", dict(img_size=64), "NCHW"),
+    ("twins_svt_small", dict(img_size=64), 0),
     ("maxvit_pico_rw_256", dict(img_size=64), "NCHW"),
     ("resnetv2_50x1_bit", dict(), "NCHW"),
 ]
