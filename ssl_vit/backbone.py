@@ -103,7 +103,7 @@ class Backbone(nn.Module):
         """What `forward_features` gave for images (B, C, H, W) → (prefix tokens, patch tokens)."""
         m = self.model
         if isinstance(tokens, Tensor) and tokens.ndim == 4:
-            patches = tokens if str(getattr(m, "output_fmt", "NCHW")) == "NHWC" else tokens.permute(0, 2, 3, 1)
+            patches = tokens if getattr(m, "output_fmt", "NCHW") == "NHWC" else tokens.permute(0, 2, 3, 1)
             return patches.new_zeros(len(patches), 0, patches.shape[-1]), patches
         if isinstance(tokens, Tensor) and tokens.ndim == 3:
             grid = self._grid(images)
@@ -128,10 +128,13 @@ class Backbone(nn.Module):
         try:
             self.features(self.mean.new_zeros(1, len(self.mean), *self.input_size), range(self.depth))
         except FAULTS as error:
-            height, width = self.input_size
+            (height, width), own = self.input_size, timm.get_pretrained_cfg(self.name).input_size[1:]
+            where, remedy = "", "use"
+            if (height, width) != tuple(own):
+                where, remedy = f" on images of {height}x{width}", f"set data.size={own[0]}, or use"
             raise UserError(
-                f"{self.name} cannot be used on images of {height}x{width} ({reason(error)}): take the size that it "
-                "was made for, or another model, such as vit_small, swin_tiny_patch4_window7_224 or resnet50."
+                f"{self.name} cannot be used{where} ({reason(error)}): {remedy} another model, such as vit_small, "
+                "swin_tiny_patch4_window7_224 or resnet50."
             ) from None
         finally:
             self.train(training)
@@ -313,6 +316,12 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
         shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads)
         args |= {key: value for key, value in shape.items() if value is not None}
     model, args = _create(name, {key: value for key, value in args.items() if value is not None}, size, seed)
+    if not is_vit:  # whose published rates are no setting of the recipe, and draw from the global generator
+        for part in model.modules():
+            if isinstance(part, DropPath):
+                part.drop_prob = 0.0
+            elif isinstance(part, nn.modules.dropout._DropoutNd):
+                part.p = 0.0
     if isinstance(model, VisionTransformer) and config.positions == "sincos":
         fix_sincos_positions(model)
     if config.init == "xavier":
