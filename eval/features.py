@@ -28,7 +28,7 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.flops import count
 
 CONTROLS = ("pixels", "pixels-pca64")
-VERSION = 1  # raise it when other code would make other features of the same weights and images
+VERSION = 2  # raise it when other code would make other features of the same weights and images
 
 
 @dataclass
@@ -77,8 +77,8 @@ def folder_of(name: str, data: str) -> Path:
 class Features:
     """Of all images of a split, in their order: float32 (n, D), mapped from disk, by (block, pooling).
 
-    Blocks count from 0. Poolings are "cls" (if there is a class token) and "mean" (of the patches), each after the
-    final norm; of raw pixels "raw HxW".
+    Blocks count from 0. Poolings are "cls" (if there is a class token) and "mean" (of the patches), as
+    `Backbone.features` gives them: of the last block, the model's own features; of raw pixels "raw HxW".
     """
 
     arrays: dict[tuple[int, str], np.ndarray]
@@ -216,7 +216,7 @@ def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str
         return {(0, f"raw {view.shape[-2]}x{view.shape[-1]}"): view.flatten(1)}
     found = {}
     for block, (prefix, patches) in zip(blocks, source.backbone.features(view, blocks), strict=True):
-        if prefix.shape[1]:
+        if prefix.shape[1] and source.backbone.has_class_token:  # registers are no features
             found[block, "cls"] = prefix[:, 0]
         found[block, "mean"] = patches.flatten(1, 2).mean(1)
     return found

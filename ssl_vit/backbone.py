@@ -5,11 +5,13 @@ A backbone is a plain timm model behind one seam: plain timm weights in, plain t
 """
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Iterator, Sequence
 
 import timm
 import torch
-from timm.layers import DropPath, resample_abs_pos_embed
+from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -18,6 +20,20 @@ from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 
 SIZES = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14}
+
+
+class Unsupported(Exception):
+    """Why a timm model does not fit behind the seam."""
+
+
+# what timm's models raise on images, or with settings, that they were not made for
+FAULTS = (Unsupported, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError)
+FAULTS += (TypeError, ValueError, ZeroDivisionError)
+
+
+def reason(error: Exception) -> str:
+    """A fault of timm's in one line."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 class Backbone(nn.Module):
@@ -47,36 +63,120 @@ class Backbone(nn.Module):
         """Images in [0, 1] → standardised per channel."""
         return (images - self.mean) / self.std
 
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token."""
+        m = self.model
+        return bool(getattr(m, "has_class_token", getattr(m, "cls_token", None) is not None))
+
     def features(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> list[tuple[Tensor, Tensor]]:
-        """[(prefix tokens (B, P, D), patch tokens (B, H, W, D))] after each of these blocks, normed where the model
-        has a final norm. Deterministic and never masked: call in eval mode. P is 0 for models without prefix tokens.
+        """[(prefix tokens (B, P, D), patch tokens (B, H, W, D))] after each of these blocks.
+
+        Of the last block they are the model's own `forward_features`, its final norm included, if it has one there.
+        Those of an earlier block pass the final norm too where all blocks have the model's width; in models whose
+        width grows with depth they are as the block leaves them, and prefix tokens are given where timm gives them.
+        Deterministic and never masked: call in eval mode. P is 0 for models without prefix tokens.
         """
-        found = self.model.forward_intermediates(
-            self.normalise(images),
-            indices=[b % self.depth for b in blocks],
-            norm=isinstance(self.model, VisionTransformer),
-            intermediates_only=True,
-            **(dict(return_prefix_tokens=True) if getattr(self.model, "num_prefix_tokens", 0) else {}),
-        )
-        pairs = [f if isinstance(f, tuple) else (f, f.new_zeros(len(f), 0, f.shape[1])) for f in found]
-        pairs = [(prefix, patches.permute(0, 2, 3, 1)) for patches, prefix in pairs]
-        # timm returns them in the order of the blocks
-        place = {b: i for i, b in enumerate(sorted({b % self.depth for b in blocks}))}
-        return [pairs[place[b % self.depth]] for b in blocks]
+        x, last = self.normalise(images), self.depth - 1
+        wanted = [b % self.depth for b in blocks]
+        found = dict(self._earlier(x, sorted({*wanted} - {last})))
+        if last in wanted:
+            found[last] = self._split(self.model.forward_features(x), images)
+        return [found[b] for b in wanted]
+
+    def _earlier(self, x: Tensor, blocks: list[int]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """(block, (prefix, patches)) of blocks before the last, in their order."""
+        if not blocks:
+            return
+        call = self.model.forward_intermediates
+        takes = inspect.signature(call).parameters
+        options = dict(norm=len({info["num_chs"] for info in self.model.feature_info}) == 1, stop_early=True)
+        options |= dict(return_prefix_tokens=bool(getattr(self.model, "num_prefix_tokens", 0)))
+        options = {key: value for key, value in options.items() if key in takes}
+        found = call(x, indices=blocks, intermediates_only=True, **options)  # in the order of the blocks
+        for block, feature in zip(blocks, found, strict=True):
+            patches, prefix = feature if isinstance(feature, tuple) else (feature, None)
+            prefix = patches.new_zeros(len(patches), 0, patches.shape[1]) if prefix is None else prefix
+            yield block, (prefix, patches.permute(0, 2, 3, 1))
+
+    def _split(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward_features` gave for images (B, C, H, W) → (prefix tokens, patch tokens)."""
+        m = self.model
+        if isinstance(tokens, Tensor) and tokens.ndim == 4:
+            patches = tokens if getattr(m, "output_fmt", "NCHW") == "NHWC" else tokens.permute(0, 2, 3, 1)
+            return patches.new_zeros(len(patches), 0, patches.shape[-1]), patches
+        if isinstance(tokens, Tensor) and tokens.ndim == 3:
+            grid = self._grid(images)
+            declared = getattr(m, "num_prefix_tokens", int(self.has_class_token))
+            if tokens.shape[1] == declared + math.prod(grid):
+                return tokens[:, :declared], tokens[:, declared:].unflatten(1, grid)
+        raise Unsupported("its features are no map of patches")
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """(H, W) in patches of the last block."""
+        size, embed = tuple(images.shape[-2:]), getattr(self.model, "patch_embed", None)
+        stride = self.model.feature_info[-1]["reduction"]
+        if hasattr(embed, "dynamic_feat_size") and len({i["reduction"] for i in self.model.feature_info}) == 1:
+            return tuple(embed.dynamic_feat_size(size))
+        return -(-size[0] // stride), -(-size[1] // stride)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compute the features of one black image. Raises UserError naming the model if it has none that we can use."""
+        training = self.training
+        self.eval()
+        try:
+            self.features(self.mean.new_zeros(1, len(self.mean), *self.input_size), range(self.depth))
+        except FAULTS as error:
+            (height, width), own = self.input_size, timm.get_pretrained_cfg(self.name).input_size[1:]
+            where, remedy = "", "use"
+            if (height, width) != tuple(own):
+                where, remedy = f" on images of {height}x{width}", f"set data.size={own[0]}, or use"
+            raise UserError(
+                f"{self.name} cannot be used{where} ({reason(error)}): {remedy} another model, such as vit_small, "
+                "swin_tiny_patch4_window7_224 or resnet50."
+            ) from None
+        finally:
+            self.train(training)
+
+    @property
+    def name(self) -> str:
+        """The model's name in timm."""
+        return self.model.pretrained_cfg["architecture"]
 
     def add_classifier(self, classes: int) -> None:
-        """Give the model a linear head for so many classes, zero-initialised, so that training starts at ln K."""
-        self.model.reset_classifier(classes)
-        self._remember_classifier(num_classes=classes)
+        """Give the model a linear head for so many classes, zero-initialised, so that training starts at ln K.
+
+        Raises UserError if the model takes none.
+        """
+        self._give_head(classes)
 
     def classify(self, images: Tensor, draw: Draw | None = None) -> Tensor:
         """Logits (B, K) of the model's own head."""
         return self.model(self.normalise(images))
 
-    def _remember_classifier(self, **args) -> None:
-        self.args |= args
-        for weight in self.model.get_classifier().parameters():
-            nn.init.zeros_(weight)
+    @torch.no_grad()
+    def _give_head(self, classes: int, **pool) -> None:
+        """Reset the classifier, with the timm arguments that say what it reads, and try it."""
+        training = self.training
+        self.eval()
+        try:
+            self.model.reset_classifier(classes, *([pool["global_pool"]] if pool else []))
+            found = self.model.get_classifier()  # of distilled models two
+            for head in found if isinstance(found, tuple | list | nn.ModuleList) else [found]:
+                for weight in head.parameters():
+                    nn.init.zeros_(weight)
+            logits = self.classify(self.mean.new_zeros(1, len(self.mean), *self.input_size))
+            if not isinstance(logits, Tensor) or logits.shape != (1, classes):
+                raise Unsupported("its head gives no logits, one per class")
+        except FAULTS as error:
+            raise UserError(
+                f"{self.name} takes no linear classifier ({reason(error)}): use another model, such as vit_small, "
+                "swin_tiny_patch4_window7_224 or resnet50."
+            ) from None
+        finally:
+            self.train(training)
+        self.args |= dict(num_classes=classes, **pool)
 
 
 class TokenBackbone(Backbone):
@@ -103,7 +203,8 @@ class TokenBackbone(Backbone):
 
     def patch_embed(self, images: Tensor) -> Tensor:
         """Images in [0, 1] → patch tokens (B, N, D) without positions."""
-        return self.model.patch_embed(self.normalise(images)).flatten(1, 2)
+        tokens = self.model.patch_embed(self.normalise(images))
+        return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # a map where timm resamples positions by itself
 
     def add_positions(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
         """Patch tokens (B, N, D) → prefix and positioned tokens (B, P + N, D); with keep, int64 (B, K), only those."""
@@ -115,9 +216,11 @@ class TokenBackbone(Backbone):
         tokens = tokens + at[:, own_prefix:]
         if keep is not None:
             tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
-        prefix = torch.cat([t for t in (m.cls_token, m.reg_token) if t is not None], 1) if m.num_prefix_tokens else None
-        if prefix is None:
+        # in timm's order; a distilled DeiT's second token is learnt from its teacher's labels there
+        prefix = [t for t in (m.cls_token, getattr(m, "dist_token", None), m.reg_token) if t is not None]
+        if not prefix:
             return tokens
+        prefix = torch.cat(prefix, 1)
         if own_prefix:
             prefix = prefix + at[:, :own_prefix]
         return torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
@@ -140,8 +243,12 @@ class TokenBackbone(Backbone):
 
     def add_classifier(self, classes: int, pool: str = "token") -> None:
         """As above. pool: "token" (class token) or "avg" (mean of the patches); the final norm stays before it."""
-        self.model.reset_classifier(classes, pool)
-        self._remember_classifier(num_classes=classes, global_pool=pool, fc_norm=False)
+        if pool == "avg" and hasattr(self.model, "dist_token"):
+            raise UserError(
+                f"{self.name} reads its class and distillation tokens, each by a head of its own: use "
+                "objective.pool=token, or name a deit_* without distillation."
+            )
+        self._give_head(classes, global_pool=pool, fc_norm=False)
 
     def classify(self, images: Tensor, draw: Draw | None = None) -> Tensor:
         return self.model.forward_head(self.tokens(images, draw))
@@ -195,6 +302,8 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
             settings = " ".join(f"backbone.{k}={'null' if v is None else v}" for k, v in unset.items())
             raise UserError(f"{name} is no plain ViT and has no {', '.join(unset)}: set {settings}, or name a vit_*.")
     else:
+        if "distilled" in name and config.registers:
+            raise UserError(f"{name} has a distillation token and takes no registers: set backbone.registers=null.")
         patch = resolve_patch(config.patch, size)
         args |= dict(
             img_size=size,
@@ -206,13 +315,13 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
         )
         shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads)
         args |= {key: value for key, value in shape.items() if value is not None}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            args = {key: value for key, value in args.items() if value is not None}
-            model = timm.create_model(name, **args)
-        except (AssertionError, TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"timm cannot build {name} with {args}: {error or type(error).__name__}.") from None
+    model, args = _create(name, {key: value for key, value in args.items() if value is not None}, size, seed)
+    if not is_vit:  # whose published rates are no setting of the recipe, and draw from the global generator
+        for part in model.modules():
+            if isinstance(part, DropPath):
+                part.drop_prob = 0.0
+            elif isinstance(part, nn.modules.dropout._DropoutNd):
+                part.p = 0.0
     if isinstance(model, VisionTransformer) and config.positions == "sincos":
         fix_sincos_positions(model)
     if config.init == "xavier":
@@ -225,14 +334,38 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
     return wrap(model, data.mean, data.std, args)
 
 
+def _create(name: str, args: dict, size: tuple[int, int], seed: int) -> tuple[nn.Module, dict]:
+    """(timm's model for images of this size, its weights drawn from the seed; what it was built with)."""
+    own = timm.get_pretrained_cfg(name)
+    # models with a grid or windows must be told the size; convolutions do not take it
+    tries = [args] if "img_size" in args or own.input_size[1:] == size else [args | dict(img_size=size), args]
+    for given in tries:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                return timm.create_model(name, **given), given
+            except FAULTS as error:
+                if "img_size" in str(error) and isinstance(error, TypeError) and given is not tries[-1]:
+                    continue
+                raise UserError(f"timm cannot build {name} with {given}: {reason(error)}.") from None
+    raise AssertionError
+
+
 def wrap(model: nn.Module, mean: Sequence[float], std: Sequence[float], args: dict) -> Backbone:
-    """The backbone around a timm model built with `args`: a TokenBackbone for a plain ViT."""
-    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
-        return Backbone(model, mean, std, args)
+    """The backbone around a timm model built with `args`: a TokenBackbone for a plain ViT.
+
+    Raises UserError for a model whose features cannot be used.
+    """
+    is_plain = isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
+    if not is_plain or model.pos_embed is None:  # a hybrid's patches see each other before they are tokens
+        backbone = Backbone(model, mean, std, args)
+        backbone.check()
+        return backbone
     for block in model.blocks:
-        for name in ("drop_path1", "drop_path2"):
-            if isinstance(getattr(block, name, None), DropPath):
-                setattr(block, name, AddressedDropPath(getattr(block, name).drop_prob))
+        for part in [*block.modules()]:
+            for name, child in part.named_children():
+                if isinstance(child, DropPath):
+                    setattr(part, name, AddressedDropPath(child.drop_prob))
     return TokenBackbone(model, mean, std, args)
 
 

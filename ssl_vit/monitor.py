@@ -164,7 +164,7 @@ class OnlineKnn:
         for batch in evaluation_views(self.images, self.size, crop_pct(self.size), self.device, self.chosen):
             [(prefix, patches)] = backbone.features(batch)
             pooled.append(patches.flatten(1, 2).mean(1).float().cpu())
-            first.append(prefix[:, :1].flatten(1).float().cpu())
+            first.append(prefix[:, : int(backbone.has_class_token)].flatten(1).float().cpu())
         backbone.train(training)
         features = torch.cat(pooled).numpy()
         result = dict(rank=effective_rank(features[:2048]))

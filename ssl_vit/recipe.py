@@ -115,7 +115,7 @@ class Backbone:
     init: Literal["trunc_normal", "xavier"] = setting(
         "trunc_normal", "initial linear weights: timm's and DINO's, or MAE's"
     )
-    registers: int = setting(0, "register tokens", at_least=0)
+    registers: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     layer_scale: float | None = setting(None, "initial layer scale", above=0)
     drop_path: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
     init_from: str | None = setting(None, "start from this run, timm folder or timm model")

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import timm
@@ -13,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from torch import Tensor
 
 from ssl_vit import files
-from ssl_vit.backbone import Backbone, TokenBackbone, wrap
+from ssl_vit.backbone import FAULTS, Backbone, TokenBackbone, reason, wrap
 from ssl_vit.errors import UserError, nearest
 
 SHAPE = ("backbone.width", "backbone.depth", "backbone.heads", "backbone.patch")
@@ -87,8 +89,8 @@ def load(source: str) -> Backbone:
             raise UserError(f"The weights of {source} are not here, and could not be fetched: {error}") from None
         unfinished = " (the run has not finished: start it again and it goes on)" if folder != path else ""
         raise UserError(f"{folder} holds no backbone{unfinished}.") from None
-    except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"The backbone {source} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    except (SafetensorError, OSError, *FAULTS) as error:
+        raise UserError(f"The backbone {source} cannot be read: {reason(error)}.") from None
     return wrap(model, facts["mean"], facts["std"], args)
 
 
@@ -112,7 +114,7 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
     Raises UserError naming what differs, and the settings that fit.
     """
     old = load(source)
-    weights = {k: v for k, v in old.model.state_dict().items() if not k.startswith(("head.", "fc.", "classifier."))}
+    weights = _without_classifier(old)
     if isinstance(backbone, TokenBackbone) and isinstance(old, TokenBackbone):
         new_grid, old_grid = backbone.model.patch_embed.grid_size, old.model.patch_embed.grid_size
         if new_grid != old_grid:
@@ -120,7 +122,9 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
             weights["pos_embed"] = resample_abs_pos_embed(
                 weights["pos_embed"], new_grid, old_grid, num_prefix_tokens=prefix
             )
-    own = {k: v for k, v in backbone.model.state_dict().items() if not k.startswith(("head.", "fc.", "classifier."))}
+    own = _without_classifier(backbone)
+    if not isinstance(backbone, TokenBackbone) and backbone.name == old.name and backbone.input_size != old.input_size:
+        weights = _resized(weights, backbone)
     wrong = {
         "is in this backbone alone": own.keys() - weights.keys(),
         "is in the weights alone": weights.keys() - own.keys(),
@@ -141,6 +145,19 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
     backbone.mean.copy_(old.mean)
     backbone.std.copy_(old.std)
     return backbone
+
+
+def _without_classifier(backbone: Backbone) -> dict[str, Tensor]:
+    """The weights but for those of the layers that timm names as the classifier."""
+    named = backbone.model.pretrained_cfg.get("classifier") or ("head", "fc", "classifier")
+    layers = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    return {key: value for key, value in backbone.model.state_dict().items() if not key.startswith(layers)}
+
+
+def _resized(weights: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """Positions, and biases of relative positions, resampled to the backbone's grid by timm's own loader."""
+    fit = getattr(sys.modules[type(backbone.model).__module__], "checkpoint_filter_fn", None)
+    return weights if fit is None else fit(dict(weights), backbone.model)
 
 
 def _settings(values: dict) -> str:

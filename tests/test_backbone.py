@@ -25,12 +25,15 @@ def standardised(images):
     return (images - mean) / std
 
 
+SHAPELESS = ["backbone.width=null", "backbone.depth=null", "backbone.heads=null"]
 VARIANTS = {
     "plain": [],
     "registers": ["backbone.registers=3"],
     "layer scale": ["backbone.layer_scale=0.1"],
     "drop path": ["backbone.drop_path=0.5"],
     "sincos": ["backbone.positions=sincos"],
+    "distilled": ["backbone.name=deit_tiny_distilled_patch16_224"],
+    "registers of the name": ["backbone.name=vit_small_patch14_reg4_dinov2", "backbone.patch=2"],
     "not square": ["data.size=[16, 24]", "backbone.patch=4"],
 }
 
@@ -39,6 +42,9 @@ VARIANTS = {
 def test_the_seam_equals_timm_s_forward(settings):
     b = build(*settings)
     images = torch.rand(2, 3, *b.input_size)
+    for name, token in b.model.named_parameters():
+        if name.endswith("token"):
+            torch.nn.init.normal_(token)
     with torch.no_grad():
         expected = b.model.forward_features(standardised(images))
         torch.testing.assert_close(b.tokens(images), expected, rtol=0, atol=1e-6)
@@ -96,6 +102,57 @@ def test_other_timm_models_have_features_too(name, tmp_path):
     weights.save(b, tmp_path / "b")
     again = weights.load(str(tmp_path / "b")).eval()
     assert torch.equal(again.features(images)[0][1], patches)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224", "test_vit_relpos"])
+def test_a_model_of_fixed_size_is_told_the_images_and_trains_without_unaddressed_draws(name):
+    b = build(f"backbone.name={name}", *SHAPELESS, "data.size=64")
+    b.add_classifier(5)
+    images = torch.rand(2, 3, 64, 64)
+    state = torch.get_rng_state()
+    logits = b.train().classify(images, Draw(0, 0, torch.arange(2)))
+    logits.sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)  # a swin's published stochastic depth is 0.1
+    assert torch.equal(logits, torch.zeros(2, 5))
+
+
+def test_registers_are_those_of_the_name_unless_they_are_set():
+    name = ["backbone.name=vit_small_patch14_reg4_dinov2", "backbone.patch=2"]
+    for settings, registers in (([], 4), (["backbone.registers=0"], 0), (["backbone.registers=2"], 2)):
+        assert build(*name, *settings).model.num_reg_tokens == registers
+    with pytest.raises(UserError, match="takes no registers: set backbone.registers=null"):
+        build("backbone.name=deit_tiny_distilled_patch16_224", "backbone.registers=2")
+
+
+def test_a_distilled_deit_trains_both_heads(tmp_path):
+    b = build("backbone.name=deit_tiny_distilled_patch16_224")
+    with pytest.raises(UserError, match="use objective.pool=token"):
+        b.add_classifier(7, "avg")
+    b.add_classifier(7)
+    assert torch.equal(b.classify(IMAGES), torch.zeros(2, 7))
+    for head in b.model.get_classifier():
+        torch.nn.init.normal_(head.weight)
+    b.train().classify(IMAGES, Draw(0, 0, torch.arange(2))).square().sum().backward()
+    assert b.model.dist_token.grad.abs().max() > 0 and b.model.head_dist.weight.grad.abs().max() > 0
+    weights.save(b, tmp_path / "b")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(standardised(IMAGES)), b.eval().classify(IMAGES), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["coat_tiny", "crossvit_tiny_240"])
+def test_a_model_without_a_map_of_patches_is_refused(name):
+    with pytest.raises(UserError, match=f"{name} cannot be used.*another model, such as vit_small"):
+        build(f"backbone.name={name}", *SHAPELESS, "data.size=64")
+
+
+def test_the_tokens_of_a_model_that_timm_built_by_itself():
+    """Whose patch embedding gives a sequence, not a map."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, embed_dim=16, num_heads=2, depth=2)
+    b = backbones.wrap(model, [0.5, 0.45, 0.4], [0.25, 0.2, 0.3], {}).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(b.tokens(images), model.forward_features(standardised(images)), rtol=0, atol=1e-6)
 
 
 def test_features_of_several_blocks_come_in_the_order_asked_for():
@@ -158,6 +215,26 @@ def test_init_from_takes_weights_and_normalisation_and_resamples_positions(tmp_p
     torch.testing.assert_close(larger.model.pos_embed.data, expected.data)
 
 
+def test_init_from_resamples_relative_positions_and_keeps_the_norm_before_a_classifier(tmp_path):
+    old = build("backbone.name=test_vit_relpos", *SHAPELESS, "data.size=64")
+    for name, table in old.model.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(table)
+    weights.save(old, tmp_path / "old")
+    new = weights.initialise(build("backbone.name=test_vit_relpos", *SHAPELESS, "data.size=96"), str(tmp_path / "old"))
+    state = old.model.state_dict()
+    expected = timm.models.vision_transformer_relpos.checkpoint_filter_fn(state, new.model)
+    assert all(torch.equal(value, expected[key]) for key, value in new.model.state_dict().items())
+    convnext = build("backbone.name=test_convnext", *SHAPELESS, "data.size=64")
+    torch.nn.init.normal_(convnext.model.head.norm.weight)
+    convnext.add_classifier(3)
+    weights.save(convnext, tmp_path / "convnext")
+    new = weights.initialise(
+        build("backbone.name=test_convnext", *SHAPELESS, "data.size=64"), str(tmp_path / "convnext")
+    )
+    assert torch.equal(new.model.head.norm.weight, convnext.model.head.norm.weight)
+
+
 @pytest.mark.parametrize(
     ("theirs", "wrong", "remedy"),
     [
@@ -181,9 +258,8 @@ def test_weights_of_another_shape_are_refused_with_the_settings_that_fit(theirs,
 
 
 def test_weights_of_another_model_are_refused_with_its_name(tmp_path):
-    shapeless = [f"backbone.{key}=null" for key in ("width", "depth", "heads")]
-    weights.save(build("backbone.name=resnet10t", *shapeless), tmp_path / "cnn")
-    for wrong in (["backbone.name=resnet18", *shapeless], []):
+    weights.save(build("backbone.name=resnet10t", *SHAPELESS), tmp_path / "cnn")
+    for wrong in (["backbone.name=resnet18", *SHAPELESS], []):
         with pytest.raises(UserError, match="is in the weights alone.*: set backbone.name=resnet10t"):
             weights.initialise(build(*wrong), str(tmp_path / "cnn"))
     args = dict(embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=2, num_classes=0)
