@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as per_sample
 from ssl_vit.randomness import Draw
 
 Interpolation = Literal["bilinear", "bicubic"]  # both antialiased
+CROP_MODES = ("center", "squash")  # timm's
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Evaluation:
     size: tuple[int, int]  # (H, W) in pixels
     crop_pct: float = 1.0  # how much of the resized image's sides the centre crop keeps
     interpolation: Interpolation = "bilinear"
-    crop_mode: Literal["center", "squash"] = "center"  # squash: the image takes the shape of the view, uncropped first
+    crop_mode: str = "center"  # or "squash": the whole image takes the shape of the view, whatever its own
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]."""
