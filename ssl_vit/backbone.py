@@ -307,8 +307,8 @@ def fix_sincos_positions(model: VisionTransformer) -> None:
 
 
 def draw_class_token(model: VisionTransformer, seed: int) -> None:
-    """Normal of std 0.02, as in the official MAE, DINO, BEiT and DeiT, where timm has 1e-6; also DeiT's distillation
-    token. At an address of its own: no other weight depends on it."""
+    """Normal of std 0.02, as in the official MAE, DINO and DeiT (BEiT's is cut at one deviation), where timm has 1e-6;
+    so is DeiT's distillation token. Drawn at addresses of their own: no other weight of a seed depends on them."""
     draw = Draw(seed, 0, torch.tensor([0]))
     for name in ("cls_token", "dist_token"):
         token = getattr(model, name, None)

@@ -182,7 +182,8 @@ def whole(
     gets that long), or by "squash" to that shape, then the centre of that size.
 
     images: uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]. The sizes are those of timm's eval transform, and so
-    are the values to within a grey level: PIL rounds between its passes.
+    are the values to within a grey level: PIL rounds between its passes. (Where a squashed image shrinks more in height
+    than in width, Pillow 13 may take the passes in the other order, and pixels that overshoot differ by some levels.)
     """
     height, width = images.shape[-2:]
     squashed = crop_mode == "squash"
