@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit import files, weights
+from ssl_vit import files, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbone import Backbone
 from ssl_vit.data import ImageSet, evaluation_views
@@ -96,32 +96,34 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
 
     Raises UserError, naming the image, if a feature is not a finite number.
     """
-    size = view_size(source, images)
+    view = view_of(source, images)
     if source.backbone is not None:
         source.backbone.to(state.device)
     blocks = sorted({block % source.depth for block in blocks})
-    zero = torch.zeros(1, images.channels, *size, device=state.device)
+    zero = torch.zeros(1, images.channels, *view.size, device=state.device)
     shapes = {key: value.shape[1] for key, value in pool(source, zero, blocks).items()}
     flops = count(source.backbone, lambda twin: twin.features(zero.cpu())) if source.backbone else 0.0
 
     folder = source.folder / "features"
-    key = _key(source, images, size)
+    key = _key(source, images, view)
     arrays = {k: folder / f"{key}-block{k[0]}-{k[1].replace(' ', '-')}.npy" for k in shapes}
     lock = files.Lock(folder / ".lock", remedy="Features are kept beside the run: make room there.")
     with lock if state.is_main_process else nullcontext():  # against another evaluator of the same backbone
         state.wait_for_everyone()
         missing = {k: file for k, file in arrays.items() if not file.exists()}
         if missing:
-            _compute(source, images, state, size, missing, shapes)
+            _compute(source, images, state, view, missing, shapes)
     return Features({k: np.load(file, mmap_mode="r") for k, file in arrays.items()}, flops)
 
 
-def view_size(source: Source, images: ImageSet) -> tuple[int, int]:
-    """(H, W) of the views that features are computed of."""
+def view_of(source: Source, images: ImageSet) -> views.Evaluation:
+    """What features are computed of: the backbone's own view of an image, or for its pixels the view of our runs."""
+    if source.backbone is not None:
+        return source.backbone.evaluation_view
     size = source.size or images.size
-    if source.backbone is None and (size is None or max(size) > 64):
-        return (64, 64)  # a photo's pixels are no feature
-    return size
+    if size is None or max(size) > 64:
+        size = (64, 64)  # a photo's pixels are no feature
+    return views.evaluation(size)
 
 
 def extract_both(
@@ -141,7 +143,7 @@ def _compute(
     source: Source,
     images: ImageSet,
     state: PartialState,
-    size: tuple[int, int],
+    view: views.Evaluation,
     wanted: dict[tuple[int, str], Path],
     shapes: dict[tuple[int, str], int],
 ) -> None:
@@ -157,11 +159,11 @@ def _compute(
     arrays = {k: open_memmap(file, mode="r+") for k, file in partial.items()}
     blocks = sorted({block for block, _ in wanted})
     mine = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index]
-    views = evaluation_views(images, size, weights.crop_pct(size), state.device, torch.from_numpy(mine))
+    batches = evaluation_views(images, view, state.device, torch.from_numpy(mine))
     with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
         at = mine[0] if len(mine) else 0
         arrays_of = pooled(source, blocks)
-        for found in (part for view in views for part in arrays_of(view)):
+        for found in (part for batch in batches for part in arrays_of(batch)):
             count = len(next(iter(found.values())))
             for k in arrays:
                 arrays[k][at : at + count] = found[k]
@@ -235,10 +237,12 @@ def pca(train: np.ndarray, dimensions: int = 64) -> Callable[[np.ndarray], np.nd
     return lambda values: fitted.transform(values).astype(np.float32)
 
 
-def _key(source: Source, images: ImageSet, size: tuple[int, int]) -> str:
-    """What the features depend on, in 16 hex digits: weights, mean, std, images, their size, and the code."""
-    about = [images.fingerprint, images.split, list(size), VERSION, str(torch.__version__), timm.__version__]
+def _key(source: Source, images: ImageSet, view: views.Evaluation) -> str:
+    """What the features depend on, in 16 hex digits: weights, mean, std, images, their view, and the code."""
+    about = [images.fingerprint, images.split, list(view.size), VERSION, str(torch.__version__), timm.__version__]
     about.append("pixels" if source.backbone is None else weights.digest(source.backbone))
+    if view != views.evaluation(view.size) or view.size[0] != view.size[1]:  # older code knew no other view than ours
+        about.append(asdict(view))  # and rounded those that are not square otherwise
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

@@ -207,7 +207,8 @@ def choose(
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
-    """The recipe finetune for this backbone on these images; size, channels, mean and std are the backbone's."""
+    """The recipe finetune for this backbone on these images; size, channels, mean, std and interpolation
+    are the backbone's."""
     recipe = pretrain.read("finetune", settings, images.name)
     asked, backbone = recipe.data, source.backbone
     recipe.data = dataclasses.replace(
@@ -220,6 +221,8 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
     )
+    if not any(text.startswith("views.interpolation=") for text in settings):
+        recipe.views.interpolation = backbone.evaluation_view.interpolation
     recipe.backbone = architecture(source, recipe.backbone.drop_path)
     return recipe
 
@@ -270,16 +273,15 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Pre
     """(what a fine-tuned run predicts for labelled images, on all processes; what that took)."""
     started = time.perf_counter()
     backbone = weights.load(str(path)).eval().to(state.device)
-    size = backbone.input_size
     mine = torch.arange(len(images))[state.process_index :: state.num_processes]
-    views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
+    views = data.evaluation_views(images, backbone.evaluation_view, state.device, mine)
     classify = features.Piecewise(lambda part: backbone.classify(part).float().softmax(1).cpu().numpy())
     truth = images.labels.cpu().numpy()
     answers = Predictions.of((part for view in views for part in classify(view)), truth[mine.numpy()])
     gathered = gather_object([(mine.numpy(), answers)])
     order = np.argsort(np.concatenate([at for at, _ in gathered]))
     whole = Predictions.join([answer for _, answer in gathered]).part(order)
-    zero = torch.zeros(1, images.channels, *size)
+    zero = torch.zeros(1, images.channels, *backbone.input_size)
     work = len(images) * flops.count(backbone, lambda twin: twin.classify(zero))
     return whole, Cost(len(images), work, time.perf_counter() - started)
 

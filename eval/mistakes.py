@@ -23,6 +23,7 @@ from eval.words import percent
 from ssl_vit import data
 from ssl_vit.errors import UserError
 from ssl_vit.recipe import short
+from ssl_vit.views import Evaluation
 
 MATRIX = 20  # classes up to which the whole matrix is shown
 LISTED = 40  # classes up to which each has a line
@@ -228,7 +229,7 @@ class _Images:
         new = [i for i in dict.fromkeys(chosen) if i not in self.shown]
         if new:
             size = self.found.size if self.found.size and max(self.found.size) <= SIZE else (SIZE, SIZE)
-            views = data.evaluation_views(self.found, size, 1.0, torch.device("cpu"), torch.tensor(new))
+            views = data.evaluation_views(self.found, Evaluation(size), torch.device("cpu"), torch.tensor(new))
             pixels = (torch.cat(list(views)) * 255).round().byte()
             pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
             self.shown |= {i: view.permute(1, 2, 0).numpy() for i, view in zip(new, pixels, strict=True)}

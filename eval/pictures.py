@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from eval.features import Features, Source
-from ssl_vit import neighbours, pictures, weights
+from ssl_vit import neighbours, pictures
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.recipe import short
 
@@ -56,5 +56,4 @@ def components(patches: Tensor) -> Tensor:
 
 
 def _views(source: Source, images: ImageSet, chosen: Tensor, device: torch.device) -> Tensor:
-    size = source.size
-    return torch.cat(list(evaluation_views(images, size, weights.crop_pct(size), device, chosen))).cpu()
+    return torch.cat(list(evaluation_views(images, source.backbone.evaluation_view, device, chosen))).cpu()

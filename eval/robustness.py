@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eval import common_corruptions, features, heads, inputs, linear_probe, results, tables
 from eval.predictions import Predictions
-from ssl_vit import data, errors, weights
+from ssl_vit import data, errors
 from ssl_vit.errors import UserError, say
 
 
@@ -53,7 +53,7 @@ def read_sweeps(source: features.Source, asked: inputs.Inputs) -> list[Sweep]:
         about = part | dict(protocol="linear-sweep", eval_data=test.name, split=test.split, n=len(test))
         rows = [row for row in results.read(source.folder) if about.items() <= row.items()]
         if source.backbone is None:
-            pooling = "raw {}x{}".format(*features.view_size(source, test))
+            pooling = "raw {}x{}".format(*features.view_of(source, test).size)
             rows = [row for row in rows if row["settings"]["pooling"] == pooling]
         best = [row for row in rows if row["pooling"] == "chosen"]
         if not best:
@@ -103,9 +103,8 @@ def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tup
     source, state, images = probe.source, probe.state, probe.test
     kinds = [kind for _, kind in common_corruptions.kinds(images.channels)]
     plan = [(kind, severity) for kind in kinds for severity in common_corruptions.SEVERITIES]
-    size = features.view_size(source, images)
     mine = torch.from_numpy(np.array_split(np.arange(len(images)), state.num_processes)[state.process_index])
-    views = data.evaluation_views(images, size, weights.crop_pct(size), state.device, mine)
+    views = data.evaluation_views(images, features.view_of(source, images), state.device, mine)
     answers: list[list[Predictions]] = []  # of each batch: corruption by corruption, predictor by predictor
     description, at = f"robustness of {source.name}", 0
     arrays_of = features.pooled(source, probe.blocks)
@@ -136,7 +135,7 @@ def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep])
     answers = corrupted(probe, predictors)
     if not asked.state.is_main_process:
         return []
-    size = features.view_size(source, probe.test)
+    size = features.view_of(source, probe.test).size
     for family, kind in common_corruptions.kinds(probe.test.channels):
         for severity in common_corruptions.SEVERITIES:
             for sweep, before, answer in zip(sweeps, clean, answers[kind, severity], strict=True):

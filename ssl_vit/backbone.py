@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
+from ssl_vit import views
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 
@@ -58,6 +60,23 @@ class Backbone(nn.Module):
     def input_size(self) -> tuple[int, int]:
         """(H, W) in pixels that the weights are meant for."""
         return tuple(self.model.pretrained_cfg["input_size"][1:])
+
+    @property
+    def evaluation_view(self) -> views.Evaluation:
+        """What the model is shown of a whole image when it is evaluated, as published with its weights.
+
+        Raises UserError for a view that is not known here.
+        """
+        published = resolve_data_config(pretrained_cfg=self.model.pretrained_cfg)
+        view = {key: published[key] for key in ("crop_pct", "interpolation", "crop_mode")}
+        for key, known in dict(interpolation=views.KERNELS, crop_mode=views.CROP_MODES).items():
+            if view[key] not in known:
+                name = self.model.pretrained_cfg.get("architecture", type(self.model).__name__)
+                raise UserError(
+                    f"{name} is evaluated with {key}={view[key]}, and only {' and '.join(known)} are known here: take "
+                    f"another model, or set {key} in the config.json of a copy of its folder."
+                )
+        return views.Evaluation(self.input_size, **view)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0, 1] → standardised per channel."""
@@ -285,8 +304,13 @@ class AddressedDropPath(nn.Module):
         return x * self.scale.to(x.dtype) if self.training else x
 
 
-def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
-    """A new backbone for these images, its weights drawn from the seed. Raises UserError for what cannot be built."""
+def build(
+    config: recipes.Backbone, data: recipes.Data, seed: int, interpolation: views.Interpolation = "bilinear"
+) -> Backbone:
+    """A new backbone for these images, its weights drawn from the seed. interpolation: of the views it is trained on.
+
+    Raises UserError for what cannot be built.
+    """
     size = (data.size, data.size) if isinstance(data.size, int) else tuple(data.size)
     name, args = config.name, dict(in_chans=data.channels, num_classes=0)
     if name.removeprefix("vit_") in SIZES:
@@ -330,7 +354,11 @@ def build(config: recipes.Backbone, data: recipes.Data, seed: int) -> Backbone:
             model.apply(xavier)
             if is_vit:  # as the linear layer that it is
                 nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(len(model.patch_embed.proj.weight), -1))
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (data.channels, *size)}
+    if isinstance(model, VisionTransformer):
+        draw_class_token(model, seed)
+    view = views.evaluation(size, interpolation)
+    own = dict(crop_pct=view.crop_pct, interpolation=view.interpolation, crop_mode=view.crop_mode)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (data.channels, *size), **own}
     return wrap(model, data.mean, data.std, args)
 
 
@@ -409,6 +437,17 @@ def fix_sincos_positions(model: VisionTransformer) -> None:
         model.pos_embed.zero_()
         model.pos_embed[0, prefix:] = sincos_positions(model.embed_dim, model.patch_embed.grid_size)
     model.pos_embed.requires_grad = False
+
+
+def draw_class_token(model: VisionTransformer, seed: int) -> None:
+    """Normal of std 0.02, as in the official MAE, DINO and DeiT (BEiT's is cut at one deviation), where timm has 1e-6;
+    so is DeiT's distillation token. Drawn at addresses of their own: no other weight of a seed depends on them."""
+    draw = Draw(seed, 0, torch.tensor([0]))
+    for name in ("cls_token", "dist_token"):
+        token = getattr(model, name, None)
+        if token is not None:
+            with torch.no_grad():
+                token.copy_(0.02 * draw.normal(f"initial {name}", *token.shape[1:]))
 
 
 def xavier(module: nn.Module) -> None:

@@ -17,7 +17,6 @@ from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
-from ssl_vit.weights import crop_pct
 
 TRIES = 3  # alarms in a row before the user hears of it
 REMEDY = "Lower optim.lr, set optim.clip, or use train.precision=fp32."
@@ -153,7 +152,6 @@ class OnlineKnn:
         self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()
         if self.labels is not None and not all((self.labels[q] >= 0).any() for q in (self.is_query, ~self.is_query)):
             self.labels = None  # too few have one
-        self.size = tuple(recipe.data.size)
 
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:
@@ -161,7 +159,7 @@ class OnlineKnn:
         training = backbone.training
         backbone.eval()
         pooled, first = [], []
-        for batch in evaluation_views(self.images, self.size, crop_pct(self.size), self.device, self.chosen):
+        for batch in evaluation_views(self.images, backbone.evaluation_view, self.device, self.chosen):
             [(prefix, patches)] = backbone.features(batch)
             pooled.append(patches.flatten(1, 2).mean(1).float().cpu())
             first.append(prefix[:, : int(backbone.has_class_token)].flatten(1).float().cpu())

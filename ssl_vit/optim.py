@@ -3,11 +3,15 @@
 from collections.abc import Iterable
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
 from ssl_vit.backbone import Backbone
 from ssl_vit.schedules import cosine
+
+TOKENS = ("pos_embed", "relative_position_bias_table", "cls_token", "dist_token", "reg_token", "mask_token")
+BEHIND = ("norm", "fc_norm", "head", "head_dist", "fc", "classifier")  # timm's names of what follows the last block
 
 
 def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim.AdamW:
@@ -23,33 +27,35 @@ def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim
 
 
 def decays(name: str, weight: Tensor, rule: str) -> bool:
-    """Whether weight decay applies. Biases, norms and scales never; "1d+tokens" also spares positions and tokens."""
+    """Whether weight decay applies. Biases, norms and scales never; "1d+tokens" also spares positions and tokens, as do
+    the `no_weight_decay` of the official MAE (fine-tuning), DeiT, BEiT, SimMIM and Swin."""
     if weight.ndim <= 1 or name.endswith(".bias"):
         return False
-    tokens = ("pos_embed", "cls_token", "reg_token", "mask_token")
-    return not (rule == "1d+tokens" and name.rpartition(".")[2] in tokens)
+    return not (rule == "1d+tokens" and name.rpartition(".")[2] in TOKENS)
 
 
 def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
-    """{parameter: factor}: decay^(distance to the head), by timm's own order of each model's layers; heads have 1.
+    """{parameter: factor}: decay^(distance to the head); heads, and what is no part of a backbone, have 1.
 
-    Layer-wise decay as in BEiT's and MAE's fine-tuning.
+    Layer-wise decay as in BEiT's and MAE's fine-tuning (mae/util/lr_decay.py).
     """
     if layer_decay == 1.0:
         return {}
     scales = {}
     for prefix, module in objective.named_modules():
         if isinstance(module, Backbone):
-            layers = _layers(module.model)
-            top = max(layers.values()) + (0 if module.args.get("num_classes") else 1)
+            layers, top = layer_ids(module.model)
             scales |= {f"{prefix}.model.{name}": layer_decay ** (top - layer) for name, layer in layers.items()}
     return scales
 
 
-def _layers(model: nn.Module) -> dict[str, int]:
-    from timm.models import group_parameters
-
-    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
+    """({parameter: layer}, the last layer): 0 is the stem with tokens and positions, then come the blocks in timm's own
+    order, and last the final norm and the head (get_layer_id_for_vit in mae/util/lr_decay.py; timm has the norm in the
+    last block's layer)."""
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = 1 + max(layer for name, layer in layers.items() if name.split(".")[0] not in BEHIND)
+    return {name: last if name.split(".")[0] in BEHIND else layer for name, layer in layers.items()}, last
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: float, step: int, total: int) -> float:

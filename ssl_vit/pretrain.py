@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ssl_vit import backbone as backbones
-from ssl_vit import checkpoint, data, errors, files, flops, monitor, objectives, optim, pictures, system, weights
+from ssl_vit import checkpoint, data, errors, files, flops, monitor, objectives, optim, pictures, system, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Facts, Objective
@@ -273,7 +273,7 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
     size = recipe.data.size
     recipe.data.size = size = [size, size] if isinstance(size, int) else size
     with torch.random.fork_rng():
-        backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed)
+        backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
         if recipe.backbone.init_from:
             backbone = weights.initialise(backbone, recipe.backbone.init_from)
         if isinstance(backbone, backbones.TokenBackbone):
@@ -301,10 +301,10 @@ def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) 
 
 def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device) -> Tensor:
     """Unaugmented training images in [0, 1] for `Objective.fit`: all, or 10,000 or a GiB of them, spread evenly."""
-    size = tuple(recipe.data.size)
-    most = min(10_000, len(images), max(1, 2**28 // (images.channels * math.prod(size))))
+    view = views.evaluation(recipe.data.size, recipe.views.interpolation)
+    most = min(10_000, len(images), max(1, 2**28 // (images.channels * math.prod(view.size))))
     chosen = torch.from_numpy(np.linspace(0, len(images) - 1, most).astype(np.int64))
-    return torch.cat(list(data.evaluation_views(images, size, weights.crop_pct(size), device, chosen)))
+    return torch.cat(list(data.evaluation_views(images, view, device, chosen)))
 
 
 def micro_batch(recipe: recipes.Recipe, objective: Objective, share: int, device: torch.device) -> int:
@@ -506,11 +506,11 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
     They are of the report split; of the held-out images in a run that leaves those out; of the training images where
     neither can be read.
     """
-    size = tuple(recipe.data.size)
+    view = views.evaluation(recipe.data.size, recipe.views.interpolation)
 
     def look(others: data.ImageSet, kind: str) -> tuple[Tensor, str]:
         chosen = pictures.spread(len(others), others.labels, SHOWN)
-        [batch] = data.evaluation_views(others, size, weights.crop_pct(size), device, chosen)
+        [batch] = data.evaluation_views(others, view, device, chosen)
         return batch, f"{others.name}, {kind}: images {', '.join(map(str, chosen.tolist()))}"
 
     role = "held out" if recipe.data.hold_out else "report"

@@ -54,7 +54,8 @@ class Optim:
     weight_decay: float = setting(0.05, "AdamW's, decoupled, multiplied by the learning rate", at_least=0)
     weight_decay_end: float | None = setting(None, "end of a cosine that starts at `weight_decay`", at_least=0)
     no_decay: Literal["1d", "1d+tokens"] = setting(
-        "1d", "what is not decayed: biases and norms, or also positions and class, mask and register tokens"
+        "1d",
+        "what is not decayed: biases and norms, or also positions and tokens (class, distillation, register, mask)",
     )
     layer_decay: float = setting(1.0, "learning rate of each block relative to the next", above=0, at_most=1)
     clip: float | None = setting(None, "largest gradient norm", above=0)
@@ -97,6 +98,9 @@ class Views:
         "crop+flip", "augmentation: none, crop and flip, DINO's colours on top, or DeiT III's 3-Augment"
     )
     scale: list[float] = setting([0.2, 1.0], "area of the random crop, as a fraction of the image")
+    interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear", "of crops, and of the evaluation view of the backbone; both antialiased"
+    )
     blur: bool = setting(True, "blur in dino; its sigma, up to 2 px, is meant for 224 px")
 
 

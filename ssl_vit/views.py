@@ -1,23 +1,28 @@
 """uint8 batch → augmented views in [0, 1], batched on the device.
 
 Every image of the batch has its own crop, flip and colours, with the laws of torchvision's transforms, but no loop runs
-over images. A crop is separable: two matrices of antialiased bilinear weights per image resample it, and a gaussian
-blur is two more. Every parameter is drawn on the CPU, so the host knows which images an operation concerns and never
+over images. A crop is separable: two matrices of antialiased weights per image resample it, and a gaussian blur is
+two more. Every parameter is drawn on the CPU, so the host knows which images an operation concerns and never
 waits for the device. Call these functions outside autocast: they are made of float32 matrix products.
 
 Photos of varied size are cropped where they are decoded, by `crop_photo` in the workers; `finish` does the rest here.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as per_sample
 
 from ssl_vit.randomness import Draw
+
+Interpolation = Literal["bilinear", "bicubic"]  # both antialiased
+CROP_MODES = ("center", "squash")  # timm's
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,26 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
     solarize: float = 0.0
     three_augment: bool = False  # instead of these three: exactly one of them (DeiT III, section 4; arXiv 2204.07118)
+    interpolation: Interpolation = "bilinear"  # of the crop
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The view of evaluation: what a backbone is shown of a whole image, as timm's create_transform makes it."""
+
+    size: tuple[int, int]  # (H, W) in pixels
+    crop_pct: float = 1.0  # how much of the resized image's sides the centre crop keeps
+    interpolation: Interpolation = "bilinear"
+    crop_mode: str = "center"  # or "squash": the whole image takes the shape of the view, whatever its own
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]."""
+        return whole(images, self.size, self.crop_pct, self.interpolation, self.crop_mode)
+
+
+def evaluation(size: Sequence[int], interpolation: Interpolation = "bilinear") -> Evaluation:
+    """The evaluation view of our own runs: crop_pct is 0.875, and 1 up to 64 px."""
+    return Evaluation(tuple(size), 1.0 if max(size) <= 64 else 0.875, interpolation)
 
 
 ViewSpec = dict[str, View]  # by name; the name is part of the address of the view's random numbers
@@ -60,9 +85,10 @@ def make(spec: ViewSpec, images: Tensor, draw: Draw) -> dict[str, Tensor]:
         u = _numbers(name, view, draw)
         flip = u[..., 0] < view.flip
         if view.crop:
-            crops = crop(images, boxes(name, view, draw, *images.shape[-2:]), flip, view.size)
+            crops = crop(images, boxes(name, view, draw, *images.shape[-2:]), flip, view.size, view.interpolation)
         else:
-            crops = _flip(whole(images, view.size)[:, None].expand(-1, flip.shape[1], -1, -1, -1), flip)
+            once = whole(images, view.size, interpolation=view.interpolation)
+            crops = _flip(once[:, None].expand(-1, flip.shape[1], -1, -1, -1), flip)
         views[name] = _coloured(view, crops, u)
     return views
 
@@ -73,11 +99,12 @@ def crop_photo(spec: ViewSpec, photo: Tensor, draw: Draw) -> dict[str, Tensor]:
     height, width = photo.shape[-2:]
     crops = {}
     for name, view in spec.items():
+        mode = InterpolationMode(view.interpolation)
         if view.crop:
             places = boxes(name, view, draw, height, width)[0].tolist()
-            crops[name] = torch.stack([per_sample.resized_crop(photo, *box, list(view.size)) for box in places])
+            crops[name] = torch.stack([per_sample.resized_crop(photo, *box, list(view.size), mode) for box in places])
         else:
-            resized = per_sample.resize(photo, list(_covering(height, width, view.size)))
+            resized = per_sample.resize(photo, list(_covering(height, width, view.size)), mode)
             crops[name] = torch.stack([per_sample.center_crop(resized, list(view.size))] * (view.count or 1))
     return crops
 
@@ -127,7 +154,9 @@ def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Tensor:
     return torch.cat([start, size], -1)
 
 
-def crop(images: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
+def crop(
+    images: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int], interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """Crop, resize with antialiasing and mirror, as torchvision's resized_crop(antialias=True) of the float image.
 
     images: uint8 (B, C, H, W); boxes: int64 (B, 4) of top, left, height, width, and flip: bool (B,)
@@ -136,45 +165,80 @@ def crop(images: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int]) -> 
     n, channels, height, width = images.shape
     numbers = torch.cat([boxes, flip[..., None]], -1).reshape(n, -1, 5).float()
     top, left, tall, wide, mirror = numbers.to(images.device, non_blocking=True).unbind(-1)
-    rows = _triangle(height, top, tall, size[0], size[0]) / 255
-    columns = _triangle(width, left, wide, size[1], size[1])
+    rows = _weights(height, top, tall, size[0], size[0], interpolation) / 255
+    columns = _weights(width, left, wide, size[1], size[1], interpolation)
     columns = torch.where(mirror[..., None, None] > 0, columns.flip(-2), columns)
     return _separable(images, rows, columns).view(*boxes.shape[:-1], channels, *size)
 
 
-def whole(images: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
+def whole(
+    images: Tensor,
+    size: tuple[int, int],
+    crop_pct: float = 1.0,
+    interpolation: Interpolation = "bilinear",
+    crop_mode: str = "center",
+) -> Tensor:
     """The evaluation view: antialiased resize until the image just covers size / crop_pct (for squares: its short side
-    gets that long), then the centre of that size. images: uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]."""
+    gets that long), or by "squash" to that shape, then the centre of that size.
+
+    images: uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]. The sizes are those of timm's eval transform, and so
+    are the values to within a grey level: PIL rounds between its passes. (Where a squashed image shrinks more in height
+    than in width, Pillow 13 may take the passes in the other order, and pixels that overshoot differ by some levels.)
+    """
     height, width = images.shape[-2:]
-    tall, wide = _covering(height, width, size, crop_pct)
+    squashed = crop_mode == "squash"
+    tall, wide = _scaled(size, crop_pct) if squashed else _covering(height, width, size, crop_pct)
     zero = torch.zeros((), device=images.device)
-    rows = _triangle(height, zero, zero + height, tall, size[0]) / 255
-    columns = _triangle(width, zero, zero + width, wide, size[1])
-    return (rows @ (images.float() @ columns.T)).clamp_(max=1)
+    rows = _weights(height, zero, zero + height, tall, size[0], interpolation) / 255
+    columns = _weights(width, zero, zero + width, wide, size[1], interpolation)
+    x = images.float() @ columns.T
+    if interpolation == "bicubic":
+        x = x.clamp_(0, 255)  # what overshoots is cut between the passes, as by PIL
+    return (rows @ x).clamp_(0, 1)
+
+
+def _scaled(size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    return math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)
 
 
 def _covering(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> tuple[int, int]:
-    """The smallest (H, W) that covers size / crop_pct and keeps the image's shape; rounded down as by timm."""
-    tall, wide = math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)
-    if tall * width >= wide * height:
-        return tall, tall * width // height
-    return wide * height // width, wide
+    """The smallest (H, W) that covers size / crop_pct and keeps the image's shape, rounded as by timm: down for squares
+    (torchvision's Resize), else to the nearest (timm's ResizeKeepRatio)."""
+    tall, wide = _scaled(size, crop_pct)
+    if tall == wide:
+        return (tall, tall * width // height) if width >= height else (wide * height // width, wide)
+    ratio = min(height / tall, width / wide)
+    return round(height / ratio), round(width / ratio)
 
 
-def _triangle(n: int, start: Tensor, length: Tensor, resized: int, out: int) -> Tensor:
-    """Antialiased bilinear resampling of the interval [start, start + length) of n pixels to `resized` pixels, of which
-    the middle `out` are kept. start, length: (...) → weights (..., out, n), summing to 1 over n."""
+def _weights(n: int, start: Tensor, length: Tensor, resized: int, out: int, interpolation: Interpolation) -> Tensor:
+    """Antialiased resampling of the interval [start, start + length) of n pixels to `resized` pixels, of which the
+    middle `out` are kept. start, length: (...) → weights (..., out, n), summing to 1 over n."""
     scale = (length / resized)[..., None]
     kept = torch.arange(out, device=start.device) + (round((resized - out) / 2) + 0.5)
     pixel = torch.arange(n, device=start.device) - start[..., None]  # counted from the start of the interval
     distance = (pixel[..., None, :] + 0.5 - (kept * scale)[..., :, None]).abs()
-    weights = (1 - distance / scale.clamp(min=1)[..., None]).clamp_(min=0)
+    weights = KERNELS[interpolation](distance / scale.clamp(min=1)[..., None])
     weights = weights * ((pixel >= 0) & (pixel < length[..., None]))[..., None, :]
     return weights / weights.sum(-1, keepdim=True)
 
 
+def _triangle(distance: Tensor) -> Tensor:
+    return (1 - distance).clamp_(min=0)
+
+
+def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:
+    """Keys' cubic convolution (1981, equation 4), with PIL's a, which torch takes too where it antialiases."""
+    near = ((a + 2) * distance - (a + 3)) * distance.square() + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return torch.where(distance < 1, near, far) * (distance < 2)
+
+
+KERNELS: dict[Interpolation, Callable[[Tensor], Tensor]] = {"bilinear": _triangle, "bicubic": _cubic}
+
+
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows · image · columnsᵀ, at most 1. images: (B, C, H, W); rows: (B, V, h, H); columns: (B, V, w, W)
+    """rows · image · columnsᵀ, in [0, 1]. images: (B, C, H, W); rows: (B, V, h, H); columns: (B, V, w, W)
     → (B, V, C, h, w)."""
     n, channels, height, width = images.shape
     count, h, w = rows.shape[1], rows.shape[2], columns.shape[2]
@@ -183,7 +247,7 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     x = torch.bmm(rows.reshape(n, count * h, height), x).view(n, count, h, channels, width)
     x = x.transpose(2, 3).reshape(n * count, channels * h, width)
     x = torch.bmm(x, columns.flatten(0, 1).mT).view(n, count, channels, h, w)
-    return x.clamp_(max=1)  # weights sum to 1 up to rounding
+    return x.clamp_(0, 1)  # weights sum to 1 up to rounding, and bicubic ones overshoot at edges
 
 
 def _flip(images: Tensor, flip: Tensor) -> Tensor:
@@ -421,7 +485,7 @@ def dino(
     blur: bool = True,
 ) -> ViewSpec:
     """DINO's two global and local_count local views (DataAugmentationDINO in the official main_dino.py; it resizes
-    bicubically). colour=False: crops and flips only. blur=False: a sigma of up to 2 pixels is meant for 224."""
+    bicubically: see `resampled`). colour=False: crops and flips only. blur=False: a sigma of up to 2 px suits 224."""
     base = dict(flip=flip, jitter=0.8 if colour else 0.0, grey=0.2 if colour else 0.0)
     p = 1.0 if colour and blur else 0.0
     spec = {
@@ -431,3 +495,8 @@ def dino(
     if local_count:
         spec["local"] = View(local_size, count=local_count, scale=local_scale, blur=0.5 * p, **base)
     return spec
+
+
+def resampled(spec: ViewSpec, interpolation: Interpolation) -> ViewSpec:
+    """The same views, cropped with this interpolation."""
+    return {name: replace(view, interpolation=interpolation) for name, view in spec.items()}

@@ -24,11 +24,11 @@ SHAPE = ("backbone.width", "backbone.depth", "backbone.heads", "backbone.patch")
 
 
 def save(backbone: Backbone, folder: Path) -> None:
-    """Write the timm model, its mean and std into `folder`, which appears whole or not at all.
+    """Write the timm model, its mean, std and evaluation view into `folder`, which appears whole or not at all.
 
     Raises UserError if the disk is full.
     """
-    model, size = backbone.model, backbone.input_size
+    model, view = backbone.model, backbone.evaluation_view
     published = model.pretrained_cfg
     config = dict(
         architecture=published["architecture"],
@@ -39,9 +39,10 @@ def save(backbone: Backbone, folder: Path) -> None:
         pretrained_cfg=dict(
             mean=backbone.mean.flatten().tolist(),
             std=backbone.std.flatten().tolist(),
-            input_size=[len(backbone.mean), *size],
-            crop_pct=crop_pct(size),
-            interpolation="bilinear",
+            input_size=[len(backbone.mean), *view.size],
+            crop_pct=view.crop_pct,
+            crop_mode=view.crop_mode,
+            interpolation=view.interpolation,
             num_classes=model.num_classes,
             **{key: published[key] for key in ("first_conv", "classifier") if key in published},
         ),
@@ -50,11 +51,6 @@ def save(backbone: Backbone, folder: Path) -> None:
         partial.mkdir()
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
         (partial / "config.json").write_text(json.dumps(config, indent=1))
-
-
-def crop_pct(size) -> float:
-    """How much of the short side the evaluation view keeps: 0.875, and all of it up to 64 px."""
-    return 1.0 if max(size) <= 64 else 0.875
 
 
 def digest(backbone: Backbone) -> str:

@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 from conftest import small_recipe
+from PIL import Image
 
 from ssl_vit import backbone as backbones
-from ssl_vit import pretrain, weights
+from ssl_vit import pretrain, views, weights
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 
@@ -68,6 +69,92 @@ def test_a_saved_backbone_loads_in_plain_timm(settings, tmp_path):
         assert torch.equal(plain.forward_features(standardised(images)), b.model.forward_features(standardised(images)))
         again = weights.load(str(tmp_path / "backbone")).eval()
         assert all(torch.equal(x, y) for x, y in zip(again.features(images)[0], b.features(images)[0], strict=True))
+
+
+def same_view(b: backbones.Backbone, model: torch.nn.Module) -> None:
+    """That what the backbone sees of an image, standardised, is what timm's own transform shows the model."""
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config)
+    noise = torch.rand(1, len(config["mean"]), 7, 9, generator=torch.Generator().manual_seed(0))
+    for shape in ((90, 130), (131, 77), (13, 21)):
+        image = (torch.nn.functional.interpolate(noise, shape, mode="bicubic").clamp(0, 1) * 255).byte()
+        with Image.fromarray(image[0].permute(1, 2, 0).numpy()) as pil:
+            expected = transform(pil)
+        found = b.normalise(b.evaluation_view(image))[0]
+        assert found.shape == expected.shape
+        # a grey level, and half of one, as the transform rounds
+        assert ((found - expected) * b.std).abs().max() < 1.5 / 255
+
+
+PUBLISHED = [
+    "vit_tiny_patch16_224",  # 0.9, bicubic
+    "deit3_small_patch16_224",
+    "resnet18.tv_in1k",  # 0.875, bilinear
+    "convnext_atto",
+    "eva02_tiny_patch14_224.mim_in22k",  # 1.0
+    "vit_base_patch32_clip_224.openai",  # means of its own
+    "mobilenetv3_small_050",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_evaluated_with_its_own_view(name, monkeypatch):
+    model = timm.create_model(name, **(dict(depth=1) if name.startswith(("vit", "deit", "eva")) else {}))
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: model)  # as the published one, but for its weights
+    b = weights.load(name)
+    config, view = timm.data.resolve_model_data_config(model), b.evaluation_view
+    assert (view.crop_pct, view.interpolation) == (config["crop_pct"], config["interpolation"])
+    same_view(b, model)
+
+
+def test_the_view_of_a_squashing_model_and_of_one_that_pads():
+    for mode in ("squash", "border"):
+        model = timm.create_model("resnet10t")
+        model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": mode, "interpolation": "bilinear"}
+        b = backbones.wrap(model, [0.5] * 3, [0.5] * 3, {})
+        if mode == "squash":
+            same = b.evaluation_view(torch.arange(256, dtype=torch.uint8).expand(1, 3, 20, 256))
+            assert same.shape == (1, 3, 176, 176) and same[..., 0].max() < 0.07  # nearly all of its width is seen
+        else:
+            with pytest.raises(
+                UserError, match="resnet10t is evaluated with crop_mode=border, and only center and squ"
+            ):
+                _ = b.evaluation_view
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "name, size, crop_pct",
+    [("vit_tiny", 64, 1.0), ("vit_tiny", 96, 0.875), ("eva02_tiny_patch14_224", 224, 0.875), ("resnet10t", 48, 1.0)],
+)
+def test_our_own_view_goes_with_the_weights(name, size, crop_pct, interpolation, tmp_path):
+    """Whatever the published model of the same architecture has; and plain timm shows the saved one the same."""
+    settings = [f"backbone.{key}=null" for key in ("width", "depth", "heads")] if name != "vit_tiny" else []
+    recipe = small_recipe("mae", f"backbone.name={name}", "backbone.patch=8", f"data.size={size}", *settings)
+    b = backbones.build(recipe.backbone, recipe.data, 0, interpolation)
+    weights.save(b, tmp_path / "b")
+    again = weights.load(str(tmp_path / "b"))
+    assert b.evaluation_view == again.evaluation_view == views.Evaluation((size, size), crop_pct, interpolation)
+    same_view(again, timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True))
+
+
+@pytest.mark.parametrize("init", ["trunc_normal", "xavier"])
+def test_the_class_token_starts_as_in_the_official_code(init, monkeypatch):
+    """Normal of std 0.02 (MAE, DINO, DeiT), by the seed, and no other weight knows of it."""
+
+    def new(seed):
+        recipe = small_recipe("mae", f"backbone.init={init}", "backbone.width=768", "backbone.depth=1")
+        return backbones.build(recipe.backbone, recipe.data, seed).model.state_dict()
+
+    tokens = torch.stack([new(seed)["cls_token"].flatten() for seed in range(4)])
+    assert (tokens.std(1) - 0.02).abs().max() < 0.002 and tokens.mean().abs() < 0.0015
+    assert tokens.abs().max() > 0.05  # not cut at two deviations
+    assert (torch.corrcoef(tokens) - torch.eye(4)).abs().max() < 0.15
+    first = new(0)
+    assert torch.equal(new(0)["cls_token"], first["cls_token"])
+    monkeypatch.setattr(backbones, "draw_class_token", lambda model, seed: None)
+    plain = new(0)
+    assert [key for key in first if not torch.equal(first[key], plain[key])] == ["cls_token"]
 
 
 def test_a_saved_config_says_nothing_of_the_published_model(tmp_path):

@@ -467,18 +467,22 @@ def test_workers_change_nothing(folder):
     for a, b in zip(alone, helped, strict=True):
         assert a.draw.step == b.draw.step and torch.equal(a.crops["image"], b.crops["image"])
     # more images than a batch are decoded by workers, fewer in this process
-    whole = [list(data.evaluation_views(images, (8, 8), 0.875, CPU, None, batch)) for batch in (len(images), 5)]
+    whole = [
+        list(data.evaluation_views(images, views.Evaluation((8, 8), 0.875), CPU, None, batch))
+        for batch in (len(images), 5)
+    ]
     assert torch.equal(torch.cat(whole[0]), torch.cat(whole[1]))
-    for dataset in (batches._Crops(images.photo, spec, 0), batches._Whole(images.photo, (8, 8), 1.0)):
+    for dataset in (batches._Crops(images.photo, spec, 0), batches._Whole(images.photo, views.Evaluation((8, 8)))):
         pickle.loads(pickle.dumps(dataset))  # as the start method spawn does
 
 
 def test_evaluation_views_are_the_same_from_both(folder):
     cached, streamed = load(folder), load(folder, cache_gb=0)
     chosen = torch.tensor([3, 15, 0, 7, 7])
-    one, other = (torch.cat(list(data.evaluation_views(s, (8, 8), 0.875, CPU, chosen, 2))) for s in (cached, streamed))
+    view = views.Evaluation((8, 8), 0.875)
+    one, other = (torch.cat(list(data.evaluation_views(s, view, CPU, chosen, 2))) for s in (cached, streamed))
     assert one.shape == (5, 3, 8, 8) and (one - other).abs().max() < 0.51 / 255
-    everything = torch.cat(list(data.evaluation_views(cached, (12, 10), 1.0, CPU)))
+    everything = torch.cat(list(data.evaluation_views(cached, views.Evaluation((12, 10)), CPU)))
     assert torch.allclose(everything * 255, cached.images.float(), atol=1e-3)
 
 

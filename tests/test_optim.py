@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from conftest import make_batch, small_objective
 
@@ -26,6 +27,45 @@ def test_layer_decay_gives_each_block_its_own_rate():
     assert len(rates) >= 4 and max(rates) == 1.0
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(everything) == len({id(p) for p in everything}) == sum(p.requires_grad for p in objective.parameters())
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_layers_are_those_of_the_official_code(classes):
+    """get_layer_id_for_vit in mae/util/lr_decay.py, its ids for three blocks written by hand."""
+    model = small_objective("supervised", "backbone.depth=3").backbone.model
+    model.reset_classifier(classes)
+    block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    expected = {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0}
+    expected |= {f"blocks.{i}.{part}.{kind}": i + 1 for i in range(3) for part in block for kind in ("weight", "bias")}
+    expected |= {"norm.weight": 4, "norm.bias": 4}
+    expected |= {"head.weight": 4, "head.bias": 4} if classes else {}
+    assert optim.layer_ids(model) == (expected, 4)
+
+
+def test_the_layers_of_other_models_end_with_their_head():
+    for name, stem, block, head in (
+        ("resnet18", "conv1.weight", "layer4.1.conv2.weight", "fc.weight"),
+        ("convnext_atto", "stem.0.weight", "stages.3.blocks.1.mlp.fc2.weight", "head.fc.weight"),
+    ):
+        for classes in (0, 3):
+            layers, last = optim.layer_ids(timm.create_model(name, num_classes=classes))
+            assert layers[stem] == 0 and layers[block] == last - 1 and layers.get(head, last) == last, name
+
+
+def test_tokens_are_spared_as_by_timm():
+    """Every parameter that the models themselves exempt (`no_weight_decay`) and that is none of one dimension."""
+    small = dict(num_classes=0, depth=1, embed_dim=8, num_heads=1)
+    models = {
+        "vit_tiny_patch16_224": small | dict(reg_tokens=2),
+        "deit_tiny_distilled_patch16_224": small,
+        "swin_tiny_patch4_window7_224": dict(num_classes=0, depths=(1, 1), embed_dim=8, num_heads=(1, 1)),
+    }
+    for name, args in models.items():
+        model = timm.create_model(name, **args)
+        exempt = model.no_weight_decay() | {n for n, _ in model.named_parameters() if "relative_position_bias" in n}
+        plain = {n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(".bias")}
+        decayed = {n for n, p in model.named_parameters() if optim.decays(n, p, "1d+tokens")}
+        assert plain - decayed == plain & (exempt | {"reg_token"}) != set(), name
 
 
 def test_a_head_outside_of_the_backbone_is_not_slowed():
@@ -71,7 +111,7 @@ def test_the_whole_course_of_learning_rate_and_weight_decay(warmup, decay):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 own = name[id(parameter)]
-                below = 0 if own.startswith("head.") else 1 if own.startswith(("norm.", "blocks.1.")) else 2
+                below = 0 if own.startswith(("head.", "norm.")) else 1 if own.startswith("blocks.1.") else 2
                 below = 3 if own.startswith(("patch_embed.", "pos_embed", "cls_token")) else below
                 assert group["lr"] == pytest.approx(rate * 0.5**below, rel=1e-12), own
                 plain = parameter.ndim > 1 and not own.endswith(".bias")

@@ -1,11 +1,15 @@
 """Every operation against torchvision's on single images, every law against torchvision's by Kolmogorov-Smirnov."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import beta as beta_law
 from scipy.stats import chisquare, ks_2samp, kstest
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from timm.data import create_transform
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit import views
@@ -98,6 +102,61 @@ def test_crop_equals_torchvisions(channels, height, width, size):
     for image, box, mirror, result in zip(images, places.tolist(), flip, ours, strict=True):
         expected = tv.resized_crop(image.float() / 255, *box, list(size), antialias=True)
         close(result, tv.horizontal_flip(expected) if mirror else expected, 2e-6)
+
+
+@pytest.mark.parametrize("channels, height, width, size", [
+    (3, 32, 32, (32, 32)), (3, 40, 72, (16, 56)), (1, 28, 20, (33, 64)), (3, 200, 150, (96, 96)),
+])  # fmt: skip
+def test_bicubic_crop_equals_torchvisions(channels, height, width, size):
+    n = 12
+    images = (photos(n, channels, height, width).int() * 3 - 255).clamp(0, 255).to(torch.uint8)  # so that it overshoots
+    places = views.boxes("v", View(size, scale=(0.02, 1.0)), rows(n), height, width)[:, 0]
+    places[0] = torch.tensor([0, 0, height, width])
+    places[1] = torch.tensor([height - 4, width - 5, 4, 5])
+    ours = views.crop(images, places, torch.zeros(n, dtype=torch.bool), size, "bicubic")
+    assert ours.min() == 0 and ours.max() == 1
+    overshot = 0
+    for image, box, result in zip(images, places.tolist(), ours, strict=True):
+        expected = tv.resized_crop(image.float() / 255, *box, list(size), InterpolationMode.BICUBIC, antialias=True)
+        overshot += ((expected < -0.01) | (expected > 1.01)).sum().item()
+        close(result, expected.clamp(0, 1), 1e-5)
+    assert overshot > 100
+
+
+def test_the_interpolation_of_a_recipe_is_that_of_its_crops():
+    images = photos(4, 3, 40, 40) // 2 + 60  # nothing overshoots: the workers cut that between the two passes
+    for spec in (views.crop_flip((24, 24), 0.0), views.none((24, 24))):
+        cubic = views.resampled(spec, "bicubic")
+        for draw in (rows(4), rows(4, step=1)):
+            made, plain = (views.make(s, images, draw)["image"] for s in (cubic, spec))
+            assert (made - plain).abs().max() > 0.02
+            crops = [views.crop_photo(cubic, image, draw.of(draw.rows[i : i + 1])) for i, image in enumerate(images)]
+            finished = views.finish(cubic, {"image": torch.stack([c["image"] for c in crops])}, draw)["image"]
+            close(finished, made, 1.1 / 255)
+
+
+# of a square crop of any share, of other shapes, and of squashed images
+EVALUATIONS = [
+    views.Evaluation((224, 224), 0.9), views.Evaluation((96, 96), 0.875), views.Evaluation((64, 64)),
+    views.Evaluation((32, 48), 0.95), views.Evaluation((33, 56), 0.875, crop_mode="squash"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("view", EVALUATIONS, ids=str)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluation_views_are_those_of_timm(view, interpolation):
+    """On PIL images, portrait and landscape, larger and smaller than the view, to within a grey level."""
+    view = dataclasses.replace(view, interpolation=interpolation)
+    transform = create_transform(
+        (3, *view.size), interpolation=interpolation, crop_pct=view.crop_pct, crop_mode=view.crop_mode, normalize=False
+    )
+    for height, width in ((375, 500), (501, 333), (21, 33), (19, 150), (96, 96)):
+        [image] = photos(1, 3, height, width)
+        expected = transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        found = (view(image[None])[0] * 255).round()
+        assert found.shape == expected.shape
+        close(found, expected.float(), 1.0)
+        assert (found != expected).float().mean() < 0.25, (height, width)
 
 
 def test_crop_of_several_boxes_is_one_crop_each():

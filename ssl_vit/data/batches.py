@@ -64,8 +64,7 @@ def chunks(
 
 def evaluation_views(
     images: ImageSet,
-    size: tuple[int, int],
-    crop_pct: float,
+    view: views.Evaluation,
     device: torch.device,
     indices: Tensor | None = None,
     batch: int = 256,
@@ -74,9 +73,9 @@ def evaluation_views(
     indices = torch.arange(len(images)) if indices is None else indices.cpu()
     if images.images is not None:
         for part in indices.split(batch):
-            yield views.whole(images.images[part.to(images.images.device)].to(device), size, crop_pct)
+            yield view(images.images[part.to(images.images.device)].to(device))
         return
-    dataset = _Whole(images.photo, size, crop_pct)
+    dataset = _Whole(images.photo, view)
     workers = min(system.cores(), 16) if len(indices) > batch else 0
     loader = DataLoader(dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate)
     for part in _batches(loader):
@@ -100,12 +99,12 @@ class _Crops:
 class _Whole:
     """Decodes one photo and makes its evaluation view, rounded to uint8 (C, H, W)."""
 
-    def __init__(self, photo: Callable[[int], Tensor], size: tuple[int, int], crop_pct: float):
-        self.photo, self.size, self.crop_pct = photo, size, crop_pct
+    def __init__(self, photo: Callable[[int], Tensor], view: views.Evaluation):
+        self.photo, self.view = photo, view
 
     def __getitem__(self, index: int) -> Tensor | UserError:
         try:
-            return (views.whole(self.photo(index)[None], self.size, self.crop_pct)[0] * 255).round().byte()
+            return (self.view(self.photo(index)[None])[0] * 255).round().byte()
         except UserError as error:
             return error
 

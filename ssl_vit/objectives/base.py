@@ -44,13 +44,14 @@ class Facts:
         """The recipe's augmentation, as one view called "image"."""
         scale = tuple(self.views.scale)
         if self.views.kind == "none":
-            return views.none(self.size)
-        if self.views.kind == "crop+flip":
-            return views.crop_flip(self.size, self.flip, scale)
-        if self.views.kind == "three-augment":
-            return views.three_augment(self.size, self.flip, scale)
-        image = views.dino(self.size, self.size, 0, self.flip, scale, blur=self.views.blur)["global2"]
-        return {"image": image}
+            spec = views.none(self.size)
+        elif self.views.kind == "crop+flip":
+            spec = views.crop_flip(self.size, self.flip, scale)
+        elif self.views.kind == "three-augment":
+            spec = views.three_augment(self.size, self.flip, scale)
+        else:
+            spec = {"image": views.dino(self.size, self.size, 0, self.flip, scale, blur=self.views.blur)["global2"]}
+        return views.resampled(spec, self.views.interpolation)
 
 
 class Objective(nn.Module):

@@ -69,7 +69,7 @@ class DINO(Objective):
         local = config.local_size or max(side, round(min(facts.size) * 3 / 7 / side) * side)
         if local % side or local % backbone.patch[1]:
             raise UserError(f"objective.local_size={local} does not divide into patches of {backbone.patch}.")
-        self.views = views.dino(
+        spec = views.dino(
             facts.size,
             (local, local),
             config.local_count,
@@ -79,6 +79,7 @@ class DINO(Objective):
             colour=facts.views.kind == "dino",
             blur=facts.views.blur,
         )
+        self.views = views.resampled(spec, facts.views.interpolation)
         self.head = Head(config, backbone.width)
         self.teacher = copy.deepcopy(backbone).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
