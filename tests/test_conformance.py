@@ -178,9 +178,7 @@ twins                      twins_svt_small                0        agrees
 vgg                        vgg11                          NCHW     agrees
 visformer                  visformer_tiny                 NCHW     agrees
 vision_transformer         test_vit                       1        agrees
-vision_transformer_hyb     ridvit_tiny_r_s16_p8_224       1        agrees
 vision_transformer_hybrid  vit_tiny_r_s16_p8_224          1        agrees
-vision_transformer_rel     postest_vit_relpos             0        agrees
 vision_transformer_relpos  test_vit_relpos                0        agrees
 vision_transformer_sam     samvit_base_patch16_224        NCHW     agrees
 vitamin                    vitamin_small_224              0        agrees
