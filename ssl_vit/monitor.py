@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit import neighbours
+from ssl_vit import neighbours, views
 from ssl_vit.backbone import Backbone
 from ssl_vit.checkpoint import Run
 from ssl_vit.data import ImageSet, evaluation_views
@@ -152,6 +152,7 @@ class OnlineKnn:
         self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()
         if self.labels is not None and not all((self.labels[q] >= 0).any() for q in (self.is_query, ~self.is_query)):
             self.labels = None  # too few have one
+        self.view = views.evaluation(recipe.data.size, recipe.views.interpolation)
 
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:
@@ -159,7 +160,7 @@ class OnlineKnn:
         training = backbone.training
         backbone.eval()
         pooled, first = [], []
-        for batch in evaluation_views(self.images, backbone.evaluation_view, self.device, self.chosen):
+        for batch in evaluation_views(self.images, self.view, self.device, self.chosen):
             [(prefix, patches)] = backbone.features(batch)
             pooled.append(patches.flatten(1, 2).mean(1).float().cpu())
             first.append(prefix[:, : int(backbone.has_class_token)].flatten(1).float().cpu())

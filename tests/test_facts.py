@@ -113,6 +113,20 @@ def test_mean_and_std_travel_with_the_weights(tmp_path):
     assert saved["input_size"] == [3, *SIZE] and (saved["mean"], saved["std"]) != (saved["std"], saved["mean"])
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("name", ["mae", "dino", "supervised"])
+def test_the_interpolation_of_the_views_travels_with_the_weights(name, interpolation, tmp_path):
+    """From the recipe to the crops, the evaluation view, the exported model, and what fine-tuning begins with."""
+    _, objective = built(name, ramp(True), f"views.interpolation={interpolation}")
+    assert {view.interpolation for view in objective.views.values()} == {interpolation}
+    weights.save(objective.exported, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["interpolation"] == interpolation
+    source = features.open_source(str(tmp_path), recipes.Data(), None)
+    assert finetune.make_recipe(source, recipes.Data(), []).views.interpolation == interpolation
+    asked = finetune.make_recipe(source, recipes.Data(), ["views.interpolation=bilinear"])
+    assert asked.views.interpolation == "bilinear"
+
+
 # -- fine-tuning ------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,27 @@ def test_they_are_computed_once_and_again_when_the_weights_differ(tmp_path, stat
     assert np.allclose(moved, first + 1, atol=1e-5) and max(calls) > 1
 
 
+def test_they_are_those_of_the_backbone_s_own_view(tmp_path, state, images):
+    """A model of the same weights that is shown the middle of the images, or bicubic ones, has features of its own."""
+    source = small_source(tmp_path)
+    images.images = images.images // 2 + 60  # so that bicubic ones do not overshoot
+    first = features.extract(source, images, state).poolings(-1)["cls"].copy()
+    published = source.backbone.model.pretrained_cfg
+    # of 8 px shown at 16, and then their middle half
+    views_of = {"half": dict(crop_pct=0.5), "cubic": dict(crop_pct=0.5, interpolation="bicubic")}
+    for name, view in views_of.items():
+        source.backbone.model.pretrained_cfg = {**published, **view}
+        mode = "bicubic" if name == "cubic" else "bilinear"
+        shown = torch.nn.functional.interpolate(images.images.float() / 255, (16, 16), mode=mode, antialias=True)
+        with torch.no_grad():
+            expected = source.backbone.tokens(shown[:, :, 4:12, 4:12])[:, 0]
+        found = features.extract(source, images, state).poolings(-1)["cls"]
+        assert np.allclose(found, expected, atol=1e-4) and not np.allclose(found, first, atol=0.1), name
+    assert len(list((tmp_path / "features").glob("*-cls.npy"))) == 3
+    source.backbone.model.pretrained_cfg = published
+    assert np.array_equal(features.extract(source, images, state).poolings(-1)["cls"], first)
+
+
 def test_features_that_are_not_finite_are_refused_with_the_image(tmp_path, state, images, monkeypatch):
     source = small_source(tmp_path)
     forward = type(source.backbone).features

@@ -131,8 +131,8 @@ def test_lower_layers_learn_more_slowly(tune, monkeypatch):
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     found = {n.removeprefix("backbone.model."): rate[id(p)] for n, p in objective.named_parameters() if id(p) in rate}
     peak = 1e-3 * 32 / 256
-    assert found["head.weight"] == found["head.bias"] == pytest.approx(peak)
-    assert found["norm.weight"] == found["blocks.1.attn.qkv.weight"] == pytest.approx(peak / 2)
+    assert found["head.weight"] == found["head.bias"] == found["norm.weight"] == pytest.approx(peak)
+    assert found["blocks.1.attn.qkv.weight"] == pytest.approx(peak / 2)
     assert found["blocks.0.mlp.fc1.weight"] == pytest.approx(peak / 4)
     assert found["patch_embed.proj.weight"] == found["cls_token"] == pytest.approx(peak / 8)
     assert len(found) == sum(p.requires_grad for p in objective.parameters())

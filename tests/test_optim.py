@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import make_batch, small_objective
 
-from ssl_vit import flops, optim
+from ssl_vit import flops, optim, pretrain
 from ssl_vit.recipe import Optim
 
 
@@ -50,6 +50,16 @@ def test_the_layers_of_other_models_end_with_their_head():
         for classes in (0, 3):
             layers, last = optim.layer_ids(timm.create_model(name, num_classes=classes))
             assert layers[stem] == 0 and layers[block] == last - 1 and layers.get(head, last) == last, name
+
+
+@pytest.mark.parametrize("name, spared", [
+    ("finetune", True), ("supervised", True), ("simmim", True), ("beit", True), ("masked-patch", True),
+    ("mae", False), ("mae-photos", False), ("dino", False), ("dino-photos", False),
+])  # fmt: skip
+def test_recipes_spare_positions_and_tokens_where_their_source_does(name, spared):
+    """MAE's and DINO's pre-training decay the class token; what follows BEiT's and DeiT's optimizers does not."""
+    rule = pretrain.read(name, [], None).optim.no_decay
+    assert optim.decays("backbone.model.cls_token", torch.zeros(1, 1, 8), rule) != spared
 
 
 def test_tokens_are_spared_as_by_timm():
