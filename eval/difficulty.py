@@ -32,7 +32,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from eval import features, inputs, results, tables
-from ssl_vit import checkpoint, data, errors, pretrain
+from ssl_vit import data, errors, files, pretrain
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -58,7 +58,7 @@ def evaluate(run: Path) -> dict | None:
     if figures is None:
         say(f"{run} has no such figure: its objective, {recipe.objective_name}, recovers no spoiled image.")
         return None
-    checkpoint.write(run / "difficulty.json", json.dumps(figures | results.SURROUNDINGS, indent=1))
+    files.write(run / "difficulty.json", json.dumps(figures | results.SURROUNDINGS, indent=1))
     return figures
 
 

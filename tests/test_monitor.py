@@ -29,6 +29,8 @@ def images_of(labels: torch.Tensor) -> data.ImageSet:
 class Pixels(torch.nn.Module):
     """A backbone whose features are the pixels."""
 
+    has_class_token = True
+
     def features(self, images):
         return [(images.flatten(1)[:, None], images.permute(0, 2, 3, 1))]
 
