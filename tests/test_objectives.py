@@ -179,7 +179,7 @@ def test_colours_of_many_channels_are_refused():
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "beit", "dino"])
 def test_models_without_tokens_are_refused_by_name(name):
-    with pytest.raises(UserError, match="ResNet"):
+    with pytest.raises(UserError, match="and resnet18 is none: use one such as backbone.name=vit_small"):
         small_objective(
             name, "backbone.name=resnet18", "backbone.width=null", "backbone.depth=null", "backbone.heads=null"
         )

@@ -822,7 +822,7 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
         for i in range(count):
             place = tmp_path / "set" / split / f"kind {i % 10}"
             place.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (8, 8), i).save(place / f"{i:03d}.png")
+            Image.new("L", (8, 8), i + 220 * (split == "train")).save(place / f"{i:03d}.png")
     config = dict(name=str(tmp_path / "set"), config=None, image=None, label=None, train_split=None, report_split=None)
     config |= dict(subset=None, subset_seed=0, hold_out=False, size=[8, 8], channels=1, mean=[0.5], std=[0.2])
     config |= dict(flip=False, cache_gb=4.0, skip_broken=False)

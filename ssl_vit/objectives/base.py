@@ -124,8 +124,8 @@ class Objective(nn.Module):
         """The backbone, refused by name unless its tokens can be replaced or dropped."""
         if not isinstance(self.backbone, TokenBackbone):
             raise UserError(
-                f"{type(self).__name__} must {what} tokens, and can do so in plain ViTs alone: "
-                f"{self.backbone.name} is none; use one such as backbone.name=vit_small."
+                f"{type(self).__name__} must {what} tokens, which only plain ViTs allow, and {self.backbone.name} is "
+                "none: use one such as backbone.name=vit_small."
             )
         return self.backbone
 
