@@ -334,6 +334,7 @@ class _Same:
     """A backbone whose patches are the image's mean colour."""
 
     training = False
+    has_class_token = False
 
     def eval(self):
         pass
