@@ -133,14 +133,17 @@ def _start(loader: DataLoader) -> Iterator:
 
 def _batches(loader: DataLoader) -> Iterator:
     """The loader's batches. Raises the UserError of a worker, and one for a worker that the system killed."""
+    batches = _start(loader)
     try:
-        for batch in _start(loader):
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
+        for worker in batches._workers:  # they may wait for ever for a lock that the dead one held
+            worker.kill()
         raise UserError(
             f"A decoding process died ({' '.join(str(error).split())[:200]}): if memory or /dev/shm is short, "
             "lower runtime.workers or runtime.per_device_batch."
