@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -139,12 +140,15 @@ def _batches(loader: DataLoader) -> Iterator:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, EOFError, OSError) as error:  # the latter two where it dies while it hands over a batch
+        workers = getattr(batches, "_workers", [])
+        dead = wait([worker.sentinel for worker in workers], timeout=1)
+        if not dead and "DataLoader worker (pid" not in str(error):
             raise
-        for worker in batches._workers:  # they may wait for ever for a lock that the dead one held
+        for worker in workers:  # they may wait for ever for a lock that the dead one held
             worker.kill()
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"A decoding process died ({' '.join(str(error).split())[:200]}): if memory or /dev/shm is short, "
-            "lower runtime.workers or runtime.per_device_batch."
+            f"A decoding process died ({reason}): if memory or /dev/shm is short, lower runtime.workers or "
+            "runtime.per_device_batch."
         ) from None
