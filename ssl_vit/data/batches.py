@@ -1,9 +1,11 @@
 """An image set → chunks of augmented views for training, and batches of unaugmented ones for evaluation."""
 
+import atexit
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -126,10 +128,18 @@ def _start(loader: DataLoader) -> Iterator:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, system.STOPPING)
     ended = signal.getsignal(signal.SIGCHLD)
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
         signal.signal(signal.SIGCHLD, ended)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    # at its exit Python would end those left by a SIGTERM, which they ignore, and wait for them
+    atexit.register(_kill, getattr(batches, "_workers", []))
+    return batches
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _batches(loader: DataLoader) -> Iterator:
@@ -145,8 +155,7 @@ def _batches(loader: DataLoader) -> Iterator:
         dead = wait([worker.sentinel for worker in workers], timeout=1)
         if not dead and "DataLoader worker (pid" not in str(error):
             raise
-        for worker in workers:  # they may wait for ever for a lock that the dead one held
-            worker.kill()
+        _kill(workers)  # they may wait for ever for a lock that the dead one held
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"A decoding process died ({reason}): if memory or /dev/shm is short, lower runtime.workers or "
