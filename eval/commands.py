@@ -23,7 +23,6 @@ OBJECTIVES = Path(__file__).resolve().parent.parent / "ssl_vit" / "objectives"  
 PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{file.stem}" for file in sorted(OBJECTIVES.glob("[a-z]*.py")))]
 PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
 PREPARED += ["sklearn.linear_model"]
-STOPPING = {*system.STOPPING, signal.SIGHUP}
 
 _context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
 _context.set_forkserver_preload(PREPARED)
@@ -41,7 +40,7 @@ class Command:
         self._process = _context.Process(target=_run, args=(module, words, log.resolve(), Path.cwd(), variables))
         # The server is deaf to signals to stop, which may be sent to both: from it, one learns how the commands end.
         resource_tracker.ensure_running()  # multiprocessing's; its start would make this process listen again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, system.STOPPING)
         if _context.get_start_method() == "forkserver":
             forkserver.ensure_running()
         self._process.start()
@@ -65,7 +64,7 @@ def _run(module: str, words: list[str], log: Path, folder: Path, variables: dict
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, system.STOPPING)
     multiprocessing.set_start_method(None, force=True)  # its own processes are started as if it were from the terminal
     os.environ.clear()
     os.environ.update(variables)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eval.predictions import Predictions
 from ssl_vit.schedules import cosine
+from ssl_vit.views import Interpolation
 
 # for features of unit expected length: few images ask for the low ones, features that hardly differ for the high ones
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
@@ -166,14 +167,15 @@ class Protocol:
     optimizer: Literal["lars", "sgd"]
     batch_norm: bool
     warmup: int  # epochs
+    interpolation: Interpolation  # of the crops
     scale: tuple[float, float] = (0.08, 1.0)  # of the random crop; a flip comes with it
 
 
 PROTOCOLS = {
     # He et al. 2021, arXiv 2111.06377, table 10; official main_linprobe.py
-    "mae": Protocol(1, 90, 16384, 0.1, "lars", True, 10),
+    "mae": Protocol(1, 90, 16384, 0.1, "lars", True, 10, "bicubic"),
     # Caron et al. 2021, arXiv 2104.14294, appendix F.1; official eval_linear.py
-    "dino": Protocol(4, 100, 1024, 0.001, "sgd", False, 0),
+    "dino": Protocol(4, 100, 1024, 0.001, "sgd", False, 0, "bilinear"),
 }
 DINO_WIDE = 768  # from ViT-B on, DINO reads the last block alone: class token and mean of the patches
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from eval.commands import STOPPING, Command
-from ssl_vit import files
+from eval.commands import Command
+from ssl_vit import files, system
 from ssl_vit.errors import say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,9 +72,8 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         say(f"{minutes:3d}:{seconds:02d}  {word:7}  {job.name}{more}")
         files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
 
-    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # not those of nohup
     asked: list[int] = []  # to stop, by these signals
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in heard}
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in system.heeded()}
     while True:
         waiting = [job for job in jobs if not job.ended and job.process is None]
         for job in waiting:

@@ -272,6 +272,7 @@ def augmented(
     """(features (B, D), labels (B,)) of global batches of random crops and flips, the same on all processes."""
     source, state, images = probe.source, probe.state, probe.train
     spec = views.crop_flip(source.size, 0.5 if images.flip else 0.0, protocol.scale)
+    spec = views.resampled(spec, protocol.interpolation)
     order = Order(probe.seed, len(chosen), batch)
     share = -(-batch // state.num_processes)  # the last process repeats a few rows, which are cut off again
     mine = np.minimum(np.arange(share) + share * state.process_index, batch - 1)

@@ -424,8 +424,8 @@ def told_to_use_cpu() -> bool:
 
 
 class StopSignal:
-    """SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, or the death of the launcher: the step is finished and saved, then the process
-    ends with the shell's code of that signal (128 + its number)."""
+    """SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP, or the death of the launcher: the step is finished and saved, then the
+    process ends with the shell's code of that signal (128 + its number)."""
 
     def __init__(self):
         self._asked: int | None = None
@@ -434,7 +434,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         """From here on a signal waits for the step; before the first step there is nothing to save."""
-        self._before = {number: signal.signal(number, self._ask) for number in system.STOPPING}
+        self._before = {number: signal.signal(number, self._ask) for number in system.heeded()}
         return self
 
     def __exit__(self, *error) -> None:

@@ -287,14 +287,21 @@ def _merge(own: dict[str, Any], changes: dict[str, Any], path: str, of_run: bool
     named = {}
     if "backbone.name" in changes:  # the file's shape is that of its own model
         outdated |= {"backbone.width", "backbone.depth", "backbone.heads"}
-        patch = re.search(r"_patch(\d+)", str(changes["backbone.name"]))
-        named = {"backbone.patch": int(patch[1])} if patch else {}
+        named = _patch_in(changes["backbone.name"])
+        outdated |= named.keys()
     if of_run and changes.get("data.name", own.get("data.name")) != own.get("data.name"):
         outdated |= set(OF_IMAGES)
     if of_run and any(length in changes for length in LENGTHS):  # the steps there may be made of epochs or FLOPs
         outdated |= set(LENGTHS)
+    own = _patch_in(own.get("backbone.name") if "backbone.name" not in changes else None) | own
     kept = {key: (value, path) for key, value in own.items() if key not in outdated}
     return kept | {key: (value, "the command line") for key, value in (named | changes).items()}
+
+
+def _patch_in(name: Any) -> dict[str, int]:
+    """The setting that a model's name states, as vit_base_patch16_224 does; our default must not override it."""
+    found = re.search(r"_patch(\d+)", str(name))
+    return {"backbone.patch": int(found[1])} if found else {}
 
 
 def _recipes_of(objective: str) -> list[str]:

@@ -426,6 +426,17 @@ def test_presets(preset, tmp_path, monkeypatch, backbone):
     assert min(r["value"] for r in rows) > 0.25  # of ten classes, with random weights: labels go with their images
 
 
+@pytest.mark.parametrize(("preset", "interpolation"), [("mae", "bicubic"), ("dino", "bilinear")])
+def test_published_protocols_crop_as_their_sources_do(preset, interpolation, tmp_path, monkeypatch, backbone):
+    used = []
+    original = linear_probe.data.chunks
+    monkeypatch.setattr(
+        linear_probe.data, "chunks", lambda images, spec, *a: used.append(spec) or original(images, spec, *a)
+    )
+    run(monkeypatch, tmp_path, *backbone, "--preset", preset, "--epochs", "1")
+    assert {view.interpolation for spec in used for view in spec.values()} == {interpolation}
+
+
 def test_the_backbone_is_left_as_it_was(tmp_path, monkeypatch, backbone):
     opened = []
     original = features.open_source

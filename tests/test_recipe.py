@@ -100,6 +100,11 @@ def test_a_backbone_s_name_on_the_command_line_replaces_the_recipe_s_shape(file)
     assert shape("backbone.name=vit_base", recipe="mae-photos") == (None, None, None, 16)
     assert shape("backbone.name=vit_base_patch8_224", recipe="mae-photos") == (None, None, None, 8)
     assert shape(recipe=file(backbone=dict(name="vit_small", width=96))) == (96, None, None, "auto")
+    named = file(backbone=dict(name="vit_base_patch16_224"))
+    assert shape(recipe=named) == (None, None, None, 16)
+    assert shape("backbone.name=vit_base_patch8_224", recipe=named)[-1] == 8
+    assert shape("backbone.name=vit_base", recipe=named)[-1] == "auto"
+    assert shape(recipe=file(backbone=dict(name="vit_base_patch16_224", patch=4)))[-1] == 4
 
 
 @pytest.fixture

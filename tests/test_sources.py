@@ -47,7 +47,7 @@ def test_links_to_folders_above_change_nothing(tmp_path, capsys):
         assert plain.fingerprint == linked.fingerprint and len(plain) == len(linked) > 0
         assert plain.names() == linked.names()
     said = capsys.readouterr().out
-    assert said.count("Left out: 3 links to folders that are read already; every file counts once.") == 1
+    assert said.count("Left out: 3 links to folders already read; every file counts once.") == 1
     assert len(linked.ledger["found"]["links_to_folders_that_count_already"]) == 3
 
 
@@ -70,7 +70,7 @@ def test_links_and_hard_links_to_files_count_once(tmp_path, capsys):
     after = load(tmp_path)
     assert after.fingerprint == before.fingerprint and after.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert after.ledger["found"]["left_out"] == dict(links=2)
-    assert "Left out: 2 links to images that are read already" in capsys.readouterr().out
+    assert "Left out: 2 links to images already read" in capsys.readouterr().out
 
 
 def test_images_of_the_report_split_are_not_trained_on(tmp_path, capsys):
@@ -262,6 +262,20 @@ def test_home_and_folders_called_as_known_sets(tmp_path, monkeypatch, capsys):
         load("cifar10")
     assert "for the folder of that name here, pass --data ./cifar10." in capsys.readouterr().out
     assert len(load("./cifar10")) == 3
+
+
+def test_a_user_without_a_home_folder(tmp_path, monkeypatch):
+    fill(tmp_path / "photos", 20)
+    monkeypatch.delenv("SSL_VIT_CACHE", raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match="There is no home folder .*: name a folder in SSL_VIT_CACHE"):
+        load(tmp_path / "photos")
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
+    assert len(load(tmp_path / "photos")) + len(load(tmp_path / "photos", "report")) == 20
 
 
 def test_words_that_yaml_reads_as_numbers():

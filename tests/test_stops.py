@@ -48,7 +48,7 @@ def mae(run: str, steps: int, *settings: str) -> list[str]:
     return ["--recipe", "mae", *TINY, *SMALL["mae"], *PHOTOS, f"train.steps={steps}", "--output", run, *settings]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_to_the_group_saves_first(place, number):
     run = f"stopped-{number}"
     process = launch(place, "ssl_vit/pretrain.py", *mae(run, 100_000))

@@ -227,10 +227,10 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         members[split] = sorted(kept.values())
         left_out["links"] = left_out.get("links", 0) + len(chosen) - len(kept)
         real |= {files[i].key: i for i in reversed(members[split])}
-    again = [f"{left_out['links']:,} links to images"] * bool(left_out["links"])
-    again += [f"{len(found.links):,} links to folders"] * bool(found.links)
+    links = (("image", left_out["links"]), ("folder", len(found.links)))
+    again = [f"{n:,} link{'s' * (n > 1)} to {kind}s" for kind, n in links if n]
     if again:
-        say_once(f"Left out: {_and(again)} that are read already; every file counts once.")
+        say_once(f"Left out: {_and(again)} already read; every file counts once.")
 
     unique = [files[i] for i in sorted(real.values())]
     same = copies.of_files([file.path for file in unique], [(file.size, file.time) for file in unique])
