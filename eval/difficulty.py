@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor
 
-from eval import features, inputs, results, tables
+from eval.measure import cli, features, results
+from eval.page import text_tables
 from ssl_vit import data, errors, files, pretrain
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
@@ -52,7 +53,7 @@ def evaluate(run: Path) -> dict | None:
     images = data.load(recipe.data, "train").to(state.device)
     objective = pretrain.build(recipe, images).to(state.device).eval()
     views = pretrain.fit_images(recipe, images, state.device)
-    if objective.fits:
+    if objective.requires_fit:
         objective.fit(views, recipe.train.seed)
     figures = measure(objective, views[:: math.ceil(len(views) / IMAGES)], recipe.train.seed)
     if figures is None:
@@ -75,13 +76,13 @@ def refuse_missing(run: Path) -> None:
 def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | None:
     """The figures of an objective on clean images (n, C, H, W) in [0, 1]; None if it recovers no spoiled image."""
     backbone, device = objective.backbone, images.device
-    given = objective.given(images[:1], Draw(seed, 0, torch.arange(1), device))
+    given = objective.encoder_inputs(images[:1], Draw(seed, 0, torch.arange(1), device))
     if given is None:
         return None
     fifth = torch.arange(len(images)) % 5
     fitting, choosing, scored = (part.nonzero().flatten() for part in (fifth < 3, fifth == 3, fifth == 4))
     training = images[(fifth < 4).to(device)]
-    mean = patchify(backbone.normalise(training.mean(0, keepdim=True)), backbone.patch).mean((0, 1))
+    mean = patchify(backbone.normalise(training.mean(0, keepdim=True)), backbone.patch_size).mean((0, 1))
     values, counted = len(mean), int(given[2].sum())  # the same in every image
     width = 9 * (values + 1) + 1
     share = min(1.0, VALUES / (width * counted * len(training)))
@@ -91,10 +92,10 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
         float64 on the CPU, some images at a time."""
         for part in numbers.split(64):
             clean, draw = images[part.to(device)], Draw(seed, 0, part, device)
-            seen, absent, counted = objective.given(clean, draw)
+            seen, absent, counted = objective.encoder_inputs(clean, draw)
             taken = counted & (draw.uniform("taken", counted.shape[1]) < share)
-            around = neighbours(patchify(seen, backbone.patch) - mean, ~absent, backbone.grid(images), taken)
-            patches = patchify(backbone.normalise(clean), backbone.patch)[taken] - mean
+            around = neighbours(patchify(seen, backbone.patch_size) - mean, ~absent, backbone.grid(images), taken)
+            patches = patchify(backbone.normalise(clean), backbone.patch_size)[taken] - mean
             yield around.cpu().double(), patches.cpu().double()
 
     def products(numbers: Tensor) -> Tensor:
@@ -152,13 +153,13 @@ def table(rows: dict[str, dict]) -> str:
     for name, row in rows.items():
         errors_of = [f"{row[key]:.3f}" for key in ("mean_patch", "identity", "linear")]
         lines.append([name, *errors_of, f"{row['penalty']:g}", f"{row['images']:,}"])
-    return tables.aligned(lines)
+    return text_tables.aligned(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--threads", type=inputs.positive, help="CPU threads; default: cores")
+    parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()
     for run in args.runs:
         refuse_missing(run)

@@ -17,10 +17,7 @@ compute of a pre-training, for a control from scratch at equal compute in all.
 Each training is a run of the loop in RUN/finetune/: the same command goes on where it was stopped.
 """
 
-import argparse
 import dataclasses
-import hashlib
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -31,29 +28,17 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from eval import features, inputs, results, tables
-from eval.predictions import Predictions
+from eval.measure import cli, features, results
+from eval.measure.fine_tuning import Schedule, parse
+from eval.measure.predictions import Predictions
+from eval.page import text_tables
 from ssl_vit import data, errors, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
-from ssl_vit.backbone import TokenBackbone
+from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, say
+from ssl_vit.files import fingerprint
 
 STEPS = 300  # a training has at least so many steps, however few images it has
-# settings that are not the user's here, and why
-ELSEWHERE = {
-    "objective.name": "fine-tuning is supervised",
-    "train.seed": "it is that of the pre-training",
-    "data.name": "pass --data",
-    "data.subset": "pass --labels",
-    "data.subset_seed": "pass --label-seeds",
-    "data.hold_out": "pass several --lr, and the best is chosen on held-out images",
-    **dict.fromkeys(("data.channels", "data.mean", "data.std"), "the backbone's weights are made for their own"),
-    **{
-        f"backbone.{f.name}": "it belongs to the backbone that is fine-tuned"
-        for f in dataclasses.fields(recipes.Backbone)
-        if f.name != "drop_path"
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -68,84 +53,45 @@ class Cost:
         return Cost(self.images + other.images, self.flops + other.flops, self.seconds + other.seconds)
 
 
-@dataclass
-class Schedule:
-    """How to fine-tune. settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for
-    the recipe's; of: a run whose choice is taken; extra: FLOPs to train beyond the recipe's epochs."""
-
-    settings: list[str]
-    rates: list[float]
-    of: Path | None = None
-    extra: float = 0.0
-
-    @property
-    def changed(self) -> dict:
-        """What differs from the recipe, by key."""
-        base = pretrain.read("finetune", [], None).as_dict()
-        recipe = pretrain.read("finetune", self.settings, None).as_dict()
-        keys = [
-            key
-            for key in recipes.differences(base, recipe)
-            if not key.startswith("data.") or key in ("data.size", "data.flip")
-        ]
-        changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
-        if self.rates:
-            changed["optim.lr"] = self.rates
-        if self.extra:
-            changed["extra_flops"] = self.extra
-        return changed
-
-    @property
-    def recipe(self) -> str:
-        """A hash of the recipe as its file has it, so that a report can tell when that has changed in between."""
-        base = pretrain.read("finetune", [], None).as_dict()
-        return _hash({key: value for key, value in base.items() if key not in recipes.MAY_CHANGE})
-
-    @property
-    def protocol(self) -> str:
-        """Its name: "finetune", with a hash of what differs from the recipe, so that no two share it."""
-        return f"finetune-{_hash(self.changed)}" if self.changed else "finetune"
-
-
-def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) -> list[dict]:
+def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedule) -> list[dict]:
     """The rows of one backbone, one for each part of the labels. They are written to its folder."""
-    train, test = asked.images(source)
+    train, test = request.images(source)
     truth = test.labels.cpu().numpy()
     rows = []
-    for (part, seed), (keys, chosen) in zip(asked.parts, asked.labelled(train), strict=True):
+    for (part, seed), (keys, chosen) in zip(request.parts, request.labelled(train), strict=True):
         own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
         own += [f"data.subset={part:g}", f"data.subset_seed={seed}"] if part else []
         own += few(schedule.settings, keys["train_n"])
         own = [*schedule.settings, *own]
-        own += longer(source, asked, own, keys["train_n"], schedule.extra) if schedule.extra else []
+        own += longer(source, request, own, keys["train_n"], schedule.extra) if schedule.extra else []
         labels = train.labels.cpu().numpy()[chosen]
         choice, spent, how = {}, Cost(), "last checkpoint"
         if schedule.rates:
             how = "learning rate on a tenth of train"
-            inputs.tell_singles(labels, train.classes)
+            cli.tell_singles(labels, train.classes)
             if schedule.of:
                 best, how, choice = chosen_by(schedule, test, keys)
             elif subsets.folds(labels):
-                best, choice, spent = choose(source, asked, own, schedule.rates)
+                best, choice, spent = choose(source, request, own, schedule.rates)
             else:
-                best, how = schedule.rates[len(schedule.rates) // 2], inputs.UNCHOSEN
+                best, how = schedule.rates[len(schedule.rates) // 2], cli.UNCHOSEN
                 say(f"One label per class leaves nothing to choose on: lr {best:g}, the middle of --lr, is taken.")
             own.append(f"optim.lr={best}")
-        recipe = make_recipe(source, asked.config, own)
+        recipe = make_recipe(source, request.config, own)
         path = tune(source, recipe, train)
-        answer, judging = predict(path, test, asked.state)
+        answer, judging = predict(path, test, request.state)
         spent += trained(path) + judging
-        row = inputs.row(source, test) | keys | answer.metrics(truth)
+        row = cli.row(source, test) | keys | answer.metrics(truth)
         row |= dict(
             protocol=schedule.protocol,
-            pooling=dict(token="cls", avg="mean")[recipe.objective.pool],
+            pooling=dict(token="cls", avg="mean")[recipe.objective.global_pool],
             chosen=how,
             settings=dict(lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, **choice),
             eval_images=spent.images,
             eval_flops=spent.flops,
             seconds=round(spent.seconds, 3),
         )
-        if asked.state.is_main_process:
+        if request.state.is_main_process:
             results.write(source.folder, [row], [answer], truth, test)
         rows.append(row)
     return rows
@@ -154,15 +100,17 @@ def evaluate(source: features.Source, asked: inputs.Inputs, schedule: Schedule) 
 def few(settings: list[str], images: int) -> list[str]:
     """The recipe's epochs of few images are few steps: the settings that make them enough, unless the user set them."""
     train = pretrain.read("finetune", settings, None).train
-    asked = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
-    return [f"train.steps={STEPS}"] if not asked and train.epochs * images < STEPS * train.batch_size else []
+    request = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
+    return [f"train.steps={STEPS}"] if not request and train.epochs * images < STEPS * train.batch_size else []
 
 
-def longer(source: features.Source, asked: inputs.Inputs, settings: list[str], images: int, extra: float) -> list[str]:
+def longer(
+    source: features.Source, request: cli.EvalRequest, settings: list[str], images: int, extra: float
+) -> list[str]:
     """The setting that trains for so many FLOPs more than these settings on so many images."""
-    recipe = make_recipe(source, asked.config, settings)
-    objective = pretrain.build(recipe, asked.images(source)[0])
-    train, per_image = recipe.train, flops.per_image(objective, recipe.data.channels, objective.labelled)
+    recipe = make_recipe(source, request.config, settings)
+    objective = pretrain.build(recipe, request.images(source)[0])
+    train, per_image = recipe.train, flops.per_image(objective, recipe.data.in_chans, objective.labelled)
     if train.flops is not None:
         return [f"train.flops={train.flops + extra}"]
     if train.steps is not None:
@@ -185,15 +133,15 @@ def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[floa
 
 
 def choose(
-    source: features.Source, asked: inputs.Inputs, settings: list[str], rates: list[float]
+    source: features.Source, request: cli.EvalRequest, settings: list[str], rates: list[float]
 ) -> tuple[float, dict, Cost]:
     """(the best learning rate on held-out training images, what a row says of it, what that took)."""
     accuracies, total = [], Cost()
     for rate in rates:
-        recipe = make_recipe(source, asked.config, [*settings, "data.hold_out=true", f"optim.lr={rate}"])
-        path = tune(source, recipe, asked.images(source)[0])
-        held_out = inputs.with_labels(data.load(recipe.data, "held out")).to(asked.state.device)
-        answer, judging = predict(path, held_out, asked.state)
+        recipe = make_recipe(source, request.config, [*settings, "data.hold_out=true", f"optim.lr={rate}"])
+        path = tune(source, recipe, request.images(source)[0])
+        held_out = cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
+        answer, judging = predict(path, held_out, request.state)
         accuracies.append(answer.metrics(held_out.labels.cpu().numpy())["value"])
         total += trained(path) + judging
         say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are right")
@@ -210,20 +158,20 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
     """The recipe finetune for this backbone on these images; size, channels, mean, std and interpolation
     are the backbone's."""
     recipe = pretrain.read("finetune", settings, images.name)
-    asked, backbone = recipe.data, source.backbone
+    request, backbone = recipe.data, source.backbone
     recipe.data = dataclasses.replace(
         images,
-        subset=asked.subset,
-        subset_seed=asked.subset_seed,
-        hold_out=asked.hold_out,
-        size=asked.size or list(source.size),
-        channels=len(backbone.mean),
+        subset=request.subset,
+        subset_seed=request.subset_seed,
+        hold_out=request.hold_out,
+        img_size=request.img_size or list(source.size),
+        in_chans=len(backbone.mean),
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
     )
     if not any(text.startswith("views.interpolation=") for text in settings):
         recipe.views.interpolation = backbone.evaluation_view.interpolation
-    recipe.backbone = architecture(source, recipe.backbone.drop_path)
+    recipe.backbone = architecture(source, recipe.backbone.drop_path_rate)
     return recipe
 
 
@@ -238,15 +186,15 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
     else:
         own = recipes.Backbone(
             name=model.pretrained_cfg["architecture"],
-            width=model.embed_dim,
+            embed_dim=model.embed_dim,
             depth=len(model.blocks),
-            heads=model.blocks[0].attn.num_heads,
-            patch=source.backbone.patch[0],
-            registers=model.num_reg_tokens,
-            layer_scale=source.backbone.args.get("init_values"),
+            num_heads=model.blocks[0].attn.num_heads,
+            patch_size=source.backbone.patch_size[0],
+            reg_tokens=model.num_reg_tokens,
+            init_values=source.backbone.args.get("init_values"),
         )
     # positions that pre-training kept fixed are trained too, as in MAE's fine-tuning, so that all are treated alike
-    return dataclasses.replace(own, positions="learned", drop_path=drop_path, init_from=start)
+    return dataclasses.replace(own, pos_embed="learned", drop_path_rate=drop_path, init_from=start)
 
 
 def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
@@ -254,7 +202,7 @@ def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) 
     pretrain.resolve_precision(recipe)
     identity = {k: v for k, v in recipe.as_dict().items() if k not in recipes.MAY_CHANGE}
     # all that a run must not differ in when it goes on, and the weights: a folder may hold others by now
-    recipe.tag = _hash([identity, train.fingerprint, weights.digest(source.backbone)])
+    recipe.tag = fingerprint([identity, train.fingerprint, weights.digest(source.backbone)])
     path = source.folder / "finetune" / recipe.run_name()
     code = pretrain.pretrain(recipe, path)
     if code:
@@ -286,64 +234,31 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Pre
     return whole, Cost(len(images), work, time.perf_counter() - started)
 
 
-def _hash(thing) -> str:
-    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:6]
-
-
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
     """Accuracy per backbone and number of labels, the mean over the label seeds, as Markdown."""
     found = []
     for row in rows:
         line = results.run_of(row), f"{row['train_n']:,}"
-        fixed = f" ({inputs.UNCHOSEN})" if row["chosen"] == inputs.UNCHOSEN else ""
+        fixed = f" ({cli.UNCHOSEN})" if row["chosen"] == cli.UNCHOSEN else ""
         found.append((line, "fine-tuned", results.correct(folders[row["run"]], row)))
         found.append((line, "learning rate", f"{row['settings']['lr']:g}{fixed}"))
-    return tables.accuracies(["backbone", "labels"], ["fine-tuned", "learning rate"], found)
-
-
-def parse(words: list[str]) -> tuple[argparse.Namespace, Schedule]:
-    """The command line. Raises UserError for settings that are wrong, or not the user's here."""
-    parser = inputs.parser(__doc__)
-    parser.add_argument(
-        "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
-    )
-    parser.add_argument("--lr-of", type=Path, metavar="RUN", help="take the one of --lr that was chosen for this run")
-    parser.add_argument("--extra-flops", type=float, default=0.0, metavar="F", help="train for so many FLOPs more")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of recipes/finetune.yaml")
-    # settings may stand anywhere, also behind an option that takes several values
-    settings = [a for a in words if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
-    args = parser.parse_args([a for a in words if a not in settings] + ["--", *settings])
-    for key in (text.partition("=")[0] for text in settings):
-        if key in ELSEWHERE:
-            raise UserError(f"{key} cannot be set here: {ELSEWHERE[key]}.")
-        if key == "optim.lr" and args.lr:
-            raise UserError("Learning rates are given twice, by --lr and by optim.lr: leave one out.")
-    rates = sorted(set(args.lr))
-    settings += [f"runtime.threads={args.threads}"] if args.threads else []
-    if len(rates) == 1:
-        settings, rates = [*settings, f"optim.lr={rates[0]}"], []
-    if args.lr_of and not rates:
-        raise UserError("--lr-of takes what was chosen of several --lr: give those too, or leave it out.")
-    if not 0 <= args.extra_flops < float("inf"):
-        raise UserError(f"--extra-flops must be 0 or more, not {args.extra_flops:g}.")
-    pretrain.read("finetune", settings, None)
-    return args, Schedule(settings, rates, args.lr_of, args.extra_flops)
+    return text_tables.accuracies(["backbone", "labels"], ["fine-tuned", "learning rate"], found)
 
 
 def main() -> None:
-    args, schedule = parse(sys.argv[1:])
-    asked = inputs.Inputs(args)
-    for source in asked.sources:
+    args, schedule = parse(sys.argv[1:], __doc__)
+    request = cli.EvalRequest(args)
+    for source in request.sources:
         if source.backbone is None:
             raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
     given = pretrain.read("finetune", schedule.settings, None).data
     facts = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
-    asked.config = dataclasses.replace(asked.config, **{fact: getattr(given, fact) for fact in facts})
-    rows = [row for source in asked.sources for row in evaluate(source, asked, schedule)]
-    if asked.state.is_main_process:  # which wrote what the table is of
-        inputs.announce(rows)
-        say(table(rows, asked.folders))
-        places = dict.fromkeys(str(source.folder / "results.jsonl") for source in asked.sources)
+    request.config = dataclasses.replace(request.config, **{fact: getattr(given, fact) for fact in facts})
+    rows = [row for source in request.sources for row in evaluate(source, request, schedule)]
+    if request.state.is_main_process:  # which wrote what the table is of
+        cli.announce(rows)
+        say(table(rows, request.folders))
+        places = dict.fromkeys(str(source.folder / "results.jsonl") for source in request.sources)
         say(f"\nRows: {', '.join(places)}")
     PartialState().destroy_process_group()
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import features, inputs, pictures, results, tables
-from eval.predictions import Predictions
+from eval.measure import cli, features, pictures, results
+from eval.measure.predictions import Predictions
+from eval.page import text_tables
 from ssl_vit import errors, neighbours
 from ssl_vit.errors import UserError, say
 
@@ -25,17 +26,17 @@ KS = (1, 5, 10, 20, 100, 200)
 PRIMARY = 20
 
 
-def evaluate(source: features.Source, asked: inputs.Inputs, ks: list[int] | None) -> list[dict]:
+def evaluate(source: features.Source, request: cli.EvalRequest, ks: list[int] | None) -> list[dict]:
     """The rows of one backbone: for each part of the labels, pooling, centring and k. They are written to its folder.
 
     ks: default all of KS that there are training images for. Only the first process gets rows.
     """
-    train, test, parts = asked.labelled_images(source)
-    bank, queries = features.extract_both(source, train, test, asked.state)
-    if not asked.state.is_main_process:
+    train, test, parts = request.labelled_images(source)
+    bank, queries = features.extract_both(source, train, test, request.state)
+    if not request.state.is_main_process:
         return []
     labels, truth = train.labels.cpu().numpy(), test.labels.cpu().numpy()
-    common = inputs.row(source, test)
+    common = cli.row(source, test)
     rows = []
     for part, chosen in parts:
         started = time.perf_counter()
@@ -95,25 +96,25 @@ def table(rows: list[dict], folders: dict[str, Path]) -> str:
         )
         for row in rows
     )
-    return tables.accuracies(["backbone", "labels", "features"], list(titles.values()), found)
+    return text_tables.accuracies(["backbone", "labels", "features"], list(titles.values()), found)
 
 
 def main() -> None:
-    parser = inputs.parser(__doc__)
-    inputs.add_held_out(parser)
+    parser = cli.parser(__doc__)
+    cli.add_held_out(parser)
     parser.add_argument("--k", type=int, nargs="+", help=f"default: {' '.join(map(str, KS))}")
     args = parser.parse_args()
-    asked = inputs.Inputs(args)
-    rows = [row for source in asked.sources for row in evaluate(source, asked, args.k)]
+    request = cli.EvalRequest(args)
+    rows = [row for source in request.sources for row in evaluate(source, request, args.k)]
     if not rows:
         return
-    inputs.announce(rows)
-    say(table(rows, asked.folders))
+    cli.announce(rows)
+    say(table(rows, request.folders))
     fewest = min(row["train_n"] for row in rows)
     skipped = [k for k in KS if k > fewest and not args.k]
     if skipped:
         say(f"k = {', '.join(map(str, skipped))} left out where there are but {fewest} training images.")
-    if asked.config.name == "digits" and any(row["recipe"] == "pixels" for row in rows):
+    if request.config.name == "digits" and any(row["recipe"] == "pixels" for row in rows):
         say(
             "\nOn these 8x8 digits raw pixels win: this is a smoke test. The real comparison starts at natural images, "
             "such as --data cifar10."

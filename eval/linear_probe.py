@@ -21,7 +21,7 @@ The last two pass the images through the backbone in every epoch.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,39 +30,15 @@ from accelerate.utils import gather
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import features, heads, inputs, results, tables
-from eval.predictions import Predictions
+from eval.measure import cli, features, linear_heads, results
+from eval.measure.probing import Probe, combine, head_flops, sweep_options
+from eval.page import text_tables
 from ssl_vit import data, errors, subsets, system, views
 from ssl_vit.errors import UserError, say
 from ssl_vit.randomness import Order
 
-PRESETS = ("sweep", "logistic", *heads.PROTOCOLS)
-STEPS, EPOCHS = 1000, 10  # a sweep's length: so many steps, or epochs if that is more
+PRESETS = ("sweep", "logistic", *linear_heads.PROBE_RECIPES)
 RATE, PENALTY = 1.0, 1.0  # where there is nothing to choose on; the latter is scikit-learn's default
-
-
-class Probe:
-    """A backbone's features of training and test images, and the rows that come of them."""
-
-    def __init__(self, source: features.Source, asked: inputs.Inputs, blocks: list[int], train_features: bool):
-        self.source, self.state = source, asked.state
-        self.train, self.test, self.parts = asked.labelled_images(source)
-        self.blocks = blocks
-        if train_features:
-            self.bank, self.queries = features.extract_both(source, self.train, self.test, asked.state, blocks)
-        else:
-            self.queries = features.extract(source, self.test, asked.state, blocks)
-        self.labels, self.truth = self.train.labels.cpu().numpy(), self.test.labels.cpu().numpy()
-        self.classes = len(self.train.classes)
-        self.seed = source.settings["train"]["seed"] if source.settings else 0
-        self.rows: list[dict] = []
-        self.predictions: list[Predictions] = []
-
-    def add(self, answer: Predictions, images: int, flops: float, **keys) -> None:
-        """A row. images: passed through the backbone for it; flops: of fitting, to which those of the images come."""
-        cost = dict(eval_images=images, eval_flops=self.queries.flops_per_image * images + flops)
-        self.rows.append(answer.metrics(self.truth) | cost | keys)
-        self.predictions.append(answer)
 
 
 def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None:
@@ -89,12 +65,12 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
     ) as bar:
         for fold in range(folds):
             fit, rest = subsets.hold_out(labels, probe.seed, fold)
-            tried = heads.sweep(
+            tried = linear_heads.sweep(
                 {name: values.part(fit) for name, values in sets.items()},
                 labels[fit],
                 {name: values.part(rest) for name, values in sets.items()},
                 labels[rest],
-                rates=dict.fromkeys(sets, heads.RATES),
+                rates=dict.fromkeys(sets, linear_heads.RATES),
                 tick=bar.update,
                 **options,
             )
@@ -106,7 +82,7 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
         else:
             best = {group: (unchosen(names), RATE) for group, names in groups.items()}
         used = {name for name, _ in best.values()}
-        answers = heads.sweep(
+        answers = linear_heads.sweep(
             {name: sets[name] for name in used},
             labels,
             {name: tests[name] for name in used},
@@ -117,13 +93,13 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
         )
     for (pooling, layer), (name, rate) in best.items():
         names = groups[pooling, layer]
-        choosing = len(heads.RATES) * sum(head_flops(options, sets[n].width, folds, held_out) for n in names)
+        choosing = len(linear_heads.RATES) * sum(head_flops(options, sets[n].width, folds, held_out) for n in names)
         grid = (
             dict(
                 validation=scores[name, rate],
-                tried=len(names) * len(heads.RATES),
-                rates=list(heads.RATES),
-                at_the_edge=rate in (heads.RATES[0], heads.RATES[-1]),
+                tried=len(names) * len(linear_heads.RATES),
+                rates=list(linear_heads.RATES),
+                at_the_edge=rate in (linear_heads.RATES[0], linear_heads.RATES[-1]),
             )
             if folds
             else {}
@@ -135,30 +111,17 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
             protocol="linear-block" if per_block else "linear-sweep",
             pooling=pooling,
             layer=layer,
-            chosen=f"{'learning rate' if per_block else how(pooling)} on {where(folds)}" if folds else inputs.UNCHOSEN,
+            chosen=f"{'learning rate' if per_block else how(pooling)} on {where(folds)}" if folds else cli.UNCHOSEN,
             settings=dict(rate=rate, pooling=name[0], blocks=list(name[1])) | grid,
             **part,
         )
 
 
-def sweep_options(probe: Probe, images: int) -> dict:
-    """How a sweep trains its heads on so many images: the options of heads.fit."""
-    batch = min(max(images // 8, 16), 1024)
-    steps = max(STEPS, EPOCHS * images // batch)
-    return dict(classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device)
-
-
-def head_flops(options: dict, width: int, times: int, images: int) -> int:
-    """Of one learning rate's head on features of this width: trained so often, it predicts for so many images in all.
-    A step is a product forward and one for the gradient."""
-    return (4 * times * options["steps"] * options["batch"] + 2 * images) * (width + 1) * options["classes"]
-
-
 def highest(scores: dict[tuple, float], names: list[tuple]) -> tuple[tuple, float]:
     """(features, rate) of the best score among these features; of rates that do equally well, the middle one."""
-    top = max(scores[name, rate] for name in names for rate in heads.RATES) - 1e-9  # but for rounding
-    name = next(name for name in names if any(scores[name, rate] >= top for rate in heads.RATES))
-    alike = [rate for rate in heads.RATES if scores[name, rate] >= top]
+    top = max(scores[name, rate] for name in names for rate in linear_heads.RATES) - 1e-9  # but for rounding
+    name = next(name for name in names if any(scores[name, rate] >= top for rate in linear_heads.RATES))
+    alike = [rate for rate in linear_heads.RATES if scores[name, rate] >= top]
     return name, alike[len(alike) // 2]
 
 
@@ -187,29 +150,25 @@ def combinations(probe: Probe, per_block: bool) -> list[tuple[str, tuple[int, ..
     return [(pooling, blocks) for pooling in poolings for blocks in depths]
 
 
-def combine(found: features.Features, pooling: str, blocks: Sequence[int], rows: np.ndarray) -> heads.Columns:
-    """These blocks' features of these images, one beside the other; "concat" is all poolings."""
-    arrays = [values for b in blocks for p, values in found.poolings(b).items() if pooling in (p, "concat")]
-    return heads.Columns(arrays, rows)
-
-
 def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
     """A row for each pooling of the last block."""
     labels = probe.labels[chosen]
     folds = subsets.folds(labels)
     for pooling, values in probe.bank.poolings(-1).items():
         values = values[chosen]  # scikit-learn wants all at once
-        scores, flops = dict.fromkeys(heads.PENALTIES, 0.0), 0
+        scores, flops = dict.fromkeys(linear_heads.PENALTIES, 0.0), 0
         for fold in range(folds):
             fit, rest = subsets.hold_out(labels, probe.seed, fold)
-            for c in tqdm(heads.PENALTIES, desc=f"logistic regression, {pooling}", leave=False):
-                answer, spent = heads.logistic(values[fit], labels[fit], values[rest], labels[rest], probe.classes, c)
+            for c in tqdm(linear_heads.PENALTIES, desc=f"logistic regression, {pooling}", leave=False):
+                answer, spent = linear_heads.logistic(
+                    values[fit], labels[fit], values[rest], labels[rest], probe.classes, c
+                )
                 scores[c] += float((answer.predicted == labels[rest]).mean()) / folds
                 flops += spent
         penalty = max(scores, key=scores.__getitem__) if folds else PENALTY
         tests = probe.queries.poolings(-1)[pooling]
-        answer, spent = heads.logistic(values, labels, tests, probe.truth, probe.classes, penalty)
-        edge = penalty in (heads.PENALTIES[0], heads.PENALTIES[-1])
+        answer, spent = linear_heads.logistic(values, labels, tests, probe.truth, probe.classes, penalty)
+        edge = penalty in (linear_heads.PENALTIES[0], linear_heads.PENALTIES[-1])
         grid = dict(validation=scores[penalty], tried=len(scores), at_the_edge=edge) if folds else {}
         probe.add(
             answer,
@@ -218,7 +177,7 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
             protocol="logistic",
             pooling=pooling,
             layer=-1,
-            chosen=f"penalty on {where(folds)}" if folds else inputs.UNCHOSEN,
+            chosen=f"penalty on {where(folds)}" if folds else cli.UNCHOSEN,
             settings=dict(C=penalty) | grid,
             **part,
         )
@@ -226,16 +185,16 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
 
 def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs: int | None) -> None:
     """One row, of the preset's protocol. Every process computes its share of the features and trains the same head."""
-    protocol = heads.PROTOCOLS[preset]
+    protocol = linear_heads.PROBE_RECIPES[preset]
     pooling = next(iter(probe.queries.poolings(-1)))  # the class token; the mean where a model has none
     blocks = probe.blocks[-protocol.blocks :]
-    if preset == "dino" and probe.source.backbone.width >= heads.DINO_WIDE:
+    if preset == "dino" and probe.source.backbone.embed_dim >= linear_heads.DINO_WIDE:
         pooling, blocks = "concat", probe.blocks[-1:]
     tests = combine(probe.queries, pooling, blocks, np.arange(len(probe.test)))
     batch = min(protocol.batch, len(chosen))
     length = epochs or protocol.epochs
     steps = length * len(chosen) // batch
-    predict = heads.train(
+    predict = linear_heads.train(
         protocol,
         augmented(probe, chosen, protocol, pooling, blocks, steps, batch),
         steps,
@@ -263,7 +222,7 @@ def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs:
 def augmented(
     probe: Probe,
     chosen: np.ndarray,
-    protocol: heads.Protocol,
+    protocol: linear_heads.ProbeRecipe,
     pooling: str,
     blocks: list[int],
     steps: int,
@@ -297,31 +256,33 @@ def table(rows: list[dict], folders: dict[str, Path]) -> str:
     for row in rows:
         settings = ", ".join(f"{k} {v:g}" for k, v in row["settings"].items() if k in ("rate", "C", "lr"))
         edge = " (at the edge of what was tried)" if row["settings"].get("at_the_edge") else ""
-        fixed = f" ({inputs.UNCHOSEN})" if row["chosen"] == inputs.UNCHOSEN else ""
+        fixed = f" ({cli.UNCHOSEN})" if row["chosen"] == cli.UNCHOSEN else ""
         block = "last" if row["layer"] == -1 else str(row["layer"])
         subset = "" if row["subset_seed"] is None else f" (seed {row['subset_seed']})"
         line = results.run_of(row), f"{row['train_n']:,}{subset}", row["protocol"], row["pooling"], block
         found.append((line, "accuracy", results.correct(folders[row["run"]], row)))
         found.append((line, "settings", settings + edge + fixed))
-    return tables.accuracies(["backbone", "labels", "protocol", "features", "block"], ["accuracy", "settings"], found)
+    return text_tables.accuracies(
+        ["backbone", "labels", "protocol", "features", "block"], ["accuracy", "settings"], found
+    )
 
 
 def evaluate(
-    source: features.Source, asked: inputs.Inputs, preset: str, per_block: bool, epochs: int | None
+    source: features.Source, request: cli.EvalRequest, preset: str, per_block: bool, epochs: int | None
 ) -> list[dict]:
     """The rows of one backbone, written to its folder part by part; only the first process gets any."""
     depth = source.depth
-    needed = {"logistic": 1} | {name: p.blocks for name, p in heads.PROTOCOLS.items()}
+    needed = {"logistic": 1} | {name: p.blocks for name, p in linear_heads.PROBE_RECIPES.items()}
     last = depth if per_block else min(needed.get(preset, 4), depth)
-    if source.backbone is None and preset in heads.PROTOCOLS:
+    if source.backbone is None and preset in linear_heads.PROBE_RECIPES:
         raise UserError(f"--preset {preset} passes images through a backbone, and {source.name} is none: use sweep.")
-    probe = Probe(source, asked, list(range(depth - last, depth)), preset not in heads.PROTOCOLS)
-    main, rows, common = asked.state.is_main_process, [], inputs.row(source, probe.test)
+    probe = Probe(source, request, list(range(depth - last, depth)), preset not in linear_heads.PROBE_RECIPES)
+    main, rows, common = request.state.is_main_process, [], cli.row(source, probe.test)
     for part, chosen in probe.parts:
         started = time.perf_counter()
-        if main and preset not in heads.PROTOCOLS:
-            inputs.tell_singles(probe.labels[chosen], probe.train.classes)
-        if preset in heads.PROTOCOLS:
+        if main and preset not in linear_heads.PROBE_RECIPES:
+            cli.tell_singles(probe.labels[chosen], probe.train.classes)
+        if preset in linear_heads.PROBE_RECIPES:
             published(probe, part, chosen, preset, epochs)
         elif main and preset == "logistic":
             logistic(probe, part, chosen)
@@ -337,23 +298,23 @@ def evaluate(
 
 
 def main() -> None:
-    parser = inputs.parser(__doc__)
-    inputs.add_held_out(parser)
+    parser = cli.parser(__doc__)
+    cli.add_held_out(parser)
     parser.add_argument("--preset", choices=PRESETS, default="sweep")
     parser.add_argument("--per-block", action="store_true", help="sweep: the accuracy after every block instead")
     parser.add_argument("--epochs", type=int, help="mae, dino: instead of the protocol's; the rows are named after it")
     args = parser.parse_args()
     if args.per_block and args.preset != "sweep":
         raise UserError("--per-block belongs to --preset sweep.")
-    if args.epochs is not None and (args.preset not in heads.PROTOCOLS or args.epochs < 1):
+    if args.epochs is not None and (args.preset not in linear_heads.PROBE_RECIPES or args.epochs < 1):
         raise UserError("--epochs belongs to --preset mae or dino, and is 1 or more.")
-    asked = inputs.Inputs(args)
+    request = cli.EvalRequest(args)
     rows = [
-        row for source in asked.sources for row in evaluate(source, asked, args.preset, args.per_block, args.epochs)
+        row for source in request.sources for row in evaluate(source, request, args.preset, args.per_block, args.epochs)
     ]
     if rows:
-        inputs.announce(rows)
-        say(table(rows, asked.folders))
+        cli.announce(rows)
+        say(table(rows, request.folders))
 
 
 if __name__ == "__main__":

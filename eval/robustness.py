@@ -8,8 +8,9 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
     python eval/robustness.py --backbone runs/mae-digits-s0 pixels
 
 The head is the one that the linear probe's sweep chose: its row is read, and the head trained again. All test images
-pass through the backbone once for every corruption and severity of eval/common_corruptions.py, which come after the
-resizing: backbones of one input size see the same images. `accelerate launch` shares the images among its processes.
+pass through the backbone once for every corruption and severity of eval/measure/common_corruptions.py, which come after
+the resizing: backbones of one input size see the same images. `accelerate launch` shares the images among its
+processes.
 """
 
 import shlex
@@ -24,16 +25,18 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from eval import common_corruptions, features, heads, inputs, linear_probe, results, tables
-from eval.predictions import Predictions
+from eval.measure import cli, common_corruptions, features, linear_heads, results
+from eval.measure.predictions import Predictions
+from eval.measure.probing import Probe, combine, head_flops, sweep_options
+from eval.page import text_tables
 from ssl_vit import data, errors
 from ssl_vit.errors import UserError, say
 
 
 @dataclass
 class Sweep:
-    """What a sweep found on a part of the labels. part: row keys; images: as in Inputs.labelled_images; row: of the
-    best of all; rates: all that it trained on that row's features, side by side with the row's own."""
+    """What a sweep found on a part of the labels. part: row keys; images: as in EvalRequest.labelled_images; row: that
+    of the best; rates: all that it trained on that row's features, side by side with the row's own."""
 
     part: dict
     images: np.ndarray
@@ -45,9 +48,9 @@ class Sweep:
         return _name(self.row)
 
 
-def read_sweeps(source: features.Source, asked: inputs.Inputs) -> list[Sweep]:
+def read_sweeps(source: features.Source, request: cli.EvalRequest) -> list[Sweep]:
     """Of each part of the labels asked for. Raises UserError if there is no row of it."""
-    _, test, parts = asked.labelled_images(source)
+    _, test, parts = request.labelled_images(source)
     found = []
     for part, chosen in parts:
         about = part | dict(protocol="linear-sweep", eval_data=test.name, split=test.split, n=len(test))
@@ -71,10 +74,10 @@ def _name(row: dict) -> tuple[str, tuple[int, ...]]:
     return row["settings"]["pooling"], tuple(row["settings"]["blocks"])
 
 
-def retrain(probe: linear_probe.Probe, sweep: Sweep) -> Callable[[features.Features, np.ndarray], Predictions]:
+def retrain(probe: Probe, sweep: Sweep) -> Callable[[features.Features, np.ndarray], Predictions]:
     """The sweep's best head as it was trained: what predicts from features of images and their true classes."""
-    values = linear_probe.combine(probe.bank, *sweep.name, sweep.images)
-    options = linear_probe.sweep_options(probe, len(sweep.images))
+    values = combine(probe.bank, *sweep.name, sweep.images)
+    options = sweep_options(probe, len(sweep.images))
     # with the other rates on these features: alone it would differ by rounding
     with tqdm(
         desc=f"head of {probe.source.name}, {len(sweep.images):,} labels",
@@ -85,17 +88,17 @@ def retrain(probe: linear_probe.Probe, sweep: Sweep) -> Callable[[features.Featu
         disable=not probe.state.is_main_process,
     ) as bar:
         labels = probe.labels[sweep.images]
-        head = heads.fit({0: values}, labels, rates={0: sweep.rates}, tick=bar.update, **options)[0]
+        head = linear_heads.fit({0: values}, labels, rates={0: sweep.rates}, tick=bar.update, **options)[0]
 
     def predict(found: features.Features, truth: np.ndarray) -> Predictions:
         count = len(next(iter(found.arrays.values())))
-        columns = linear_probe.combine(found, *sweep.name, np.arange(count))
+        columns = combine(found, *sweep.name, np.arange(count))
         return Predictions.of((head(chunk)[sweep.row["settings"]["rate"]] for chunk in columns.chunks()), truth)
 
     return predict
 
 
-def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[Predictions]]:
+def corrupted(probe: Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[Predictions]]:
     """What each predicts for the corrupted test images, by kind and severity.
 
     Every process passes its share through the backbone and returns all.
@@ -125,26 +128,26 @@ def corrupted(probe: linear_probe.Probe, predictors: list[Callable]) -> dict[tup
     return {key: joined[i * count : (i + 1) * count] for i, key in enumerate(plan)}
 
 
-def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep]) -> list[dict]:
+def evaluate(source: features.Source, request: cli.EvalRequest, sweeps: list[Sweep]) -> list[dict]:
     """The rows of one backbone, written to its folder; only the first process gets any."""
     blocks = sorted({block for sweep in sweeps for block in sweep.name[1]})
-    probe = linear_probe.Probe(source, asked, blocks, True)
+    probe = Probe(source, request, blocks, True)
     started = time.perf_counter()
     predictors = [retrain(probe, sweep) for sweep in sweeps]
     clean = [predict(probe.queries, probe.truth).metrics(probe.truth)["value"] for predict in predictors]
     answers = corrupted(probe, predictors)
-    if not asked.state.is_main_process:
+    if not request.state.is_main_process:
         return []
     size = features.view_of(source, probe.test).size
     for family, kind in common_corruptions.kinds(probe.test.channels):
         for severity in common_corruptions.SEVERITIES:
             for sweep, before, answer in zip(sweeps, clean, answers[kind, severity], strict=True):
-                options = linear_probe.sweep_options(probe, len(sweep.images))
-                width = linear_probe.combine(probe.bank, *sweep.name, sweep.images).width
+                options = sweep_options(probe, len(sweep.images))
+                width = combine(probe.bank, *sweep.name, sweep.images).width
                 probe.add(
                     answer,
                     images=len(sweep.images) + len(probe.test),
-                    flops=linear_probe.head_flops(options, width, 1, len(probe.test)),
+                    flops=head_flops(options, width, 1, len(probe.test)),
                     protocol=f"robust-{kind}-{severity}",
                     pooling="chosen",
                     chosen=sweep.row["chosen"],
@@ -158,7 +161,7 @@ def evaluate(source: features.Source, asked: inputs.Inputs, sweeps: list[Sweep])
                     ),
                     **sweep.part,
                 )
-    common = inputs.row(source, probe.test) | dict(seconds=round(time.perf_counter() - started, 3))
+    common = cli.row(source, probe.test) | dict(seconds=round(time.perf_counter() - started, 3))
     rows = [common | row for row in probe.rows]
     results.write(source.folder, rows, probe.predictions, probe.truth, probe.test)
     return rows
@@ -171,17 +174,19 @@ def table(clean: list[dict], rows: list[dict], folders: dict[str, Path]) -> str:
         ((results.run_of(row), f"{row['train_n']:,}"), column, results.correct(folders[row["run"]], row))
         for row, column in columns
     )
-    return tables.accuracies(["backbone", "labels"], ["clean", *common_corruptions.FAMILIES], found)
+    return text_tables.accuracies(["backbone", "labels"], ["clean", *common_corruptions.FAMILIES], found)
 
 
 def main() -> None:
-    asked = inputs.Inputs(inputs.parser(__doc__).parse_args())
-    sweeps = [read_sweeps(source, asked) for source in asked.sources]
-    rows = [row for source, found in zip(asked.sources, sweeps, strict=True) for row in evaluate(source, asked, found)]
+    request = cli.EvalRequest(cli.parser(__doc__).parse_args())
+    sweeps = [read_sweeps(source, request) for source in request.sources]
+    rows = [
+        row for source, found in zip(request.sources, sweeps, strict=True) for row in evaluate(source, request, found)
+    ]
     clean = [sweep.row for found in sweeps for sweep in found]
     if rows:
-        inputs.announce(rows)
-        say(table(clean, rows, asked.folders))
+        cli.announce(rows)
+        say(table(clean, rows, request.folders))
         say("\nMeans over kinds and severities; each has a row of its own in results.jsonl.")
 
 

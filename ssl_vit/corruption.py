@@ -1,6 +1,6 @@
-"""What is hidden or spoiled: masks over patches, noise, blur, shuffled patches.
+"""Masks over patches, and corruptions of pixels: noise, blur, shuffled patches.
 
-Every mask hides exactly the stated number of patches in every image, so no loss depends on how many it happened to be.
+Every mask covers exactly the stated number of patches in every image, so no loss depends on how many it happened to be.
 """
 
 import math
@@ -14,20 +14,20 @@ from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.randomness import Draw
 
 
-def hidden_count(patches: int, ratio: float) -> int:
-    """How many of N patches a mask hides: N minus the kept int(N · (1 − ratio)), as MAE counts."""
-    return patches - int(patches * (1 - ratio))
+def num_masked(patches: int, mask_ratio: float) -> int:
+    """How many of N patches are masked: N minus int(N · (1 − mask_ratio)) kept ones, as in MAE."""
+    return patches - int(patches * (1 - mask_ratio))
 
 
 def random_order(draw: Draw, grid: tuple[int, int]) -> Tensor:
-    """A random order of the patches, int64 (B, N); those that come last are hidden. MAE (arXiv 2111.06377), sec. 3."""
+    """A random order of the patches, int64 (B, N); those that come last are masked. MAE (arXiv 2111.06377), sec. 3."""
     return draw.uniform("mask", math.prod(grid)).argsort(dim=1, stable=True)
 
 
 def block_order(draw: Draw, grid: tuple[int, int], count: int, rounds: int = 16) -> Tensor:
     """An order of the patches, int64 (B, N), whose last `count` form rectangles. BEiT (arXiv 2106.08254), algorithm 1.
 
-    Block areas are uniform between 16/196 of the patches and what is still to be hidden, aspects log-uniform in
+    Block areas are uniform between 16/196 of the patches and what is still to be masked, aspects log-uniform in
     [0.3, 1/0.3]. Blocks are laid one after the other; a patch's place in the order is the round that first covered it.
     The block that would exceed the count is thus cut at random to exactly fit, where BEiT's generator may stop short.
     """
@@ -54,20 +54,20 @@ def block_order(draw: Draw, grid: tuple[int, int], count: int, rounds: int = 16)
 
 
 def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(keep int64 (B, N − count), hidden bool (B, N)): the last `count` of the order are hidden."""
-    keep = order[:, : order.shape[1] - count]
-    hidden = torch.ones_like(order, dtype=torch.bool).scatter(1, keep, False)
-    return keep, hidden
+    """(ids_keep int64 (B, N − count), mask bool (B, N)): the last `count` of the order are masked."""
+    ids_keep = order[:, : order.shape[1] - count]
+    mask = torch.ones_like(order, dtype=torch.bool).scatter(1, ids_keep, False)
+    return ids_keep, mask
 
 
-def pixels_of(hidden: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+def mask_pixels(mask: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
     """bool (B, N) of the patches → bool (B, 1, H, W) of their pixels."""
-    return hidden.view(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+    return mask.view(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
 
 
 def next_patch(start: Tensor, grid: tuple[int, int], prefix: int) -> tuple[Tensor, Tensor]:
-    """(hidden bool (B, N): the patches to be predicted from those before them, in raster order; and which token sees
-    which, bool (B, 1, P + N, P + N)).
+    """(mask bool (B, N): the patches to be predicted from those before them, in raster order; and which token attends
+    to which, bool (B, 1, P + N, P + N)).
 
     start: (B, 1) in [0, 1): the part of the patches that is given, and that see each other, at least one (AIM's prefix,
     arXiv 2401.08541, section 3.2). The prefix tokens see all and are seen by no patch, so that they tell nothing.
@@ -82,7 +82,7 @@ def next_patch(start: Tensor, grid: tuple[int, int], prefix: int) -> tuple[Tenso
     return place >= given, attend
 
 
-class PatchSpace(nn.Module):
+class PatchPCA(nn.Module):
     """The first `dimensions` principal components of standardised patches: where l-DAE (arXiv 2401.14404, section 4.1)
     adds its noise."""
 
@@ -90,7 +90,7 @@ class PatchSpace(nn.Module):
         super().__init__()
         width = math.prod(patch) * channels
         if dimensions > width:
-            raise UserError(f"objective.space={dimensions} is more than the {width} values of a patch.")
+            raise UserError(f"objective.noise_pca_dim={dimensions} is more than the {width} values of a patch.")
         self.patch = patch
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("components", torch.zeros(dimensions, width))
@@ -121,12 +121,12 @@ class PatchSpace(nn.Module):
 
 
 def noise(
-    draw: Draw, shape: torch.Size, sigma: tuple[float, float], space: PatchSpace | None = None
+    draw: Draw, shape: torch.Size, sigma: tuple[float, float], pca: PatchPCA | None = None
 ) -> tuple[Tensor, Tensor]:
     """(gaussian noise for standardised images of this shape (B, C, H, W), its level (B, 1, 1, 1)): one level per image,
     uniform in the range sigma."""
     level = sigma[0] + draw.uniform("noise level", 1, 1, 1) * (sigma[1] - sigma[0])
-    return level * (space.noise(draw, shape) if space else draw.normal("noise", *shape[1:])), level
+    return level * (pca.noise(draw, shape) if pca else draw.normal("noise", *shape[1:])), level
 
 
 def blur(draw: Draw, images: Tensor, sigma: tuple[float, float]) -> Tensor:

@@ -17,6 +17,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def listed(words: list[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2."""
     try:

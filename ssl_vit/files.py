@@ -8,6 +8,8 @@ Everything this project keeps is written through here, so that a full, read-only
 every route, and never a half-written file.
 """
 
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -97,6 +99,11 @@ class Lock:
 
     def __exit__(self, *error) -> None:
         self._lock.release()
+
+
+def fingerprint(value: object, digits: int = 6) -> str:
+    """The first hex digits of the SHA-256 of a value that JSON can hold; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from ssl_vit.randomness import Draw
 
 def per_image(objective: Objective, channels: int, labelled: bool) -> float:
     """FLOPs of one image in one optimizer step, all its views, heads, decoder and teacher included."""
-    rows = 2 * objective.row_multiple
+    rows = 2 * objective.micro_batch_multiple
     views = {
         name: torch.full((rows, *([view.count] if view.count else []), channels, *view.size), 0.5)
         for name, view in objective.views.items()

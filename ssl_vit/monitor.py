@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit import neighbours, views
-from ssl_vit.backbone import Backbone
+from ssl_vit.backbones import Backbone
 from ssl_vit.checkpoint import Run
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.errors import UserError
@@ -19,7 +19,7 @@ from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 
 TRIES = 3  # alarms in a row before the user hears of it
-REMEDY = "Lower optim.lr, set optim.clip, or use train.precision=fp32."
+REMEDY = "Lower optim.lr, set optim.clip_grad, or use train.precision=fp32."
 
 
 def trackers(setting: str) -> list[str]:
@@ -152,7 +152,7 @@ class OnlineKnn:
         self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()
         if self.labels is not None and not all((self.labels[q] >= 0).any() for q in (self.is_query, ~self.is_query)):
             self.labels = None  # too few have one
-        self.view = views.evaluation(recipe.data.size, recipe.views.interpolation)
+        self.view = views.evaluation(recipe.data.img_size, recipe.views.interpolation)
 
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:

@@ -60,6 +60,24 @@ def weights(
         yield found
 
 
+def predict(
+    train: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    centre: bool = True,
+) -> np.ndarray:
+    """The classes, int64 (m,), that k-NN predicts for queries (m, D) from features (n, D) with labels, int (n,).
+
+    >>> features = np.array([[1.0, 0.1], [0.9, 0.2], [-1.0, 0.3], [-0.8, 0.1]])
+    >>> predict(features, np.array([0, 0, 1, 1]), features, k=2)
+    array([0, 0, 1, 1])
+    """
+    bank, queries = prepare(train, queries, centre)
+    return vote(bank, labels, queries, [k], int(labels.max()) + 1, temperature)[k]
+
+
 def _index(train: np.ndarray) -> faiss.IndexFlatIP:
     index = faiss.IndexFlatIP(train.shape[1])
     index.add(train)

@@ -7,7 +7,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
-from ssl_vit.backbone import Backbone
+from ssl_vit.backbones import Backbone
 from ssl_vit.schedules import cosine
 
 TOKENS = ("pos_embed", "relative_position_bias_table", "cls_token", "dist_token", "reg_token", "mask_token")
@@ -20,7 +20,7 @@ def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim
     scales = layer_scales(objective, config.layer_decay)
     for name, weight in objective.named_parameters():
         if weight.requires_grad:
-            groups.setdefault((scales.get(name, 1.0), decays(name, weight, config.no_decay)), []).append(weight)
+            groups.setdefault((scales.get(name, 1.0), decays(name, weight, config.no_weight_decay)), []).append(weight)
     parameters = [dict(params=p, lr_scale=scale, decays=decay) for (scale, decay), p in groups.items()]
     fused = any(p.is_cuda for p in objective.parameters())
     return torch.optim.AdamW(parameters, lr=lr, betas=tuple(config.betas), weight_decay=0.0, fused=fused)
@@ -63,7 +63,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: 
 
     Linear warm-up over the first fraction of the steps, then half a cosine down to min_lr.
     """
-    warmup = round(config.warmup * total)
+    warmup = round(config.warmup_fraction * total)
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
@@ -80,12 +80,12 @@ def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: 
 def clip(parameters: Iterable[Tensor], config: recipes.Optim) -> Tensor | None:
     """Clip gradients in place; returns the global norm before clipping, or None where nothing is clipped."""
     parameters = [p for p in parameters if p.grad is not None]
-    if config.clip is None:
+    if config.clip_grad is None:
         return None
     if config.clip_mode == "global":
-        return nn.utils.clip_grad_norm_(parameters, config.clip)
+        return nn.utils.clip_grad_norm_(parameters, config.clip_grad)
     # DINO's official code bounds the norm of each parameter on its own
     norms = torch._foreach_norm([p.grad for p in parameters])
-    factors = (config.clip / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
+    factors = (config.clip_grad / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([p.grad for p in parameters], list(factors.unbind()))
     return torch.stack(norms).norm()

@@ -29,11 +29,24 @@ from accelerate.utils import broadcast, broadcast_object_list
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ssl_vit import backbone as backbones
-from ssl_vit import checkpoint, data, errors, files, flops, monitor, objectives, optim, pictures, system, views, weights
+from ssl_vit import (
+    backbones,
+    checkpoint,
+    data,
+    errors,
+    files,
+    flops,
+    monitor,
+    objectives,
+    optim,
+    pictures,
+    system,
+    views,
+    weights,
+)
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say
-from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.randomness import Draw, Order
 
 SHOWN = 8  # images in the pictures of a run
@@ -42,10 +55,10 @@ SHOWN = 8  # images in the pictures of a run
 def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     """Train until the recipe's budget is spent, then write the backbone. Returns the exit code."""
     stop = StopSignal()
-    threads = set_threads(recipe.runtime.threads)
+    threads = set_threads(recipe.runtime.num_threads)
     # before the processes form a group: decoding may take longer than a group waits
     images = data.load(recipe.data, "train")
-    recipe.add_facts(images.facts())
+    recipe.add_dataset_info(images.info())
     accelerator = start_accelerator(recipe, path)
     device, processes = accelerator.device, accelerator.num_processes
     images = images.to(device)
@@ -55,7 +68,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     total, flops_per_image = budget(recipe, objective, images)
     recipe.train.steps = total
     lr, rule = recipe.learning_rate()
-    share = recipe.train.batch_size // processes
+    local_batch_size = recipe.train.batch_size // processes
     resolved = dict(lr=lr, lr_rule=rule, flops_per_image=flops_per_image, precision=recipe.train.precision)
     settings = recipe.as_dict() | dict(
         resolved=resolved | dict(labelled=objective.labelled),
@@ -93,7 +106,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                 "Delete it, or pass another --output."
             ) from None
         say(f"Going on from step {done} of {total}.")
-    elif total and objective.fits:
+    elif total and objective.requires_fit:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
         for buffer in objective.buffers():  # fitted alike everywhere, but for rounding
             buffer.copy_(broadcast(buffer))
@@ -109,11 +122,11 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     accelerator.init_trackers("ssl_vit", init_kwargs=dict(wandb=own))
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
-    micro = size = micro_batch(recipe, objective, share, device)
-    refuse_cut(objective, size, recipe.train.batch_size, processes)
+    micro_batch_size = size = choose_micro_batch_size(recipe, objective, local_batch_size, device)
+    check_full_batch(objective, size, recipe.train.batch_size, processes)
     order = Order(recipe.train.seed, len(images), recipe.train.batch_size)
-    plan = plan_chunks(order, range(done, total), accelerator.process_index * share, share, size)
-    workers = recipe.runtime.workers
+    plan = plan_chunks(order, range(done, total), accelerator.process_index * local_batch_size, local_batch_size, size)
+    workers = recipe.runtime.num_workers
     workers = min(system.cores(), 16) if workers == "auto" else workers
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, workers)
 
@@ -139,20 +152,20 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     with stop, watch:
         for step in range(done, total):
             try:
-                chunks = [next(stream) for _ in range(math.ceil(share / size))]
+                chunks = [next(stream) for _ in range(math.ceil(local_batch_size / size))]
             except UserError:  # a broken image, a decoding process that died
                 if processes == 1 and step > saved:
                     save(step)
                     say(f"Saved after step {step} of {total}.")
                 raise
             while True:
-                scalars, fits, now_asked = gradients(
-                    accelerator, objective, images, chunks, micro, step, total, asked()
+                scalars, in_memory, now_asked = gradients(
+                    accelerator, objective, images, chunks, micro_batch_size, step, total, asked()
                 )
-                if fits:
+                if in_memory:
                     break
-                micro = halve(micro, recipe, objective, watch)
-                refuse_cut(objective, micro, recipe.train.batch_size, processes)
+                micro_batch_size = halve(micro_batch_size, recipe, objective, watch)
+                check_full_batch(objective, micro_batch_size, recipe.train.batch_size, processes)
 
             now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
             objective.before_optimizer_step(step, total)
@@ -192,7 +205,7 @@ def gradients(
     objective: Objective,
     images: data.ImageSet,
     chunks: list[data.Chunk],
-    micro: int,
+    micro_batch_size: int,
     step: int,
     total: int,
     asked: Asked,
@@ -203,40 +216,42 @@ def gradients(
     in the same message, and all of them repeat the step. Returns (logged scalars, whether it fitted everywhere,
     what any process was asked).
     """
-    share = sum(map(len, chunks))
+    local_batch_size = sum(map(len, chunks))
     scalars: dict[str, Tensor] = {}
     objective.zero_grad()
     objective.begin_step()
-    fits = True
+    in_memory = True
     try:
         for chunk in chunks:
-            for start in range(0, len(chunk), micro):
-                part = chunk.part(start, min(start + micro, len(chunk)))
+            for start in range(0, len(chunk), micro_batch_size):
+                part = chunk.part(start, min(start + micro_batch_size, len(chunk)))
                 labels = None
                 if objective.labelled:
                     labels = images.labels[part.indices.to(images.labels.device, non_blocking=True)]
                 batch = Batch(part.views(images, objective.views), labels, part.draw, step, total)
                 with accelerator.autocast():
                     result = objective(batch)
-                weight = len(part) / share
+                weight = len(part) / local_batch_size
                 (result["loss"] * weight).backward()
                 for name, value in result.items():
                     scalars[name] = scalars.get(name, 0) + value.detach() * weight
     except torch.OutOfMemoryError:
-        fits = False
-    if not fits:  # outside of `except`, which would keep the graph alive
+        in_memory = False
+    if not in_memory:  # outside of `except`, which would keep the graph alive
         objective.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
     if accelerator.num_processes > 1:
-        fits, asked = average_gradients(accelerator, objective, fits, asked)
-    return scalars, fits, asked
+        in_memory, asked = average_gradients(accelerator, objective, in_memory, asked)
+    return scalars, in_memory, asked
 
 
-def average_gradients(accelerator: Accelerator, objective: Objective, fits: bool, asked: Asked) -> tuple[bool, Asked]:
+def average_gradients(
+    accelerator: Accelerator, objective: Objective, in_memory: bool, asked: Asked
+) -> tuple[bool, Asked]:
     """Average all gradients over the processes, and agree whether the step fitted, and on what was asked of any."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    flags = [not fits, *asked, *(p.grad is not None for p in parameters)]
+    flags = [not in_memory, *asked, *(p.grad is not None for p in parameters)]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(flags, dtype=grads[0].dtype, device=grads[0].device)])
     *means, flags = accelerator.reduce(flat, "mean").split([p.numel() for p in parameters] + [len(flags)])
@@ -263,34 +278,34 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             f"The {recipe.objective_name} objective needs labels of two classes or more, and {recipe.data.name} has "
             "none."
         )
-    if recipe.data.size is None:
+    if recipe.data.img_size is None:
         raise UserError(
-            f"The images of {recipe.data.name} differ in size: set data.size, or use a photo recipe "
+            f"The images of {recipe.data.name} differ in size: set data.img_size, or use a photo recipe "
             "(--recipe mae-photos or dino-photos)."
         )
-    if len(recipe.data.mean) != recipe.data.channels or len(recipe.data.std) != recipe.data.channels:
-        raise UserError(f"data.mean and data.std must have {recipe.data.channels} values, one per channel.")
-    size = recipe.data.size
-    recipe.data.size = size = [size, size] if isinstance(size, int) else size
+    if len(recipe.data.mean) != recipe.data.in_chans or len(recipe.data.std) != recipe.data.in_chans:
+        raise UserError(f"data.mean and data.std must have {recipe.data.in_chans} values, one per channel.")
+    size = recipe.data.img_size
+    recipe.data.img_size = size = [size, size] if isinstance(size, int) else size
     with torch.random.fork_rng():
         backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
         if recipe.backbone.init_from:
             backbone = weights.initialise(backbone, recipe.backbone.init_from)
         if isinstance(backbone, backbones.TokenBackbone):
-            recipe.backbone.patch = backbone.patch[0]
+            recipe.backbone.patch_size = backbone.patch_size[0]
         torch.manual_seed(recipe.train.seed + 1)
-        facts = Facts(
+        info = DatasetInfo(
             size=tuple(size),
-            flip=0.5 if recipe.data.flip else 0.0,
+            flip=0.5 if recipe.data.hflip else 0.0,
             classes=len(images.classes) if images.classes else None,
             views=recipe.views,
         )
-        return cls(recipe.objective, backbone, facts)
+        return cls(recipe.objective, backbone, info)
 
 
 def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) -> tuple[int, float]:
     """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`."""
-    per_image = flops.per_image(objective, recipe.data.channels, objective.labelled)
+    per_image = flops.per_image(objective, recipe.data.in_chans, objective.labelled)
     t = recipe.train
     if t.flops is not None:
         return math.ceil(t.flops / (per_image * t.batch_size)), per_image
@@ -301,66 +316,74 @@ def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) 
 
 def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device) -> Tensor:
     """Unaugmented training images in [0, 1] for `Objective.fit`: all, or 10,000 or a GiB of them, spread evenly."""
-    view = views.evaluation(recipe.data.size, recipe.views.interpolation)
+    view = views.evaluation(recipe.data.img_size, recipe.views.interpolation)
     most = min(10_000, len(images), max(1, 2**28 // (images.channels * math.prod(view.size))))
     chosen = torch.from_numpy(np.linspace(0, len(images) - 1, most).astype(np.int64))
     return torch.cat(list(data.evaluation_views(images, view, device, chosen)))
 
 
-def micro_batch(recipe: recipes.Recipe, objective: Objective, share: int, device: torch.device) -> int:
+def choose_micro_batch_size(
+    recipe: recipes.Recipe, objective: Objective, local_batch_size: int, device: torch.device
+) -> int:
     """Rows at a time on this device: as asked, in whole groups of rows that must stay together."""
-    asked = recipe.runtime.per_device_batch
+    asked = recipe.runtime.per_device_batch_size
     if asked == "auto":
-        asked = share if device.type == "cuda" else 256
-    together = objective.row_multiple
-    if share % together:
+        asked = local_batch_size if device.type == "cuda" else 256
+    together = objective.micro_batch_multiple
+    if local_batch_size % together:
         raise UserError(
-            f"Mixing pairs images and tasks take turns on them, here in groups of {together}; {share} on a process are "
-            f"no whole groups: set train.batch_size to a multiple of {together * recipe.train.batch_size // share}."
+            f"Mixing pairs images and tasks take turns on them, here in groups of {together}; {local_batch_size} on a "
+            f"process are no whole groups: set train.batch_size to a multiple of "
+            f"{together * recipe.train.batch_size // local_batch_size}."
         )
-    return max(min(asked, share) // together, 1) * together
+    return max(min(asked, local_batch_size) // together, 1) * together
 
 
-def refuse_cut(objective: Objective, micro: int, batch_size: int, processes: int) -> None:
+def check_full_batch(objective: Objective, micro_batch_size: int, batch_size: int, processes: int) -> None:
     """Raises UserError if the loss needs the whole batch at once and gets less."""
-    tie = objective.whole_batch
-    if not tie or micro >= batch_size:
+    tie = objective.requires_full_batch
+    if not tie or micro_batch_size >= batch_size:
         return
     without = ""
     if "BatchNorm in" in tie:
         without = ", or take a backbone without it"
-    if "objective.batch_norm" in tie:
-        without = ", or set objective.batch_norm=false (see recipes/dino.yaml)"
+    if "objective.use_bn_in_head" in tie:
+        without = ", or set objective.use_bn_in_head=false (see recipes/dino.yaml)"
     if processes > 1:
         raise UserError(
             f"{tie} needs the whole batch of {batch_size} at once, and it is shared by {processes} processes: run one "
             f"process on one GPU (CUDA_VISIBLE_DEVICES=0){without}."
         )
     raise UserError(
-        f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro} at a time: set "
-        f"runtime.per_device_batch={batch_size} if so many fit, or lower train.batch_size{without}."
+        f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro_batch_size} at a time: set "
+        f"runtime.per_device_batch_size={batch_size} if so many fit, or lower train.batch_size{without}."
     )
 
 
-def halve(micro: int, recipe: recipes.Recipe, objective: Objective, watch: monitor.Monitor) -> int:
+def halve(micro_batch_size: int, recipe: recipes.Recipe, objective: Objective, watch: monitor.Monitor) -> int:
     """Half as many rows at a time, after a step that did not fit."""
-    together = objective.row_multiple
-    if micro == together:
-        raise UserError(f"Out of memory with {micro} image(s) at a time: take a smaller backbone or data.size.")
-    if recipe.runtime.per_device_batch != "auto":
-        raise UserError(f"Out of memory with {micro} images at a time: set runtime.per_device_batch to auto or less.")
-    half = math.ceil(micro / together / 2) * together
-    watch.say(f"Out of memory with {micro} images at a time: trying {half}.")
+    together = objective.micro_batch_multiple
+    if micro_batch_size == together:
+        raise UserError(
+            f"Out of memory with {micro_batch_size} image(s) at a time: take a smaller backbone or data.img_size."
+        )
+    if recipe.runtime.per_device_batch_size != "auto":
+        raise UserError(
+            f"Out of memory with {micro_batch_size} images at a time: set runtime.per_device_batch_size to auto or "
+            "less."
+        )
+    half = math.ceil(micro_batch_size / together / 2) * together
+    watch.say(f"Out of memory with {micro_batch_size} images at a time: trying {half}.")
     return half
 
 
 def plan_chunks(
-    order: Order, steps: range, first: int, share: int, size: int
+    order: Order, steps: range, first: int, local_batch_size: int, size: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(step, rows, image indices) of every chunk that this process works on."""
     for step in steps:
-        for start in range(first, first + share, size):
-            rows = np.arange(start, min(start + size, first + share))
+        for start in range(first, first + local_batch_size, size):
+            rows = np.arange(start, min(start + size, first + local_batch_size))
             yield step, rows, order.indices(step, rows)
 
 
@@ -461,7 +484,7 @@ def describe(recipe, path, images, objective, accelerator, total, flops_per_imag
     images_seen = total * recipe.train.batch_size
     say(
         f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images at "
-        f"{'x'.join(map(str, recipe.data.size))}), {shape_of(objective.exported, recipe.backbone)}\n"
+        f"{'x'.join(map(str, recipe.data.img_size))}), {shape_of(objective.exported, recipe.backbone)}\n"
         f"{total:,} steps of {recipe.train.batch_size} = {images_seen / max(len(images), 1):.1f} epochs, "
         f"{images_seen * flops_per_image:.3g} FLOPs; learning rate {lr}; {recipe.train.precision} on "
         f"{accelerator.num_processes} x {name_of(accelerator.device)}\n"
@@ -474,8 +497,8 @@ def shape_of(backbone: backbones.Backbone, config: recipes.Backbone) -> str:
     size = f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters"
     if not isinstance(backbone.model, VisionTransformer):
         return f"{config.name}, {size}"
-    patch = "x".join(map(str, dict.fromkeys(backbone.patch)))
-    model = "ViT" if config.width or config.depth else f"{config.name}: ViT"
+    patch = "x".join(map(str, dict.fromkeys(backbone.patch_size)))
+    model = "ViT" if config.embed_dim or config.depth else f"{config.name}: ViT"
     return f"{model}, {backbone.model.embed_dim} wide, {backbone.depth} deep, patch {patch}, {size}"
 
 
@@ -506,7 +529,7 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
     They are of the report split; of the held-out images in a run that leaves those out; of the training images where
     neither can be read.
     """
-    view = views.evaluation(recipe.data.size, recipe.views.interpolation)
+    view = views.evaluation(recipe.data.img_size, recipe.views.interpolation)
 
     def look(others: data.ImageSet, kind: str) -> tuple[Tensor, str]:
         chosen = pictures.spread(len(others), others.labels, SHOWN)

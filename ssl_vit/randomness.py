@@ -44,17 +44,17 @@ class Draw:
         self.seed, self.step, self.rows, self.device, self.prefix = seed, step, rows, torch.device(device), prefix
         self._rows = {torch.device("cpu"): rows, self.device: rows.to(self.device, non_blocking=True)}
 
-    def named(self, name: str) -> "Draw":
+    def fold_in(self, name: str) -> "Draw":
         """The same rows in streams of their own: what draws under another name is independent of it."""
         return Draw(self.seed, self.step, self.rows, self.device, f"{self.prefix}{name}/")
 
-    def of(self, rows: Tensor) -> "Draw":
+    def for_rows(self, rows: Tensor) -> "Draw":
         """The same streams of other rows."""
         return Draw(self.seed, self.step, rows, self.device, self.prefix)
 
     def uniform(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent float32 values in [0, 1), of shape (B, *shape); 24 random bits each."""
-        return self.words(stream, *shape, device=device).bitwise_right_shift(8).float() * 2.0**-24
+        return self.bits(stream, *shape, device=device).bitwise_right_shift(8).float() * 2.0**-24
 
     def normal(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent standard normal float32 values (Box-Muller), of shape (B, *shape)."""
@@ -62,7 +62,7 @@ class Draw:
         radius = (-2.0 * torch.log(1.0 - u[:, 0])).sqrt()
         return radius * torch.cos(2 * math.pi * u[:, 1])
 
-    def words(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
+    def bits(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent 32-bit words as int64, of shape (B, *shape)."""
         rows = self._rows[torch.device(device or self.device)]
         n = math.prod(shape)
@@ -76,7 +76,7 @@ class Draw:
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order, int64 (n,), in which epoch `epoch` visits n images."""
-    high, low = Draw(seed, epoch, torch.arange(n)).words("order", 2).unbind(1)
+    high, low = Draw(seed, epoch, torch.arange(n)).bits("order", 2).unbind(1)
     return np.argsort((high.numpy() << 31) ^ low.numpy(), kind="stable")
 
 

@@ -49,16 +49,16 @@ class Optim:
         "absolute", "what `lr` is multiplied with; B is the global batch"
     )
     min_lr: float = setting(0.0, "learning rate at the end of the cosine, not multiplied", at_least=0)
-    warmup: float = setting(0.05, "fraction of the steps with linear warm-up", at_least=0, at_most=1)
+    warmup_fraction: float = setting(0.05, "fraction of the steps with linear warm-up", at_least=0, at_most=1)
     betas: list[float] = setting([0.9, 0.95], "AdamW's")
     weight_decay: float = setting(0.05, "AdamW's, decoupled, multiplied by the learning rate", at_least=0)
     weight_decay_end: float | None = setting(None, "end of a cosine that starts at `weight_decay`", at_least=0)
-    no_decay: Literal["1d", "1d+tokens"] = setting(
+    no_weight_decay: Literal["1d", "1d+tokens"] = setting(
         "1d",
         "what is not decayed: biases and norms, or also positions and tokens (class, distillation, register, mask)",
     )
     layer_decay: float = setting(1.0, "learning rate of each block relative to the next", above=0, at_most=1)
-    clip: float | None = setting(None, "largest gradient norm", above=0)
+    clip_grad: float | None = setting(None, "largest gradient norm", above=0)
     clip_mode: Literal["global", "parameter"] = setting("global", "one norm for all, or (DINO) one per parameter")
 
 
@@ -66,8 +66,8 @@ class Optim:
 class Data:
     name: str = setting("digits", "a known name, a path, or owner/name on the Hugging Face hub")
     config: str | None = setting(None, "the configuration of a set that has several")
-    image: str | None = setting(None, "the column that holds the images")
-    label: str | None = setting(None, "the column that holds the labels")
+    image_column: str | None = setting(None, "the column that holds the images")
+    label_column: str | None = setting(None, "the column that holds the labels")
     train_split: str | None = setting(None, "the split to train on")
     report_split: str | None = setting(None, "the split whose figures are reported")
     subset: float | None = setting(
@@ -75,11 +75,13 @@ class Data:
     )
     subset_seed: int = setting(0, "which images that part holds; the parts of one seed are nested", at_least=0)
     hold_out: bool = setting(False, "leave out a tenth of the training images, to choose settings on")
-    size: int | list[int] | None = setting(None, "training resolution, S or [H, W]; the images' own if they share one")
-    channels: int | None = setting(None, "1 grey, 3 RGB, others as stored", at_least=1)
+    img_size: int | list[int] | None = setting(
+        None, "training resolution, S or [H, W]; the images' own if they share one"
+    )
+    in_chans: int | None = setting(None, "1 grey, 3 RGB, others as stored", at_least=1)
     mean: list[float] | None = setting(None, "per channel, in [0, 1]")
     std: list[float] | None = setting(None, "per channel, in [0, 1]")
-    flip: bool | None = setting(None, "whether a horizontal flip keeps the label")
+    hflip: bool | None = setting(None, "whether a horizontal flip keeps the label")
     range: list[float] | None = setting(
         None, "[black, white] of images deeper than 8 bits; of the training set: its bits, or [0, 1], or its values"
     )
@@ -94,7 +96,7 @@ class Data:
 
 @dataclass
 class Views:
-    kind: Literal["none", "crop+flip", "dino", "three-augment"] = setting(
+    augmentation: Literal["none", "crop+flip", "dino", "three-augment"] = setting(
         "crop+flip", "augmentation: none, crop and flip, DINO's colours on top, or DeiT III's 3-Augment"
     )
     scale: list[float] = setting([0.2, 1.0], "area of the random crop, as a fraction of the image")
@@ -111,17 +113,17 @@ class Backbone:
         "vit_{tiny,small,base,large,huge}, or any timm model; on the command line it replaces the recipe's width, "
         "depth and heads, and its patch if the name has one, as in vit_base_patch16_224",
     )
-    width: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
+    embed_dim: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
     depth: int | None = setting(None, "number of blocks", at_least=1)
-    heads: int | None = setting(None, "number of attention heads", at_least=1)
-    patch: int | Literal["auto"] | None = setting("auto", "patch side; auto: size/8 up to 64 px", at_least=1)
-    positions: Literal["learned", "sincos"] = setting("learned", "position embedding; sincos is fixed")
-    init: Literal["trunc_normal", "xavier"] = setting(
+    num_heads: int | None = setting(None, "number of attention heads", at_least=1)
+    patch_size: int | Literal["auto"] | None = setting("auto", "patch side; auto: size/8 up to 64 px", at_least=1)
+    pos_embed: Literal["learned", "sincos"] = setting("learned", "position embedding; sincos is fixed")
+    weight_init: Literal["trunc_normal", "xavier"] = setting(
         "trunc_normal", "initial linear weights: timm's and DINO's, or MAE's"
     )
-    registers: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
-    layer_scale: float | None = setting(None, "initial layer scale", above=0)
-    drop_path: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
+    reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
+    init_values: float | None = setting(None, "initial layer scale", above=0)
+    drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
     init_from: str | None = setting(None, "start from this run, timm folder or timm model")
 
 
@@ -134,11 +136,11 @@ class Monitor:
 
 @dataclass
 class Runtime:
-    per_device_batch: int | Literal["auto"] = setting("auto", "images at a time on one device", at_least=1)
-    workers: int | Literal["auto"] = setting(
+    per_device_batch_size: int | Literal["auto"] = setting("auto", "images at a time on one device", at_least=1)
+    num_workers: int | Literal["auto"] = setting(
         "auto", "decoding processes, for images that do not fit the cache", at_least=0
     )
-    threads: int | Literal["auto"] = setting("auto", "CPU threads; auto: cores / local processes", at_least=1)
+    num_threads: int | Literal["auto"] = setting("auto", "CPU threads; auto: cores / local processes", at_least=1)
     save_every: int = setting(500, "steps between checkpoints; the last one is kept", at_least=1)
     save_minutes: float | None = setting(10.0, "minutes between checkpoints, whichever comes first", above=0)
     keep_every: int = setting(0, "steps between backbones that are kept, for the evaluators; 0: the last", at_least=0)
@@ -149,8 +151,8 @@ SECTIONS = dict(train=Train, optim=Optim, data=Data, views=Views, backbone=Backb
 MAY_CHANGE = ("runtime", "monitor")  # sections that may differ when a run goes on
 ADDED = {"recipe", "resolved", "images"}  # what a run's recipe.yaml holds beside its settings
 OF_IMAGES = (  # what is of one set of images, or was resolved from them
-    *("data.size", "data.channels", "data.mean", "data.std", "data.flip", "data.range", "backbone.patch"),
-    *("data.config", "data.image", "data.label", "data.train_split", "data.report_split"),
+    *("data.img_size", "data.in_chans", "data.mean", "data.std", "data.hflip", "data.range", "backbone.patch_size"),
+    *("data.config", "data.image_column", "data.label_column", "data.train_split", "data.report_split"),
 )
 LENGTHS = ("train.epochs", "train.steps", "train.flops")
 
@@ -176,7 +178,7 @@ class Recipe:
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
         return dict(recipe=self.name, objective=dict(name=self.objective_name, **asdict(self.objective)), **sections)
 
-    def add_facts(self, facts: dict[str, Any]) -> None:
+    def add_dataset_info(self, facts: dict[str, Any]) -> None:
         """Fill in what the data say of themselves, wherever recipe and command line are silent or say null."""
         for key, value in facts.items():
             if getattr(self.data, key) is None:
@@ -286,7 +288,7 @@ def _merge(own: dict[str, Any], changes: dict[str, Any], path: str, of_run: bool
     outdated: set[str] = set()
     named = {}
     if "backbone.name" in changes:  # the file's shape is that of its own model
-        outdated |= {"backbone.width", "backbone.depth", "backbone.heads"}
+        outdated |= {"backbone.embed_dim", "backbone.depth", "backbone.num_heads"}
         named = _patch_in(changes["backbone.name"])
         outdated |= named.keys()
     if of_run and changes.get("data.name", own.get("data.name")) != own.get("data.name"):
@@ -301,7 +303,7 @@ def _merge(own: dict[str, Any], changes: dict[str, Any], path: str, of_run: bool
 def _patch_in(name: Any) -> dict[str, int]:
     """The setting that a model's name states, as vit_base_patch16_224 does; our default must not override it."""
     found = re.search(r"_patch(\d+)", str(name))
-    return {"backbone.patch": int(found[1])} if found else {}
+    return {"backbone.patch_size": int(found[1])} if found else {}
 
 
 def _recipes_of(objective: str) -> list[str]:
@@ -427,9 +429,9 @@ def _check_together(recipe: Recipe) -> None:
     limits = recipe.data.range
     if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
         raise UserError(f"data.range must be two rising numbers such as [0, 4095], not {limits}.")
-    size = recipe.data.size
+    size = recipe.data.img_size
     sides = size if isinstance(size, list) else [size] * 2
     if size is not None and (len(sides) != 2 or any(s < 1 for s in sides)):
-        raise UserError(f"data.size must be S or [H, W] in pixels, not {size}.")
+        raise UserError(f"data.img_size must be S or [H, W] in pixels, not {size}.")
     if recipe.train.epochs is None and recipe.train.steps is None and recipe.train.flops is None:
         raise UserError("The recipe sets no budget: give train.epochs, train.steps or train.flops.")

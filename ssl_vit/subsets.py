@@ -53,7 +53,7 @@ def folds(labels: np.ndarray) -> int:
     return min(5, int(several.min()), math.ceil(2000 / (len(labels) / 10))) if len(several) else 0
 
 
-def singles(labels: np.ndarray) -> np.ndarray:
+def singletons(labels: np.ndarray) -> np.ndarray:
     """The classes that have one image, which hold_out leaves to the fit."""
     return np.flatnonzero(np.bincount(labels[labels >= 0]) == 1)
 

@@ -10,37 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_vit.errors import UserError
+from ssl_vit.losses import distance, pixel_targets, token_loss
 from ssl_vit.patches import patchify
 
 
-def distance(name: str, prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean "mse" or "l1" over the last dimension."""
-    each = F.mse_loss if name == "mse" else F.l1_loss
-    return each(prediction, target, reduction="none").mean(-1)
-
-
 class Pixels(nn.Module):
-    """The patch's pixels; normalised: by its own mean and unbiased variance (MAE, sec. 3, eps 1e-6)."""
+    """The pixels of each patch (`losses.pixel_targets`)."""
 
-    def __init__(self, patch: tuple[int, int], channels: int, normalise: bool, loss: str):
+    def __init__(self, patch: tuple[int, int], channels: int, norm_pix_loss: bool, loss: str):
         super().__init__()
-        self.patch, self.normalise, self.loss_name = patch, normalise, loss
+        self.patch, self.norm_pix_loss, self.loss_name = patch, norm_pix_loss, loss
         self.width = patch[0] * patch[1] * channels
-        if normalise and self.width < 2:
+        if norm_pix_loss and self.width < 2:
             raise UserError(
-                "A patch of one value cannot be normalised: set objective.normalise=false or a larger patch."
+                "A patch of one value cannot be normalised: set objective.norm_pix_loss=false, or a larger patch_size."
             )
 
     def forward(self, images: Tensor) -> Tensor:
         """Standardised images (B, C, H, W) → (B, N, width)."""
-        patches = patchify(images, self.patch)
-        if not self.normalise:
-            return patches
-        return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        return pixel_targets(images, self.patch, self.norm_pix_loss)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """(…, width) twice → one loss per patch (…)."""
-        return distance(self.loss_name, prediction, target)
+        return distance(prediction, target, self.loss_name)
 
     def picture(self, prediction: Tensor, patches: Tensor, known: Tensor) -> Tensor:
         """Predictions (B, N, width) as standardised patches, (B, N, width).
@@ -49,10 +41,10 @@ class Pixels(nn.Module):
         predicted from: the true ones would show silhouettes that no network drew. patches: those that were given,
         (B, N, width); known: which of them each was predicted from, bool (B or 1, N or 1, N).
         """
-        if not self.normalise:
+        if not self.norm_pix_loss:
             return prediction
-        share = known / known.sum(-1, keepdim=True).clamp(min=1)
-        mean, variance = share @ patches.mean(-1, keepdim=True), share @ patches.var(-1, keepdim=True)
+        weight = known / known.sum(-1, keepdim=True).clamp(min=1)
+        mean, variance = weight @ patches.mean(-1, keepdim=True), weight @ patches.var(-1, keepdim=True)
         return prediction * (variance + 1e-6).sqrt() + mean
 
 
@@ -70,7 +62,7 @@ class Features(nn.Module):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """(…, width) twice → one loss per patch (…)."""
-        return distance(self.loss_name, prediction, target)
+        return distance(prediction, target, self.loss_name)
 
 
 class Tokens(nn.Module):
@@ -80,7 +72,7 @@ class Tokens(nn.Module):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits (…, width) and classes (…) → one loss per patch (…)."""
-        return F.cross_entropy(prediction.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+        return token_loss(prediction, target)
 
 
 class Colours(Tokens):
@@ -128,8 +120,8 @@ class KMeans(Tokens):
         distinct = len(patches.unique(dim=0))
         if distinct < self.width:
             raise UserError(
-                f"There are {distinct} different patches for {self.width} tokens: lower objective.tokens, or give more "
-                "images."
+                f"There are {distinct} different patches for {self.width} tokens: lower objective.vocab_size, or use "
+                "more images."
             )
         kmeans = faiss.Kmeans(patches.shape[1], self.width, niter=20, seed=seed + 1, min_points_per_centroid=1)
         kmeans.train(patches.cpu().contiguous().numpy())

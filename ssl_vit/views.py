@@ -93,6 +93,16 @@ def make(spec: ViewSpec, images: Tensor, draw: Draw) -> dict[str, Tensor]:
     return views
 
 
+def augment(spec: ViewSpec, images: Tensor, seed: int = 0, step: int = 0) -> dict[str, Tensor]:
+    """`make` for a batch of its own: row r of step s of a seed always gets the same views.
+
+    >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    >>> {name: tuple(x.shape) for name, x in augment(dino((32, 32), (16, 16), 4, flip=0.5), images).items()}
+    {'global1': (2, 3, 32, 32), 'global2': (2, 3, 32, 32), 'local': (2, 4, 3, 16, 16)}
+    """
+    return make(spec, images, Draw(seed, step, torch.arange(len(images)), images.device))
+
+
 def crop_photo(spec: ViewSpec, photo: Tensor, draw: Draw) -> dict[str, Tensor]:
     """The crops of one photo at its original size, for a DataLoader worker. photo: uint8 (C, H, W); draw: of one row
     → uint8 (V, C, h, w) with V = count or 1, from the boxes `make` would take, not yet flipped."""

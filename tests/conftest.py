@@ -15,31 +15,30 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from ssl_vit import backbone as backbones
-from ssl_vit import errors, objectives, system
+from ssl_vit import backbones, errors, objectives, system
 from ssl_vit import recipe as recipes
-from ssl_vit.objectives.base import Batch, Facts
+from ssl_vit.objectives.base import Batch, DatasetInfo
 from ssl_vit.randomness import Draw
 
 torch.set_num_threads(1)
 
 # objective, recipe, and what makes it small enough to test
 SMALL = {
-    "mae": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
+    "mae": ["objective.decoder_depth=1", "objective.decoder_embed_dim=16", "objective.decoder_num_heads=2"],
     "simmim": [],
-    "beit": ["objective.tokens=8"],
+    "beit": ["objective.vocab_size=8"],
     "masked-patch": [],
-    "gaussian": ["objective.decoder_depth=1", "objective.decoder_width=16", "objective.decoder_heads=2"],
+    "gaussian": ["objective.decoder_depth=1", "objective.decoder_embed_dim=16", "objective.decoder_num_heads=2"],
     "dino": [
-        "objective.batch_norm=false",
-        "objective.prototypes=32",
-        "objective.head_width=16",
-        "objective.bottleneck=8",
-        "objective.local_count=2",
+        "objective.use_bn_in_head=false",
+        "objective.out_dim=32",
+        "objective.hidden_dim=16",
+        "objective.bottleneck_dim=8",
+        "objective.local_crops_number=2",
     ],
-    "supervised": ["backbone.drop_path=0.2"],
+    "supervised": ["backbone.drop_path_rate=0.2"],
 }
-BACKBONE = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.size=16", "data.channels=3"]
+BACKBONE = ["backbone.embed_dim=16", "backbone.depth=2", "backbone.num_heads=2", "data.img_size=16", "data.in_chans=3"]
 
 
 def pytest_addoption(parser):
@@ -90,7 +89,7 @@ def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[st
 
 def small_recipe(name: str, *settings: str) -> recipes.Recipe:
     """A shipped recipe on 16 px RGB images, with a tiny backbone."""
-    facts = ["data.mean=[0.5, 0.45, 0.4]", "data.std=[0.25, 0.2, 0.3]", "data.flip=true"]
+    facts = ["data.mean=[0.5, 0.45, 0.4]", "data.std=[0.25, 0.2, 0.3]", "data.hflip=true"]
     overrides = [*BACKBONE, *facts, *SMALL[name], *settings]
     return recipes.read(name, overrides, None, lambda n: objectives.find(n).Config)
 
@@ -99,13 +98,13 @@ def small_objective(name: str, *settings: str, classes: int = 5) -> objectives.O
     """The objective of that recipe, with weights from seed 0, fitted on noise where it must be."""
     recipe = small_recipe(name, *settings)
     torch.manual_seed(0)
-    size = (recipe.data.size,) * 2 if isinstance(recipe.data.size, int) else tuple(recipe.data.size)
+    size = (recipe.data.img_size,) * 2 if isinstance(recipe.data.img_size, int) else tuple(recipe.data.img_size)
     backbone = backbones.build(recipe.backbone, recipe.data, 0)
     objective = objectives.find(recipe.objective_name)(
-        recipe.objective, backbone, Facts(size, 0.5, classes, recipe.views)
+        recipe.objective, backbone, DatasetInfo(size, 0.5, classes, recipe.views)
     )
-    if objective.fits:
-        objective.fit(torch.rand(32, recipe.data.channels, *size, generator=torch.Generator().manual_seed(1)), 0)
+    if objective.requires_fit:
+        objective.fit(torch.rand(32, recipe.data.in_chans, *size, generator=torch.Generator().manual_seed(1)), 0)
     return objective.train()
 
 

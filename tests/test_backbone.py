@@ -8,8 +8,7 @@ import torch
 from conftest import small_recipe
 from PIL import Image
 
-from ssl_vit import backbone as backbones
-from ssl_vit import pretrain, views, weights
+from ssl_vit import backbones, pretrain, views, weights
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 
@@ -17,7 +16,7 @@ IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def build(*settings: str) -> backbones.Backbone:
-    recipe = small_recipe("mae", "backbone.positions=learned", "backbone.init=trunc_normal", *settings)
+    recipe = small_recipe("mae", "backbone.pos_embed=learned", "backbone.weight_init=trunc_normal", *settings)
     return backbones.build(recipe.backbone, recipe.data, seed=0).eval()
 
 
@@ -26,16 +25,16 @@ def standardised(images):
     return (images - mean) / std
 
 
-SHAPELESS = ["backbone.width=null", "backbone.depth=null", "backbone.heads=null"]
+SHAPELESS = ["backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null"]
 VARIANTS = {
     "plain": [],
-    "registers": ["backbone.registers=3"],
-    "layer scale": ["backbone.layer_scale=0.1"],
-    "drop path": ["backbone.drop_path=0.5"],
-    "sincos": ["backbone.positions=sincos"],
+    "registers": ["backbone.reg_tokens=3"],
+    "layer scale": ["backbone.init_values=0.1"],
+    "drop path": ["backbone.drop_path_rate=0.5"],
+    "sincos": ["backbone.pos_embed=sincos"],
     "distilled": ["backbone.name=deit_tiny_distilled_patch16_224"],
-    "registers of the name": ["backbone.name=vit_small_patch14_reg4_dinov2", "backbone.patch=2"],
-    "not square": ["data.size=[16, 24]", "backbone.patch=4"],
+    "registers of the name": ["backbone.name=vit_small_patch14_reg4_dinov2", "backbone.patch_size=2"],
+    "not square": ["data.img_size=[16, 24]", "backbone.patch_size=4"],
 }
 
 
@@ -50,7 +49,7 @@ def test_the_seam_equals_timm_s_forward(settings):
         expected = b.model.forward_features(standardised(images))
         torch.testing.assert_close(b.tokens(images), expected, rtol=0, atol=1e-6)
         [(prefix, patches)] = b.features(images)
-    p = b.prefix_tokens
+    p = b.num_prefix_tokens
     torch.testing.assert_close(prefix, expected[:, :p], rtol=0, atol=1e-6)
     torch.testing.assert_close(patches.flatten(1, 2), expected[:, p:], rtol=0, atol=1e-6)
     assert patches.shape[1:3] == b.grid(images)
@@ -129,8 +128,8 @@ def test_the_view_of_a_squashing_model_and_of_one_that_pads():
 )
 def test_our_own_view_goes_with_the_weights(name, size, crop_pct, interpolation, tmp_path):
     """Whatever the published model of the same architecture has; and plain timm shows the saved one the same."""
-    settings = [f"backbone.{key}=null" for key in ("width", "depth", "heads")] if name != "vit_tiny" else []
-    recipe = small_recipe("mae", f"backbone.name={name}", "backbone.patch=8", f"data.size={size}", *settings)
+    settings = [f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads")] if name != "vit_tiny" else []
+    recipe = small_recipe("mae", f"backbone.name={name}", "backbone.patch_size=8", f"data.img_size={size}", *settings)
     b = backbones.build(recipe.backbone, recipe.data, 0, interpolation)
     weights.save(b, tmp_path / "b")
     again = weights.load(str(tmp_path / "b"))
@@ -143,7 +142,7 @@ def test_the_class_token_starts_as_in_the_official_code(init, monkeypatch):
     """Normal of std 0.02 (MAE, DINO, DeiT), by the seed, and no other weight knows of it."""
 
     def new(seed):
-        recipe = small_recipe("mae", f"backbone.init={init}", "backbone.width=768", "backbone.depth=1")
+        recipe = small_recipe("mae", f"backbone.weight_init={init}", "backbone.embed_dim=768", "backbone.depth=1")
         return backbones.build(recipe.backbone, recipe.data, seed).model.state_dict()
 
     tokens = torch.stack([new(seed)["cls_token"].flatten() for seed in range(4)])
@@ -152,7 +151,7 @@ def test_the_class_token_starts_as_in_the_official_code(init, monkeypatch):
     assert (torch.corrcoef(tokens) - torch.eye(4)).abs().max() < 0.15
     first = new(0)
     assert torch.equal(new(0)["cls_token"], first["cls_token"])
-    monkeypatch.setattr(backbones, "draw_class_token", lambda model, seed: None)
+    monkeypatch.setattr(backbones.factory, "draw_class_token", lambda model, seed: None)
     plain = new(0)
     assert [key for key in first if not torch.equal(first[key], plain[key])] == ["cls_token"]
 
@@ -178,13 +177,17 @@ def test_a_saved_classifier_gives_the_same_logits(tmp_path):
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_other_timm_models_have_features_too(name, tmp_path):
     b = build(
-        f"backbone.name={name}", "backbone.width=null", "backbone.depth=null", "backbone.heads=null", "data.size=64"
+        f"backbone.name={name}",
+        "backbone.embed_dim=null",
+        "backbone.depth=null",
+        "backbone.num_heads=null",
+        "data.img_size=64",
     )
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         [(prefix, patches)] = b.features(images)
         expected = b.model.forward_features(standardised(images))
-    assert prefix.shape == (2, 0, b.width)
+    assert prefix.shape == (2, 0, b.embed_dim)
     torch.testing.assert_close(patches.permute(0, 3, 1, 2), expected, rtol=0, atol=1e-5)
     weights.save(b, tmp_path / "b")
     again = weights.load(str(tmp_path / "b")).eval()
@@ -193,7 +196,7 @@ def test_other_timm_models_have_features_too(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224", "test_vit_relpos"])
 def test_a_model_of_fixed_size_is_told_the_images_and_trains_without_unaddressed_draws(name):
-    b = build(f"backbone.name={name}", *SHAPELESS, "data.size=64")
+    b = build(f"backbone.name={name}", *SHAPELESS, "data.img_size=64")
     b.add_classifier(5)
     images = torch.rand(2, 3, 64, 64)
     state = torch.get_rng_state()
@@ -204,16 +207,16 @@ def test_a_model_of_fixed_size_is_told_the_images_and_trains_without_unaddressed
 
 
 def test_registers_are_those_of_the_name_unless_they_are_set():
-    name = ["backbone.name=vit_small_patch14_reg4_dinov2", "backbone.patch=2"]
-    for settings, registers in (([], 4), (["backbone.registers=0"], 0), (["backbone.registers=2"], 2)):
+    name = ["backbone.name=vit_small_patch14_reg4_dinov2", "backbone.patch_size=2"]
+    for settings, registers in (([], 4), (["backbone.reg_tokens=0"], 0), (["backbone.reg_tokens=2"], 2)):
         assert build(*name, *settings).model.num_reg_tokens == registers
-    with pytest.raises(UserError, match="takes no registers: set backbone.registers=null"):
-        build("backbone.name=deit_tiny_distilled_patch16_224", "backbone.registers=2")
+    with pytest.raises(UserError, match="takes no registers: set backbone.reg_tokens=null"):
+        build("backbone.name=deit_tiny_distilled_patch16_224", "backbone.reg_tokens=2")
 
 
 def test_a_distilled_deit_trains_both_heads(tmp_path):
     b = build("backbone.name=deit_tiny_distilled_patch16_224")
-    with pytest.raises(UserError, match="use objective.pool=token"):
+    with pytest.raises(UserError, match="use objective.global_pool=token"):
         b.add_classifier(7, "avg")
     b.add_classifier(7)
     assert torch.equal(b.classify(IMAGES), torch.zeros(2, 7))
@@ -230,7 +233,7 @@ def test_a_distilled_deit_trains_both_heads(tmp_path):
 @pytest.mark.parametrize("name", ["coat_tiny", "crossvit_tiny_240"])
 def test_a_model_without_a_map_of_patches_is_refused(name):
     with pytest.raises(UserError, match=f"{name} cannot be used.*another model, such as vit_small"):
-        build(f"backbone.name={name}", *SHAPELESS, "data.size=64")
+        build(f"backbone.name={name}", *SHAPELESS, "data.img_size=64")
 
 
 def test_the_tokens_of_a_model_that_timm_built_by_itself():
@@ -274,7 +277,7 @@ def test_attention_is_the_last_block_s():
 
 
 def test_stochastic_depth_is_addressed_and_has_its_rate():
-    b = build("backbone.drop_path=0.5", "backbone.depth=3").train()
+    b = build("backbone.drop_path_rate=0.5", "backbone.depth=3").train()
     rows = torch.arange(6)
     images = torch.rand(6, 3, 16, 16)
     state = torch.get_rng_state()
@@ -297,27 +300,29 @@ def test_init_from_takes_weights_and_normalisation_and_resamples_positions(tmp_p
     weights.save(old, tmp_path / "old")
     same = weights.initialise(build("data.mean=[0, 0, 0]"), str(tmp_path / "old")).eval()
     assert torch.equal(same.features(IMAGES)[0][1], old.features(IMAGES)[0][1])
-    larger = weights.initialise(build("data.size=32", "backbone.patch=2"), str(tmp_path / "old"))
+    larger = weights.initialise(build("data.img_size=32", "backbone.patch_size=2"), str(tmp_path / "old"))
     expected = timm.layers.resample_abs_pos_embed(old.model.pos_embed, (16, 16), (8, 8), num_prefix_tokens=1)
     torch.testing.assert_close(larger.model.pos_embed.data, expected.data)
 
 
 def test_init_from_resamples_relative_positions_and_keeps_the_norm_before_a_classifier(tmp_path):
-    old = build("backbone.name=test_vit_relpos", *SHAPELESS, "data.size=64")
+    old = build("backbone.name=test_vit_relpos", *SHAPELESS, "data.img_size=64")
     for name, table in old.model.named_parameters():
         if "rel_pos" in name:
             torch.nn.init.normal_(table)
     weights.save(old, tmp_path / "old")
-    new = weights.initialise(build("backbone.name=test_vit_relpos", *SHAPELESS, "data.size=96"), str(tmp_path / "old"))
+    new = weights.initialise(
+        build("backbone.name=test_vit_relpos", *SHAPELESS, "data.img_size=96"), str(tmp_path / "old")
+    )
     state = old.model.state_dict()
     expected = timm.models.vision_transformer_relpos.checkpoint_filter_fn(state, new.model)
     assert all(torch.equal(value, expected[key]) for key, value in new.model.state_dict().items())
-    convnext = build("backbone.name=test_convnext", *SHAPELESS, "data.size=64")
+    convnext = build("backbone.name=test_convnext", *SHAPELESS, "data.img_size=64")
     torch.nn.init.normal_(convnext.model.head.norm.weight)
     convnext.add_classifier(3)
     weights.save(convnext, tmp_path / "convnext")
     new = weights.initialise(
-        build("backbone.name=test_convnext", *SHAPELESS, "data.size=64"), str(tmp_path / "convnext")
+        build("backbone.name=test_convnext", *SHAPELESS, "data.img_size=64"), str(tmp_path / "convnext")
     )
     assert torch.equal(new.model.head.norm.weight, convnext.model.head.norm.weight)
 
@@ -326,12 +331,16 @@ def test_init_from_resamples_relative_positions_and_keeps_the_norm_before_a_clas
     ("theirs", "wrong", "remedy"),
     [
         # the qkv weights of 2 and of 4 heads have the same shape
-        ([], ["backbone.heads=4"], "width=16 backbone.depth=2 backbone.heads=2 backbone.patch=2."),
-        ([], ["backbone.width=32", "backbone.depth=3"], "width=16 backbone.depth=2 backbone.heads=2 backbone.patch=2."),
-        (["backbone.registers=3"], [], "backbone.patch=2 backbone.registers=3."),
-        ([], ["backbone.registers=3"], "backbone.patch=2 backbone.registers=0."),
-        (["backbone.layer_scale=0.1"], [], "backbone.patch=2 backbone.layer_scale=1e-5."),
-        (["data.channels=1", "data.mean=[0]", "data.std=[1]"], [], "backbone.patch=2 data.channels=1."),
+        ([], ["backbone.num_heads=4"], "embed_dim=16 backbone.depth=2 backbone.num_heads=2 backbone.patch_size=2."),
+        (
+            [],
+            ["backbone.embed_dim=32", "backbone.depth=3"],
+            "embed_dim=16 backbone.depth=2 backbone.num_heads=2 backbone.patch_size=2.",
+        ),
+        (["backbone.reg_tokens=3"], [], "backbone.patch_size=2 backbone.reg_tokens=3."),
+        ([], ["backbone.reg_tokens=3"], "backbone.patch_size=2 backbone.reg_tokens=0."),
+        (["backbone.init_values=0.1"], [], "backbone.patch_size=2 backbone.init_values=1e-5."),
+        (["data.in_chans=1", "data.mean=[0]", "data.std=[1]"], [], "backbone.patch_size=2 data.in_chans=1."),
     ],
 )
 def test_weights_of_another_shape_are_refused_with_the_settings_that_fit(theirs, wrong, remedy, tmp_path):
@@ -339,7 +348,7 @@ def test_weights_of_another_shape_are_refused_with_the_settings_that_fit(theirs,
     with pytest.raises(UserError) as error:
         weights.initialise(build(*wrong), str(tmp_path / "old"))
     said = str(error.value)
-    assert said.endswith(f"set backbone.{remedy}" if "width" in remedy else remedy) and "backbone.heads=2" in said
+    assert said.endswith(f"set backbone.{remedy}" if "width" in remedy else remedy) and "backbone.num_heads=2" in said
     fitting = said.rpartition(": set ")[2].rstrip(".").split()
     weights.initialise(build(*wrong, *fitting, *theirs), str(tmp_path / "old"))
 
@@ -353,25 +362,25 @@ def test_weights_of_another_model_are_refused_with_its_name(tmp_path):
     pooled = timm.create_model("vit_medium_patch16_gap_240", pretrained=False, **args)  # without class token
     weights.save(backbones.wrap(pooled, [0.5] * 3, [0.5] * 3, args), tmp_path / "pooled")
     with pytest.raises(UserError, match="pos_embed has another shape.*: set backbone.name=vit_medium_patch16_gap"):
-        weights.initialise(build("backbone.layer_scale=1e-5"), str(tmp_path / "pooled"))
+        weights.initialise(build("backbone.init_values=1e-5"), str(tmp_path / "pooled"))
 
 
 def test_a_name_on_the_command_line_gives_that_model():
-    facts = ["data.size=32", "data.channels=3", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
+    facts = ["data.img_size=32", "data.in_chans=3", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
     for name, patch in (("vit_small", 4), ("vit_small_patch16_224", 16)):
         recipe = pretrain.read("mae", [f"backbone.name={name}", *facts], None)
         b = backbones.build(recipe.backbone, recipe.data, seed=0)
-        assert (b.width, b.depth, b.patch[0], b.model.blocks[0].attn.num_heads) == (384, 12, patch, 6)
+        assert (b.embed_dim, b.depth, b.patch_size[0], b.model.blocks[0].attn.num_heads) == (384, 12, patch, 6)
 
 
 def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
-    with pytest.raises(UserError, match="set backbone.width=null backbone.depth=null backbone.heads=null"):
+    with pytest.raises(UserError, match="set backbone.embed_dim=null backbone.depth=null backbone.num_heads=null"):
         build("backbone.name=resnet18")
-    recipe = pretrain.read("finetune", ["backbone.name=resnet18", "data.size=16"], None)  # whose drop_path is 0.1
-    with pytest.raises(UserError, match="set backbone.drop_path=0.0, or name a vit"):
+    recipe = pretrain.read("finetune", ["backbone.name=resnet18", "data.img_size=16"], None)  # whose drop_path is 0.1
+    with pytest.raises(UserError, match="set backbone.drop_path_rate=0.0, or name a vit"):
         backbones.build(recipe.backbone, recipe.data, seed=0)
-    deit = build("backbone.name=deit_tiny_patch16_224", "backbone.patch=2")
-    assert isinstance(deit, backbones.TokenBackbone) and deit.width == 16 and deit.input_size == (16, 16)
+    deit = build("backbone.name=deit_tiny_patch16_224", "backbone.patch_size=2")
+    assert isinstance(deit, backbones.TokenBackbone) and deit.embed_dim == 16 and deit.input_size == (16, 16)
     assert deit.tokens(IMAGES).shape == (2, 65, 16)
 
 
@@ -401,7 +410,7 @@ def test_auto_patch_is_refused_for_photos_and_indivisible_sizes():
         backbones.resolve_patch("auto", (224, 224))
     with pytest.raises(UserError, match="do not divide"):
         backbones.resolve_patch(16, (100, 100))
-    with pytest.raises(UserError, match="data.size"):
+    with pytest.raises(UserError, match="data.img_size"):
         backbones.resolve_patch("auto", (31, 37))
 
 
@@ -415,7 +424,9 @@ def test_the_seed_alone_makes_the_weights():
 
 def test_the_header_names_the_shape_that_is_trained():
     """Not "vit_tiny" where width and depth of the recipe replace it."""
-    recipe = small_recipe("mae", "backbone.width=16", "backbone.depth=3", "backbone.heads=2", "backbone.patch=4")
+    recipe = small_recipe(
+        "mae", "backbone.embed_dim=16", "backbone.depth=3", "backbone.num_heads=2", "backbone.patch_size=4"
+    )
     model = backbones.build(recipe.backbone, recipe.data, seed=0)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     said = pretrain.shape_of(model, recipe.backbone)

@@ -15,8 +15,8 @@ from test_loop import ROOT, environment
 from ssl_vit import data, errors, pretrain
 from ssl_vit import recipe as recipes
 
-TINY = ["backbone.width=16", "backbone.depth=1", "backbone.heads=2", "monitor.trackers=none"]
-TINY += ["runtime.threads=1", "runtime.workers=0"]
+TINY = ["backbone.embed_dim=16", "backbone.depth=1", "backbone.num_heads=2", "monitor.trackers=none"]
+TINY += ["runtime.num_threads=1", "runtime.num_workers=0"]
 
 
 def save(path: str, seed: int = 0, side: int = 8, count: int = 1) -> None:
@@ -63,7 +63,7 @@ SETTINGS = {
     "not a number": (["optim.lr=nan"], ["optim.lr", "finite"]),
     "impossible value": (["views.scale=[2, 3]"], ["views.scale"]),
     "no setting": (["steps"], ["'steps'", "key=value"]),
-    "image against patch": (["backbone.patch=3"], ["8x8", "patches of 3", "data.size"]),
+    "image against patch": (["backbone.patch_size=3"], ["8x8", "patches of 3", "data.img_size"]),
     "mean of another length": (["data.mean=[0.1, 0.2]"], ["data.mean"]),
     "unknown data": (["--data", "cifar11"], ["'cifar11'", "Did you mean 'cifar10'?"]),
     "no data": (["--data", ""], ["Unknown data"]),
@@ -140,10 +140,18 @@ def test_labels(run):
 
 def test_columns(run):
     datasets.Dataset.from_dict(dict(picture=["a"] * 20, kind=[0, 1] * 10)).to_parquet("set.parquet")
-    refused(run("--data", "set.parquet"), "no image column", "picture, kind", "data.image")
-    refused(run("--data", "set.parquet", "data.image=img"), "'img'", "picture, kind")
-    refused(run("--data", "set.parquet", "data.image=picture", "data.label=class"), "'class'", "data.label")
-    refused(run("--data", "set.parquet", "data.image=picture"), "'picture' names the image file 'a'", "data.image")
+    refused(run("--data", "set.parquet"), "no image column", "picture, kind", "data.image_column")
+    refused(run("--data", "set.parquet", "data.image_column=img"), "'img'", "picture, kind")
+    refused(
+        run("--data", "set.parquet", "data.image_column=picture", "data.label_column=class"),
+        "'class'",
+        "data.label_column",
+    )
+    refused(
+        run("--data", "set.parquet", "data.image_column=picture"),
+        "'picture' names the image file 'a'",
+        "data.image_column",
+    )
     ragged = [[[0.5] * 8] * 7 + [[0.5] * 3]] * 20
     datasets.Dataset.from_dict(dict(image=ragged)).to_parquet("ragged.parquet")
     refused(run("--data", "ragged.parquet"), "neither an image nor an array")
@@ -155,7 +163,7 @@ def test_columns(run):
 def test_a_broken_image(run, setting):
     save("set/train/{i}.png", count=6)
     Path("set/train/3.png").write_bytes(Path("set/train/3.png").read_bytes()[:90])
-    settings = ["--data", "set", "data.size=8", setting]
+    settings = ["--data", "set", "data.img_size=8", setting]
     refused(run(*settings), "Image 3.png cannot be decoded", "data.skip_broken=true")
     code, said, _ = run(*settings, "data.skip_broken=true", "--output=out")
     assert code == 0 and "Left out 1 broken image(s)" in said and "(5 images at 8x8)" in said
@@ -167,8 +175,8 @@ def test_a_broken_image(run, setting):
 def test_sizes_that_differ(run):
     for i, side in enumerate((8, 12, 16)):
         save(f"mixed/train/{i}.png", side=side)
-    refused(run("--data", "mixed"), "mixed", "data.size", "mae-photos")
-    code, said, _ = run("--data", "mixed", "data.size=8")
+    refused(run("--data", "mixed"), "mixed", "data.img_size", "mae-photos")
+    code, said, _ = run("--data", "mixed", "data.img_size=8")
     assert code == 0 and "3 images at 8x8" in said
 
 
@@ -185,7 +193,7 @@ def test_as_a_process(tmp_path, monkeypatch, arguments):
     Path("set/train/10.png").write_bytes(b"x")  # the probe of 256 skips it
     command = [sys.executable, str(ROOT / "ssl_vit" / "pretrain.py"), "--recipe", "mae", *TINY, *arguments]
     result = subprocess.run(
-        [*command, "runtime.workers=1", "train.steps=3", "train.batch_size=128"],
+        [*command, "runtime.num_workers=1", "train.steps=3", "train.batch_size=128"],
         env=environment() | dict(SSL_VIT_CACHE=str(tmp_path / "cache")),
         capture_output=True,
         text=True,

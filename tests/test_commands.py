@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_loop import environment, until
 
-from eval import commands
+from eval.schedule import processes
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def start(tmp_path, monkeypatch):
 
     def call(name, text, *arguments, **variables):
         (tmp_path / f"{name}.py").write_text(text)
-        return commands.Command(name, [f"{name}.py", *arguments], Path(f"{name}.txt"), variables)
+        return processes.Command(name, [f"{name}.py", *arguments], Path(f"{name}.txt"), variables)
 
     return call
 
@@ -99,7 +99,7 @@ def test_a_signal_to_the_whole_group_leaves_the_one_who_tells_how_commands_end(t
     (tmp_path / "study.py").write_text("""
 import os, signal, time
 from pathlib import Path
-from eval.commands import Command
+from eval.schedule.processes import Command
 def stop(*_):
     command.stop()
     print("ended with", command.wait(), flush=True)
@@ -130,7 +130,7 @@ def test_what_is_prepared_has_not_touched_a_gpu():
 import importlib, torch
 def refuse(*_): raise AssertionError("the GPU was asked for")
 torch._C._cuda_getDeviceCount = torch._C._cuda_init = refuse
-for name in {commands.PREPARED}: importlib.import_module(name)
+for name in {processes.PREPARED}: importlib.import_module(name)
 try: torch.cuda.is_available()
 except AssertionError: print("asked for only now")
 """

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from eval import common_corruptions
-from eval.common_corruptions import FAMILIES, PARAMETERS, SEVERITIES, corrupt
+from eval.measure import common_corruptions
+from eval.measure.common_corruptions import FAMILIES, PARAMETERS, SEVERITIES, corrupt
 from ssl_vit.randomness import Draw
 
 SIZES = ((32, 20), (66, 80))  # of CIFAR-10-C's parameters, and of ImageNet-C's

@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 
-from eval.features import Source, pool
-from ssl_vit import backbone as backbones
+from eval.measure.features import Source, pool
+from ssl_vit import backbones
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -196,8 +196,8 @@ def measure(name: str, size: int, layout: str) -> float:
 
     Raises UserError if the model is refused.
     """
-    config = recipes.Backbone(name=name, patch=16)
-    data = recipes.Data(size=size, channels=3, mean=[0.5, 0.45, 0.4], std=[0.25, 0.2, 0.3])
+    config = recipes.Backbone(name=name, patch_size=16)
+    data = recipes.Data(img_size=size, in_chans=3, mean=[0.5, 0.45, 0.4], std=[0.25, 0.2, 0.3])
     backbone = backbones.build(config, data, seed=0).eval()
     perturb(backbone.model)
     return agree(backbone, int(layout) if layout.isdigit() else layout, count=1)
@@ -215,7 +215,7 @@ def test_every_module_of_timm_agrees_or_is_refused(module, name, own, other):
     assert timm.models.is_model_in_modules(name, [module])
     for size in sizes(module, name):
         if (other if size == OTHER else own) == "refused":
-            with pytest.raises(UserError, match=f"{name} .*: (use|set data.size=.*, or use) another model"):
+            with pytest.raises(UserError, match=f"{name} .*: (use|set data.img_size=.*, or use) another model"):
                 measure(name, size, own)
         else:
             assert measure(name, size, own) < 1e-5

@@ -12,23 +12,42 @@ from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
 
-ALL = ["objective.sees=all", "objective.mask=none"]
+ALL = ["objective.encoder_input=corrupted", "objective.mask=none"]
 VARIANTS = {
-    "noise on half": ["objective.sees=all", "objective.mask=random", "objective.ratio=0.5", "objective.spoil=gaussian"],
-    "noise in patch space": [*ALL, "objective.spoil=gaussian", "objective.space=5", "objective.weigh=true"],
-    "predict the noise": [*ALL, "objective.spoil=gaussian", "objective.target=noise", "objective.sigma=[0.5,0.5]"],
-    "noise and masking": ["objective.spoil=gaussian", "objective.sigma=[0.25,0.25]"],
-    "blur": [*ALL, "objective.spoil=blur", "objective.sigma=[0.5,2]", "objective.normalise=false"],
-    "shuffle": ["objective.sees=all", "objective.ratio=0.3", "objective.spoil=shuffle"],
-    "next patch": ["objective.sees=all", "objective.mask=causal"],
-    "next patch after a prefix": ["objective.sees=all", "objective.mask=prefix", "objective.decoder_depth=0"],
-    "features": ["objective.sees=mask tokens", "objective.ratio=0.5", "objective.target=features"],
-    "autoencoder": [*ALL, "objective.normalise=false"],
+    "noise on half": [
+        "objective.encoder_input=corrupted",
+        "objective.mask=random",
+        "objective.mask_ratio=0.5",
+        "objective.corruption=gaussian",
+    ],
+    "noise in patch space": [
+        *ALL,
+        "objective.corruption=gaussian",
+        "objective.noise_pca_dim=5",
+        "objective.loss_weighting=noise_level",
+    ],
+    "predict the noise": [
+        *ALL,
+        "objective.corruption=gaussian",
+        "objective.target=noise",
+        "objective.noise_sigma=[0.5,0.5]",
+    ],
+    "noise and masking": ["objective.corruption=gaussian", "objective.noise_sigma=[0.25,0.25]"],
+    "blur": [*ALL, "objective.corruption=blur", "objective.blur_sigma=[0.5,2]", "objective.norm_pix_loss=false"],
+    "shuffle": ["objective.encoder_input=corrupted", "objective.mask_ratio=0.3", "objective.corruption=shuffle"],
+    "next patch": ["objective.encoder_input=corrupted", "objective.mask=causal"],
+    "next patch after a prefix": [
+        "objective.encoder_input=corrupted",
+        "objective.mask=prefix",
+        "objective.decoder_depth=0",
+    ],
+    "features": ["objective.encoder_input=mask_token", "objective.mask_ratio=0.5", "objective.target=features"],
+    "autoencoder": [*ALL, "objective.norm_pix_loss=false"],
     "masked patch prediction": [
-        "objective.sees=mask tokens",
-        "objective.ratio=0.5",
-        "objective.others=0.25",
-        "objective.kept=0.125",
+        "objective.encoder_input=mask_token",
+        "objective.mask_ratio=0.5",
+        "objective.replace_ratio=0.25",
+        "objective.keep_ratio=0.125",
         "objective.target=colour",
     ],
 }
@@ -51,9 +70,9 @@ def test_no_loss_depends_on_the_cut_of_the_batch(variant):
 
 def spoiled(objective, images):
     draw = Draw(0, 0, torch.arange(len(images)))
-    order = objective.order(draw)
-    hidden = corruption.split(order, objective.hidden)[1]
-    return objective.spoil(images, order, hidden, draw)[0], hidden
+    order = objective.mask_order(draw)
+    hidden = corruption.split(order, objective.num_masked)[1]
+    return objective.corrupt(images, order, hidden, draw)[0], hidden
 
 
 @pytest.mark.parametrize("variant", ["noise on half", "shuffle"])
@@ -61,8 +80,8 @@ def test_only_the_hidden_patches_are_spoiled(variant):
     objective = small(variant)
     images = make_batch(objective, torch.arange(6)).views["image"]
     seen, hidden = spoiled(objective, images)
-    changed = (patchify(seen, objective.backbone.patch) != patchify(images, objective.backbone.patch)).any(-1)
-    assert torch.equal(changed, hidden) and (hidden.sum(1) == objective.hidden).all()
+    changed = (patchify(seen, objective.backbone.patch_size) != patchify(images, objective.backbone.patch_size)).any(-1)
+    assert torch.equal(changed, hidden) and (hidden.sum(1) == objective.num_masked).all()
 
 
 @pytest.mark.parametrize("variant", ["blur", "noise in patch space"])
@@ -94,7 +113,7 @@ def test_blur_is_torchvision_s():
 
 def test_the_patch_space_is_that_of_principal_component_analysis():
     images = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)).cumsum(-1) / 3
-    space = corruption.PatchSpace((4, 4), 3, 7)
+    space = corruption.PatchPCA((4, 4), 3, 7)
     space.fit(images, 0)
     patches = patchify(images, (4, 4)).flatten(0, 1).double().numpy()
     expected = PCA(7, svd_solver="full").fit(patches)
@@ -122,7 +141,7 @@ def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
     masked = (given[0] == objective.mask_token).all(-1)
     same = (given[0] == clean).all(-1)
     others = ~masked & ~same
-    assert objective.hidden == 32 and (masked.sum(1) == 20).all() and (others.sum(1) == 8).all()
+    assert objective.num_masked == 32 and (masked.sum(1) == 20).all() and (others.sum(1) == 8).all()
     assert (hidden & same).sum(1).tolist() == [4] * 6 and not (masked | others)[~hidden].any()
     for shown, tokens, out_of_sight in zip(given[0][others].split(8), clean, hidden, strict=True):
         assert all((token == tokens[~out_of_sight]).all(-1).any() for token in shown)
@@ -139,7 +158,7 @@ def test_what_is_given_is_what_the_encoder_embeds(monkeypatch, variant):
         type(objective.backbone), "add_positions", lambda self, t, *more: embedded.append(t) or add(self, t, *more)
     )
     _, hidden, _, _ = objective.predict(images, Draw(0, 0, torch.arange(6)))
-    given = objective.given(images, Draw(0, 0, torch.arange(6)))
+    given = objective.encoder_inputs(images, Draw(0, 0, torch.arange(6)))
     if variant.startswith("next"):
         assert given is None
         return
@@ -148,19 +167,19 @@ def test_what_is_given_is_what_the_encoder_embeds(monkeypatch, variant):
     assert torch.allclose(tokens[~absent], embedded[0][~absent], atol=1e-5)
     assert torch.equal(counted, hidden) and not absent[~hidden].any()
     assert (patchify(seen, (2, 2))[absent] == 0).all()
-    if objective.config.sees == "mask tokens":
+    if objective.config.encoder_input == "mask_token":
         assert torch.equal(absent, (embedded[0] == objective.mask_token).all(-1))
     else:
-        assert torch.equal(absent, hidden & (objective.config.sees == "visible"))
+        assert torch.equal(absent, hidden & (objective.config.encoder_input == "visible"))
 
 
 def test_the_next_patch_is_predicted_from_those_before_it():
     objective = small("next patch").eval()
     images = make_batch(objective, torch.arange(2)).views["image"]
     before, hidden, *_ = objective.predict(images, Draw(0, 0, torch.arange(2)))
-    assert hidden.sum(1).tolist() == [63, 63] and objective.hidden == 63 and not hidden[:, 0].any()
+    assert hidden.sum(1).tolist() == [63, 63] and objective.num_masked == 63 and not hidden[:, 0].any()
     for j in (1, 20, 63):
-        later = corruption.pixels_of(torch.arange(64).expand(2, -1) >= j, (8, 8), (2, 2))
+        later = corruption.mask_pixels(torch.arange(64).expand(2, -1) >= j, (8, 8), (2, 2))
         after, *_ = objective.predict(torch.where(later, 1 - images, images), Draw(0, 0, torch.arange(2)))
         assert torch.allclose(after[:, 1 : j + 1], before[:, 1 : j + 1], atol=1e-6)
         assert j == 63 or not torch.allclose(after[:, j + 1], before[:, j + 1], atol=1e-3)
@@ -181,7 +200,7 @@ def test_a_prefix_leaves_the_expected_number_to_predict():
     objective = small("next patch after a prefix")
     start = Draw(0, 0, torch.arange(4000)).uniform("prefix", 1)
     hidden, _ = corruption.next_patch(start, (8, 8), 1)
-    assert hidden.sum(1).float().mean().item() == pytest.approx(objective.hidden, rel=0.03)
+    assert hidden.sum(1).float().mean().item() == pytest.approx(objective.num_masked, rel=0.03)
 
 
 def test_the_noise_is_what_was_added():
@@ -225,8 +244,8 @@ def test_loud_noise_weighs_less():
 def test_corruption_as_augmentation_of_supervised_training():
     """The control of denoising: the same noise and the same dropped patches, with labels as the target."""
     plain, noisy, dropping = (
-        small_objective("supervised", "backbone.drop_path=0", *more)
-        for more in ([], ["objective.noise=[0.5,0.5]"], ["objective.drop=0.75"])
+        small_objective("supervised", "backbone.drop_path_rate=0", *more)
+        for more in ([], ["objective.noise_sigma=[0.5,0.5]"], ["objective.patch_drop_rate=0.75"])
     )
     batch = make_batch(plain, torch.arange(6))
     with torch.no_grad():
@@ -241,7 +260,7 @@ def test_corruption_as_augmentation_of_supervised_training():
 
     _, hidden = corruption.split(corruption.random_order(batch.draw, (8, 8)), 48)
     logits = dropping.classify(images, batch.draw)
-    place = corruption.pixels_of(hidden, (8, 8), (2, 2))
+    place = corruption.mask_pixels(hidden, (8, 8), (2, 2))
     assert torch.equal(dropping.classify(torch.where(place, 0.0, images), batch.draw), logits)
     assert not torch.equal(dropping.classify(torch.where(place, images, 0.0), batch.draw), logits)
 
@@ -249,14 +268,17 @@ def test_corruption_as_augmentation_of_supervised_training():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["objective.mask=none"], "objective.mask=none leaves no patch out"),
-        (["objective.sees=all"], "objective.spoil"),
-        (["objective.mask=causal"], "leaves no patch out"),
-        (["objective.mask=causal", "objective.sees=all", "objective.spoil=shuffle"], "clean patches"),
-        (["objective.kept=0.5"], "objective.kept"),
-        (["objective.target=noise"], "objective.spoil=gaussian"),
-        ([*ALL, "objective.spoil=blur", "objective.sigma=[0,1]"], "above 0"),
-        ([*ALL, "objective.spoil=gaussian", "objective.space=13"], "more than the 12 values"),
+        (["objective.mask=none"], "objective.mask=none hides no patch"),
+        (["objective.encoder_input=corrupted"], "objective.corruption"),
+        (["objective.mask=causal"], "hides no patch"),
+        (
+            ["objective.mask=causal", "objective.encoder_input=corrupted", "objective.corruption=shuffle"],
+            "clean patches",
+        ),
+        (["objective.keep_ratio=0.5"], "objective.keep_ratio"),
+        (["objective.target=noise"], "objective.corruption=gaussian"),
+        ([*ALL, "objective.corruption=blur", "objective.blur_sigma=[0,1]"], "above 0"),
+        ([*ALL, "objective.corruption=gaussian", "objective.noise_pca_dim=13"], "more than the 12 values"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, said):

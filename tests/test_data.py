@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from test_loop import environment
 
-from eval import inputs
+from eval.measure import cli
 from ssl_vit import data, errors, objectives, views
 from ssl_vit import recipe as recipes
 from ssl_vit.data import batches, copies, decoding, image_set, sources
@@ -93,8 +93,8 @@ def test_digits_hold_out_a_fixed_stratified_360():
     assert report.labels.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
     both = torch.cat([train.images, report.images]).flatten(1)
     assert len(both.unique(dim=0)) == 1797
-    assert train.facts() | dict(mean=0, std=0) == dict(size=8, channels=1, mean=0, std=0, flip=False)
-    assert torch.equal(data.load(recipes.Data(channels=3), "train").images, train.images.expand(-1, 3, -1, -1))
+    assert train.info() | dict(mean=0, std=0) == dict(img_size=8, in_chans=1, mean=0, std=0, hflip=False)
+    assert torch.equal(data.load(recipes.Data(in_chans=3), "train").images, train.images.expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ def test_parquet_file_and_folder(tmp_path):
     assert train.labels.tolist() == [0, 1, 0, 1, 0, 1] and np.array_equal(as_array(train.images[5]), pixels(5))
     # a column of bytes; a column called key; labels that are words; one file
     words = dict(picture=[png(pixels(i)) for i in range(30)], key=["x"] * 30, label=["b", "a", "c"] * 10)
-    alone = load(parquet(tmp_path / "one.parquet", **words), image="picture")
-    assert len(alone) + len(load(tmp_path / "one.parquet", "report", image="picture")) == 30
+    alone = load(parquet(tmp_path / "one.parquet", **words), image_column="picture")
+    assert len(alone) + len(load(tmp_path / "one.parquet", "report", image_column="picture")) == 30
     assert alone.classes == ["a", "b", "c"]
 
 
@@ -219,7 +219,7 @@ def test_other_numbers_of_channels_are_arrays(tmp_path):
     file = parquet(tmp_path / "train.parquet", features, image=arrays)
     for settings in (dict(), dict(cache_gb=0)):
         train = load(file, **settings)
-        assert train.channels == 5 and train.facts()["size"] == 6 and len(train.facts()["mean"]) == 5
+        assert train.channels == 5 and train.info()["img_size"] == 6 and len(train.info()["mean"]) == 5
         assert {image.permute(1, 2, 0).numpy().tobytes() for image in photos(train)} < {a.tobytes() for a in arrays}
 
 
@@ -233,7 +233,7 @@ def test_known_names_are_fetched_from_the_hub(monkeypatch):
     monkeypatch.setattr(sources.datasets, "load_dataset", lambda hub_id, name: asked.append(hub_id) or splits)
     train, test = load("cifar100"), load("cifar100", "report")
     assert asked == ["uoft-cs/cifar100"] * 2 and train.labels.tolist() == [0, 1, 0, 1] and test.labels is None
-    assert train.facts()["flip"] is True
+    assert train.info()["hflip"] is True
     reports = {name: hub[3] for name, hub in data.HUB.items()}
     assert reports["cifar10"] == "test" and reports["tiny-imagenet"] == "valid"
     assert reports["imagenet-1k"] == "validation"
@@ -381,9 +381,9 @@ def test_image_formats(tmp_path):
         (tmp_path / name / "train").mkdir(parents=True)
         image.save(tmp_path / name / "train" / "0.png", exif=turned)
         for settings in (dict(), dict(cache_gb=0)):
-            found = load(tmp_path / name, channels=channels, **settings)
+            found = load(tmp_path / name, in_chans=channels, **settings)
             assert np.array_equal(as_array(photos(found)[0]), np.rot90(expected, -1)), name
-            assert found.facts()["size"] == [10, 12]
+            assert found.info()["img_size"] == [10, 12]
     (tmp_path / "cmyk" / "train").mkdir(parents=True)
     Image.fromarray(colours).convert("CMYK").save(tmp_path / "cmyk" / "train" / "0.jpg", quality=100)
     assert load(tmp_path / "cmyk").images.shape == (1, 3, 12, 10)
@@ -403,11 +403,11 @@ def test_facts_are_exact(tmp_path):
     arrays = np.stack([pixels(i) // (i + 1) for i in range(9)])
     for i, array in enumerate(arrays):
         save(tmp_path / "train" / f"{i}.png", array)
-    facts = load(tmp_path).facts()
+    facts = load(tmp_path).info()
     exact = arrays.astype(np.float64) / 255
     assert facts["mean"] == [round(m, 4) for m in exact.mean((0, 1, 2))]
     assert facts["std"] == [round(s, 4) for s in exact.std((0, 1, 2))]
-    assert (facts["size"], facts["channels"], facts["flip"]) == ([12, 10], 3, True)
+    assert (facts["img_size"], facts["in_chans"], facts["hflip"]) == ([12, 10], 3, True)
     many = torch.from_numpy(pixels(0, 3000, 1500)).permute(2, 0, 1)[None].repeat(3, 1, 1, 1)  # more than one part
     mean, std = image_set._mean_std(many)
     exact = many[0].double() / 255
@@ -510,11 +510,11 @@ def test_a_killed_worker_is_one_sentence(folder):
 def test_images_that_differ_in_size_are_streamed(folder, monkeypatch, capsys):
     save(folder / "train" / "cat" / "3.png", pixels(7, 20, 30))
     images = load(folder)
-    assert images.images is None and images.facts()["size"] is None and len(images) == 16  # the probe saw it
+    assert images.images is None and images.info()["img_size"] is None and len(images) == 16  # the probe saw it
     assert "differ" not in capsys.readouterr().out
     monkeypatch.setattr(decoding, "PROBE", 2)
     images = load(folder)
-    assert images.images is None and images.facts()["size"] is None
+    assert images.images is None and images.info()["img_size"] is None
     said = capsys.readouterr().out
     assert said.count("differ in size") == 1 and said.count("\n") == 2 and "Decoding 16 images" in said
     monkeypatch.setattr(decoding, "decode_all", pytest.fail)  # what was found is remembered
@@ -625,7 +625,7 @@ def test_labels_that_are_missing_or_no_classes(tmp_path, capsys):
     lists = parquet(tmp_path / "lists.parquet", image=images, label=[[0, 1]] * 20)
     assert load(lists).labels is None
     with pytest.raises(UserError, match="'label'"):
-        load(lists, label="label")
+        load(lists, label_column="label")
     boxes = parquet(tmp_path / "real.parquet", image=images, label=[0.5] * 20)
     assert load(boxes).labels is None
 
@@ -679,7 +679,7 @@ def test_folders_of_test_images_without_classes_leave_figures_to_val(folder, cap
 
 def test_what_is_lacking_to_evaluate_is_named_with_its_remedy(folder, tmp_path):
     def refusal(path: Path, **settings) -> str:
-        asked = inputs.Inputs(inputs.parser("").parse_args(["--backbone", "pixels", "--data", str(path)]))
+        asked = cli.EvalRequest(cli.parser("").parse_args(["--backbone", "pixels", "--data", str(path)]))
         asked.config = recipes.Data(name=str(path), **settings)
         with pytest.raises(UserError) as error:
             asked.images(asked.sources[0])
@@ -692,9 +692,9 @@ def test_what_is_lacking_to_evaluate_is_named_with_its_remedy(folder, tmp_path):
     save(folder / "test" / "0.png", 0)
     said = refusal(folder)
     assert "The test split of" in said and "data.report_split=SPLIT train.steps=0" in said and "--data RUN" in said
-    assert "data.label" not in said and "--data of labelled images" in said
+    assert "data.label_column" not in said and "--data of labelled images" in said
     for i in range(30):
         save(tmp_path / "plain" / f"{i}.png", i)
     said = refusal(tmp_path / "plain")
     assert f"The images of {tmp_path / 'plain'} have no labels" in said
-    assert "data.label=COLUMN train.steps=0" in said and "split" not in said
+    assert "data.label_column=COLUMN train.steps=0" in said and "split" not in said

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from test_data import as_array, on_white, parquet, photos, pixels, save
 from test_data import load as load_split
 
-from eval import inputs
+from eval.measure import cli
 from ssl_vit import errors, objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.data import decoding
@@ -117,7 +117,7 @@ def test_files_and_tables_stand_upright_as_datasets_reads_them(tmp_path, capsys)
     [theirs, _] = datasets.Dataset.from_dict(dict(image=cells), features=kinds)["image"]
     for place in ("files", "table"):
         images = load(tmp_path / place)
-        assert images.facts()["size"] == [10, 12] and np.array_equal(as_array(images.images[0]), np.asarray(theirs))
+        assert images.info()["img_size"] == [10, 12] and np.array_equal(as_array(images.images[0]), np.asarray(theirs))
     assert "2 turned upright by EXIF" in capsys.readouterr().out
 
 
@@ -175,9 +175,9 @@ def test_deep_values_keep_their_contrast_by_one_range_of_the_set(tmp_path, kind,
     expected = expected.transpose(0, 2, 3, 1) if kind == "planes" else expected
     expected = expected[..., None] if expected.ndim == 3 else expected
     assert np.array_equal(both(tmp_path / "set"), expected)
-    assert load(tmp_path / "set").facts()["range"] == pytest.approx(list(limits))
+    assert load(tmp_path / "set").info()["range"] == pytest.approx(list(limits))
     assert "(data.range), since the values of 4 images lie from" in capsys.readouterr().out
-    grey = both(tmp_path / "set", channels=1) if expected.shape[-1] == 3 else None
+    grey = both(tmp_path / "set", in_chans=1) if expected.shape[-1] == 3 else None
     assert grey is None or grey.shape[-1] == 1
 
 
@@ -197,7 +197,7 @@ def test_the_report_split_has_the_range_of_the_training_split(tmp_path):
         for i in range(3):
             (tmp_path / "set" / split / "ab"[i % 2]).mkdir(exist_ok=True)
             (tmp_path / "set" / split / f"{i}.tif").rename(tmp_path / "set" / split / "ab"[i % 2] / f"{i}.tif")
-    asked = inputs.Inputs(inputs.parser("").parse_args(["--backbone", "pixels", "--data", str(tmp_path / "set")]))
+    asked = cli.EvalRequest(cli.parser("").parse_args(["--backbone", "pixels", "--data", str(tmp_path / "set")]))
     train, test = asked.images(asked.sources[0])
     assert train.range == test.range == (0, 4095)
 
@@ -254,7 +254,7 @@ def test_what_pixels_tell_apart_is_told_apart_in_any_storage(tmp_path, kind):
             file = tmp_path / "set" / split / "ab"[i % 2] / f"{i}.{suffix}"
             file.parent.mkdir(parents=True, exist_ok=True)
             make(pattern(rng, i % 2)).save(file)
-    asked = inputs.Inputs(inputs.parser("").parse_args(["--backbone", "pixels", "--data", str(tmp_path / "set")]))
+    asked = cli.EvalRequest(cli.parser("").parse_args(["--backbone", "pixels", "--data", str(tmp_path / "set")]))
     train, test = asked.images(asked.sources[0])
     near, far = (images.images.flatten(1).double() for images in (train, test))
     nearest = torch.cdist(far - near.mean(0), near - near.mean(0)).argmin(1)
@@ -277,7 +277,7 @@ def test_alpha_is_laid_on_a_ground_or_kept(tmp_path):
     assert np.array_equal(both(tmp_path / "set")[1], on_white(colours))
     dark = both(tmp_path / "set", background="black")
     assert dark[0].max() == 0 and np.array_equal(dark[1], (colours[..., :3] / 255 * colours[..., 3:]).round())
-    assert np.array_equal(both(tmp_path / "set", channels=4)[1], colours)
+    assert np.array_equal(both(tmp_path / "set", in_chans=4)[1], colours)
     deep = np.concatenate([colours.astype(np.uint16) * 257, colours.astype(np.uint16)[..., :0]], 2)
     write(tmp_path / "deep" / "train", "png", np.stack([deep, deep[::-1]]))
     assert np.array_equal(both(tmp_path / "deep")[0], on_white(colours))

@@ -20,7 +20,7 @@ from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
 
-NOISE = [*ALL, "objective.spoil=gaussian", "objective.sigma=[0.5,0.5]"]
+NOISE = [*ALL, "objective.corruption=gaussian", "objective.noise_sigma=[0.5,0.5]"]
 
 
 def independent(count, size=16):
@@ -44,7 +44,7 @@ def test_of_independent_values_the_ridge_is_wiener_s_filter():
 
 
 def test_the_autoencoder_has_nothing_to_do():
-    found = difficulty.measure(small_objective("mae", *ALL, "objective.normalise=false"), smooth(50), 0)
+    found = difficulty.measure(small_objective("mae", *ALL, "objective.norm_pix_loss=false"), smooth(50), 0)
     assert found["identity"] == 0 and found["linear"] < 1e-6 and found["mean_patch"] > 0.9
 
 
@@ -55,14 +55,14 @@ def test_of_hidden_patches_only_neighbours_tell(name):
     assert alone["identity"] == alone["mean_patch"] == pytest.approx(1, abs=0.02)
     assert alone["linear"] == pytest.approx(1, abs=0.03)
     assert alike["identity"] == alike["mean_patch"] and alike["linear"] < 0.8
-    assert alike["patches"] == 80 * objective.hidden
+    assert alike["patches"] == 80 * objective.num_masked
 
 
 def test_the_errors_are_those_of_a_plain_loop():
     """Ridge regression by scikit-learn on neighbourhoods that are looked up patch by patch."""
     objective, images = small_objective("masked-patch"), smooth(40)
     found = difficulty.measure(objective, images, 3)
-    seen, absent, counted = objective.given(images, Draw(3, 0, torch.arange(40)))
+    seen, absent, counted = objective.encoder_inputs(images, Draw(3, 0, torch.arange(40)))
     clean = patchify(objective.backbone.normalise(images), (2, 2)).double().numpy()
     given = patchify(seen, (2, 2)).double().numpy()
     mean = clean[np.arange(40) % 5 < 4].mean((0, 1))
@@ -104,14 +104,14 @@ def test_harder_corruptions_have_larger_errors():
     def linear(*settings):
         return difficulty.measure(small_objective("mae", *settings), smooth(200), 0)["linear"]
 
-    blurred = [linear(*ALL, "objective.spoil=blur", f"objective.sigma=[{s},{s}]") for s in (0.5, 2)]
-    noisy = [linear(*ALL, "objective.spoil=gaussian", f"objective.sigma=[{s},{s}]") for s in (0.2, 1)]
-    masked = [linear(f"objective.ratio={ratio}") for ratio in (0.3, 0.9)]
+    blurred = [linear(*ALL, "objective.corruption=blur", f"objective.blur_sigma=[{s},{s}]") for s in (0.5, 2)]
+    noisy = [linear(*ALL, "objective.corruption=gaussian", f"objective.noise_sigma=[{s},{s}]") for s in (0.2, 1)]
+    masked = [linear(f"objective.mask_ratio={ratio}") for ratio in (0.3, 0.9)]
     assert blurred[0] < blurred[1] and noisy[0] < noisy[1] and masked[0] < masked[1] < 1
 
 
 def test_a_shuffled_patch_says_less_than_none():
-    settings = ["objective.sees=all", "objective.ratio=0.3", "objective.spoil=shuffle"]
+    settings = ["objective.encoder_input=corrupted", "objective.mask_ratio=0.3", "objective.corruption=shuffle"]
     found = difficulty.measure(small_objective("mae", *settings), independent(200), 0)
     assert found["identity"] == pytest.approx(2, rel=0.05)  # two independent patches
     assert found["linear"] == pytest.approx(1, abs=0.05)
@@ -139,10 +139,10 @@ def trained(tmp_path_factory):
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[:20] if i % 3 else image).save(place / f"{i}.png")
     for name, data, settings in (
-        ("gaussian", "digits", ["objective.space=3"]),
+        ("gaussian", "digits", ["objective.noise_pca_dim=3"]),
         ("beit", "digits", []),
-        ("masked-patch", str(photos), ["data.size=[24,16]", "backbone.patch=8"]),
-        ("causal", "digits", ["objective.mask=causal", "objective.sees=all"]),
+        ("masked-patch", str(photos), ["data.img_size=[24,16]", "backbone.patch_size=8"]),
+        ("causal", "digits", ["objective.mask=causal", "objective.encoder_input=corrupted"]),
         ("dino", "digits", []),
         ("supervised", "digits", []),
     ):
@@ -185,8 +185,8 @@ def test_runs_of_several_kinds(measure):
 
 def test_the_patch_space_is_fitted_as_in_training(measure, monkeypatch):
     fitted = []
-    fit = corruption.PatchSpace.fit
-    monkeypatch.setattr(corruption.PatchSpace, "fit", lambda self, *a: fitted.append(len(a[0])) or fit(self, *a))
+    fit = corruption.PatchPCA.fit
+    monkeypatch.setattr(corruption.PatchPCA, "fit", lambda self, *a: fitted.append(len(a[0])) or fit(self, *a))
     _, found = measure("runs/gaussian")
     assert fitted == [1437] and 0.1 < found["runs/gaussian"]["identity"] < 1
 
@@ -217,8 +217,6 @@ def test_what_is_not_there_is_refused_before_anything_is_measured(wrong, instead
 
 def test_a_run_of_another_version_is_refused_by_the_setting(measure, tmp_path):
     file = tmp_path / "runs" / "beit" / "recipe.yaml"
-    file.write_text(file.read_text().replace("  mask: ", "  corruption: "))
-    with pytest.raises(
-        UserError, match="'objective.corruption' in runs/beit/recipe.yaml. Another version of this code"
-    ):
+    file.write_text(file.read_text().replace("  mask: ", "  hidden: "))
+    with pytest.raises(UserError, match="'objective.hidden' in runs/beit/recipe.yaml. Another version of this code"):
         measure("runs/beit")

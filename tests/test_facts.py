@@ -17,13 +17,13 @@ from test_features import small_source
 from test_finetune import QUICK
 from test_loop import TINY, run
 
-from eval import features, finetune, heads, linear_probe
-from ssl_vit import backbone as backbones
-from ssl_vit import data, objectives, pretrain, weights
+from eval import finetune, linear_probe
+from eval.measure import features, linear_heads
+from ssl_vit import backbones, data, objectives, pretrain, weights
 from ssl_vit import recipe as recipes
 
 SIZE, CLASSES, COUNT = (16, 24), 3, 40
-TASKS = ["simmim", "supervised objective.mixup=0 objective.cutmix=0", "dino objective.local_count=2"]
+TASKS = ["simmim", "supervised objective.mixup=0 objective.cutmix=0", "dino objective.local_crops_number=2"]
 RECIPES = [*SMALL, "multitask"]
 
 
@@ -48,8 +48,10 @@ def ramp(flip: bool, channels: int = 3) -> data.ImageSet:
 def built(name: str, images: data.ImageSet, *settings: str) -> tuple[recipes.Recipe, objectives.Objective]:
     """As the loop builds a shipped recipe on these images."""
     own = [f"objective.tasks={json.dumps(TASKS)}"] if name == "multitask" else SMALL[name]
-    recipe = pretrain.read(name, [*TINY[:4], "backbone.patch=4", *own, "views.kind=crop+flip", *settings], None)
-    recipe.add_facts(images.facts())
+    recipe = pretrain.read(
+        name, [*TINY[:4], "backbone.patch_size=4", *own, "views.augmentation=crop+flip", *settings], None
+    )
+    recipe.add_dataset_info(images.info())
     return recipe, pretrain.build(recipe, images)
 
 
@@ -63,7 +65,7 @@ def mirrored(views: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("own", "asked", "flips"), [(False, None, False), (True, None, True), (True, False, False)])
 def test_images_are_mirrored_where_that_keeps_the_label_and_nowhere_else(name, own, asked, flips):
     images = ramp(own)
-    _, objective = built(name, images, *([] if asked is None else [f"data.flip={str(asked).lower()}"]))
+    _, objective = built(name, images, *([] if asked is None else [f"data.hflip={str(asked).lower()}"]))
     rows = np.arange(64)
     [chunk] = data.chunks(images, objective.views, iter([(0, rows, rows % COUNT)]), 0, torch.device("cpu"), 0)
     for view, made in chunk.views(images, objective.views).items():
@@ -132,7 +134,7 @@ def test_the_interpolation_of_the_views_travels_with_the_weights(name, interpola
 
 @pytest.mark.parametrize(
     ("run_s", "asked", "flips"),
-    [([], [], False), ([], ["data.flip=true"], True), (["data.flip=true"], [], True)],
+    [([], [], False), ([], ["data.hflip=true"], True), (["data.hflip=true"], [], True)],
 )
 def test_fine_tuning_takes_flip_from_the_user_then_the_run_then_the_images(run_s, asked, flips, tmp_path, monkeypatch):
     """The digits are not to be mirrored; mean, std and size are the backbone's, classes those of the images."""
@@ -149,13 +151,13 @@ def test_fine_tuning_takes_flip_from_the_user_then_the_run_then_the_images(run_s
     assert objective.backbone.mean.item() == pytest.approx(0.2) and objective.backbone.std.item() == pytest.approx(0.4)
     assert {view.size for view in objective.views.values()} == {(8, 8)} and objective.classes == 10
     [recipe] = tmp_path.glob("run/finetune/*/recipe.yaml")
-    assert yaml.safe_load(recipe.read_text())["data"]["flip"] is flips
+    assert yaml.safe_load(recipe.read_text())["data"]["hflip"] is flips
 
 
 # -- the linear presets -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", heads.PROTOCOLS)
+@pytest.mark.parametrize("preset", linear_heads.PROBE_RECIPES)
 @pytest.mark.parametrize("flips", [False, True])
 def test_the_presets_train_on_views_of_the_chosen_images_mirrored_only_where_that_keeps_the_label(
     preset, flips, tmp_path, monkeypatch
@@ -170,7 +172,9 @@ def test_the_presets_train_on_views_of_the_chosen_images_mirrored_only_where_tha
     )
     probe = SimpleNamespace(source=source, state=PartialState(cpu=True), train=images, seed=0)
     chosen = np.flatnonzero(np.arange(COUNT) % CLASSES != 1)  # of two classes alone
-    batches = list(linear_probe.augmented(probe, chosen, heads.PROTOCOLS[preset], "cls", [1], steps=3, batch=20))
+    batches = list(
+        linear_probe.augmented(probe, chosen, linear_heads.PROBE_RECIPES[preset], "cls", [1], steps=3, batch=20)
+    )
     assert len(batches) == 3 and all(view.shape[1:] == (1, *SIZE) for view in seen)
     share = mirrored(torch.cat(seen)).float().mean().item()
     assert 0.3 < share < 0.7 if flips else share == 0
@@ -180,12 +184,12 @@ def test_the_presets_train_on_views_of_the_chosen_images_mirrored_only_where_tha
     assert epoch.bincount(minlength=3).tolist() == np.bincount(images.labels.numpy()[chosen], minlength=3).tolist()
 
 
-@pytest.mark.parametrize(("asked", "flips"), [([], False), (["data.flip=true"], True)])
+@pytest.mark.parametrize(("asked", "flips"), [([], False), (["data.hflip=true"], True)])
 def test_evaluators_take_a_run_s_own_flip(asked, flips, tmp_path):
     pretrain.pretrain(pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=0", *asked], None), tmp_path / "run")
     source = features.open_source(str(tmp_path / "run"), None, None)
     assert data.load(source.data(), "train").flip is flips
-    assert data.load(dataclasses.replace(source.data(), flip=None), "report").flip is False
+    assert data.load(dataclasses.replace(source.data(), hflip=None), "report").flip is False
 
 
 # -- schedules in the loop --------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def test_every_step_of_the_loop_is_taken_at_its_own_learning_rate_and_weight_dec
         return step(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", remember)
-    settings = ["train.steps=10", "optim.lr=0.01", "optim.lr_rule=B/256", "optim.min_lr=0", "optim.warmup=0.2"]
+    settings = ["train.steps=10", "optim.lr=0.01", "optim.lr_rule=B/256", "optim.min_lr=0", "optim.warmup_fraction=0.2"]
     settings += ["optim.weight_decay=0.1", "optim.weight_decay_end=0.5", "optim.layer_decay=1"]
     run(tmp_path, "--recipe", "mae", *TINY, *SMALL["mae"], *settings, "--output", "run")
     found = [json.loads(line) for line in taken.read_text().splitlines()]

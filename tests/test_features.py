@@ -14,13 +14,12 @@ from conftest import SMALL, small_recipe
 from PIL import Image
 from test_loop import ROOT, TINY, TORCHRUN, environment
 
-from eval import features
-from ssl_vit import backbone as backbones
-from ssl_vit import data, views, weights
+from eval.measure import features
+from ssl_vit import backbones, data, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
-DIGITS = ["data.size=8", "data.channels=1", "data.mean=[0.3]", "data.std=[0.3]"]
+DIGITS = ["data.img_size=8", "data.in_chans=1", "data.mean=[0.3]", "data.std=[0.3]"]
 
 
 def small_source(folder, name="mae"):

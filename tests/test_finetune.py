@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from test_loop import ROOT, TINY, TORCHRUN, Started, arguments, launched, log_of, run, steps_done, until
 from timm.layers import resample_abs_pos_embed
 
-from eval import finetune, results
-from eval.predictions import Predictions
+from eval import finetune
+from eval.measure import fine_tuning, results
+from eval.measure.predictions import Predictions
 from ssl_vit import data, errors, flops, optim, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
 QUICK = ["train.batch_size=32", "train.steps=3", "monitor.trackers=none", "monitor.log_every=1", "--threads", "1"]
-NO_VIT = ["backbone.width=null", "backbone.depth=null", "backbone.heads=null", "train.batch_size=32"]
+NO_VIT = ["backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null", "train.batch_size=32"]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def test_a_run_beside_its_control_with_all_labels_and_few(tune, tmp_path, capsys
     assert {r["recipe"] for r in results.read(tmp_path / "runs/random")} == {"random"}
     for path in tuned(tmp_path / "runs/mae"):
         settings = yaml.safe_load((path / "recipe.yaml").read_text())
-        assert settings["train"]["seed"] == 3 and settings["backbone"]["width"] == 16
-        assert settings["backbone"]["drop_path"] == 0.1 and settings["backbone"]["positions"] == "learned"
+        assert settings["train"]["seed"] == 3 and settings["backbone"]["embed_dim"] == 16
+        assert settings["backbone"]["drop_path_rate"] == 0.1 and settings["backbone"]["pos_embed"] == "learned"
         assert rows[0]["eval_flops"] > log_of(path)[-1]["flops"] > 0
 
     stamps = [p.stat().st_mtime_ns for p in tmp_path.rglob("finetune/*/backbone/model.safetensors")]
@@ -126,7 +127,7 @@ def test_lower_layers_learn_more_slowly(tune, monkeypatch):
         return built[-1][1]
 
     monkeypatch.setattr(optim, "build", remember)
-    tune("optim.layer_decay=0.5", "optim.lr=1e-3", "optim.warmup=0", "train.steps=1")
+    tune("optim.layer_decay=0.5", "optim.lr=1e-3", "optim.warmup_fraction=0", "train.steps=1")
     [(objective, optimizer)] = built
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     found = {n.removeprefix("backbone.model."): rate[id(p)] for n, p in objective.named_parameters() if id(p) in rate}
@@ -140,7 +141,7 @@ def test_lower_layers_learn_more_slowly(tune, monkeypatch):
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 8)])
 def test_other_resolutions_resample_the_positions(size, tune, tmp_path):
-    [row] = tune(f"data.size={list(size)}", "train.steps=0")
+    [row] = tune(f"data.img_size={list(size)}", "train.steps=0")
     [path] = tuned(tmp_path / "runs/mae")
     old, new = (load_file(p / "backbone/model.safetensors")["pos_embed"] for p in (tmp_path / "runs/mae", path))
     grid = size[0] // 2, size[1] // 2
@@ -165,7 +166,7 @@ def test_other_images_come_in_the_backbone_s_size_and_channels(tune, tmp_path):
     assert (row["eval_data"], row["data"], row["n"], row["value"]) == ("photos", "digits", 7, 1.0)
     [path] = tuned(tmp_path / "runs/mae")
     settings = yaml.safe_load((path / "recipe.yaml").read_text())
-    assert settings["data"]["channels"] == 1 and settings["data"]["size"] == [8, 8]
+    assert settings["data"]["in_chans"] == 1 and settings["data"]["img_size"] == [8, 8]
 
 
 def test_a_timm_folder_and_a_model_that_is_no_vit(tune, tmp_path):
@@ -173,10 +174,10 @@ def test_a_timm_folder_and_a_model_that_is_no_vit(tune, tmp_path):
     [row] = results.read(folder_of(tmp_path))
     assert row["seed"] is None and row["run"].startswith("backbone-")
     [path] = tuned(folder_of(tmp_path))
-    assert yaml.safe_load((path / "recipe.yaml").read_text())["backbone"]["width"] == 16
+    assert yaml.safe_load((path / "recipe.yaml").read_text())["backbone"]["embed_dim"] == 16
     cnn = pretrain.read("supervised", ["backbone.name=test_resnet", *NO_VIT, "train.steps=0"], None)
     assert pretrain.pretrain(cnn, tmp_path / "runs/cnn") == 0
-    [row] = tune("train.steps=1", "objective.ema=0.9", backbones=("runs/cnn",))
+    [row] = tune("train.steps=1", "objective.model_ema_decay=0.9", backbones=("runs/cnn",))
     assert row["backbone"] == "test_resnet" and row["n"] == 360
 
 
@@ -335,18 +336,18 @@ def test_held_out_images_are_none_of_those_trained_on():
 
 
 def test_unequal_schedules_have_unequal_names():
-    plain = finetune.Schedule([], []).protocol
+    plain = fine_tuning.Schedule([], []).protocol
     assert plain == "finetune"
-    for same in (["runtime.threads=1"], ["data.label=y"], ["objective.pool=avg"], ["data.subset=5"]):
-        assert finetune.Schedule(same, []).protocol == plain
+    for same in (["runtime.num_threads=1"], ["data.label_column=y"], ["objective.global_pool=avg"], ["data.subset=5"]):
+        assert fine_tuning.Schedule(same, []).protocol == plain
     named = [
-        finetune.Schedule(*changed).protocol
+        fine_tuning.Schedule(*changed).protocol
         for changed in (
             (["train.epochs=7"], []),
             (["train.epochs=7.5"], []),
-            (["data.size=16"], []),
-            (["data.flip=true"], []),
-            (["backbone.drop_path=0"], []),
+            (["data.img_size=16"], []),
+            (["data.hflip=true"], []),
+            (["backbone.drop_path_rate=0"], []),
             ([], [1e-3, 2e-3]),
             ([], [1e-3, 4e-3]),
         )
@@ -358,8 +359,14 @@ def test_unequal_schedules_have_unequal_names():
 
 
 def test_shuffled_labels_and_constant_images_give_chance(tune, monkeypatch):
-    settings = ["train.steps=120", "train.batch_size=64", "optim.lr=4e-2", "optim.warmup=0.3", "optim.layer_decay=1"]
-    settings += ["views.kind=none", "backbone.drop_path=0", "objective.mixup=0", "objective.cutmix=0"]
+    settings = [
+        "train.steps=120",
+        "train.batch_size=64",
+        "optim.lr=4e-2",
+        "optim.warmup_fraction=0.3",
+        "optim.layer_decay=1",
+    ]
+    settings += ["views.augmentation=none", "backbone.drop_path_rate=0", "objective.mixup=0", "objective.cutmix=0"]
     [row] = tune(*settings)
     assert row["value"] > 0.5
     load = data.load
@@ -459,7 +466,7 @@ def test_bad_input_is_refused(asked, said, tune, tmp_path):
 
 
 def test_what_cannot_be_fine_tuned_is_refused(tune, tmp_path):
-    with pytest.raises(UserError, match="no class token to read: use objective.pool=avg"):
+    with pytest.raises(UserError, match="no class token to read: use objective.global_pool=avg"):
         small_objective("supervised", "backbone.name=vit_medium_patch16_gap_240")
     with pytest.raises(UserError, match="pixels has no weights to fine-tune"):
         tune("--data", "digits", backbones=("pixels",))
@@ -479,7 +486,7 @@ def test_what_cannot_be_fine_tuned_is_refused(tune, tmp_path):
 
 
 def test_the_average_equals_a_plain_float64_loop():
-    objective = small_objective("supervised", "objective.ema=0.7").double()
+    objective = small_objective("supervised", "objective.model_ema_decay=0.7").double()
     assert objective.exported is objective.average and not objective.average.training
     expected = {n: p.detach().clone() for n, p in objective.backbone.named_parameters()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
@@ -502,7 +509,7 @@ def test_the_average_equals_a_plain_float64_loop():
 
 
 def test_the_average_costs_nothing_and_is_not_trained():
-    plain, averaged = (small_objective("supervised", *s) for s in ([], ["objective.ema=0.9"]))
+    plain, averaged = (small_objective("supervised", *s) for s in ([], ["objective.model_ema_decay=0.9"]))
     assert flops.per_image(plain, 3, True) == flops.per_image(averaged, 3, True)
     trained = [
         sum(len(g["params"]) for g in optim.build(o, recipes.Optim(), 1.0).param_groups) for o in (plain, averaged)
@@ -512,7 +519,7 @@ def test_the_average_costs_nothing_and_is_not_trained():
 
 
 def test_a_run_with_an_average_ends_with_the_same_bytes_wherever_it_is_killed(tmp_path):
-    asked = arguments("supervised", "objective.ema=0.9", "train.steps=30")
+    asked = arguments("supervised", "objective.model_ema_decay=0.9", "train.steps=30")
     run(tmp_path, *asked, "--output", "whole")
     started = Started(tmp_path, *asked, "--output", "killed")
     until(lambda: steps_done(tmp_path / "killed") >= 6)

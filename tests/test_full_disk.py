@@ -10,7 +10,8 @@ import pytest
 from conftest import SMALL, start
 from test_loop import TINY
 
-from eval import features, knn, report
+from eval import knn, report
+from eval.measure import features
 from ssl_vit import files, pretrain
 
 PRETRAIN = ["--recipe", "mae", *TINY, *SMALL["mae"], "train.steps=8", "--output", "run"]

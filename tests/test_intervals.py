@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.intervals import Estimate, bootstrap, interval, paired, spread, spread_of_differences
+from eval.compare.intervals import Estimate, bootstrap, interval, paired, spread, spread_of_differences
 
 
 def simulate(count, seeds, images, of_seed, of_image, residual, mean=0.0, draw=0):

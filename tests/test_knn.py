@@ -15,8 +15,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from test_loop import ROOT, TINY, environment
 
-from eval import features, knn, results
-from eval.predictions import Predictions
+from eval import knn
+from eval.measure import features, results
+from eval.measure.predictions import Predictions
 from ssl_vit import data, neighbours, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError

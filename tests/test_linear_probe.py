@@ -10,7 +10,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import features, heads, linear_probe, results
+from eval import linear_probe
+from eval.measure import features, linear_heads, probing, results
 from ssl_vit import data, errors, subsets
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -27,7 +28,7 @@ OPTIONS = dict(classes=4, steps=60, batch=32, seed=0, device=CPU)
 def columns(values):
     """As they lie on disk: two arrays, of more rows than are used."""
     longer = np.concatenate([np.full((1, values.shape[1]), 9.0, dtype=np.float32), values])
-    return heads.Columns([longer[:, :2], longer[:, 2:]], np.arange(1, len(longer)))
+    return linear_heads.FeatureMatrix([longer[:, :2], longer[:, 2:]], np.arange(1, len(longer)))
 
 
 def one_hot(labels):
@@ -42,7 +43,9 @@ def softmax(x):
 @pytest.mark.parametrize("rate", [0.1, 3.0])
 def test_a_sweep_trains_each_head_as_a_plain_float64_loop(rate):
     rates = dict(a=(0.1, 3.0))
-    found = heads.sweep(dict(a=columns(TRAIN)), LABELS, dict(a=columns(OTHERS)), TRUTH, rates, **OPTIONS)["a", rate]
+    found = linear_heads.sweep(dict(a=columns(TRAIN)), LABELS, dict(a=columns(OTHERS)), TRUTH, rates, **OPTIONS)[
+        "a", rate
+    ]
     mean, std = TRAIN.astype(np.float64).mean(0), TRAIN.astype(np.float64).std(0)
     x, y = [np.c_[(v - mean) / std / np.sqrt(6), np.ones(len(v))] for v in (TRAIN, OTHERS)]
     weight, speed = np.zeros((7, 4)), np.zeros((7, 4))
@@ -59,7 +62,7 @@ def test_a_sweep_trains_each_head_as_a_plain_float64_loop(rate):
 
 
 def test_batches_visit_every_image_equally_often():
-    batches = heads._batches(np.random.default_rng(1), 10, 4)
+    batches = linear_heads._batches(np.random.default_rng(1), 10, 4)
     seen = np.concatenate([next(batches) for _ in range(10)])
     assert np.bincount(seen).tolist() == [4] * 10
     drawn = np.random.default_rng(1)
@@ -68,10 +71,10 @@ def test_batches_visit_every_image_equally_often():
 
 
 def test_lars_and_batch_norm_as_a_plain_float64_loop():
-    protocol = heads.PROTOCOLS["mae"]
+    protocol = linear_heads.PROBE_RECIPES["mae"]
     chosen = np.random.default_rng(2).integers(0, 300, (4, 64))
     batches = ((torch.from_numpy(TRAIN[i]), torch.from_numpy(LABELS[i])) for i in chosen)
-    predict = heads.train(protocol, batches, 4, 1, 5.0, 6, 4, seed=0, device=CPU)
+    predict = linear_heads.train(protocol, batches, 4, 1, 5.0, 6, 4, seed=0, device=CPU)
 
     start = torch.nn.init.normal_(torch.empty(4, 6), std=0.01, generator=torch.Generator().manual_seed(0))
     weight, bias = start.double().numpy(), np.zeros(4)
@@ -98,7 +101,7 @@ def test_logistic_regression_is_scikit_learn_on_standardised_features():
     mean, std = TRAIN.mean(0), TRAIN.std(0)
     model = LogisticRegression(C=0.1, max_iter=1000).fit((TRAIN - mean) / std, LABELS)
     expected = model.predict_proba((OTHERS - mean) / std)
-    found, spent = heads.logistic(TRAIN, LABELS, OTHERS, TRUTH, 4, 0.1)
+    found, spent = linear_heads.logistic(TRAIN, LABELS, OTHERS, TRUTH, 4, 0.1)
     assert (found.predicted == expected.argmax(1)).mean() > 0.99
     np.testing.assert_allclose(found.p_true, expected[np.arange(200), TRUTH], atol=1e-4)
     np.testing.assert_allclose(found.p_predicted, expected.max(1), atol=1e-4)
@@ -111,20 +114,20 @@ def test_what_says_nothing_gives_chance(broken):
     others = np.ones_like(OTHERS) if broken == "constant features" else OTHERS
     labels = np.random.default_rng(3).permutation(LABELS)
     rates = dict(a=(0.3, 10.0))
-    answers = heads.sweep(dict(a=columns(train)), labels, dict(a=columns(others)), TRUTH, rates, **OPTIONS)
-    answers["logistic"] = heads.logistic(train, labels, others, TRUTH, 4, 1.0)[0]
+    answers = linear_heads.sweep(dict(a=columns(train)), labels, dict(a=columns(others)), TRUTH, rates, **OPTIONS)
+    answers["logistic"] = linear_heads.logistic(train, labels, others, TRUTH, 4, 1.0)[0]
     batches = iter([(torch.from_numpy(train), torch.from_numpy(labels))] * 20)
-    answers["dino"] = heads.train(heads.PROTOCOLS["dino"], batches, 20, 0, 0.1, 6, 4, seed=0, device=CPU)(
-        columns(others), TRUTH
-    )
+    answers["dino"] = linear_heads.train(
+        linear_heads.PROBE_RECIPES["dino"], batches, 20, 0, 0.1, 6, 4, seed=0, device=CPU
+    )(columns(others), TRUTH)
     for name, answer in answers.items():
         assert 0.1 < (answer.predicted == TRUTH).mean() < 0.4, name
 
 
 def run(monkeypatch, tmp_path, *arguments):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(linear_probe, "STEPS", 60)
-    monkeypatch.setattr(linear_probe, "EPOCHS", 1)
+    monkeypatch.setattr(probing, "STEPS", 60)
+    monkeypatch.setattr(probing, "EPOCHS", 1)
     monkeypatch.setattr(sys, "argv", ["linear_probe.py", *arguments])
     linear_probe.main()
 
@@ -153,7 +156,7 @@ def test_a_sweep_chooses_on_train_alone(tmp_path, monkeypatch, backbone, capsys)
     assert {r["chosen"].split(" on ")[1] for r in rows} == {"5 tenths of train, in turns"}
     for row in rows:
         assert row["protocol"] == "linear-sweep" and row["layer"] == -1 and row["n"] == 360
-        assert row["settings"]["tried"] == len(heads.RATES) * (6 if row["pooling"] == "chosen" else 2)
+        assert row["settings"]["tried"] == len(linear_heads.RATES) * (6 if row["pooling"] == "chosen" else 2)
         assert set(results.IDENTITY) <= row.keys()
     said = capsys.readouterr().out
     [line] = [line for line in said.splitlines() if re.search(r"-digits \| 1,437 +\| linear-sweep \| chosen ", line)]
@@ -217,7 +220,7 @@ class Watched:
 @pytest.mark.parametrize("preset", ["sweep", "logistic"])
 def test_settings_are_chosen_on_images_that_were_not_fitted(preset, tmp_path, monkeypatch):
     watched = Watched()
-    original = getattr(heads, preset)
+    original = getattr(linear_heads, preset)
 
     def sweep(features, labels, others, truth, rates, **options):
         [(name, values)] = features.items()
@@ -230,8 +233,8 @@ def test_settings_are_chosen_on_images_that_were_not_fitted(preset, tmp_path, mo
         assert np.array_equal(truth, watched.labels[watched.calls[-1][1]])
         return original(features, labels, others, truth, *rest)
 
-    monkeypatch.setattr(heads, preset, locals()[preset])
-    monkeypatch.setattr(heads, "PENALTIES", (0.01, 1.0))
+    monkeypatch.setattr(linear_heads, preset, locals()[preset])
+    monkeypatch.setattr(linear_heads, "PENALTIES", (0.01, 1.0))
     sources = ["--backbone", "pixels", "--data", "digits", "--labels", "20", "--label-seeds", "1"]
     run(monkeypatch, tmp_path, *sources, "--preset", preset)
     part = subsets.stratified(watched.labels[: watched.train], 20, 1)
@@ -239,8 +242,8 @@ def test_settings_are_chosen_on_images_that_were_not_fitted(preset, tmp_path, mo
 
 
 def test_of_rates_that_do_equally_well_the_middle_one_is_taken(monkeypatch):
-    monkeypatch.setattr(heads, "RATES", (0.1, 1.0, 10.0, 100.0))
-    scores = {("a", rate): 0.5 for rate in heads.RATES}
+    monkeypatch.setattr(linear_heads, "RATES", (0.1, 1.0, 10.0, 100.0))
+    scores = {("a", rate): 0.5 for rate in linear_heads.RATES}
     scores |= {("b", 0.1): 0.6, ("b", 1.0): 0.7, ("b", 10.0): 0.7, ("b", 100.0): 0.7}
     assert linear_probe.highest(scores, ["a"]) == ("a", 10.0)
     assert linear_probe.highest(scores | {("b", 1.0): 0.7 + 1e-16}, ["a", "b"]) == ("b", 10.0)
@@ -258,7 +261,7 @@ def test_published_heads_see_the_labelled_training_images_alone(preset, tmp_path
         drawn.append((images, np.concatenate([indices for *_, indices in plan])))
         return original(images, spec, iter(plan), *rest)
 
-    fitted, train = [], heads.train
+    fitted, train = [], linear_heads.train
 
     def watched(protocol, batches, *rest, **options):
         def each():
@@ -269,7 +272,7 @@ def test_published_heads_see_the_labelled_training_images_alone(preset, tmp_path
         return train(protocol, each(), *rest, **options)
 
     monkeypatch.setattr(data, "chunks", chunks)
-    monkeypatch.setattr(heads, "train", watched)
+    monkeypatch.setattr(linear_heads, "train", watched)
     run(monkeypatch, tmp_path, *backbone, "--preset", preset, "--labels", "5", "--epochs", "4")
     [(images, indices)] = drawn
     whole = data.load(recipes.Data(), "train")
@@ -298,7 +301,7 @@ def test_a_row_s_flops_are_those_that_torch_counts(tmp_path, monkeypatch):
 
 def test_flops_of_a_backbone_are_counted_once(tmp_path, monkeypatch, backbone):
     """By hand: 200 labelled and 360 test images through it, and heads on 16 features."""
-    monkeypatch.setattr(heads, "PENALTIES", (1.0,))
+    monkeypatch.setattr(linear_heads, "PENALTIES", (1.0,))
     run(monkeypatch, tmp_path, *backbone, "--preset", "logistic", "--labels", "20")
     run(monkeypatch, tmp_path, *backbone, "--preset", "dino", "--labels", "20", "--epochs", "3")
     rows = {(row["protocol"], row["pooling"]): row for row in results.read(rows_of(tmp_path))}
@@ -348,7 +351,7 @@ def few(monkeypatch, singles, unlabelled=0):
 
 @pytest.mark.parametrize("preset", ["sweep", "logistic"])
 def test_classes_of_one_image_do_not_stop_a_probe(preset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(heads, "PENALTIES", (0.1, 1.0))
+    monkeypatch.setattr(linear_heads, "PENALTIES", (0.1, 1.0))
     errors.say_once.cache_clear()
     few(monkeypatch, singles=[0, 2, 3, 5, 6, 9])
     run(monkeypatch, tmp_path, "--backbone", "pixels", "--data", "digits", "--preset", preset, "--labels", "all", "1%")
@@ -379,7 +382,7 @@ def test_images_without_a_label_are_left_out(tmp_path, monkeypatch, capsys):
 
 def test_features_are_computed_of_labelled_images_alone(tmp_path, monkeypatch, backbone):
     probes = []
-    original = linear_probe.Probe
+    original = probing.Probe
     monkeypatch.setattr(linear_probe, "Probe", lambda *a: probes.append(original(*a)) or probes[-1])
     run(monkeypatch, tmp_path, *backbone, "--labels", "10", "3", "--label-seeds", "0", "1")
     run(monkeypatch, tmp_path, *backbone, "--labels", "10", "3", "all", "--label-seeds", "0", "1")
@@ -394,7 +397,7 @@ def test_features_are_computed_of_labelled_images_alone(tmp_path, monkeypatch, b
 
 def test_pixels_in_principal_components(tmp_path, monkeypatch):
     probes = []
-    original = linear_probe.Probe
+    original = probing.Probe
     monkeypatch.setattr(linear_probe, "Probe", lambda *a: probes.append(original(*a)) or probes[-1])
     run(monkeypatch, tmp_path, "--backbone", "pixels", "pixels-pca64", "--data", "digits")
     raw, projected = (probe.bank.poolings(-1)["raw 8x8"] for probe in probes)
@@ -414,10 +417,10 @@ def test_every_block_has_its_row(tmp_path, monkeypatch, backbone):
 @pytest.mark.parametrize("preset", ["logistic", "mae", "dino"])
 def test_presets(preset, tmp_path, monkeypatch, backbone):
     epochs = [] if preset == "logistic" else ["--epochs", "20"]
-    monkeypatch.setattr(heads, "PENALTIES", (0.01, 1.0))
+    monkeypatch.setattr(linear_heads, "PENALTIES", (0.01, 1.0))
     for name, rate in (("mae", 30.0), ("dino", 2.0)):  # so that it learns in 20 epochs of so few images
-        quick = dataclasses.replace(heads.PROTOCOLS[name], batch=64, rate=rate, scale=(0.9, 1.0))
-        monkeypatch.setitem(heads.PROTOCOLS, name, quick)
+        quick = dataclasses.replace(linear_heads.PROBE_RECIPES[name], batch=64, rate=rate, scale=(0.9, 1.0))
+        monkeypatch.setitem(linear_heads.PROBE_RECIPES, name, quick)
     run(monkeypatch, tmp_path, *backbone, "--preset", preset, *epochs)
     rows = results.read(rows_of(tmp_path))
     expected = {"logistic"} if preset == "logistic" else {f"linear-{preset}-20ep"}

@@ -21,11 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from eval import knn, results
+from eval import knn
+from eval.measure import results
 from ssl_vit import checkpoint, errors, pretrain, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["backbone.width=16", "backbone.depth=2", "backbone.heads=2", "train.batch_size=32", "runtime.threads=1"]
+TINY = [
+    "backbone.embed_dim=16",
+    "backbone.depth=2",
+    "backbone.num_heads=2",
+    "train.batch_size=32",
+    "runtime.num_threads=1",
+]
 TINY += ["monitor.trackers=none", "monitor.log_every=1", "runtime.save_every=4"]
 STEPS = 12
 
@@ -203,7 +210,7 @@ def test_a_bad_checkpoint_is_one_sentence(damage, said, tmp_path):
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:1000])
     else:
-        run(tmp_path, *arguments("mae", "--output", str(tmp_path / "wide"), "backbone.width=32", "train.steps=4"))
+        run(tmp_path, *arguments("mae", "--output", str(tmp_path / "wide"), "backbone.embed_dim=32", "train.steps=4"))
         file.write_bytes((tmp_path / "wide" / "checkpoints" / "step-00000004.pt").read_bytes())
     again = Started(tmp_path, *arguments("mae", *out, "train.steps=1000"))
     assert again.wait() == 2
@@ -236,7 +243,7 @@ def test_a_backbone_that_cannot_be_saved_is_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(weights.saving, "save_file", full)
     started = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), "runtime.keep_every=4"))
     assert (
         started.wait() == 2
@@ -276,7 +283,7 @@ def test_watching_changes_nothing(tmp_path):
 
 def test_micro_batches_change_only_the_rounding(tmp_path):
     run(tmp_path, *arguments("mae", "--output", str(tmp_path / "a")))
-    run(tmp_path, *arguments("mae", "--output", str(tmp_path / "b"), "runtime.per_device_batch=5"))
+    run(tmp_path, *arguments("mae", "--output", str(tmp_path / "b"), "runtime.per_device_batch_size=5"))
     a, b = (load_file(tmp_path / r / "backbone/model.safetensors") for r in "ab")
     for name, weight in a.items():
         torch.testing.assert_close(b[name], weight, rtol=0, atol=2e-4)
@@ -304,8 +311,8 @@ def test_out_of_memory_halves_and_repeats_the_step(tmp_path, monkeypatch):
         torch.testing.assert_close(b[name], weight, rtol=0, atol=2e-4)
     losses = [[line["loss"] for line in log_of(tmp_path / r)] for r in "ab"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    fixed = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "c"), "runtime.per_device_batch=16"))
-    assert fixed.wait() == 2 and "runtime.per_device_batch" in fixed.said
+    fixed = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "c"), "runtime.per_device_batch_size=16"))
+    assert fixed.wait() == 2 and "runtime.per_device_batch_size" in fixed.said
 
 
 def test_random_initialisation_is_a_run_of_no_steps(tmp_path):
@@ -368,7 +375,7 @@ def test_two_processes_equal_one(name, tmp_path, alone):
 
 
 def test_launchers_give_the_same_bytes_and_threads(tmp_path):
-    settings = [a for a in arguments("mae") if not a.startswith("runtime.threads")]
+    settings = [a for a in arguments("mae") if not a.startswith("runtime.num_threads")]
     for name, command in (("plain", [sys.executable]), ("accelerate", LAUNCH)):
         started = launched([*command, SCRIPT, *settings, "--output", name], tmp_path)
         said, _ = started.communicate(timeout=180)
@@ -397,30 +404,30 @@ def test_when_the_launcher_dies_the_process_saves_and_exits(tmp_path):
 
 
 def test_a_batch_that_must_not_be_cut_is_refused(tmp_path):
-    settings = ["objective.batch_norm=true", "runtime.per_device_batch=16", "--output", "run"]
+    settings = ["objective.use_bn_in_head=true", "runtime.per_device_batch_size=16", "--output", "run"]
     started = Started(tmp_path, *arguments("dino", *settings))
     assert started.wait() == 2
-    assert "objective.batch_norm=true needs the whole batch of 32" in started.said
-    assert "runtime.per_device_batch=32" in started.said
+    assert "objective.use_bn_in_head=true needs the whole batch of 32" in started.said
+    assert "runtime.per_device_batch_size=32" in started.said
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "instead"),
     [
-        ("dino", ["objective.batch_norm=true"], "set objective.batch_norm=false (see recipes/dino.yaml)"),
+        ("dino", ["objective.use_bn_in_head=true"], "set objective.use_bn_in_head=false (see recipes/dino.yaml)"),
         (
             "supervised",
-            ["backbone.name=resnet10t", *(f"backbone.{k}=null" for k in ("width", "depth", "heads"))],
+            ["backbone.name=resnet10t", *(f"backbone.{k}=null" for k in ("embed_dim", "depth", "num_heads"))],
             "take a backbone without it",
         ),
     ],
 )
 def test_a_batch_that_must_not_be_cut_names_both_ways_out_of_several_processes(name, settings, instead):
-    objective = small_objective(name, "backbone.drop_path=0", *settings)
+    objective = small_objective(name, "backbone.drop_path_rate=0", *settings)
     with pytest.raises(errors.UserError, match="shared by 2 processes") as error:
-        pretrain.refuse_cut(objective, 16, 32, 2)
+        pretrain.check_full_batch(objective, 16, 32, 2)
     assert "one process on one GPU (CUDA_VISIBLE_DEVICES=0)" in str(error.value) and instead in str(error.value)
-    pretrain.refuse_cut(objective, 32, 32, 1)
+    pretrain.check_full_batch(objective, 32, 32, 1)
 
 
 def test_the_device_is_named():
@@ -438,7 +445,7 @@ def test_seconds_go_on_after_a_line_that_has_none(tmp_path):
 
 def test_mixed_pairs_stay_together(tmp_path):
     mixing = ["objective.mixup=0.8", "--output", "run"]
-    run(tmp_path, *arguments("supervised", *mixing, "runtime.per_device_batch=5"))  # 4 at a time
+    run(tmp_path, *arguments("supervised", *mixing, "runtime.per_device_batch_size=5"))  # 4 at a time
     odd = Started(tmp_path, *arguments("supervised", *mixing, "train.batch_size=25", "--output", "odd"))
     assert odd.wait() == 2 and "Mixing pairs images" in odd.said
 
@@ -473,9 +480,9 @@ def test_images_without_labels_are_watched_by_rank_alone(tmp_path):
 
 
 def test_convolutions_with_batch_norm_are_trained_whole(tmp_path):
-    cnn = ["backbone.name=resnet10t", "backbone.width=null", "backbone.depth=null", "backbone.heads=null"]
-    cnn += ["backbone.drop_path=0", "train.steps=2"]
-    cut = Started(tmp_path, *arguments("supervised", *cnn, "runtime.per_device_batch=16", "--output", "cut"))
+    cnn = ["backbone.name=resnet10t", "backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null"]
+    cnn += ["backbone.drop_path_rate=0", "train.steps=2"]
+    cut = Started(tmp_path, *arguments("supervised", *cnn, "runtime.per_device_batch_size=16", "--output", "cut"))
     assert cut.wait() == 2 and "BatchNorm in ResNet needs the whole batch" in cut.said
     run(tmp_path, *arguments("supervised", *cnn, "--output", "whole"))
     assert weights.load(str(tmp_path / "whole")).input_size == (8, 8)

@@ -162,9 +162,9 @@ def test_block_masks_hide_the_exact_count_however_small(count):
 
 KINDS = {
     "random": [],
-    "blocks": ["objective.mask=blocks", "objective.ratio=0.4"],
-    "shuffle": ["objective.mask=none", "objective.sees=all", "objective.spoil=shuffle"],
-    "none": ["objective.mask=none", "objective.sees=all", "objective.spoil=gaussian"],
+    "blocks": ["objective.mask=blocks", "objective.mask_ratio=0.4"],
+    "shuffle": ["objective.mask=none", "objective.encoder_input=corrupted", "objective.corruption=shuffle"],
+    "none": ["objective.mask=none", "objective.encoder_input=corrupted", "objective.corruption=gaussian"],
 }
 EXPECTED = {"random": 48, "blocks": 26, "shuffle": 64, "none": 64}
 
@@ -173,13 +173,15 @@ EXPECTED = {"random": 48, "blocks": 26, "shuffle": 64, "none": 64}
 def test_an_objective_hides_by_its_own_mask(kind):
     objective = small_objective("mae", *KINDS[kind])
     draw = Draw(2, 5, torch.arange(2000))
-    order = objective.order(draw)
-    assert objective.hidden == EXPECTED[kind]
-    hidden = hidden_by(order, objective.hidden)
+    order = objective.mask_order(draw)
+    assert objective.num_masked == EXPECTED[kind]
+    hidden = hidden_by(order, objective.num_masked)
     expected = {"random": corruption.random_order(draw, (8, 8)), "blocks": corruption.block_order(draw, (8, 8), 26)}
     if kind in expected:
-        assert np.array_equal(hidden, hidden_by(expected[kind], objective.hidden))
-    _, seen, *_ = objective.predict(make_batch(objective, torch.arange(8)).views["image"], draw.of(torch.arange(8)))
+        assert np.array_equal(hidden, hidden_by(expected[kind], objective.num_masked))
+    _, seen, *_ = objective.predict(
+        make_batch(objective, torch.arange(8)).views["image"], draw.for_rows(torch.arange(8))
+    )
     assert np.array_equal(seen.numpy(), hidden[:8])
 
 
@@ -199,14 +201,16 @@ def test_shuffled_patches_move_in_one_ring_and_to_each_place_alike():
     assert_alike(moved[apart], np.full(apart.sum(), 1 / (n - 1)), images)
 
     draw, batch = Draw(0, 0, torch.arange(4)), make_batch(objective, torch.arange(4)).views["image"]
-    shown = objective.spoil(batch, objective.order(draw), torch.ones(4, 64, dtype=torch.bool), draw)[0]
+    shown = objective.corrupt(batch, objective.mask_order(draw), torch.ones(4, 64, dtype=torch.bool), draw)[0]
     assert (patchify(shown, (2, 2)) != patchify(batch, (2, 2))).any(-1).all()
 
 
 @pytest.mark.parametrize("mask", ["causal", "prefix"])
 def test_what_is_given_before_the_next_patch(mask):
     """All but the first; or, of N patches, one to N - 1, uniform but that none counts as one (AIM, section 3.2)."""
-    objective = small_objective("mae", f"objective.mask={mask}", "objective.sees=all", "objective.decoder_depth=0")
+    objective = small_objective(
+        "mae", f"objective.mask={mask}", "objective.encoder_input=corrupted", "objective.decoder_depth=0"
+    )
     rows = torch.arange(3000)
     with torch.no_grad():
         _, hidden, *_ = objective.predict(torch.rand(1, 3, 16, 16).expand(3000, -1, -1, -1), Draw(0, 0, rows))
@@ -216,7 +220,7 @@ def test_what_is_given_before_the_next_patch(mask):
         assert (given == 1).all()
     else:
         assert_law(given.numpy(), np.array([0, 2, *[1] * 62]) / 64)
-        assert abs(hidden.sum(1).double().mean() - objective.hidden) < 4 * 18.5 / 3000**0.5
+        assert abs(hidden.sum(1).double().mean() - objective.num_masked) < 4 * 18.5 / 3000**0.5
 
 
 # -- levels -----------------------------------------------------------------------------------------------------------

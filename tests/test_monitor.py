@@ -37,7 +37,9 @@ class Pixels(torch.nn.Module):
 
 def test_online_k_nn_never_votes_with_the_queries_themselves():
     """Every image has a label of its own: whoever finds it right has found the image itself."""
-    watch = monitor.OnlineKnn(images_of(torch.arange(100)), small_recipe("mae", "data.size=[4,4]"), torch.device("cpu"))
+    watch = monitor.OnlineKnn(
+        images_of(torch.arange(100)), small_recipe("mae", "data.img_size=[4,4]"), torch.device("cpu")
+    )
     found = watch(Pixels())
     assert found["knn"] == found["knn_cls"] == 0.0
     assert watch.is_query.sum() == 20 and len(watch.chosen) == len(set(watch.chosen.tolist())) == 100
@@ -47,7 +49,7 @@ def test_online_k_nn_finds_the_copies_of_a_query_in_its_bank():
     """Of ten images fifty copies each: all of the 20 nearest are copies of the query."""
     images = images_of(torch.arange(500) % 10)
     images.images = images.images[:10].repeat(50, 1, 1, 1)
-    watch = monitor.OnlineKnn(images, small_recipe("mae", "data.size=[4,4]"), torch.device("cpu"))
+    watch = monitor.OnlineKnn(images, small_recipe("mae", "data.img_size=[4,4]"), torch.device("cpu"))
     assert watch(Pixels())["knn_cls"] == 1.0
 
 

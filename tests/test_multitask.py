@@ -49,7 +49,7 @@ def alone(objective, own, rows: torch.Tensor, place: int) -> tuple[float, dict]:
     name = objective.names[place]
     everything = make_batch(objective, rows, dtype=torch.float64)
     views = {view: everything.views[f"{objective.makers[place]}/{view}"] for view in own.views}
-    draw = Draw(0, everything.step, rows).named(name)
+    draw = Draw(0, everything.step, rows).fold_in(name)
     own.zero_grad()
     loss = own(Batch(views, everything.labels, draw, everything.step, everything.total))["loss"]
     loss.backward()
@@ -60,8 +60,8 @@ def alone(objective, own, rows: torch.Tensor, place: int) -> tuple[float, dict]:
 @pytest.mark.parametrize("names", [["mae", "gaussian"], ["beit", "supervised"], ["simmim", "dino", "mae"]])
 def test_the_loss_is_the_weighted_sum_of_the_tasks_alone(names, mix):
     w, n = [2.0, 0.5, 0.25][: len(names)], len(names)
-    backbone = ["backbone.positions=sincos", "backbone.drop_path=0.2"]
-    settings = [tasks(*names), f"objective.mix={mix}", f"objective.weights={w}", *backbone]
+    backbone = ["backbone.pos_embed=sincos", "backbone.drop_path_rate=0.2"]
+    settings = [tasks(*names), f"objective.mix={mix}", f"objective.loss_weights={w}", *backbone]
     objective = small_objective("multitask", *settings).double()
     rows = torch.arange(12)
     total, found = gradients(objective, [rows])
@@ -88,7 +88,7 @@ def test_the_loss_is_the_weighted_sum_of_the_tasks_alone(names, mix):
 @pytest.mark.parametrize("mix", ["all", "rows"])
 @pytest.mark.parametrize("names", [["mae", "gaussian"], ["mae", "dino", MIXED]])
 def test_a_batch_cut_into_micro_batches_is_the_same(names, mix):
-    settings = [tasks(*names), f"objective.mix={mix}", "backbone.drop_path=0.2"]
+    settings = [tasks(*names), f"objective.mix={mix}", "backbone.drop_path_rate=0.2"]
     objective = small_objective("multitask", *settings).double()
     rows = torch.arange(48 if len(names) == 3 else 64)
     whole, expected = gradients(objective, [rows])
@@ -104,15 +104,15 @@ def test_a_batch_cut_into_micro_batches_is_the_same(names, mix):
 
 def test_mixed_pairs_and_whole_rounds_stay_together():
     objective = small_objective("multitask", tasks("mae", "gaussian", MIXED))
-    assert objective.row_multiple == 6 and objective.labelled
+    assert objective.micro_batch_multiple == 6 and objective.labelled
     seen = [objective.part(make_batch(objective, torch.arange(12, 24)), place).draw.rows.tolist() for place in range(3)]
     assert seen == [[12, 13, 18, 19], [14, 15, 20, 21], [16, 17, 22, 23]]
-    assert small_objective("multitask", tasks("mae", MIXED), "objective.mix=all").row_multiple == 2
-    assert small_objective("multitask", tasks("mae", "gaussian")).row_multiple == 2
+    assert small_objective("multitask", tasks("mae", MIXED), "objective.mix=all").micro_batch_multiple == 2
+    assert small_objective("multitask", tasks("mae", "gaussian")).micro_batch_multiple == 2
 
 
 def test_tasks_do_not_share_their_draws_but_equal_views():
-    twice = ["mae", "mae objective.ratio=0.5", "dino"]
+    twice = ["mae", "mae objective.mask_ratio=0.5", "dino"]
     objective = small_objective("multitask", tasks(*twice), "objective.mix=all")
     assert objective.names == ["mae-1", "mae-2", "dino"]
     assert set(objective.views) == {"mae-1/image", "dino/global1", "dino/global2", "dino/local"}
@@ -161,15 +161,15 @@ def test_flops_are_the_mean_or_the_sum_of_the_tasks(names):
 
 def test_fits_alarms_and_whole_batches_are_those_of_the_tasks():
     objective = small_objective("multitask", tasks("beit", "dino"))
-    assert objective.fits and objective.tasks[0].target.centroids.any()
-    assert not small_objective("multitask").fits
+    assert objective.requires_fit and objective.tasks[0].target.centroids.any()
+    assert not small_objective("multitask").requires_fit
     largest = torch.log(torch.tensor(32.0)).item()
     logged = {"loss": 1.0, "beit_loss": 1.0, "dino_kl": 0.001, "dino_teacher_entropy": largest}
     assert objective.alarm(logged).startswith("The task dino: DINO has collapsed")
     assert objective.alarm(logged | {"dino_teacher_entropy": largest / 2, "dino_kl": 0.8}) is None
-    assert objective.whole_batch is None
-    tied = small_objective("multitask", tasks("mae", "dino").replace("batch_norm=false", "batch_norm=true"))
-    assert tied.whole_batch == "objective.batch_norm=true of the task dino"
+    assert objective.requires_full_batch is None
+    tied = small_objective("multitask", tasks("mae", "dino").replace("use_bn_in_head=false", "use_bn_in_head=true"))
+    assert tied.requires_full_batch == "objective.use_bn_in_head=true of the task dino"
 
 
 def test_frozen_layers_stay_and_pictures_are_named_after_their_task():
@@ -195,15 +195,15 @@ def test_frozen_layers_stay_and_pictures_are_named_after_their_task():
         ("objective.tasks=[mae, maee]", ["objective.tasks", "'maee'", "Did you mean 'mae'"]),
         ("objective.tasks=[mae, multitask]", ["objective.tasks", "multitask is itself several tasks"]),
         ("objective.tasks=[mae, gaussian train.epochs=3]", ["objective.tasks", "'train.epochs=3'", "key=value"]),
-        ("objective.tasks=[mae, gaussian objective.rato=1]", ["'gaussian objective.rato=1'", "'objective.ratio'"]),
-        ("objective.tasks=[mae, gaussian objective.ratio=2]", ["the task 'gaussian objective.ratio=2'", "at most"]),
-        ("objective.tasks=[mae, 'gaussian objective.sigma=[0, 1]']", ["'1]'", "without blanks or in quotes"]),
+        ("objective.tasks=[mae, gaussian objective.rato=1]", ["'gaussian objective.rato=1'", "'objective.mask_ratio'"]),
+        ("objective.tasks=[mae, gaussian objective.mask_ratio=2]", ["the task 'gaussian", "at most"]),
+        ("objective.tasks=[mae, 'gaussian objective.noise_sigma=[0, 1]']", ["'1]'", "without blanks or in quotes"]),
         ("objective.tasks=[mae, 'gaussian \"']", ["objective.tasks", "must be a recipe"]),
         ("objective.tasks=[mae, '']", ["objective.tasks", "must be a recipe"]),
-        ("objective.weights=[1]", ["objective.weights", "1 values for 2 tasks"]),
-        ("objective.weights=[1, 0]", ["objective.weights", "above 0"]),
+        ("objective.loss_weights=[1]", ["objective.loss_weights", "1 values for 2 tasks"]),
+        ("objective.loss_weights=[1, 0]", ["objective.loss_weights", "above 0"]),
         ("objective.mix=both", ["objective.mix", "rows or all"]),
-        ("objective.tasks=[mae, gaussian objective.decoder_heads=3]", ["The task gaussian", "decoder_heads=3"]),
+        ("objective.tasks=[mae, gaussian objective.decoder_num_heads=3]", ["The task gaussian", "decoder_num_heads=3"]),
         ("objective.tasks=[supervised, supervised, mae]", ["supervised-1 and supervised-2", "one classifier"]),
     ],
 )  # fmt: skip
@@ -225,16 +225,20 @@ def test_a_task_that_needs_labels_is_refused_without(tmp_path):
 
 
 def test_the_record_holds_every_setting_of_every_task():
-    read = conftest.small_recipe("multitask", "objective.tasks=[mae objective.ratio=0.5, simmim]").as_dict()
+    read = conftest.small_recipe("multitask", "objective.tasks=[mae objective.mask_ratio=0.5, simmim]").as_dict()
     again = conftest.small_recipe("multitask", f"objective.tasks={json.dumps(read['objective']['tasks'])}").as_dict()
     assert again["objective"] == read["objective"]
     mae, simmim = read["objective"]["tasks"]
-    assert "objective.ratio=0.5" in mae and 'objective.sees="mask tokens"' in simmim and "objective.tokens=512" in mae
+    assert (
+        "objective.mask_ratio=0.5" in mae
+        and 'objective.encoder_input="mask_token"' in simmim
+        and "objective.vocab_size=512" in mae
+    )
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    several = [tasks("beit", "dino", MIXED), "train.batch_size=24", "backbone.drop_path=0.2", "train.steps=30"]
+    several = [tasks("beit", "dino", MIXED), "train.batch_size=24", "backbone.drop_path_rate=0.2", "train.steps=30"]
     run(tmp_path, *arguments("multitask", *several, "--output", str(whole)))
     exits = []
     for at in (1, 6, 9):  # before the first checkpoint, between two, after the second
@@ -290,7 +294,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(tmp_path):
 def test_every_task_learns(tmp_path, mix):
     """On the digits: each loss, averaged over the last steps, is well below where it began."""
     several = [tasks("mae", "gaussian", "supervised"), f"objective.mix={mix}", "train.batch_size=96", "train.steps=100"]
-    quick = ["views.kind=none", "backbone.width=32", "optim.lr=3e-2"]
+    quick = ["views.augmentation=none", "backbone.embed_dim=32", "optim.lr=3e-2"]
     run(tmp_path, *arguments("multitask", *several, *quick, "--output", "run"))
     lines = log_of(tmp_path / "run")
     for name in ("mae", "gaussian", "supervised"):

@@ -73,7 +73,7 @@ def test_hidden_pixels_cannot_reach_the_encoder(name):
     batch = make_batch(objective, torch.arange(8))
     images = batch.views["image"]
     prediction, hidden, *_ = objective.predict(images, batch.draw)
-    patch = objective.backbone.patch
+    patch = objective.backbone.patch_size
     mask = hidden.view(8, 1, *objective.grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
     assert torch.equal(objective.predict(torch.where(mask, torch.rand_like(images), images), batch.draw)[0], prediction)
     assert not torch.equal(objective.predict(torch.where(mask, images, 1 - images), batch.draw)[0], prediction)
@@ -92,11 +92,11 @@ def test_every_image_hides_exactly_the_stated_number(name, count):
     ("patches", "ratio", "hidden"), [(196, 0.75, 147), (64, 0.75, 48), (196, 0.6, 118), (16, 0.4, 7)]
 )
 def test_hidden_counts_are_those_of_the_official_code(patches, ratio, hidden):
-    assert corruption.hidden_count(patches, ratio) == hidden
+    assert corruption.num_masked(patches, ratio) == hidden
 
 
 def test_dino_keeps_its_teacher_out_of_training():
-    objective = small_objective("dino", "backbone.drop_path=0.3").train()
+    objective = small_objective("dino", "backbone.drop_path_rate=0.3").train()
     assert not objective.teacher.training and objective.backbone.training
     assert not any(p.requires_grad for p in objective.teacher.parameters())
     assert objective.exported is objective.teacher
@@ -119,7 +119,7 @@ def test_dino_says_when_it_has_collapsed():
 
 def test_a_naive_dino_on_constant_views_collapses_and_alarms():
     """Views that tell nothing leave only the collapsed solution: the logged scalars must show it."""
-    objective = small_objective("dino", "objective.momentum=0.9", "objective.bottleneck=64")
+    objective = small_objective("dino", "objective.momentum_teacher=0.9", "objective.bottleneck_dim=64")
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
     for step in range(200):
         batch = make_batch(objective, torch.arange(8), step=step, total=200)
@@ -157,8 +157,8 @@ def test_supervised_loss_is_torch_s(loss):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["objective.ratio=1"], "objective.ratio"),
-        (["objective.decoder_heads=3"], "decoder_heads"),
+        (["objective.mask_ratio=1"], "objective.mask_ratio"),
+        (["objective.decoder_num_heads=3"], "decoder_num_heads"),
     ],
 )
 def test_impossible_reconstructions_are_refused(settings, said):
@@ -171,7 +171,7 @@ def test_colours_of_many_channels_are_refused():
         small_objective(
             "beit",
             "objective.target=colour",
-            "data.channels=5",
+            "data.in_chans=5",
             "data.mean=[.5,.5,.5,.5,.5]",
             "data.std=[.5,.5,.5,.5,.5]",
         )
@@ -181,7 +181,7 @@ def test_colours_of_many_channels_are_refused():
 def test_models_without_tokens_are_refused_by_name(name):
     with pytest.raises(UserError, match="and resnet18 is none: use one such as backbone.name=vit_small"):
         small_objective(
-            name, "backbone.name=resnet18", "backbone.width=null", "backbone.depth=null", "backbone.heads=null"
+            name, "backbone.name=resnet18", "backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null"
         )
 
 
@@ -191,9 +191,9 @@ def test_an_unknown_objective_is_refused():
 
 
 def test_a_new_objective_is_one_file_and_one_recipe(tmp_path):
-    """The README's: its file beside ours, its recipe anywhere, its command, nothing else touched."""
+    """That of docs/architecture.md: its file beside ours, its recipe anywhere, its command, nothing else touched."""
     root = Path(objectives.__file__).parents[2]
-    text = (root / "README.md").read_text()
+    text = (root / "docs" / "architecture.md").read_text()
     [(name, code)] = re.findall(r"```python\n# (ssl_vit/objectives/\w+\.py)\n(.*?)```", text, re.DOTALL)
     [(recipe, command, settings)] = re.findall(r"```yaml\n# (\w+\.yaml); python (.*?)\n(.*?)```", text, re.DOTALL)
     for file in root.glob("ssl_vit/**/*.py"):
@@ -203,7 +203,13 @@ def test_a_new_objective_is_one_file_and_one_recipe(tmp_path):
     assert not (tmp_path / name).exists()
     (tmp_path / name).write_text(code)
     (tmp_path / recipe).write_text(settings)
-    small = ["train.steps=3", "train.batch_size=16", "backbone.width=16", "backbone.depth=1", "backbone.heads=2"]
+    small = [
+        "train.steps=3",
+        "train.batch_size=16",
+        "backbone.embed_dim=16",
+        "backbone.depth=1",
+        "backbone.num_heads=2",
+    ]
     result = subprocess.run(
         [sys.executable, *command.split(), *small, "--output", "run"],
         cwd=tmp_path,
@@ -235,10 +241,10 @@ def test_every_objective_s_settings_are_documented(name):
         assert f"objective.{field.name}" in said and text in said, field.name
 
 
-def test_batch_norm_in_the_head_says_that_it_ties_the_batch():
-    assert small_objective("dino", "objective.batch_norm=false").whole_batch is None
-    tied = small_objective("dino", "objective.batch_norm=true")
-    assert "batch_norm" in tied.whole_batch
+def test_batch_norm_in_the_head_requires_the_full_batch():
+    assert small_objective("dino", "objective.use_bn_in_head=false").requires_full_batch is None
+    tied = small_objective("dino", "objective.use_bn_in_head=true")
+    assert "use_bn_in_head" in tied.requires_full_batch
     rows = torch.arange(32)
     whole, _ = gradients(tied.double(), [rows])
     parts, _ = gradients(tied, list(rows.split(8)))

@@ -22,7 +22,7 @@ def test_layer_decay_gives_each_block_its_own_rate():
     assert scales[model + "cls_token"] == scales[model + "pos_embed"] == scales[model + "patch_embed.proj.weight"]
 
     optimizer = optim.build(objective, Optim(layer_decay=0.5), 1.0)
-    optim.set_schedule(optimizer, Optim(layer_decay=0.5, warmup=0.0), 1.0, 0, 10)
+    optim.set_schedule(optimizer, Optim(layer_decay=0.5, warmup_fraction=0.0), 1.0, 0, 10)
     rates = {group["lr"] for group in optimizer.param_groups}
     assert len(rates) >= 4 and max(rates) == 1.0
     everything = [p for group in optimizer.param_groups for p in group["params"]]
@@ -58,7 +58,7 @@ def test_the_layers_of_other_models_end_with_their_head():
 ])  # fmt: skip
 def test_recipes_spare_positions_and_tokens_where_their_source_does(name, spared):
     """MAE's and DINO's pre-training decay the class token; what follows BEiT's and DeiT's optimizers does not."""
-    rule = pretrain.read(name, [], None).optim.no_decay
+    rule = pretrain.read(name, [], None).optim.no_weight_decay
     assert optim.decays("backbone.model.cls_token", torch.zeros(1, 1, 8), rule) != spared
 
 
@@ -87,12 +87,12 @@ def test_a_head_outside_of_the_backbone_is_not_slowed():
 
 @pytest.mark.parametrize("rule", ["1d", "1d+tokens"])
 def test_what_decays(rule):
-    objective = small_objective("simmim", "backbone.positions=learned")
+    objective = small_objective("simmim", "backbone.pos_embed=learned")
     decayed = {n for n, p in objective.named_parameters() if optim.decays(n, p, rule)}
     assert "backbone.model.blocks.0.mlp.fc1.weight" in decayed
     assert not any(n.endswith(".bias") or "norm" in n for n in decayed)
     assert ("mask_token" in decayed) == ("backbone.model.cls_token" in decayed) == (rule == "1d")
-    optimizer = optim.build(objective, Optim(no_decay=rule), 1.0)
+    optimizer = optim.build(objective, Optim(no_weight_decay=rule), 1.0)
     optim.set_schedule(optimizer, Optim(weight_decay=0.3), 1.0, 0, 10)
     found = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.3 for p in g["params"]}
     assert found == {id(p) for n, p in objective.named_parameters() if n in decayed and p.requires_grad}
@@ -110,7 +110,7 @@ def line_and_half_cosine(step, total, warmup, peak, end):
 def test_the_whole_course_of_learning_rate_and_weight_decay(warmup, decay):
     """Every step of every group: DINO's weight decay rises on half a cosine, without warm-up."""
     start, end = decay
-    config = Optim(warmup=warmup, min_lr=0.1, weight_decay=start, weight_decay_end=end, layer_decay=0.5)
+    config = Optim(warmup_fraction=warmup, min_lr=0.1, weight_decay=start, weight_decay_end=end, layer_decay=0.5)
     objective = small_objective("supervised")
     optimizer = optim.build(objective, config, 2.0)
     name = {id(p): n.removeprefix("backbone.model.") for n, p in objective.named_parameters()}
@@ -133,11 +133,11 @@ def test_the_whole_course_of_the_averaged_weights(name):
     """At every step the average moves by this step's momentum: DINO's and data2vec's rise on half a cosine to 1, that
     of TensorFlow's moving average by (1 + t) / (10 + t)."""
     settings = {
-        "dino": ["objective.momentum=0.9"],
-        "mae": ["objective.target=features", "objective.sees=mask tokens", "objective.momentum=0.9"],
-        "supervised": ["objective.ema=0.5"],
+        "dino": ["objective.momentum_teacher=0.9"],
+        "mae": ["objective.target=features", "objective.encoder_input=mask_token", "objective.momentum_teacher=0.9"],
+        "supervised": ["objective.model_ema_decay=0.5"],
     }
-    objective = small_objective(name, "backbone.drop_path=0", *settings[name])
+    objective = small_objective(name, "backbone.drop_path_rate=0", *settings[name])
     pairs = {
         "dino": lambda: [(objective.teacher, objective.backbone), (objective.teacher_head, objective.head)],
         "mae": lambda: [(objective.teacher, objective.backbone)],
@@ -162,14 +162,14 @@ def test_the_whole_course_of_dino_s_temperature_and_frozen_prototypes():
     """The teacher's temperature rises on a line over the first 30 % of the steps; the prototypes stay for 20 %."""
     objective = small_objective(
         "dino",
-        "objective.teacher_temperature_start=0.02",
-        "objective.teacher_temperature=0.07",
-        "objective.teacher_warmup=0.3",
-        "objective.freeze_last_layer=0.2",
+        "objective.warmup_teacher_temp=0.02",
+        "objective.teacher_temp=0.07",
+        "objective.warmup_teacher_temp_fraction=0.3",
+        "objective.freeze_last_layer_fraction=0.2",
     )
     for step in range(20):
         expected = 0.02 + 0.05 * min(step / 6, 1.0)
-        assert objective.teacher_temperature(step, 20) == pytest.approx(expected, rel=1e-12)
+        assert objective.teacher_temp(step, 20) == pytest.approx(expected, rel=1e-12)
         objective.zero_grad()
         result = objective(make_batch(objective, torch.arange(4), step=step, total=20))
         result["loss"].backward()
@@ -194,7 +194,7 @@ def test_clipping_global_and_per_parameter():
         ]
         for weight, scale in zip(weights, (10.0, 0.1, 100.0), strict=True):
             weight.grad = torch.full_like(weight, scale)
-        norm = optim.clip(weights, Optim(clip=3.0, clip_mode=mode))
+        norm = optim.clip(weights, Optim(clip_grad=3.0, clip_mode=mode))
         return norm, [w.grad for w in weights]
 
     norm, clipped = gradients("global")
@@ -209,7 +209,7 @@ def test_clipping_global_and_per_parameter():
 @pytest.mark.parametrize("name", ["mae", "dino", "supervised"])
 def test_counted_flops_follow_from_the_shapes(name):
     """Against the sum over the layers, written out: forward, and twice that backward but for the first layer."""
-    objective = small_objective(name, *(["objective.local_count=0"] if name == "dino" else []))
+    objective = small_objective(name, *(["objective.local_crops_number=0"] if name == "dino" else []))
     counted = flops.per_image(objective, 3, objective.labelled)
     d, n, patch = 16, 64, 2 * 2 * 3
 

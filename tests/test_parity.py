@@ -8,7 +8,7 @@ import torch
 from conftest import make_batch, small_objective
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from ssl_vit.backbone import sincos_positions
+from ssl_vit.backbones import sincos_positions
 from ssl_vit.randomness import Draw
 from ssl_vit.schedules import cosine
 
@@ -55,7 +55,7 @@ def translate(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_mae_loss_and_gradients_equal_transformers(normalise):
-    ours = small_objective("mae", f"objective.normalise={str(normalise).lower()}")
+    ours = small_objective("mae", f"objective.norm_pix_loss={str(normalise).lower()}")
     config = ViTMAEConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=2,
         decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
@@ -125,13 +125,13 @@ class PlainDINO:
 
 def test_dino_loss_centre_and_teacher_equal_a_plain_reference():
     settings = [
-        "objective.teacher_temperature_start=0.03",
-        "objective.teacher_temperature=0.07",
-        "objective.momentum=0.7",
+        "objective.warmup_teacher_temp=0.03",
+        "objective.teacher_temp=0.07",
+        "objective.momentum_teacher=0.7",
     ]
     ours = small_objective("dino", *settings).double()
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.5)
-    reference = PlainDINO(32, ours.config.center_momentum, ours.config.student_temperature)
+    reference = PlainDINO(32, ours.config.center_momentum, ours.config.student_temp)
     teacher_weights = {n: p.detach().numpy().copy() for n, p in ours.teacher.named_parameters()}
     total = 10
     for step in range(5):

@@ -34,7 +34,7 @@ def shown(objective, images) -> torch.Tensor:
     [sheet] = objective.show(images, Draw(0, 0, ROWS)).values()
     assert sheet.panels.shape[:2] == (4, len(sheet.columns))
     assert sheet.panels.min() >= 0 and sheet.panels.max() <= 1
-    return torch.stack([patchify(panel, objective.backbone.patch) for panel in sheet.panels.unbind(1)])
+    return torch.stack([patchify(panel, objective.backbone.patch_size) for panel in sheet.panels.unbind(1)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,13 +43,13 @@ def test_what_is_drawn_of_hidden_patches_does_not_depend_on_them(kind, monkeypat
     objective = objective_of(kind)
     images, others = images_of(objective), images_of(objective, 1)
     before = shown(objective, images)
-    patch, grid = objective.backbone.patch, objective.grid
+    patch, grid = objective.backbone.patch_size, objective.grid
     torch.testing.assert_close(before[0], patchify(images, patch), atol=1e-5, rtol=0)
     if kind.startswith("next"):  # each patch from the true ones before it
         hidden, looked_at = objective.predict(images, Draw(0, 0, ROWS))[1], 0
         for place in (1, 20, 40, 63):
             later = (torch.arange(64) >= place).expand(4, -1)
-            changed = torch.where(corruption.pixels_of(later, grid, patch), others, images)
+            changed = torch.where(corruption.mask_pixels(later, grid, patch), others, images)
             after = shown(objective, changed)
             sure = hidden & (torch.arange(64) <= place)
             sure &= hidden[:, place : place + 1]  # the given ones see one another
@@ -58,16 +58,20 @@ def test_what_is_drawn_of_hidden_patches_does_not_depend_on_them(kind, monkeypat
             assert not torch.allclose(after[0][:, place], before[0][:, place])
         assert looked_at > 60
         return
-    if objective.config.sees == "all":  # all is given, but spoiled: another image that is spoiled to the same input
-        given = objective.spoil(images, objective.order(Draw(0, 0, ROWS)), torch.ones(4, 64).bool(), Draw(0, 0, ROWS))
-        monkeypatch.setattr(objective, "spoil", lambda *_: given)
+    if (
+        objective.config.encoder_input == "corrupted"
+    ):  # all is given, but spoiled: another image that is spoiled to the same input
+        given = objective.corrupt(
+            images, objective.mask_order(Draw(0, 0, ROWS)), torch.ones(4, 64).bool(), Draw(0, 0, ROWS)
+        )
+        monkeypatch.setattr(objective, "corrupt", lambda *_: given)
         before, after = shown(objective, images), shown(objective, others)
         torch.testing.assert_close(after[1:], before[1:], atol=1e-5, rtol=0)
         return
-    absent = objective.given(images, Draw(0, 0, ROWS))[1]
-    if objective.config.others:  # these show another patch: their own pixels are not given either
+    absent = objective.encoder_inputs(images, Draw(0, 0, ROWS))[1]
+    if objective.config.replace_ratio:  # these show another patch: their own pixels are not given either
         absent |= (before[1] != before[0]).any(-1) & (before[1] - before[0]).abs().amax(-1).gt(1e-4)
-    changed = torch.where(corruption.pixels_of(absent, grid, patch), others, images)
+    changed = torch.where(corruption.mask_pixels(absent, grid, patch), others, images)
     after = shown(objective, changed)
     assert absent.sum() > 40 and not torch.allclose(after[0], before[0])
     torch.testing.assert_close(after[1:], before[1:], atol=1e-5, rtol=0)
@@ -118,14 +122,14 @@ def test_normalised_patches_are_drawn_with_the_statistics_of_the_average_input_p
     b, images = objective.backbone, 0.5 + 0.05 * (images_of(objective) - 0.5)  # so that nothing is clipped
     answer(objective, images, "pixels")
     b_mean, b_std = b.mean.flatten().repeat(4), b.std.flatten().repeat(4)
-    given = objective.given(images, Draw(0, 0, ROWS))
+    given = objective.encoder_inputs(images, Draw(0, 0, ROWS))
     _, _, made = shown(objective, images)
     hidden = objective.predict(images, Draw(0, 0, ROWS))[1]
     for i in range(4):
-        seen = patchify(given[0], b.patch)[i][~given[1][i]].double()
+        seen = patchify(given[0], b.patch_size)[i][~given[1][i]].double()
         mean, deviation = seen.mean(), seen.var(1).mean().sqrt()
         for place in hidden[i].nonzero().flatten()[::7]:
-            true = patchify(b.normalise(images), b.patch)[i, place].double()
+            true = patchify(b.normalise(images), b.patch_size)[i, place].double()
             drawn = ((true - true.mean()) / (true.var() + 1e-6).sqrt() * deviation + mean) * b_std + b_mean
             torch.testing.assert_close(made[i, place].double(), drawn.clamp(0, 1), atol=1e-4, rtol=0)
 
@@ -175,10 +179,10 @@ def test_an_objective_says_whether_it_has_pictures(name):
 
 
 def test_the_columns_say_how_a_prediction_is_drawn():
-    last = {kind: objective_of(kind).columns()[-1] for kind in KINDS}
+    last = {kind: objective_of(kind).captions()[-1] for kind in KINDS}
     assert "mean and variance of the average patch of the input" in last["mae"]
-    assert "mean and variance" not in last["simmim"] and "hidden patches" in last["simmim"]
-    assert "less the predicted noise" in last["predict the noise"]
+    assert "mean and variance" not in last["simmim"] and "masked patches" in last["simmim"]
+    assert "minus the predicted noise" in last["predict the noise"]
     assert "tokens" in last["beit"] and "mean colours" in last["masked-patch"]
     assert "before it" in last["next patch"] and last["features"] == "input to the encoder"
 

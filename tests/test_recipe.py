@@ -39,25 +39,25 @@ def test_every_shipped_recipe_is_valid(name):
 
 
 def test_command_line_wins_over_recipe_over_facts_over_defaults(file):
-    facts = dict(size=8, channels=1, mean=[0.3], std=[0.4], flip=False)
+    facts = dict(img_size=8, in_chans=1, mean=[0.3], std=[0.4], hflip=False)
     own = file(data=dict(mean=[0.1], std=[0.2]))
     recipe = read("data.std=[0.9]", recipe=own)
-    assert (recipe.data.size, recipe.data.flip) == (None, None)
-    recipe.add_facts(facts)
-    assert (recipe.data.size, recipe.data.channels, recipe.data.flip) == (8, 1, False)
+    assert (recipe.data.img_size, recipe.data.hflip) == (None, None)
+    recipe.add_dataset_info(facts)
+    assert (recipe.data.img_size, recipe.data.in_chans, recipe.data.hflip) == (8, 1, False)
     assert recipe.data.mean == [0.1] and recipe.data.std == [0.9]
     assert recipe.optim.weight_decay == 0.05  # nobody speaks of it: the default
 
 
 def test_facts_fill_in_what_is_null():
-    recipe = read("data.size=null")
-    recipe.add_facts(dict(size=8))
-    assert recipe.data.size == 8
+    recipe = read("data.img_size=null")
+    recipe.add_dataset_info(dict(img_size=8))
+    assert recipe.data.img_size == 8
 
 
 def test_numbers_may_be_written_in_any_way(file):
-    recipe = read("optim.weight_decay=1e-5", "train.batch_size=1e2", recipe=file(optim=dict(lr="1e-4", clip="3")))
-    assert recipe.optim.lr == 1e-4 and recipe.optim.weight_decay == 1e-5 and recipe.optim.clip == 3.0
+    recipe = read("optim.weight_decay=1e-5", "train.batch_size=1e2", recipe=file(optim=dict(lr="1e-4", clip_grad="3")))
+    assert recipe.optim.lr == 1e-4 and recipe.optim.weight_decay == 1e-5 and recipe.optim.clip_grad == 3.0
     assert recipe.train.batch_size == 100 and isinstance(recipe.train.batch_size, int)
     assert isinstance(recipe.optim.lr, float)
 
@@ -76,13 +76,13 @@ def test_run_name_hashes_what_changes_the_result_and_only_that(tmp_path):
     (tmp_path / "photos").mkdir()
     assert read().run_name() == "mae-digits-s0"
     assert read("train.seed=3").run_name() == "mae-digits-s3"
-    assert read("runtime.threads=1", "monitor.log_every=3").run_name() == "mae-digits-s0"
+    assert read("runtime.num_threads=1", "monitor.log_every=3").run_name() == "mae-digits-s0"
     assert read(data=str(tmp_path / "photos")).run_name() == "mae-photos-s0"
     assert read(data="owner/name").run_name() == "mae-owner-name-s0"
-    names = {read(*s).run_name() for s in ([], ["train.steps=9"], ["data.size=16"], ["objective.ratio=0.5"])}
+    names = {read(*s).run_name() for s in ([], ["train.steps=9"], ["data.img_size=16"], ["objective.mask_ratio=0.5"])}
     assert len(names) == 4
-    name = read("optim.lr=1e-3", "objective.ratio=0.5", "train.seed=2").run_name()
-    assert name == read("train.seed=2", "objective.ratio=0.50", "optim.lr=0.001").run_name()
+    name = read("optim.lr=1e-3", "objective.mask_ratio=0.5", "train.seed=2").run_name()
+    assert name == read("train.seed=2", "objective.mask_ratio=0.50", "optim.lr=0.001").run_name()
     prefix, tag, seed = name.rsplit("-", 2)
     assert (prefix, len(tag), seed) == ("mae-digits", 6, "s2")
 
@@ -90,21 +90,21 @@ def test_run_name_hashes_what_changes_the_result_and_only_that(tmp_path):
 def test_a_backbone_s_name_on_the_command_line_replaces_the_recipe_s_shape(file):
     def shape(*settings: str, recipe: str = "mae") -> tuple:
         b = read(*settings, recipe=recipe).backbone
-        return b.width, b.depth, b.heads, b.patch
+        return b.embed_dim, b.depth, b.num_heads, b.patch_size
 
     assert shape() == (96, 4, 3, "auto")
     assert shape("backbone.name=vit_small") == (None, None, None, "auto")
-    assert shape("backbone.depth=3", "backbone.name=vit_small", "backbone.patch=16") == (None, 3, None, 16)
+    assert shape("backbone.depth=3", "backbone.name=vit_small", "backbone.patch_size=16") == (None, 3, None, 16)
     assert shape("backbone.name=vit_small_patch16_224") == (None, None, None, 16)
-    assert shape("backbone.name=vit_small_patch16_224", "backbone.patch=auto") == (None, None, None, "auto")
+    assert shape("backbone.name=vit_small_patch16_224", "backbone.patch_size=auto") == (None, None, None, "auto")
     assert shape("backbone.name=vit_base", recipe="mae-photos") == (None, None, None, 16)
     assert shape("backbone.name=vit_base_patch8_224", recipe="mae-photos") == (None, None, None, 8)
-    assert shape(recipe=file(backbone=dict(name="vit_small", width=96))) == (96, None, None, "auto")
+    assert shape(recipe=file(backbone=dict(name="vit_small", embed_dim=96))) == (96, None, None, "auto")
     named = file(backbone=dict(name="vit_base_patch16_224"))
     assert shape(recipe=named) == (None, None, None, 16)
     assert shape("backbone.name=vit_base_patch8_224", recipe=named)[-1] == 8
     assert shape("backbone.name=vit_base", recipe=named)[-1] == "auto"
-    assert shape(recipe=file(backbone=dict(name="vit_base_patch16_224", patch=4)))[-1] == 4
+    assert shape(recipe=file(backbone=dict(name="vit_base_patch16_224", patch_size=4)))[-1] == 4
 
 
 @pytest.fixture
@@ -122,22 +122,33 @@ def of_run(tmp_path):
 
 
 def test_a_run_s_recipe_is_a_recipe(of_run):
-    before = read("objective.ratio=0.5", "runtime.save_every=7", "backbone.patch=4", "train.steps=3")
-    after = read(recipe=of_run(before, size=[8, 8], mean=[0.3]))
-    assert after.as_dict() == before.as_dict() | dict(data=before.as_dict()["data"] | dict(size=[8, 8], mean=[0.3]))
-    other = read(recipe=of_run(read("objective.ratio=0.6", "train.steps=3")))
+    before = read("objective.mask_ratio=0.5", "runtime.save_every=7", "backbone.patch_size=4", "train.steps=3")
+    after = read(recipe=of_run(before, img_size=[8, 8], mean=[0.3]))
+    assert after.as_dict() == before.as_dict() | dict(data=before.as_dict()["data"] | dict(img_size=[8, 8], mean=[0.3]))
+    other = read(recipe=of_run(read("objective.mask_ratio=0.6", "train.steps=3")))
     assert after.run_name().startswith("mae-digits-")
     assert len({recipe.run_name() for recipe in (read(), before, after, other)}) == 4
     assert read("train.seed=4", recipe=of_run(before)).run_name() == read(recipe=of_run(before)).run_name()[:-1] + "4"
 
 
 def test_of_a_run_s_recipe_other_images_have_their_own_facts(of_run):
-    run = of_run(read("data.subset=10", "backbone.patch=2"), size=[8, 8], channels=1, mean=[0.3], std=[0.3], flip=False)
-    assert read(recipe=run, data="digits").data.mean == [0.3] and read(recipe=run, data="digits").backbone.patch == 2
-    assert read(recipe=run, data="cifar10").backbone.patch == "auto"
+    run = of_run(
+        read("data.subset=10", "backbone.patch_size=2"), img_size=[8, 8], in_chans=1, mean=[0.3], std=[0.3], hflip=False
+    )
+    assert (
+        read(recipe=run, data="digits").data.mean == [0.3] and read(recipe=run, data="digits").backbone.patch_size == 2
+    )
+    assert read(recipe=run, data="cifar10").backbone.patch_size == "auto"
     data = read(recipe=run, data="cifar10").data
-    assert (data.size, data.channels, data.mean, data.std, data.flip, data.subset) == (None, None, None, None, None, 10)
-    assert read("data.size=16", recipe=run, data="cifar10").data.size == 16
+    assert (data.img_size, data.in_chans, data.mean, data.std, data.hflip, data.subset) == (
+        None,
+        None,
+        None,
+        None,
+        None,
+        10,
+    )
+    assert read("data.img_size=16", recipe=run, data="cifar10").data.img_size == 16
 
 
 def test_a_length_on_the_command_line_replaces_that_of_a_run(of_run):
@@ -176,19 +187,19 @@ def test_another_objective_is_another_recipe(file):
 
 def test_differences_name_the_keys_that_matter():
     old = yaml.safe_load(yaml.safe_dump(read().as_dict()))
-    new = read("runtime.threads=1", "monitor.log_every=7", "optim.lr=1", "data.size=[8, 9]").as_dict()
+    new = read("runtime.num_threads=1", "monitor.log_every=7", "optim.lr=1", "data.img_size=[8, 9]").as_dict()
     assert recipes.differences(old, read().as_dict()) == []
-    assert recipes.differences(old, new) == ["data.size", "optim.lr"]
+    assert recipes.differences(old, new) == ["data.img_size", "optim.lr"]
     assert recipes.differences(old, old | dict(images=dict(fingerprint="x"))) == ["images.fingerprint"]
 
 
 def test_what_an_older_version_did_not_know_had_its_default():
-    recipe = read("objective.ratio=0.6")
+    recipe = read("objective.mask_ratio=0.6")
     new, old = recipe.as_dict(), recipe.as_dict()
-    del old["objective"]["kept"], old["optim"]["clip"]
+    del old["objective"]["keep_ratio"], old["optim"]["clip_grad"]
     assert recipes.differences(old, new, type(recipe.objective)) == []
-    new["objective"]["kept"] = 0.1
-    assert recipes.differences(old, new, type(recipe.objective)) == ["objective.kept"]
+    new["objective"]["keep_ratio"] = 0.1
+    assert recipes.differences(old, new, type(recipe.objective)) == ["objective.keep_ratio"]
 
 
 def test_where_the_same_images_lie_is_no_difference():
@@ -222,7 +233,7 @@ def test_describe_lists_every_key():
         ("train.stepz=3", ["'train.stepz'", "the command line", "'train.steps'"]),
         ("lr=3", ["'lr'", "'optim.lr'"]),
         ("train.lr=3", ["'train.lr'", "'optim.lr'"]),
-        ("objective.rato=0.5", ["'objective.rato'", "'objective.ratio'"]),
+        ("objective.rato=0.5", ["'objective.rato'", "'objective.mask_ratio'"]),
         ("train.steps=abc", ["train.steps", "whole number", "'abc'"]),
         ("train.steps=1.5", ["train.steps", "whole number", "1.5"]),
         ("train.steps=-1", ["train.steps", "at least 0", "-1"]),
@@ -235,11 +246,11 @@ def test_describe_lists_every_key():
         ("optim.lr_rule=B/128", ["optim.lr_rule", "B/256"]),
         ("optim.betas=[0.9, 1.5]", ["optim.betas"]),
         ("views.scale=[0.9, 0.1]", ["views.scale"]),
-        ("data.size=0", ["data.size"]),
-        ("data.size=[8, 8, 8]", ["data.size"]),
-        ("data.flip=1", ["data.flip", "true or false"]),
+        ("data.img_size=0", ["data.img_size"]),
+        ("data.img_size=[8, 8, 8]", ["data.img_size"]),
+        ("data.hflip=1", ["data.hflip", "true or false"]),
         ("data.report_split=2024-13-45", ["data.report_split"]),
-        ("data.size=[8", ["data.size", "cannot be read"]),
+        ("data.img_size=[8", ["data.img_size", "cannot be read"]),
         ("objective.name=mea", ["'mea'", "reconstruct"]),
         ("objective.name=", ["objective.name", "missing"]),
         ("train.epochs=null", ["budget"]),

@@ -13,10 +13,15 @@ import yaml
 from PIL import Image
 from sklearn import metrics
 
-from eval import charts, intervals, mistakes, pages, plots, results, tidy, words
 from eval import report as reports
-from eval.frames import Column, group_runs, ranked, read_run, read_study, read_tests
-from eval.summary import summary
+from eval.compare import intervals, tidy, words
+from eval.compare.metrics import Metric
+from eval.compare.runs import group_runs, read_run
+from eval.compare.scores import ranked, read_eval_sets
+from eval.compare.studies import read_study
+from eval.measure import results
+from eval.page import charts, document, gallery, mistakes, plots, tables
+from eval.page.summary import summary
 from ssl_vit.errors import UserError
 
 N = 200
@@ -41,7 +46,7 @@ def settings(recipe, seed=0, **changes):
         train=dict(epochs=10.0, steps=100, flops=None, seed=seed),
         data=dict(name="cifar10"),
         monitor=dict(log_every=10 + seed),
-        runtime=dict(threads=1 + seed),
+        runtime=dict(num_threads=1 + seed),
         resolved=dict(lr=0.1 + seed),
         images=dict(count=500 + seed),
     )
@@ -113,13 +118,13 @@ def groups_of(folders):
 
 
 def the_test(folders):
-    [test] = read_tests(groups_of(folders))
+    [test] = read_eval_sets(groups_of(folders))
     return test
 
 
 def by_label(test):
     """The frames of the first main column."""
-    return {group.label: frame for group, frame in test.in_column(test.main[0]).items()}
+    return {group.label: frame for group, frame in test.by_group(test.main[0]).items()}
 
 
 def write_report(folders, output, monkeypatch):
@@ -142,9 +147,12 @@ def test_labels_tell_what_differs_where_a_recipe_is_there_twice(tmp_path):
     [a, b] = groups_of([one, budget])
     assert (a.label, b.label, a.family, b.family) == ("mae (10¹² FLOPs)", "mae (10¹³ FLOPs)", "mae", "mae")
 
-    ratio = write_run(tmp_path / "c", "mae", 0.5, tree=settings("mae", objective__ratio=0.5))
-    other = write_run(tmp_path / "d", "mae", 0.5, tree=settings("mae", objective__ratio=0.9))
-    assert [g.label for g in groups_of([ratio, other])] == ["mae (objective.ratio=0.5)", "mae (objective.ratio=0.9)"]
+    ratio = write_run(tmp_path / "c", "mae", 0.5, tree=settings("mae", objective__mask_ratio=0.5))
+    other = write_run(tmp_path / "d", "mae", 0.5, tree=settings("mae", objective__mask_ratio=0.9))
+    assert [g.label for g in groups_of([ratio, other])] == [
+        "mae (objective.mask_ratio=0.5)",
+        "mae (objective.mask_ratio=0.9)",
+    ]
 
     # of three settings a hash remains
     changes = dict(objective__a=1, objective__b=2, objective__c=3)
@@ -158,7 +166,7 @@ def test_labels_tell_what_differs_where_a_recipe_is_there_twice(tmp_path):
 def test_subset_seeds_are_averaged_within_a_seed(tmp_path):
     shares = [dict(KNN, label_fraction=0.1, subset_seed=s, train_n=50, share=0.3 + 0.1 * s) for s in range(3)]
     test = the_test(many(tmp_path, "mae", 0.5, seeds=2, measures=[KNN, *shares]))
-    [frame] = test.frames[Column("knn-k20", "cls", -1, 0.1)].values()
+    [frame] = test.scores[Metric("knn-k20", "cls", -1, 0.1)].values()
     assert frame.correct.shape == (2, N) and frame.seeds == [0, 1] and len(frame.rows) == 6
     assert frame.estimate.mean == pytest.approx(0.4)
     assert set(np.unique((3 * frame.correct).round(6))) <= {0, 1, 2, 3}
@@ -167,7 +175,7 @@ def test_subset_seeds_are_averaged_within_a_seed(tmp_path):
 def test_other_settings_of_fine_tuning_have_a_column_of_their_own(tmp_path):
     plain, other = dict(protocol="finetune", pooling="mean"), dict(protocol="finetune-0a1b2c", pooling="mean")
     folders = many(tmp_path, "mae", 0.6, measures=[KNN, plain]) + many(tmp_path, "dino", 0.6, measures=[KNN, other])
-    table = reports.main_table(the_test(folders))
+    table = tables.main_table(the_test(folders))
     assert [over for over, _ in table.head] == ["k-NN (k = 20)", "fine-tuned", "fine-tuned (0a1b2c)", "pre-training"]
     (_, rows), (_, [(majority, _)]) = table.parts
     assert majority.text == "most frequent class"
@@ -179,23 +187,23 @@ def test_k200_is_not_k20(tmp_path):
     folders = many(tmp_path, "mae", 0.5, measures=[KNN, dict(KNN, protocol="knn-k200")])
     test = the_test(folders)
     assert [c.protocol for c in test.main] == ["knn-k20"]
-    [folded] = reports.details(test)
+    [folded] = tables.details(test)
     assert folded.blocks[0].head == [("k-NN (k = 200)", ["class token"])]
 
 
 def test_the_random_initialisation_fine_tuned_is_from_scratch(tmp_path):
     measures = [KNN, dict(protocol="finetune", pooling="mean")]
     test = the_test(many(tmp_path, "mae", 0.6, measures=measures) + controls(tmp_path, measures))
-    rows = {name.text: cells for name, cells in reports.main_table(test).parts[1][1]}
+    rows = {name.text: cells for name, cells in tables.main_table(test).parts[1][1]}
     assert rows["random init"][0].text and not rows["random init"][1].text
     assert rows["from scratch"][1].text and not rows["from scratch"][0].text
-    titles = [title for b in reports.comparisons(test, "") if isinstance(b, reports.Table) for title, _ in b.parts]
+    titles = [title for b in tables.comparisons(test, "") if isinstance(b, document.Table) for title, _ in b.parts]
     assert titles == ["against raw pixels", "against random init", "against from scratch"]
 
 
 def test_raw_pixels_stand_in_every_pooling(tmp_path):
     measures = [KNN, dict(KNN, pooling="mean")]
-    table = reports.main_table(the_test(many(tmp_path, "mae", 0.6, measures=measures) + controls(tmp_path)))
+    table = tables.main_table(the_test(many(tmp_path, "mae", 0.6, measures=measures) + controls(tmp_path)))
     assert table.head[0] == ("k-NN (k = 20)", ["class token", "mean of patches"])
     pixels = next(cells for name, cells in table.parts[1][1] if name.text == "raw pixels")
     assert pixels[0].text == pixels[1].text and pixels[0].text.startswith("45.0 ± ")
@@ -206,7 +214,7 @@ def test_raw_pixels_stand_in_every_pooling(tmp_path):
 
 def best(folders):
     test = the_test(folders)
-    return {group.label for group in reports.best_of(test.in_column(test.main[0]))}
+    return {group.label for group in tables.best_of(test.by_group(test.main[0]))}
 
 
 def test_the_best_is_marked_with_all_that_are_not_distinguishable(tmp_path):
@@ -236,7 +244,7 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 def test_the_table_of_comparisons(tmp_path):
     test = the_test(many(tmp_path, "mae", 0.6) + controls(tmp_path))
-    _, _, _, _, table = reports.comparisons(test, "")
+    _, _, _, _, table = tables.comparisons(test, "")
     cells = {title: lines[0][1] for title, lines in table.parts}["against random init"]
     frames = by_label(test)
     pool = intervals.spread_of_differences(np.array([frames[g].correct.mean(1) for g in ("mae", "random init")]))
@@ -307,7 +315,7 @@ def test_what_is_below_the_most_frequent_class_is_said_to_be(tmp_path):
         and "it is below always naming the most frequent class (75.0 %)" in said
     )
     assert "balanced accuracy of" in said
-    [row] = [cells for part in reports.main_table(test).parts for name, cells in part[1] if "frequent" in name.text]
+    [row] = [cells for part in tables.main_table(test).parts for name, cells in part[1] if "frequent" in name.text]
     assert row[0].text == "75.0"
 
 
@@ -321,7 +329,7 @@ def test_chance_and_the_majority_stand_beside_every_table_and_chart(tmp_path, mo
 def test_balanced_accuracy_is_scikit_learn_s(tmp_path):
     truth = np.random.default_rng(0).choice(10, N, p=[0.55] + [0.05] * 9)
     test = the_test([write_run(tmp_path / "mae", "mae", 0.6, tree=settings("mae"), truth=truth)])
-    [frame] = test.in_column(test.main[0]).values()
+    [frame] = test.by_group(test.main[0]).values()
     with np.load(frame.files[0]) as stored:
         expected = metrics.balanced_accuracy_score(stored["true"], stored["predicted"])
     assert test.balanced(frame) == pytest.approx(expected) and test.unbalanced
@@ -587,7 +595,7 @@ def test_the_curve_of_a_long_log_is_thinned(tmp_path):
     run = many(tmp_path, "mae", 0.5, seeds=1)[0]
     lines = [dict(step=s, loss=1.0 / s) for s in range(1, 5001)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _, figure, *_ = reports.charts.curves(groups_of([run]))
+    _, figure, *_ = charts.curves(groups_of([run]))
     [(name, svg)] = figure.charts
     [path] = re.findall(r'<polyline points="([^"]+)"', svg)
     assert name == "loss-mae" and len(path.split()) == 300 and "seed 0: 2·10⁻⁴ at the end" in svg
@@ -638,12 +646,12 @@ def test_a_study_names_its_arms_and_budgets(tmp_path, monkeypatch):
     for runs in places.values():
         (runs[0] / "pictures").mkdir()
         (runs[0] / "pictures/reconstruction.png").touch()
-    shown = [words.partition(":")[0] for _, words in reports.gallery(study.groups)[-1].pictures]
+    shown = [words.partition(":")[0] for _, words in gallery.gallery(study.groups)[-1].pictures]
     assert shown == ["blurred", "clear (2·10¹² FLOPs)"]
     clear = [g for g in study.groups if g.family == "clear"]
-    assert [g.lesser for g in clear] == [True, False] and len({g.colour for g in clear}) == 1
-    [test] = study.tests
-    assert [g.label for g in ranked(test.in_column(test.main[0]), controls=False)] == [
+    assert [g.superseded for g in clear] == [True, False] and len({g.colour for g in clear}) == 1
+    [test] = study.eval_sets
+    assert [g.label for g in ranked(test.by_group(test.main[0]), controls=False)] == [
         "clear (2·10¹² FLOPs)",
         "blurred",
     ]
@@ -683,7 +691,7 @@ def test_what_only_a_control_has_with_more_labels_does_not_push_the_others_out(t
     few = dict(KNN, label_fraction=0.1, subset_seed=0)
     runs = many(tmp_path, "mae", 0.5, measures=[few]) + many(tmp_path, "random", 0.3, measures=[few, KNN], flops=0.0)
     test = the_test(runs)
-    assert test.labels == 0.1 and {g.recipe for g in test.in_column(test.main[0])} == {"mae", "random"}
+    assert test.labels == 0.1 and {g.recipe for g in test.by_group(test.main[0])} == {"mae", "random"}
     more = the_test(many(tmp_path / "more", "dino", 0.5, measures=[few, KNN]) + runs)
     assert more.labels == 0.1 and "there are figures with more of dino." in str(summary(more))
     assert the_test(many(tmp_path / "alone", "random", 0.3, measures=[few, KNN], flops=0.0)).labels == 1.0
@@ -699,8 +707,8 @@ def test_of_a_study_only_its_own_draws_of_the_labels_count(tmp_path):
     for seed, training in enumerate(said["arms"]["mae"]["runs"]):
         training["seed"] = seed
     (study / "study.json").write_text(json.dumps(said))
-    [test] = read_study(study).tests
-    [frame] = test.in_column(test.main[0]).values()
+    [test] = read_study(study).eval_sets
+    [frame] = test.by_group(test.main[0]).values()
     assert [row["subset_seed"] for row in frame.rows] == [0, 1]
     assert frame.correct.mean(1) == pytest.approx([0.2, 0.5], abs=0.01)
 
@@ -823,9 +831,16 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
             place = tmp_path / "set" / split / f"kind {i % 10}"
             place.mkdir(parents=True, exist_ok=True)
             Image.new("L", (8, 8), i + 220 * (split == "train")).save(place / f"{i:03d}.png")
-    config = dict(name=str(tmp_path / "set"), config=None, image=None, label=None, train_split=None, report_split=None)
-    config |= dict(subset=None, subset_seed=0, hold_out=False, size=[8, 8], channels=1, mean=[0.5], std=[0.2])
-    config |= dict(flip=False, cache_gb=4.0, skip_broken=False)
+    config = dict(
+        name=str(tmp_path / "set"),
+        config=None,
+        image_column=None,
+        label_column=None,
+        train_split=None,
+        report_split=None,
+    )
+    config |= dict(subset=None, subset_seed=0, hold_out=False, img_size=[8, 8], in_chans=1, mean=[0.5], std=[0.2])
+    config |= dict(hflip=False, cache_gb=4.0, skip_broken=False)
     monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
     truth = np.sort(TRUTH)  # the order of a folder
     tree = settings("mae")
@@ -835,9 +850,9 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
     probable(run)
     test = the_test([run])
     blocks = mistakes.by_class(test, "")
-    [folded] = [block for block in blocks if isinstance(block, pages.Folded)]
-    [thumbs] = [block for block in folded.blocks if isinstance(block, pages.Thumbnails)]
-    answers = mistakes.read_answers(list(test.in_column(test.main[0]).values())[0].files)
+    [folded] = [block for block in blocks if isinstance(block, document.Folded)]
+    [thumbs] = [block for block in folded.blocks if isinstance(block, document.Thumbnails)]
+    answers = mistakes.read_answers(list(test.by_group(test.main[0]).values())[0].files)
     wrong = [i for i in np.argsort(-answers.p, kind="stable") if not answers.right[i]][: mistakes.SHOWN]
     by_place = [10 * j + c for c in range(10) for j in range(N // 10)]  # the brightness of each index
     assert [int(pixels.mean()) for pixels, _ in thumbs.pictures] == [by_place[i] for i in wrong]
@@ -846,22 +861,22 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
     assert thumbs.pictures[0][1] == f"{said} ({first}.png)"
     assert "ECE" in folded.summary and "balanced accuracy 50.0 %" in folded.summary
     assert not any("no pictures" in getattr(block, "text", "") for block in blocks)
-    check_html(pages.html("T", blocks))
+    check_html(document.html("T", blocks))
 
     other = tmp_path / "set" / "test" / "kind 0" / "000.png"
     other.rename(other.parent.parent / "kind 1" / "000.png")  # other images than were evaluated
     blocks = mistakes.by_class(test, "")
-    said = " ".join(block.text for block in blocks if isinstance(block, pages.Text))
+    said = " ".join(block.text for block in blocks if isinstance(block, document.Text))
     assert "have no pictures: the images there now are not those that were evaluated." in said
     config["name"] = str(tmp_path / "gone")
     (tmp_path / "set").rename(tmp_path / "moved")
-    said = " ".join(block.text for block in mistakes.by_class(test, "") if isinstance(block, pages.Text))
+    said = " ".join(block.text for block in mistakes.by_class(test, "") if isinstance(block, document.Text))
     assert "The mistakes have no pictures: " in said
 
 
 def test_rows_without_probabilities_still_have_their_confusion(tmp_path):
     blocks = mistakes.by_class(the_test(many(tmp_path, "mae", 0.5)), "")
-    [folded] = [block for block in blocks if isinstance(block, pages.Folded)]
+    [folded] = [block for block in blocks if isinstance(block, document.Folded)]
     [matrix] = folded.blocks
     assert matrix.counts.sum() == 3 * N and matrix.images == [20] * 10
     assert any("made before evaluators kept" in getattr(block, "text", "") for block in blocks)
@@ -870,7 +885,7 @@ def test_rows_without_probabilities_still_have_their_confusion(tmp_path):
 def test_of_many_classes_the_pairs_confused_most_are_listed(tmp_path):
     truth = np.arange(N) % 25
     run = write_run(tmp_path / "mae", "mae", 0.5, tree=settings("mae"), truth=truth, classes=25)
-    [folded] = [block for block in mistakes.by_class(the_test([run]), "") if isinstance(block, pages.Folded)]
+    [folded] = [block for block in mistakes.by_class(the_test([run]), "") if isinstance(block, document.Folded)]
     classes, pairs = folded.blocks
     assert len(classes.parts[0][1]) == 25 and pairs.head[0][1] == ["taken for", "in 100", "count"]
     with np.load(next((run / "predictions").iterdir())) as stored:
@@ -932,17 +947,19 @@ def test_a_figure_can_be_drawn_from_the_csv(tmp_path, monkeypatch):
 
 def test_the_page_fits_a_phone():
     """Long words break, no element is set wider than a screen of 390 px, and tables scroll in boxes that say so."""
-    assert re.search(r"[^{}]*\bdt\b[^{}]*\{ overflow-wrap: anywhere", pages.STYLE)
-    fixed = re.findall(r"(?<!max-)(?:min-)?width: (\d+)px", re.sub(r"@media \([^)]*\)", "", pages.STYLE))
+    assert re.search(r"[^{}]*\bdt\b[^{}]*\{ overflow-wrap: anywhere", document.STYLE)
+    fixed = re.findall(r"(?<!max-)(?:min-)?width: (\d+)px", re.sub(r"@media \([^)]*\)", "", document.STYLE))
     assert fixed and max(map(int, fixed)) < 390
-    smallest = re.findall(r"minmax\((?!min\()(\d+)px", pages.STYLE)
+    smallest = re.findall(r"minmax\((?!min\()(\d+)px", document.STYLE)
     assert max(map(int, smallest)) < 390
-    table = pages.Table([("", ["a"])], [("", [(pages.Cell("b"), [pages.Cell("c")])])], "Words.")
-    page = pages.html("T", [table, pages.Items([("0123456789" * 4, "x")])])
+    table = document.Table([("", ["a"])], [("", [(document.Cell("b"), [document.Cell("c")])])], "Words.")
+    page = document.html("T", [table, document.Items([("0123456789" * 4, "x")])])
     assert re.search(r'class="scroll"[^>]*><table', page) and 'class="hint"' in page
-    wide = pages.Table([("", list("abcdefghij"))], [("", [(pages.Cell("b"), [pages.Cell("c")] * 10)])], "Words.")
-    assert 'class="scroll wide"' in pages.html("T", [wide])
-    assert pages.STYLE.count("{") == pages.STYLE.count("}")
+    wide = document.Table(
+        [("", list("abcdefghij"))], [("", [(document.Cell("b"), [document.Cell("c")] * 10)])], "Words."
+    )
+    assert 'class="scroll wide"' in document.html("T", [wide])
+    assert document.STYLE.count("{") == document.STYLE.count("}")
 
 
 def test_the_terminal_s_tables_fit_into_100_columns(tmp_path, monkeypatch, capsys):

@@ -12,18 +12,20 @@ from test_linear_probe import backbone, rows_of, run  # noqa: F401, a fixture
 from test_loop import ROOT, TORCHRUN, environment
 from tqdm import tqdm
 
-from eval import common_corruptions, frames, linear_probe, results, robustness
+from eval import linear_probe, robustness
+from eval.compare import runs, scores
+from eval.measure import common_corruptions, linear_heads, probing, results
 from ssl_vit import data
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
-WHOLE = dict(STEPS=linear_probe.STEPS, EPOCHS=linear_probe.EPOCHS)
+WHOLE = dict(STEPS=probing.STEPS, EPOCHS=probing.EPOCHS)
 
 
 @pytest.fixture(autouse=True)
 def short_sweeps(monkeypatch):
-    monkeypatch.setattr(linear_probe, "STEPS", 150)
-    monkeypatch.setattr(linear_probe, "EPOCHS", 1)
+    monkeypatch.setattr(probing, "STEPS", 150)
+    monkeypatch.setattr(probing, "EPOCHS", 1)
 
 
 def corrupt(monkeypatch, *arguments):
@@ -79,8 +81,8 @@ def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsy
     assert 0.1 < hard < soft < of(rows, "linear-sweep")["value"]
 
     # beside the others in what a report reads
-    [test] = frames.read_tests(frames.group_runs([frames.read_run(folder) for folder in folders[1:]]))
-    columns = [column for column in test.frames if column.protocol == "robust-jpeg-3"]
+    [test] = scores.read_eval_sets(runs.group_runs([runs.read_run(folder) for folder in folders[1:]]))
+    columns = [column for column in test.scores if column.protocol == "robust-jpeg-3"]
     assert len(columns) == 2 and not set(columns) & set(test.main)
 
 
@@ -100,13 +102,13 @@ def test_the_head_is_fitted_on_the_labelled_images_and_gives_their_probabilities
     sources = ["--backbone", "pixels", "--data", "digits", "--labels", "20"]
     run(monkeypatch, tmp_path, *sources)
     fitted = []
-    original = linear_probe.heads.fit
+    original = linear_heads.fit
 
     def fit(features, labels, *rest, **options):
         fitted.append((features[0].take(), labels))
         return original(features, labels, *rest, **options)
 
-    monkeypatch.setattr(linear_probe.heads, "fit", fit)
+    monkeypatch.setattr(linear_heads, "fit", fit)
     corrupt(monkeypatch, *sources)
     [(pixels, labels)] = fitted
     train = data.load(recipes.Data(subset=20), "train")
@@ -147,7 +149,7 @@ def test_every_backbone_sees_the_same_images(tmp_path, monkeypatch, backbone):  
 
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch, alone):
     for name, value in WHOLE.items():
-        monkeypatch.setattr(linear_probe, name, value)  # processes of their own have whole sweeps
+        monkeypatch.setattr(probing, name, value)  # processes of their own have whole sweeps
     sources = ["--backbone", "pixels", "--data", "digits", "--threads", "1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["linear_probe.py", *sources])
@@ -195,8 +197,8 @@ def test_a_sweep_is_told_by_its_own_rates(tmp_path, monkeypatch, backbone):  # n
     """Heads trained side by side differ from one alone by rounding, so all rates of these features are found."""
     run(monkeypatch, tmp_path, *backbone)
     trained = []
-    original = linear_probe.heads.fit
-    monkeypatch.setattr(linear_probe.heads, "fit", lambda *a, **k: trained.append(k["rates"]) or original(*a, **k))
+    original = linear_heads.fit
+    monkeypatch.setattr(linear_heads, "fit", lambda *a, **k: trained.append(k["rates"]) or original(*a, **k))
     corrupt(monkeypatch, *backbone)
     rows = [r for r in results.read(rows_of(tmp_path)) if r["protocol"] == "linear-sweep"]
     best = of(rows, "linear-sweep")["settings"]

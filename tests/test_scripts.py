@@ -39,7 +39,7 @@ def test_help_and_module_form(script, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "python" in result.stdout
     if "pretrain" in script:
-        assert all(key in result.stdout for key in ("train.epochs", "optim.lr", "runtime.per_device_batch"))
+        assert all(key in result.stdout for key in ("train.epochs", "optim.lr", "runtime.per_device_batch_size"))
 
 
 @pytest.mark.parametrize("folder", ["ssl_vit", "eval"])

@@ -324,7 +324,7 @@ def test_what_holds_no_class_is_said_with_the_reason(tmp_path, capsys):
         assert load(tmp_path / name).labels is None
         assert f"is not taken for labels: it holds {reason}" in capsys.readouterr().out
         with pytest.raises(UserError) as error:
-            load(tmp_path / name, label="label")
+            load(tmp_path / name, label_column="label")
         assert f"holds no class per image but {reason}" in str(error.value)
 
 
@@ -341,7 +341,7 @@ def test_labels_of_a_metadata_file(tmp_path, form):
     train = load(tmp_path)
     assert (train.classes, train.labels.tolist()) == (["cat", "dog"], [0, 1, -1, 0, 1, -1])
     assert load(tmp_path, "report", train.classes).labels.tolist() == [-1, 0, 1, -1, 0, 1]
-    assert load(tmp_path, label="side").labels.tolist() == [0, 1] * 3
+    assert load(tmp_path, label_column="side").labels.tolist() == [0, 1] * 3
 
 
 class _Same:
@@ -368,7 +368,7 @@ def test_online_knn_leaves_out_images_without_a_label():
     facts = dict(name="two", split="train", classes=["0", "1"], fingerprint="", channels=3, count=200, size=(4, 4))
     knn = monitor.OnlineKnn(
         data.ImageSet(labels=labels, images=images, **facts),
-        pretrain.read("mae", ["data.size=[4, 4]"], "digits"),
+        pretrain.read("mae", ["data.img_size=[4, 4]"], "digits"),
         torch.device("cpu"),
     )
     assert knn(_Same())["knn"] == 1.0
@@ -382,7 +382,7 @@ def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
     cells = [dict(bytes=png(pixels(i, 8, 8)), path=None) for i in range(14)]
     parquet(tmp_path / "set" / "train.parquet", kinds, image=cells[:12], label=[-1, 0, 1] * 4)
     parquet(tmp_path / "set" / "test.parquet", kinds, image=cells[12:], label=[0, 1])
-    small = ["backbone.width=16", "backbone.depth=1", "backbone.heads=2", "train.steps=1", "train.batch_size=8"]
+    small = ["backbone.embed_dim=16", "backbone.depth=1", "backbone.num_heads=2", "train.steps=1", "train.batch_size=8"]
     small += ["monitor.trackers=none"]
     for name in ("supervised", "masked-patch"):
         recipe = pretrain.read(name, small, str(tmp_path / "set"))

@@ -14,7 +14,14 @@ from PIL import Image
 from test_loop import ROOT, TINY, log_of, steps_done, until
 from test_scripts import environment
 
-PHOTOS = ["--data", "photos", "data.size=16", "backbone.patch=4", "runtime.workers=2", "runtime.save_every=100000"]
+PHOTOS = [
+    "--data",
+    "photos",
+    "data.img_size=16",
+    "backbone.patch_size=4",
+    "runtime.num_workers=2",
+    "runtime.save_every=100000",
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +83,8 @@ def test_what_was_stopped_ends_with_the_same_bytes(place):
 
 def test_fine_tuning_stops_too(place):
     assert launch(place, "ssl_vit/pretrain.py", *mae("base", 0)).wait(120) == 0
-    command = ["--backbone", "base", "train.steps=100000", "runtime.workers=2", "train.batch_size=16"]
-    process = launch(place, "eval/finetune.py", *command, "runtime.threads=1", "monitor.log_every=1")
+    command = ["--backbone", "base", "train.steps=100000", "runtime.num_workers=2", "train.batch_size=16"]
+    process = launch(place, "eval/finetune.py", *command, "runtime.num_threads=1", "monitor.log_every=1")
     until(lambda: any(steps_done(folder) >= 2 for folder in (place / "base" / "finetune").glob("*")))
     code, said = stop(process, signal.SIGTERM, place)
     assert code == 143 and "goes on from there" in said and "Traceback" not in said, said

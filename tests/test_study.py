@@ -15,8 +15,11 @@ from conftest import SMALL
 from PIL import Image
 from test_loop import ROOT, TINY, environment, steps_done, until
 
-from eval import jobs, plans, study, verdict
-from eval.jobs import Job, Times, progress, work
+from eval import study
+from eval.compare import rule, studies
+from eval.schedule import jobs, plans
+from eval.schedule.jobs import Job, Times, progress, work
+from eval.schedule.trainings import Study
 from ssl_vit import data, files, pretrain, system
 from ssl_vit.errors import UserError
 
@@ -70,7 +73,7 @@ def test_a_plan_runs_once_and_ends_with_a_report(tmp_path, run):
 
 
 def test_what_fails_is_named_and_the_rest_is_done(tmp_path, run):
-    arms = {"mae": dict(recipe="mae", settings=MAE), "broken": dict(recipe="dino", settings=["backbone.patch=5"])}
+    arms = {"mae": dict(recipe="mae", settings=MAE), "broken": dict(recipe="dino", settings=["backbone.patch_size=5"])}
     write_plan(tmp_path, arms=arms)
     code, said = run()
     assert code == 1 and "FAILED   dino-digits" in said and "do not divide" in said
@@ -116,7 +119,7 @@ def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
 
 
 def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
-    arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE, knob=["objective.ratio=0.5"]))
+    arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE, search_space=["objective.mask_ratio=0.5"]))
     tuning = dict(flops=1e8, factors=[0.01, 1], judge=["knn", "--k", "5"])
     write_plan(tmp_path, arms=arms, tuning=tuning, controls=[])
     assert len(run("--dry-run")[1].splitlines()) == 4  # what follows depends on the trials
@@ -132,7 +135,7 @@ def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
         assert {row["split"] for row in rows} == {"held out of train"} and {row["n"] for row in rows} == {142}
     [training] = study["arms"]["mae"]["runs"]
     best = trials[reached.index(max(reached))]["settings"]
-    chosen = [text for text in best if text.startswith(("optim.lr=", "objective.ratio="))]
+    chosen = [text for text in best if text.startswith(("optim.lr=", "objective.mask_ratio="))]
     assert (
         len(chosen) == 2 and set(chosen) <= set(training["settings"]) and f"Chosen for mae: {' '.join(chosen)}" in said
     )
@@ -143,7 +146,7 @@ def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
 
 def a_study(folder, **changes):
     write_plan(folder, **changes)
-    return study.Study(plans.read("tiny.yaml"), None, [], [], 1)
+    return Study(plans.read("tiny.yaml"), None, [], [], 1)
 
 
 def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
@@ -197,14 +200,19 @@ def test_every_seed_has_labels_of_its_own(tmp_path, monkeypatch):
 
 def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    knob = ["objective.ratio=0.5", "objective.ratio=0.75"]
-    arms = {a: dict(recipe=a, settings=[*TINY, "train.steps=3"], knob=knob) for a in ("mae", "simmim", "beit")}
+    search_space = ["objective.mask_ratio=0.5", "objective.mask_ratio=0.75"]
+    arms = {
+        a: dict(recipe=a, settings=[*TINY, "train.steps=3"], search_space=search_space)
+        for a in ("mae", "simmim", "beit")
+    }
     write_plan(tmp_path, arms=arms, controls=[], tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
     monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--dry-run", "--arms", "mae,beit", "--no-tuning"])
     study.main()
     commands = [line for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
     assert [line.split("--recipe ")[1].split()[0] for line in commands] == ["mae", "beit"]
-    assert all("objective.ratio=0.5" in line and "hold_out" not in line for line in commands)  # the first of the knob
+    assert all(
+        "objective.mask_ratio=0.5" in line and "hold_out" not in line for line in commands
+    )  # the first of the search_space
     for argument, said in (("--arms=simim", "Did you mean 'simmim'"), ("--evaluators=finetune", "Evaluators: knn")):
         monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", argument])
         with pytest.raises(UserError, match=said):
@@ -217,8 +225,8 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
 )
 def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
     trials = [(["optim.lr=9", f"optim.lr={lr}"], a) for lr, a in zip((1, 2, 3), accuracies, strict=True)]
-    assert plans.at_the_edge(trials) is edge
-    assert not plans.at_the_edge(trials[:1])  # of one there is no edge
+    assert studies.at_the_edge(trials) is edge
+    assert not studies.at_the_edge(trials[:1])  # of one there is no edge
 
 
 @pytest.mark.parametrize(
@@ -230,7 +238,7 @@ def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
         ((None, "mae", None, False), [], False, ["arms=mae,random"]),  # the control stays beside it
         ((None, "mae,simmim", None, False), [], True, []),  # these are all
         ((None, None, None, True), [], False, ["untuned"]),
-        ((None, None, None, False), ["backbone.width=12"], False, []),
+        ((None, None, None, False), ["backbone.embed_dim=12"], False, []),
     ],
 )
 def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tmp_path, monkeypatch):
@@ -264,16 +272,16 @@ def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch
 
 def test_other_images_of_the_same_name_are_no_part_of_a_study(tmp_path, monkeypatch, colours):
     monkeypatch.chdir(tmp_path)
-    settings = [*TINY, *SMALL["mae"], "train.steps=1", "backbone.patch=4"]
+    settings = [*TINY, *SMALL["mae"], "train.steps=1", "backbone.patch_size=4"]
     write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=settings)), controls=[])
     shutil.copytree(colours, "other/colours")
-    made = study.Study(plans.read("tiny.yaml"), colours, [], [], 1)
+    made = Study(plans.read("tiny.yaml"), colours, [], [], 1)
     [training] = made.trainings({})
     recipe = pretrain.read("mae", list(training.settings), colours)
     assert pretrain.pretrain(recipe, training.run) == 0
-    assert study.Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings({}) == [training]
+    assert Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings({}) == [training]
     with pytest.raises(UserError, match=r"a run with other settings \(data.name\)"):
-        study.Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
+        Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
 
 
 def test_failed_trials_are_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
@@ -305,7 +313,10 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (dict(tuning=dict(flops=1, factors=2, judge=["knn"])), "factors of tuning of tiny.yaml must be a list"),
         (dict(tuning=dict(flops=1, factors=[2], judge=["finetune"])), "must be linear_probe or knn"),
         (dict(arms=dict(a=dict(recipe="mae", settings=[{"train.steps": 3}]))), "settings of arm 'a'.* a list of words"),
-        (dict(arms=dict(a=dict(recipe="mae", knob="optim.lr=1"))), "knob of arm 'a' of tiny.yaml must be a list"),
+        (
+            dict(arms=dict(a=dict(recipe="mae", search_space="optim.lr=1"))),
+            "search_space of arm 'a' of tiny.yaml must be a list",
+        ),
         (dict(arms=dict(a=dict(recipe="mae", seeds=0))), "seeds of arm 'a' of tiny.yaml must be a whole number from 1"),
         (dict(arms=dict(a=dict(recipe="mae", evaluators=5))), "evaluators of arm 'a' of tiny.yaml must be a list"),
         (dict(decides=True), "no plan for the digits"),
@@ -347,15 +358,15 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
     monkeypatch.chdir(tmp_path)
     plan = plans.read(name)
     images = None if name in ("compare", "denoising") else colours  # the digits are too small for the others
-    made = study.Study(plan, images, [], [], 1)
+    made = Study(plan, images, [], [], 1)
     trainings = made.trainings({})
     assert len(made.jobs(trainings)) > len(trainings) > plan.seeds
     for arm in plan.arms.values():
-        for knob in [[text] for text in arm.knob] or [[]]:
-            small = ["backbone.width=48", "backbone.depth=1"]
-            recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings, *knob, *small], images)
+        for search_space in [[text] for text in arm.search_space] or [[]]:
+            small = ["backbone.embed_dim=48", "backbone.depth=1"]
+            recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings, *search_space, *small], images)
             train = data.load(recipe.data, "train")
-            recipe.add_facts(train.facts())
+            recipe.add_dataset_info(train.info())
             objective = pretrain.build(recipe, train)
             assert pretrain.budget(recipe, objective, train)[1] > 0
 
@@ -374,21 +385,21 @@ def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours
     assert named - set(plan.arms) - set(plan.controls) == {
         *("scratch", "scratch-long", "supervised-noise", "supervised-drop")  # fine-tunings of random
     }
-    made = study.Study(plan, colours, [], [], 1)
+    made = Study(plan, colours, [], [], 1)
     assert {len(trials) for trials in made.trials.values()} == {8} and set(made.trials) == set(plan.arms) - {"random"}
     trainings = made.trainings({})
     made.describe(trainings)
     said = json.loads((made.folder / "study.json").read_text())["arms"]["random"]["finetuned"]
     for labels, opponents, augmented in ((0.1, 5, 4), (1.0, 5, 0)):
         changed = [what["changed"] for what in said if labels in what["labels"]]
-        plain = [c for c in changed if not verdict.AUGMENTATIONS.keys() & c.keys()]
+        plain = [c for c in changed if not rule.AUGMENTATIONS.keys() & c.keys()]
         assert (len(plain), len(changed) - len(plain)) == (opponents, augmented)
         assert sum(c.get("extra_flops") == 2.2e16 for c in plain) == 2
         assert all(c["optim.layer_decay"] == 1 and c["extra_flops"] == 2.2e16 for c in changed if c not in plain)
         assert sum("optim.layer_decay" not in c for c in plain) == 1 and all(len(c["optim.lr"]) == 4 for c in changed)
     for name, arm in plan.arms.items():
         recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings], colours)
-        assert recipe.backbone.positions == "sincos", name
+        assert recipe.backbone.pos_embed == "sincos", name
     judged = {t.arm for t in trainings if t.settings[-1] == "train.seed=4"}
     assert judged == {name for name, arm in plan.arms.items() if arm.role}
 

@@ -56,7 +56,7 @@ def test_an_impossible_part_is_refused(amount, said):
 
 def test_a_class_s_only_image_is_fitted_and_settings_are_chosen_on_the_others():
     labels = np.array([0] * 20 + [1] + [3] * 5 + [4])
-    assert subsets.singles(labels).tolist() == [1, 4] and subsets.folds(labels) == 5
+    assert subsets.singletons(labels).tolist() == [1, 4] and subsets.folds(labels) == 5
     for fold in range(5):
         fit, rest = subsets.hold_out(labels, seed=0, fold=fold)
         assert sorted([*fit, *rest]) == list(range(27)) and {20, 26} <= set(fit)

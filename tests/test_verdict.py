@@ -9,8 +9,10 @@ import pytest
 import yaml
 from scipy import stats
 
-from eval import intervals, results, verdict
-from eval.frames import read_study
+from eval import verdict
+from eval.compare import intervals, rule
+from eval.compare.studies import read_study
+from eval.measure import results
 from ssl_vit.errors import UserError
 
 N, SEEDS = 4000, 5
@@ -43,13 +45,18 @@ def write_arm(folder, arm, seed, data, effects, longer):
         recipe="mae" if random else arm,
         objective=dict(name=objective),
         train=dict(seed=seed, flops=None if random else 1e15, steps=0 if random else 10),
-        data=dict(name=data, size=[32, 32], channels=3),
-        backbone=dict(width=192, depth=12, patch=4),
+        data=dict(name=data, img_size=[32, 32], in_chans=3),
+        backbone=dict(embed_dim=192, depth=12, patch_size=4),
         images=dict(count=50_000, fingerprint="0123"),
     )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     rows, predictions = [], []
-    more = (("FT10", 0.1, "long"), ("FT100", 1.0, "long"), ("FT10", 0.1, "noise"), ("FT10", 0.1, "drop"))
+    more = (
+        ("FT10", 0.1, "long"),
+        ("FT100", 1.0, "long"),
+        ("FT10", 0.1, "noise_sigma"),
+        ("FT10", 0.1, "patch_drop_rate"),
+    )
     for metric, labels, kind in (
         ("LP", 1.0, ""),
         ("FT10", 0.1, "short"),
@@ -102,7 +109,7 @@ def write_study(folder, data, arms, seeds=SEEDS, longer=True, extra=1e15, **chan
         tuned = [dict(protocol="finetune-short", labels=[0.1, 1.0], changed={})]
         if role == "scratch":
             tuned.append(dict(protocol="finetune-long", labels=[0.1, 1.0], changed=dict(extra_flops=extra)))
-            for kind, value in (("noise", [0.0, 1.0]), ("drop", 0.75)):
+            for kind, value in (("noise_sigma", [0.0, 1.0]), ("patch_drop_rate", 0.75)):
                 changed = {f"objective.{kind}": value, "extra_flops": extra}
                 tuned.append(dict(protocol=f"finetune-{kind}", labels=[0.1], changed=changed))
         said[arm] = dict(recipe=arm, role=role, finetuned=tuned, runs=runs)
@@ -113,9 +120,9 @@ def write_study(folder, data, arms, seeds=SEEDS, longer=True, extra=1e15, **chan
     return study
 
 
-def answers(folder, arms, data=verdict.DATA, **keys):
+def answers(folder, arms, data=rule.DATA, **keys):
     studies = [read_study(write_study(folder, name, arms, **keys)) for name in data]
-    return verdict.decide(verdict.collect(studies))
+    return rule.decide(rule.collect(studies))
 
 
 def given(**effects):
@@ -125,30 +132,30 @@ def given(**effects):
 
 def test_a_clear_effect_is_a_yes(tmp_path):
     first, second, third = answers(tmp_path, given(mae=CLEAR))
-    assert (first.answer, first.winners) == (verdict.YES, ["mae"])
-    assert second.answer == verdict.NO  # noise is far below masking
-    assert third.answer == verdict.YES  # and masking is above augmentation
+    assert (first.answer, first.winners) == (rule.YES, ["mae"])
+    assert second.answer == rule.NO  # noise is far below masking
+    assert third.answer == rule.YES  # and masking is above augmentation
 
 
 def test_noise_as_good_as_masking_is_a_yes_to_the_narrow_claim(tmp_path):
     first, second, _ = answers(tmp_path, given(mae=CLEAR, noise=CLEAR))
-    assert first.answer == verdict.YES and (second.answer, second.winners) == (verdict.YES, ["noise"])
+    assert first.answer == rule.YES and (second.answer, second.winners) == (rule.YES, ["noise"])
 
 
 def test_no_effect_is_a_no(tmp_path):
     first, second, third = answers(tmp_path, given())
-    assert first.answer == second.answer == verdict.NO and third.answer == verdict.OPEN
+    assert first.answer == second.answer == rule.NO and third.answer == rule.OPEN
 
 
 def test_an_effect_at_the_margin_is_inconclusive(tmp_path):
     close = dict(CLEAR, LP=0.05)
     first, _, third = answers(tmp_path, given(mae=close, noise=close))
-    assert first.answer == verdict.OPEN and third.answer == verdict.OPEN
+    assert first.answer == rule.OPEN and third.answer == rule.OPEN
 
 
 def test_augmentation_that_does_as_well_denies_the_third_claim(tmp_path):
-    first, _, third = answers(tmp_path, given(mae=CLEAR, random=dict(drop=0.3)))
-    assert first.answer == verdict.YES and third.answer == verdict.NO  # and it is no opponent of the first claim
+    first, _, third = answers(tmp_path, given(mae=CLEAR, random=dict(patch_drop_rate=0.3)))
+    assert first.answer == rule.YES and third.answer == rule.NO  # and it is no opponent of the first claim
     assert {c.than for c in third.arms["mae"]} == {"scratch-long with dropped patches"}  # the better of the two
     assert third.level == pytest.approx(1 - 0.05 / 4)  # two data sets, of two arms that could have been asked
 
@@ -156,7 +163,7 @@ def test_augmentation_that_does_as_well_denies_the_third_claim(tmp_path):
 def test_the_opponent_is_the_better_of_two_by_held_out_images(tmp_path):
     """Scratch at equal compute takes the whole gain away."""
     first, _, _ = answers(tmp_path, given(mae=CLEAR, random=dict(long=0.25)))
-    assert first.answer == verdict.NO
+    assert first.answer == rule.NO
     tuned = [c for c in first.arms["mae"] if c.metric != "LP"]
     assert {c.than for c in tuned} == {"scratch-long"} and {c.state(first.level) for c in tuned} == {"fails"}
 
@@ -164,15 +171,15 @@ def test_the_opponent_is_the_better_of_two_by_held_out_images(tmp_path):
 def test_it_must_be_the_same_arm_on_both_data_sets(tmp_path):
     studies = [
         read_study(write_study(tmp_path, data, arms))
-        for data, arms in zip(verdict.DATA, (given(mae=CLEAR), given(noise=CLEAR)), strict=True)
+        for data, arms in zip(rule.DATA, (given(mae=CLEAR), given(noise=CLEAR)), strict=True)
     ]
-    assert verdict.decide(verdict.collect(studies))[0].answer == verdict.NO
+    assert rule.decide(rule.collect(studies))[0].answer == rule.NO
 
 
 @pytest.mark.parametrize(
     ("keys", "lacking"),
     [
-        (dict(data=verdict.DATA[:1]), None),
+        (dict(data=rule.DATA[:1]), None),
         (dict(seeds=3), "5 seeds in common with random init (there are 3)"),
         (dict(longer=False), "scratch and scratch-long with 5 seeds"),
         (dict(extra=5e14), "scratch and scratch-long with 5 seeds"),  # what is there has not the budget's compute
@@ -180,19 +187,19 @@ def test_it_must_be_the_same_arm_on_both_data_sets(tmp_path):
 )
 def test_nothing_is_decided_before_all_is_measured(keys, lacking, tmp_path):
     verdicts = answers(tmp_path, given(mae=CLEAR), **keys)
-    assert {v.answer for v in verdicts} == {verdict.LACKING}
+    assert {v.answer for v in verdicts} == {rule.LACKING}
     assert lacking is None or lacking in {c.lacking for own in verdicts[0].arms.values() for c in own}
 
 
 def test_a_lacking_arm_is_named(tmp_path):
     arms = {arm: what for arm, what in given(mae=CLEAR).items() if arm != "autoencoder"}
     first = answers(tmp_path, arms)[0]
-    assert first.answer == verdict.LACKING
+    assert first.answer == rule.LACKING
     assert "autoencoder" in {c.lacking for c in first.arms["mae"]}
 
 
 def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, capsys):
-    studies = [str(write_study(tmp_path, data, given(mae=CLEAR))) for data in verdict.DATA]
+    studies = [str(write_study(tmp_path, data, given(mae=CLEAR))) for data in rule.DATA]
     monkeypatch.setattr(sys, "argv", ["verdict.py", *studies])
     verdict.main()
     said = capsys.readouterr().out
@@ -219,20 +226,20 @@ def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, 
 
 def test_what_the_plan_does_not_have_is_no_evidence(tmp_path):
     """Rows of another schedule lie in the runs; what the plan has and is not there is lacking."""
-    studies = [write_study(tmp_path, data, given(mae=CLEAR)) for data in verdict.DATA]
+    studies = [write_study(tmp_path, data, given(mae=CLEAR)) for data in rule.DATA]
     for study in studies:
         said = json.loads((study / "study.json").read_text())
         said["arms"]["random"]["finetuned"].append(dict(protocol="finetune-more", labels=[0.1], changed={}))
         said["arms"]["mae"]["finetuned"].insert(0, dict(protocol="finetune-long", labels=[1.0], changed={}))
         (study / "study.json").write_text(json.dumps(said))
-    first = verdict.decide(verdict.collect([read_study(study) for study in studies]))[0]
+    first = rule.decide(rule.collect([read_study(study) for study in studies]))[0]
     lacking = {(c.metric, c.lacking) for c in first.arms["mae"] if c.lacking}
     assert lacking == {("FT10", "scratch and scratch-long with 5 seeds"), ("FT100", "mae: FT100")}
 
 
 def test_bounds_are_those_of_both_data_sets_also_with_one(tmp_path):
     both = answers(tmp_path / "both", given(mae=CLEAR))
-    one = answers(tmp_path / "one", given(mae=CLEAR), data=verdict.DATA[:1])
+    one = answers(tmp_path / "one", given(mae=CLEAR), data=rule.DATA[:1])
     assert [v.level for v in both[:2]] == [v.level for v in one[:2]]
     assert both[0].level == pytest.approx(1 - 0.05 / 16) and both[1].level == pytest.approx(1 - 0.05 / 14)
 
@@ -240,8 +247,8 @@ def test_bounds_are_those_of_both_data_sets_also_with_one(tmp_path):
 @pytest.mark.parametrize(
     ("data", "changes", "said"),
     [
-        (verdict.DATA, [{}, dict(plan="other")], "of other plans"),
-        (verdict.DATA, [{}, dict(decides=False)], "decides nothing"),
+        (rule.DATA, [{}, dict(plan="other")], "of other plans"),
+        (rule.DATA, [{}, dict(decides=False)], "decides nothing"),
         (("digits",), [{}], "No verdict is computed on digits"),
     ],
 )
@@ -249,22 +256,22 @@ def test_what_decides_nothing_is_refused(data, changes, said, tmp_path):
     arms = {"mae": NULL["mae"]}
     studies = [read_study(write_study(tmp_path, d, arms, 1, **c)) for d, c in zip(data, changes, strict=True)]
     with pytest.raises(UserError, match=said):
-        verdict.collect(studies)
+        rule.collect(studies)
 
 
 def test_both_data_sets_are_decided_at_one_budget(tmp_path):
-    studies = [write_study(tmp_path, d, {"mae": NULL["mae"]}, 1) for d in verdict.DATA]
+    studies = [write_study(tmp_path, d, {"mae": NULL["mae"]}, 1) for d in rule.DATA]
     said = (studies[1] / "study.json").read_text()
     (studies[1] / "study.json").write_text(said.replace('"budget": 1000000000000000.0', '"budget": 2e15'))
     with pytest.raises(UserError, match="of other budgets"):
-        verdict.collect([read_study(study) for study in studies])
+        rule.collect([read_study(study) for study in studies])
 
 
 def test_all_bounds_hold_together():
     """Of studies whose true differences lie at the margins, at most one in twenty has any bound on the wrong side."""
     rng = np.random.default_rng(0)
     draws, m, seeds, n = 600, 8, 5, 200
-    level = 1 - verdict.ALPHA / m
+    level = 1 - rule.ALPHA / m
     wrong = 0
     for _ in range(draws):
         image = rng.normal(0, 0.3, (m, 1, n))
@@ -277,10 +284,10 @@ def test_all_bounds_hold_together():
 
 def test_no_condition_of_the_verdict_borrows_the_variance_of_other_arms():
     """It asks for as many seeds as have their own, and judges each difference alone."""
-    assert verdict.SEEDS >= intervals.OWN
+    assert rule.SEEDS >= intervals.OWN
     rng = np.random.default_rng(0)
-    difference = rng.normal(size=(verdict.SEEDS, 50))
-    condition = verdict.Condition("cifar10", "mae", "LP", "random init", 0.0, difference)
+    difference = rng.normal(size=(rule.SEEDS, 50))
+    condition = rule.Condition("cifar10", "mae", "LP", "random init", 0.0, difference)
     alone = stats.ttest_1samp(difference.mean(1), 0).confidence_interval(0.99)
     of_seeds = (alone.high - alone.low) / 2
     of_images = stats.norm.ppf(0.995) * math.sqrt(difference.mean(0).var(ddof=1) / 50)

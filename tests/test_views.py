@@ -130,7 +130,9 @@ def test_the_interpolation_of_a_recipe_is_that_of_its_crops():
         for draw in (rows(4), rows(4, step=1)):
             made, plain = (views.make(s, images, draw)["image"] for s in (cubic, spec))
             assert (made - plain).abs().max() > 0.02
-            crops = [views.crop_photo(cubic, image, draw.of(draw.rows[i : i + 1])) for i, image in enumerate(images)]
+            crops = [
+                views.crop_photo(cubic, image, draw.for_rows(draw.rows[i : i + 1])) for i, image in enumerate(images)
+            ]
             finished = views.finish(cubic, {"image": torch.stack([c["image"] for c in crops])}, draw)["image"]
             close(finished, made, 1.1 / 255)
 

@@ -32,7 +32,7 @@ class Chunk:
     def part(self, start: int, stop: int) -> "Chunk":
         """The chunk's rows start:stop."""
         crops = self.crops and {name: crop[start:stop] for name, crop in self.crops.items()}
-        return Chunk(self.draw.of(self.draw.rows[start:stop]), self.indices[start:stop], crops)
+        return Chunk(self.draw.for_rows(self.draw.rows[start:stop]), self.indices[start:stop], crops)
 
     def views(self, images: ImageSet, spec: views.ViewSpec) -> dict[str, Tensor]:
         """The augmented views, float32 in [0, 1], on the device."""
@@ -158,6 +158,6 @@ def _batches(loader: DataLoader) -> Iterator:
         _kill(workers)  # they may wait for ever for a lock that the dead one held
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"A decoding process died ({reason}): if memory or /dev/shm is short, lower runtime.workers or "
-            "runtime.per_device_batch."
+            f"A decoding process died ({reason}): if memory or /dev/shm is short, lower runtime.num_workers or "
+            "runtime.per_device_batch_size."
         ) from None

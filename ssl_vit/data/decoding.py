@@ -65,7 +65,7 @@ class Reader:
         if not found:
             raise UserError(
                 f"Column {self.column!r} names the image file {path!r}, which is not in {', '.join(self.folders[:3])}: "
-                "put it there, or choose another column with data.image=…"
+                "put it there, or choose another column with data.image_column=…"
             )
         raise UserError(f"Image {where} is there twice, as {found[0]} and {found[1]}: store absolute paths.")
 

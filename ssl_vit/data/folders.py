@@ -21,7 +21,7 @@ import datasets
 from ssl_vit.data import copies
 from ssl_vit.data.decoding import FILE, FIRST
 from ssl_vit.data.pixels import SUFFIXES
-from ssl_vit.errors import UserError, say_once
+from ssl_vit.errors import UserError, listed, say_once
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
@@ -194,7 +194,7 @@ def _descend(
         names = _named(tops, train, report)
         if names:
             if at != root:
-                say_once(f"{root}: its splits ({_and(names)}) lie in {at}/.")
+                say_once(f"{root}: its splits ({listed(names)}) lie in {at}/.")
             return at, inner, names
         if len(tops) != 1 or any(len(parts) == 1 for parts in inner):
             break
@@ -207,7 +207,7 @@ def _descend(
         kinds = {kind for kind, known in SPLITS.items() for name in names if name.lower() in known}
         if "train" in kinds and len(kinds) > 1:
             raise UserError(
-                f"{root} has no splits, but {Path(root, *folder)} has ({_and(sorted(names)[:5])}): they would be "
+                f"{root} has no splits, but {Path(root, *folder)} has ({listed(sorted(names)[:5])}): they would be "
                 "mixed. Pass --data of the folder that holds train and test, or move them up (train/CLASS, test/CLASS)."
             )
     return root, paths, []
@@ -230,7 +230,7 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
     links = (("image", left_out["links"]), ("folder", len(found.links)))
     again = [f"{n:,} link{'s' * (n > 1)} to {kind}s" for kind, n in links if n]
     if again:
-        say_once(f"Left out: {_and(again)} already read; every file counts once.")
+        say_once(f"Left out: {listed(again)} already read; every file counts once.")
 
     unique = [files[i] for i in sorted(real.values())]
     same = copies.of_files([file.path for file in unique], [(file.size, file.time) for file in unique])
@@ -242,7 +242,7 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         leak = len(members[train]) - len(stays)
         if leak:
             lost = next(i for i in members[train] if group[files[i].key] in outside)
-            copies.tell(train, leak, len(stays), _and(others), files[lost].path)
+            copies.tell(train, leak, len(stays), listed(others), files[lost].path)
         members[train], left_out["also_in_another_split"] = stays, leak
     place = {files[i].key: i for chosen in members.values() for i in reversed(chosen)}
     return {
@@ -268,7 +268,7 @@ def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:
     if "file_name" not in columns or not known:
         say_once(
             f"No labels are read from {file}: its columns are {', '.join(columns)}; it needs file_name and label, or "
-            "data.label=COLUMN."
+            "data.label_column=COLUMN."
         )
         return "label", {}
     if any(isinstance(row.get(known[0]), list | dict) for row in rows):
@@ -289,15 +289,10 @@ def _say_left_out(root: Path, splits: list[str], beside: dict[str, int], loose: 
     places = [f"{top}/" for top in beside] + ([f"{root.resolve().name}/ itself"] if loose else [])
     places = places[:5] + (["others"] if len(places) > 5 else [])
     count = sum(beside.values()) + loose
-    say_once(f"Left out: {count:,} images in {_and(places)}, beside {_and([f'{s}/' for s in splits])}.")
+    say_once(f"Left out: {count:,} images in {listed(places)}, beside {listed([f'{s}/' for s in splits])}.")
 
 
 def counts(kinds: dict[str, int]) -> str:
     """ ".md 3, .txt 1 and others": the five most frequent."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{kind} {count:,}" for kind, count in most[:5]) + (" and others" if len(most) > 5 else "")
-
-
-def _and(words: list[str]) -> str:
-    """a, b and c."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)

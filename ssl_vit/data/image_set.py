@@ -71,7 +71,7 @@ class ImageSet:
             return self
         return self.part((self.labels >= 0).nonzero().flatten().cpu())
 
-    def facts(self) -> dict:
+    def info(self) -> dict:
         """What the data are, for the recipe: size, channels, mean and std in [0, 1], flip; range, if it has one."""
         if self.images is not None:
             mean, std = _mean_std(self.images)
@@ -80,7 +80,7 @@ class ImageSet:
         else:
             mean, std = [0.5] * self.channels, [0.25] * self.channels
         size = self.size and (self.size[0] if self.size[0] == self.size[1] else list(self.size))
-        facts = dict(size=size, channels=self.channels, mean=mean, std=std, flip=self.flip)
+        facts = dict(img_size=size, in_chans=self.channels, mean=mean, std=std, hflip=self.flip)
         return facts if self.range is None else facts | dict(range=list(self.range))
 
 
@@ -91,8 +91,8 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     Raises UserError for an unknown name, a missing path, an unreachable hub, an empty folder, a broken image.
     """
     whole = _load(config, "report" if role == "report" else "train", classes)
-    if config.flip is not None:  # what the recipe says of the images counts
-        whole.flip = config.flip
+    if config.hflip is not None:  # what the recipe says of the images counts
+        whole.flip = config.hflip
     if role == "report" or (config.subset is None and not config.hold_out):
         return whole
     labels = np.zeros(len(whole), dtype=int) if whole.labels is None else whole.labels.numpy()
@@ -107,7 +107,7 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
 
 def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSet:
     if config.name == "digits":
-        return _digits(role, config.channels or 1)
+        return _digits(role, config.in_chans or 1)
     found = rows_of(config, role)
     rows, split = found.rows, found.split
     path = place(config.name)
@@ -119,7 +119,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
 
     read = decoding.Reader(rows, found.image, config.layout, config.pages, found.folders)
     look = decoding.probe(read, len(rows), config.skip_broken, title)
-    channels, size = config.channels or look.channels, look.size
+    channels, size = config.in_chans or look.channels, look.size
     content = _identity(rows, found, channels, config)
     fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
     span, limits = None, config.range and tuple(config.range)

@@ -6,7 +6,7 @@ The one place that reads images and the one law for all of them: files, bytes an
 - Depth: 8-bit values stay as they are. Deeper ones keep their depth until the set's range maps them to 0..255; none is
   clipped, shifted or truncated on the way by a reader's defaults (Pillow's convert clips, and reads colour in 16 bits
   as 8).
-- Alpha: composited on `background`, or kept where data.channels asks for one channel more than the colours. White by
+- Alpha: composited on `background`, or kept where data.in_chans asks for one channel more than the colours. White by
   default, since drawings, icons and cut-outs are made for white pages; on black, black drawings vanish.
 - Pages: a file of several is refused unless data.pages says what they are.
 """
@@ -163,7 +163,7 @@ def _channels(stored: Stored, colours: np.ndarray, alpha: np.ndarray | None, rul
     elif has == 3 and shown == 1:
         colours = np.asarray(Image.fromarray(np.ascontiguousarray(colours)).convert("L"))[..., None]
     elif has != shown:
-        raise UserError(f"Image {stored.where} has {has} channels, not {wanted}: set data.channels.")
+        raise UserError(f"Image {stored.where} has {has} channels, not {wanted}: set data.in_chans.")
     if keep:
         opaque = np.full_like(colours[..., :1], 255) if alpha is None else alpha
         colours = np.concatenate([colours, opaque], 2)

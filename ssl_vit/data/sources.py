@@ -71,7 +71,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     if named and Path(config.name).exists():
         say_once(f"{config.name} is the known set; for the folder of that name here, pass --data ./{config.name}.")
     hub_id, image, label, report, flip = unknown if local else KNOWN.get(config.name, unknown)
-    image, label, report = config.image or image, config.label or label, config.report_split or report
+    image, label, report = config.image_column or image, config.label_column or label, config.report_split or report
     lookup, files, ledger = (), "", {}
     if local:
         splits, lookup, files, ledger = _local(place(config.name), config)
@@ -96,11 +96,12 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
         if column not in columns and (key == "image" or column is not None):
             raise UserError(
                 f"{config.name} has no {key} column{'' if column is None else f' {column!r}'}; its columns are "
-                f"{', '.join(columns)}: choose one with data.{key}=…"
+                f"{', '.join(columns)}: choose one with data.{key}_column=…"
             )
     if label is not None and (reason := _no_class(rows, label)):
         raise UserError(
-            f"Column {label!r} of {config.name} holds no class per image but {reason}: choose one with data.label=…"
+            f"Column {label!r} of {config.name} holds no class per image but {reason}: choose one with "
+            "data.label_column=…"
         )
     if label is None:
         for column in (c for c in LABEL_COLUMNS if c in columns):
@@ -281,7 +282,7 @@ def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset
     if config.config:
         raise UserError(f"{path} has no configurations: leave data.config out.")
     found.others.update([".parquet"] * len(found.tables))
-    splits, ledger = folders.splits(path, found, config.train_split, config.report_split, config.label)
+    splits, ledger = folders.splits(path, found, config.train_split, config.report_split, config.label_column)
     return splits, (), "", ledger
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
 from ssl_vit import views
-from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
@@ -32,7 +32,7 @@ class Batch:
 
 
 @dataclass
-class Facts:
+class DatasetInfo:
     """What an objective is told of the run it is built for."""
 
     size: tuple[int, int]
@@ -43,11 +43,11 @@ class Facts:
     def single_view(self) -> views.ViewSpec:
         """The recipe's augmentation, as one view called "image"."""
         scale = tuple(self.views.scale)
-        if self.views.kind == "none":
+        if self.views.augmentation == "none":
             spec = views.none(self.size)
-        elif self.views.kind == "crop+flip":
+        elif self.views.augmentation == "crop+flip":
             spec = views.crop_flip(self.size, self.flip, scale)
-        elif self.views.kind == "three-augment":
+        elif self.views.augmentation == "three-augment":
             spec = views.three_augment(self.size, self.flip, scale)
         else:
             spec = {"image": views.dino(self.size, self.size, 0, self.flip, scale, blur=self.views.blur)["global2"]}
@@ -60,11 +60,13 @@ class Objective(nn.Module):
     Config: ClassVar[type]  # a dataclass of `recipe.setting`s: the objective's part of the recipe
     views: views.ViewSpec  # what views one image becomes, by name
     labelled: bool = False  # whether labels are needed
-    fits: bool = False  # whether `fit` has anything to learn
+    requires_fit: bool = False  # whether `fit` has anything to learn
     shows: bool = False  # whether `show` has pictures
-    row_multiple: int = 1  # a micro-batch holds whole groups of so many rows: 2 where row r is mixed with row r^1
+    micro_batch_multiple: int = (
+        1  # a micro-batch holds whole groups of so many rows: 2 where row r is mixed with row r^1
+    )
 
-    def __init__(self, config, backbone: Backbone, facts: Facts):
+    def __init__(self, config, backbone: Backbone, info: DatasetInfo):
         super().__init__()
         self.config = config
         self.backbone = backbone
@@ -94,10 +96,10 @@ class Objective(nn.Module):
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
         """After the optimizer moved: EMA teachers, centres. Once per step; reduce sums a tensor over the processes."""
 
-    def given(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the encoder is given of images in [0, 1], if the task is to recover patches that are hidden or spoiled,
-        else None: (standardised images (B, C, H, W), 0 where it sees nothing; absent bool (B, N): these patches;
-        counted bool (B, N): those over which the loss runs)."""
+    def encoder_inputs(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the encoder reads of images in [0, 1], if the task is to recover masked or corrupted patches, else None:
+        (standardised images (B, C, H, W), 0 where a patch is removed; removed, bool (B, N); mask, bool (B, N): the
+        patches over which the loss is averaged)."""
         return None
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
@@ -109,7 +111,7 @@ class Objective(nn.Module):
         return None
 
     @property
-    def whole_batch(self) -> str | None:
+    def requires_full_batch(self) -> str | None:
         """What ties the rows of a batch together, so that it must not be cut; None if nothing does."""
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
             return f"BatchNorm in {type(self.backbone.model).__name__}"
@@ -131,7 +133,7 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Move the parameters of `average`, in place, to decay · their own + (1 − decay) · those of `module`."""
     pairs = zip(average.parameters(), module.parameters(), strict=True)
     ours, theirs = map(list, zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""DINO: a student matches, on every view, what an averaged teacher says of the two global ones.
+"""DINO: a student matches, on every view, the output of an EMA teacher on the two global views.
 
 Caron et al. 2021, arXiv 2104.14294; the names are those of its official code. The teacher is what is exported.
 """
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_vit import views
-from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
-from ssl_vit.objectives.base import Batch, Facts, Objective, follow
+from ssl_vit.losses import dino_loss
+from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
@@ -23,30 +24,37 @@ from ssl_vit.schedules import cosine, ramp
 
 @dataclass
 class Config:
-    prototypes: int = setting(65536, "outputs of the head, K", at_least=2)
-    head_width: int = setting(2048, "hidden width of the head", at_least=1)
-    bottleneck: int = setting(256, "what the prototypes see, on the unit sphere", at_least=2)
-    norm_last_layer: bool = setting(True, "fix the length of the prototypes at 1; steadier")
-    batch_norm: bool = setting(
-        False, "BatchNorm in the head: an official option, for small data; the batch must not be cut"
+    out_dim: int = setting(65536, "output dimension of the head, K prototypes", at_least=2)
+    hidden_dim: int = setting(2048, "hidden width of the head", at_least=1)
+    bottleneck_dim: int = setting(256, "bottleneck dimension of the head, L2-normalised", at_least=2)
+    norm_last_layer: bool = setting(True, "weight-normalise the last layer with its gain fixed at 1; steadier")
+    use_bn_in_head: bool = setting(
+        False, "BatchNorm in the head: an official option, for small data; requires the full batch at once"
     )
-    student_temperature: float = setting(0.1, "softmax temperature of the student", above=0)
-    teacher_temperature: float = setting(
-        0.07, "of the teacher, after its warm-up; lower it if the loss does not fall", above=0
+    student_temp: float = setting(0.1, "softmax temperature of the student", above=0)
+    teacher_temp: float = setting(
+        0.07, "softmax temperature of the teacher after its warm-up; lower it if the loss does not fall", above=0
     )
-    teacher_temperature_start: float = setting(0.04, "of the teacher, at step 0", above=0)
-    teacher_warmup: float = setting(0.3, "fraction of the steps over which it rises", at_least=0, at_most=1)
-    momentum: float = setting(
-        0.996, "EMA of the teacher at step 0, rising to 1 on a cosine; higher for small batches", at_least=0, at_most=1
+    warmup_teacher_temp: float = setting(0.04, "teacher temperature at step 0", above=0)
+    warmup_teacher_temp_fraction: float = setting(
+        0.3, "fraction of the steps over which the teacher temperature rises", at_least=0, at_most=1
     )
-    center_momentum: float = setting(0.9, "EMA of the centre", at_least=0, at_most=1)
-    freeze_last_layer: float = setting(
-        0.01, "fraction of the steps in which the prototypes stay", at_least=0, at_most=1
+    momentum_teacher: float = setting(
+        0.996,
+        "EMA momentum of the teacher at step 0, rising to 1 on a cosine; higher for small batches",
+        at_least=0,
+        at_most=1,
     )
-    local_count: int = setting(8, "local crops", at_least=0)
-    local_size: int | None = setting(None, "their side in pixels; null: 3/7 of the size, in whole patches", at_least=1)
-    local_scale: list[float] = setting(
-        [0.05, 0.4], "their area; views.scale is that of the global crops", above=0, at_most=1
+    center_momentum: float = setting(0.9, "EMA momentum of the center", at_least=0, at_most=1)
+    freeze_last_layer_fraction: float = setting(
+        0.01, "fraction of the steps in which the last layer is frozen", at_least=0, at_most=1
+    )
+    local_crops_number: int = setting(8, "number of local crops", at_least=0)
+    local_crops_size: int | None = setting(
+        None, "side of the local crops in pixels; null: 3/7 of img_size, in whole patches", at_least=1
+    )
+    local_crops_scale: list[float] = setting(
+        [0.05, 0.4], "area of the local crops; that of the global crops is views.scale", above=0, at_most=1
     )
 
 
@@ -56,35 +64,41 @@ class DINO(Objective):
     Config = Config
     shows = True
 
-    def __init__(self, config: Config, backbone: Backbone, facts: Facts):
-        super().__init__(config, backbone, facts)
+    def __init__(self, config: Config, backbone: Backbone, info: DatasetInfo):
+        super().__init__(config, backbone, info)
         self.need_tokens("read class")
         if not backbone.model.has_class_token:
             raise UserError("DINO reads the class token, and this backbone has none.")
-        if len(config.local_scale) != 2 or config.local_scale[0] > config.local_scale[1]:
-            raise UserError(f"objective.local_scale must be two rising fractions, not {config.local_scale}.")
-        if facts.views.kind not in ("crop+flip", "dino"):
-            raise UserError(f"DINO needs crops: views.kind must be crop+flip or dino, not {facts.views.kind}.")
-        side = backbone.patch[0]
-        local = config.local_size or max(side, round(min(facts.size) * 3 / 7 / side) * side)
-        if local % side or local % backbone.patch[1]:
-            raise UserError(f"objective.local_size={local} does not divide into patches of {backbone.patch}.")
+        if len(config.local_crops_scale) != 2 or config.local_crops_scale[0] > config.local_crops_scale[1]:
+            raise UserError(
+                f"objective.local_crops_scale must be two rising fractions, not {config.local_crops_scale}."
+            )
+        if info.views.augmentation not in ("crop+flip", "dino"):
+            raise UserError(
+                f"DINO needs crops: views.augmentation must be crop+flip or dino, not {info.views.augmentation}."
+            )
+        side = backbone.patch_size[0]
+        local = config.local_crops_size or max(side, round(min(info.size) * 3 / 7 / side) * side)
+        if local % side or local % backbone.patch_size[1]:
+            raise UserError(
+                f"objective.local_crops_size={local} does not divide into patches of {backbone.patch_size}."
+            )
         spec = views.dino(
-            facts.size,
+            info.size,
             (local, local),
-            config.local_count,
-            facts.flip,
-            tuple(facts.views.scale),
-            tuple(config.local_scale),
-            colour=facts.views.kind == "dino",
-            blur=facts.views.blur,
+            config.local_crops_number,
+            info.flip,
+            tuple(info.views.scale),
+            tuple(config.local_crops_scale),
+            colour=info.views.augmentation == "dino",
+            blur=info.views.blur,
         )
-        self.views = views.resampled(spec, facts.views.interpolation)
-        self.head = Head(config, backbone.width)
+        self.views = views.resampled(spec, info.views.interpolation)
+        self.head = Head(config, backbone.embed_dim)
         self.teacher = copy.deepcopy(backbone).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.register_buffer("center", torch.zeros(config.prototypes))
-        self.register_buffer("teacher_sum", torch.zeros(config.prototypes), persistent=False)
+        self.register_buffer("center", torch.zeros(config.out_dim))
+        self.register_buffer("teacher_sum", torch.zeros(config.out_dim), persistent=False)
         self.register_buffer("teacher_count", torch.zeros(()), persistent=False)
 
     @property
@@ -92,8 +106,8 @@ class DINO(Objective):
         return self.teacher
 
     @property
-    def whole_batch(self) -> str | None:
-        return "objective.batch_norm=true" if self.config.batch_norm else super().whole_batch
+    def requires_full_batch(self) -> str | None:
+        return "objective.use_bn_in_head=true" if self.config.use_bn_in_head else super().requires_full_batch
 
     def begin_step(self) -> None:
         self.teacher_sum.zero_()
@@ -107,11 +121,11 @@ class DINO(Objective):
         seen = self.backbone.tokens(two, batch.draw)[:, 0]
         if "local" in batch.views:
             local = batch.views["local"].transpose(0, 1).flatten(0, 1)
-            seen = torch.cat([seen, self.backbone.tokens(local, batch.draw.named("local"))[:, 0]])
+            seen = torch.cat([seen, self.backbone.tokens(local, batch.draw.fold_in("local"))[:, 0]])
         student = self.head(seen)  # all crops at once, as BatchNorm's statistics are over them
         with torch.autocast(two.device.type, enabled=False):
-            temperature = self.teacher_temperature(batch.step, batch.total)
-            result = self.compare(
+            temperature = self.teacher_temp(batch.step, batch.total)
+            result = self.cross_entropy(
                 student.to(self.center.dtype).unflatten(0, (-1, rows)),
                 teacher.to(self.center.dtype).unflatten(0, (2, rows)),
                 temperature,
@@ -121,31 +135,25 @@ class DINO(Objective):
                 self.teacher_count += len(teacher)
         return result
 
-    def compare(self, student: Tensor, teacher: Tensor, temperature: float) -> dict[str, Tensor]:
-        """Cross-entropy of student (V, B, K) against teacher (2, B, K), over all pairs of different views."""
-        log_p = F.log_softmax(student / self.config.student_temperature, -1)
-        log_q = F.log_softmax((teacher - self.center) / temperature, -1)
-        q = log_q.exp()
-        pairs = -torch.einsum("tbk,vbk->tv", q, log_p) / student.shape[1]
-        terms = pairs.numel() - 2
-        loss = (pairs.sum() - pairs.diagonal().sum()) / terms
-        entropy = -(q * log_q).sum(-1).mean()
+    def cross_entropy(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> dict[str, Tensor]:
+        """`losses.dino_loss` of student (V, B, K) and teacher (2, B, K), with what is logged."""
+        loss, entropy = dino_loss(student, teacher, self.center, self.config.student_temp, teacher_temp)
         return dict(loss=loss, teacher_entropy=entropy.detach(), kl=(loss - entropy).detach())
 
-    def teacher_temperature(self, step: int, total: int) -> float:
+    def teacher_temp(self, step: int, total: int) -> float:
         c = self.config
-        return ramp(step, total, c.teacher_warmup, c.teacher_temperature_start, c.teacher_temperature)
+        return ramp(step, total, c.warmup_teacher_temp_fraction, c.warmup_teacher_temp, c.teacher_temp)
 
     def before_optimizer_step(self, step: int, total: int) -> None:
-        if step < self.config.freeze_last_layer * total:
+        if step < self.config.freeze_last_layer_fraction * total:
             for weight in self.head.last.parameters():
                 weight.grad = None
 
     @torch.no_grad()
     def on_optimizer_step(self, step: int, total: int, reduce) -> None:
-        momentum = cosine(step, total, self.config.momentum, 1.0)
-        follow(self.teacher, self.backbone, momentum)
-        follow(self.teacher_head, self.head, momentum)
+        momentum = cosine(step, total, self.config.momentum_teacher, 1.0)
+        update_ema(self.teacher, self.backbone, momentum)
+        update_ema(self.teacher_head, self.head, momentum)
         mean = reduce(self.teacher_sum) / reduce(self.teacher_count)
         self.center.lerp_(mean, 1 - self.config.center_momentum)
 
@@ -160,7 +168,7 @@ class DINO(Objective):
         return dict(attention=Sheet(torch.cat([images[:, None], panels], 1), ["original", *heads]))
 
     def alarm(self, logged: dict[str, float]) -> str | None:
-        largest = math.log(self.config.prototypes)
+        largest = math.log(self.config.out_dim)
         if logged["teacher_entropy"] > 0.98 * largest:
             kind = "the teacher's answer is uniform, whatever the image"
         elif logged["teacher_entropy"] < 0.02 * largest and logged["kl"] < 0.02 * largest:
@@ -169,8 +177,8 @@ class DINO(Objective):
             return None
         return (
             f"DINO has collapsed: {kind} (entropy {logged['teacher_entropy']:.2f} of ln K = {largest:.2f}, "
-            f"KL {logged['kl']:.4f}). Try a lower optim.lr or objective.teacher_temperature, fewer "
-            "objective.prototypes, or another objective.momentum."
+            f"KL {logged['kl']:.4f}). Try a lower optim.lr or objective.teacher_temp, fewer "
+            "objective.out_dim, or another objective.momentum_teacher."
         )
 
 
@@ -179,19 +187,19 @@ class Head(nn.Module):
 
     def __init__(self, config: Config, width: int):
         super().__init__()
-        inner = config.head_width
+        inner = config.hidden_dim
         # the statistics of the batch at hand, for student and teacher alike: nothing to average or to save
-        norm = (lambda: nn.BatchNorm1d(inner, track_running_stats=False)) if config.batch_norm else nn.Identity
+        norm = (lambda: nn.BatchNorm1d(inner, track_running_stats=False)) if config.use_bn_in_head else nn.Identity
         self.mlp = nn.Sequential(
             nn.Linear(width, inner), norm(), nn.GELU(),
             nn.Linear(inner, inner), norm(), nn.GELU(),
-            nn.Linear(inner, config.bottleneck),
+            nn.Linear(inner, config.bottleneck_dim),
         )  # fmt: skip
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.last = Prototypes(config.bottleneck, config.prototypes, config.norm_last_layer)
+        self.last = Prototypes(config.bottleneck_dim, config.out_dim, config.norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class tokens (B, D) → logits (B, K)."""

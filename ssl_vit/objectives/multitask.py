@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from ssl_vit import objectives
 from ssl_vit import recipe as recipes
-from ssl_vit.backbone import Backbone
+from ssl_vit.backbones import Backbone
 from ssl_vit.errors import UserError
-from ssl_vit.objectives.base import Batch, Facts, Objective
+from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
@@ -37,9 +37,9 @@ from ssl_vit.recipe import setting
 @dataclass
 class Config:
     tasks: list[str] = setting(
-        [], 'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.sigma=[0,0.5]"]'
+        [], 'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.noise_sigma=[0,0.5]"]'
     )
-    weights: list[float] = setting([], "of each task's loss; []: 1 for all", above=0)
+    loss_weights: list[float] = setting([], "of each task's loss; []: 1 for all", above=0)
     mix: Literal["rows", "all"] = setting("rows", "an image does one task, the tasks taking turns, or all of them")
 
     def __post_init__(self):
@@ -48,9 +48,10 @@ class Config:
             raise UserError(
                 f"objective.tasks must name two recipes or more, such as [mae, gaussian], not {self.tasks}."
             )
-        if self.weights and len(self.weights) != len(self.tasks):
+        if self.loss_weights and len(self.loss_weights) != len(self.tasks):
             raise UserError(
-                f"objective.weights has {len(self.weights)} values for {len(self.tasks)} tasks: give each one, or []."
+                f"objective.loss_weights has {len(self.loss_weights)} values for {len(self.tasks)} tasks: give one to "
+                "each, or []."
             )
         self.tasks = [in_full(text) for text in self.tasks]
 
@@ -60,14 +61,14 @@ class Multitask(Objective):
 
     Config = Config
 
-    def __init__(self, config: Config, backbone: Backbone, facts: Facts):
-        super().__init__(config, backbone, facts)
+    def __init__(self, config: Config, backbone: Backbone, info: DatasetInfo):
+        super().__init__(config, backbone, info)
         chosen = [read_task(text) for text in config.tasks]
         kinds = [objectives.find(recipe.objective_name) for recipe in chosen]
         self.names = distinct([recipe.name for recipe in chosen])
-        self.weights = config.weights or [1.0] * len(chosen)
+        self.loss_weights = config.loss_weights or [1.0] * len(chosen)
         labelled = [name for name, kind in zip(self.names, kinds, strict=True) if kind.labelled]
-        if labelled and facts.classes is None:
+        if labelled and info.classes is None:
             raise UserError(
                 f"The task {labelled[0]} needs labels of two classes or more, and the images have none: "
                 "leave it out of objective.tasks."
@@ -82,7 +83,7 @@ class Multitask(Objective):
         # labels first: their task gives the backbone a classifier, which must be there when another copies it
         for place in sorted(range(len(kinds)), key=lambda place: not kinds[place].labelled):
             with said_of(self.names[place]):
-                built[place] = kinds[place](chosen[place].objective, backbone, facts)
+                built[place] = kinds[place](chosen[place].objective, backbone, info)
         self.tasks = nn.ModuleList(built[place] for place in range(len(kinds)))
 
         # tasks with equal views share them, under the name of the first
@@ -91,13 +92,13 @@ class Multitask(Objective):
         self.views = {
             f"{maker}/{name}": v for maker, spec in zip(self.makers, specs, strict=True) for name, v in spec.items()
         }
-        self.group = math.lcm(*(task.row_multiple for task in self.tasks))
+        self.group = math.lcm(*(task.micro_batch_multiple for task in self.tasks))
         self.turns = len(self.tasks) if config.mix == "rows" else 1
-        self.row_multiple = self.turns * self.group
+        self.micro_batch_multiple = self.turns * self.group
 
     @property
-    def fits(self) -> bool:
-        return any(task.fits for task in self.tasks)
+    def requires_fit(self) -> bool:
+        return any(task.requires_fit for task in self.tasks)
 
     def fit(self, images: Tensor, seed: int) -> None:
         for name, task in self.each():
@@ -112,7 +113,7 @@ class Multitask(Objective):
         scalars = {}
         for place, (name, task) in enumerate(self.each()):
             scalars |= {f"{name}_{scalar}": value for scalar, value in task(self.part(batch, place)).items()}
-        losses = [weight * scalars[f"{name}_loss"] for name, weight in zip(self.names, self.weights, strict=True)]
+        losses = [weight * scalars[f"{name}_loss"] for name, weight in zip(self.names, self.loss_weights, strict=True)]
         return dict(loss=sum(losses) / self.turns, **scalars)
 
     def part(self, batch: Batch, place: int) -> Batch:
@@ -125,7 +126,7 @@ class Multitask(Objective):
             batch,
             views={name: mine(batch.views[f"{self.makers[place]}/{name}"]) for name in self.tasks[place].views},
             labels=None if batch.labels is None else mine(batch.labels),
-            draw=batch.draw.of(mine(batch.draw.rows)).named(self.names[place]),
+            draw=batch.draw.for_rows(mine(batch.draw.rows)).fold_in(self.names[place]),
         )
 
     def before_optimizer_step(self, step: int, total: int) -> None:
@@ -155,8 +156,10 @@ class Multitask(Objective):
         return None
 
     @property
-    def whole_batch(self) -> str | None:
-        tied = [f"{task.whole_batch} of the task {name}" for name, task in self.each() if task.whole_batch]
+    def requires_full_batch(self) -> str | None:
+        tied = [
+            f"{task.requires_full_batch} of the task {name}" for name, task in self.each() if task.requires_full_batch
+        ]
         return tied[0] if tied else None
 
     def each(self) -> Iterator[tuple[str, Objective]]:
@@ -170,7 +173,7 @@ def read_task(text: str) -> recipes.Recipe:
         name, *settings = shlex.split(text)
     except ValueError:  # no word, or a quote that is not closed
         raise UserError(
-            f"objective.tasks: {text!r} must be a recipe and its settings, such as 'mae objective.ratio=0.5'."
+            f"objective.tasks: {text!r} must be a recipe and its settings, such as 'mae objective.mask_ratio=0.5'."
         ) from None
     for word in settings:
         if not word.startswith("objective."):

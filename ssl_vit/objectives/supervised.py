@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_vit import corruption, views
-from ssl_vit.backbone import Backbone, TokenBackbone
+from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
-from ssl_vit.objectives.base import Batch, Facts, Objective, follow
+from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.randomness import Draw
 from ssl_vit.recipe import setting
 
@@ -26,15 +26,19 @@ class Config:
     smoothing: float = setting(0.0, "label smoothing", at_least=0, at_most=0.99)
     mixup: float = setting(0.0, "alpha of mixup's Beta law; 0: none", at_least=0)
     cutmix: float = setting(0.0, "alpha of cutmix's Beta law; 0: none", at_least=0)
-    mix_probability: float = setting(1.0, "of mixing an image at all", at_least=0, at_most=1)
-    pool: Literal["token", "avg"] = setting("token", "what the head reads: the class token, or the mean of the patches")
-    ema: float | None = setting(
-        None, "export an average of the weights, with this decay per step; null: the last weights", above=0, at_most=1
+    mixup_prob: float = setting(1.0, "probability of mixup or cutmix", at_least=0, at_most=1)
+    global_pool: Literal["token", "avg"] = setting(
+        "token", "what the head reads: the class token, or the mean of the patches"
     )
-    noise: list[float] | None = setting(
-        None, "range of gaussian noise on the images, in their standard deviations, as augmentation", at_least=0
+    model_ema_decay: float | None = setting(
+        None, "export an EMA of the weights with this decay; null: the last weights", above=0, at_most=1
     )
-    drop: float | None = setting(None, "part of the patches that is left out, as augmentation", above=0, at_most=0.99)
+    noise_sigma: list[float] | None = setting(
+        None, "range of the level of gaussian noise, in standard deviations of the pixels, as augmentation", at_least=0
+    )
+    patch_drop_rate: float | None = setting(
+        None, "fraction of the patches that is dropped, as augmentation", above=0, at_most=0.99
+    )
 
 
 class Supervised(Objective):
@@ -43,24 +47,24 @@ class Supervised(Objective):
     Config = Config
     labelled = True
 
-    def __init__(self, config: Config, backbone: Backbone, facts: Facts):
-        super().__init__(config, backbone, facts)
-        if facts.classes < 2:
+    def __init__(self, config: Config, backbone: Backbone, info: DatasetInfo):
+        super().__init__(config, backbone, info)
+        if info.classes < 2:
             raise UserError("Supervised training needs at least two classes, and the images have one.")
-        self.classes = facts.classes
-        self.row_multiple = 2 if config.mixup or config.cutmix else 1
-        self.views = facts.single_view()
-        if config.drop:
+        self.classes = info.classes
+        self.micro_batch_multiple = 2 if config.mixup or config.cutmix else 1
+        self.views = info.single_view()
+        if config.patch_drop_rate:
             self.need_tokens("drop")
-        if config.noise and (len(config.noise) != 2 or config.noise[0] > config.noise[1]):
-            raise UserError(f"objective.noise must be a range [low, high], not {config.noise}.")
+        if config.noise_sigma and (len(config.noise_sigma) != 2 or config.noise_sigma[0] > config.noise_sigma[1]):
+            raise UserError(f"objective.noise_sigma must be a range [low, high], not {config.noise_sigma}.")
         if isinstance(backbone, TokenBackbone):
-            if config.pool == "token" and not backbone.model.has_class_token:
-                raise UserError("This backbone has no class token to read: use objective.pool=avg.")
-            backbone.add_classifier(facts.classes, config.pool)
+            if config.global_pool == "token" and not backbone.model.has_class_token:
+                raise UserError("This backbone has no class token to read: use objective.global_pool=avg.")
+            backbone.add_classifier(info.classes, config.global_pool)
         else:
-            backbone.add_classifier(facts.classes)
-        self.average = None if config.ema is None else copy.deepcopy(backbone).requires_grad_(False)
+            backbone.add_classifier(info.classes)
+        self.average = None if config.model_ema_decay is None else copy.deepcopy(backbone).requires_grad_(False)
 
     @property
     def exported(self) -> Backbone:
@@ -71,9 +75,9 @@ class Supervised(Objective):
         target = F.one_hot(batch.labels, self.classes).to(images.dtype)
         target = target * (1 - c.smoothing) + c.smoothing / self.classes
         if c.mixup or c.cutmix:
-            images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mix_probability)
-        if c.noise:
-            images = images + self.backbone.std * corruption.noise(batch.draw, images.shape, c.noise)[0]
+            images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mixup_prob)
+        if c.noise_sigma:
+            images = images + self.backbone.std * corruption.noise(batch.draw, images.shape, c.noise_sigma)[0]
         logits = self.classify(images, batch.draw)
         with torch.autocast(images.device.type, enabled=False):
             logits = logits.to(images.dtype)
@@ -86,10 +90,10 @@ class Supervised(Objective):
 
     def classify(self, images: Tensor, draw: Draw) -> Tensor:
         """Logits (B, K), from the patches that are not dropped."""
-        if not self.config.drop:
+        if not self.config.patch_drop_rate:
             return self.backbone.classify(images, draw)
         grid = self.backbone.grid(images)
-        count = corruption.hidden_count(math.prod(grid), self.config.drop)
+        count = corruption.num_masked(math.prod(grid), self.config.patch_drop_rate)
         keep, _ = corruption.split(corruption.random_order(draw, grid), count)
         tokens = self.backbone.add_positions(self.backbone.patch_embed(images), grid, keep)
         return self.backbone.model.forward_head(self.backbone.encode(tokens, draw=draw))
@@ -99,6 +103,6 @@ class Supervised(Objective):
         if self.average is None:
             return
         # as TensorFlow's moving average: a short run would else export its start
-        follow(self.average, self.backbone, min(self.config.ema, (1 + step) / (10 + step)))
+        update_ema(self.average, self.backbone, min(self.config.model_ema_decay, (1 + step) / (10 + step)))
         for ours, theirs in zip(self.average.buffers(), self.backbone.buffers(), strict=True):
             ours.copy_(theirs)

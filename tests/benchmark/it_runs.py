@@ -2,7 +2,7 @@
 
     python tests/benchmark/it_runs.py --data PATH/cifar10 --output docs/results/gpu
 
-On a laptop: python tests/benchmark/it_runs.py --steps 20 --output /tmp/it-runs -- runtime.threads=1
+On a laptop: python tests/benchmark/it_runs.py --steps 20 --output /tmp/it-runs -- runtime.num_threads=1
 
 Writes it_runs.jsonl, a row per objective and variant (eager, compiled), taken in turns on the same device, with the
 command, the device, versions and commit. utilisation = counted FLOPs per second over the device's own bf16 (on a CPU
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from eval.results import SURROUNDINGS
+from eval.measure.results import SURROUNDINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("mae", "simmim", "beit", "gaussian", "dino", "supervised")

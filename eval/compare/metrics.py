@@ -1,0 +1,80 @@
+"""What is compared: a Metric is one way to measure, and only rows of the same metric are put beside each other.
+
+from eval.compare.metrics import Metric
+Metric("knn-k20", "cls", -1, 1.0).name           # "k-NN (k = 20), class token"
+"""
+
+import re
+from dataclasses import dataclass
+
+PRIMARY = "knn-k20"
+MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune")  # protocols, after the primary
+POOLINGS = dict(cls="class token", mean="mean of patches", concat="both", chosen="chosen on train")
+NAMES = {
+    "random": "random init",
+    "pixels": "raw pixels",
+    "pixels-pca64": "raw pixels, PCA",
+    "linear-sweep": "linear",
+    "linear-mae": "linear, MAE's",
+    "linear-dino": "linear, DINO's",
+    "linear-block": "linear, of one block",
+    "logistic": "logistic regression",
+    "finetune": "fine-tuned",
+    "robust-": "linear, on corrupted images",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to measure. Only rows of one column are compared."""
+
+    protocol: str
+    pooling: str
+    layer: int | str  # -1: the last
+    labels: float | str  # label_fraction
+
+    @property
+    def finetunes(self) -> bool:
+        return self.protocol.startswith("finetune")
+
+    @property
+    def evaluator(self) -> str:
+        if knn := re.fullmatch(r"knn(-uncentred)?-k(\d+)", self.protocol):
+            return f"k-NN{', uncentred' if knn[1] else ''} (k = {knn[2]})"
+        if other := re.fullmatch(r"(finetune|linear-mae|linear-dino)-(.+)", self.protocol):
+            return f"{NAMES[other[1]]} ({other[2]})"
+        return NAMES.get(self.protocol, self.protocol)
+
+    @property
+    def features(self) -> str:
+        layer = "" if self.layer == -1 else f", {self.layer} blocks" if isinstance(self.layer, str) else ""
+        return POOLINGS.get(self.pooling, self.pooling) + layer
+
+    @property
+    def name(self) -> str:
+        return f"{self.evaluator}, {self.features}"
+
+    @property
+    def corrupted(self) -> bool:
+        """Whether it is of corrupted test images: those have tables of their own."""
+        return self.protocol.startswith("robust-")
+
+    @property
+    def of_last(self) -> bool:
+        return self.layer == -1 or isinstance(self.layer, str)
+
+    @property
+    def order(self) -> tuple:
+        """Sorts columns as they stand in the tables."""
+        starts = [i for i, start in enumerate(MAIN) if self.protocol.startswith(start)]
+        rank = -1 if self.protocol == PRIMARY else min(starts, default=len(MAIN))
+        k = [int(digits) for digits in re.findall(r"k(\d+)$", self.protocol)]
+        poolings = list(POOLINGS)
+        pooling = poolings.index(self.pooling) if self.pooling in poolings else len(poolings)
+        return rank, re.sub(r"k\d+$", "", self.protocol), k, pooling, self.pooling, str(self.layer)
+
+
+def most(parts: set[float | str]) -> float | str:
+    """The largest of label_fractions: a share is more than so many per class."""
+    shares = [part for part in parts if not isinstance(part, str)]
+    return max(shares) if shares else max(parts, key=lambda part: int(part.split()[0]))

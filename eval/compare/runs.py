@@ -1,0 +1,170 @@
+"""Run directories with their rows, and groups of runs that differ in nothing but their seed.
+
+from eval.compare.runs import group_runs, read_run
+groups = group_runs([read_run(Path("runs/mae-digits-s0")), read_run(Path("runs/dino-digits-s0"))])
+"""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from eval.compare.metrics import NAMES, Metric
+from eval.compare.words import number
+from eval.measure import results
+from ssl_vit.errors import UserError
+from ssl_vit.files import fingerprint
+
+FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between the runs of one recipe, beside the seed
+CONTROLS = ("autoencoder", "scratch", "control")  # roles in a study
+BUDGET = ("train.flops", "train.epochs", "train.steps")
+
+
+@dataclass
+class Run:
+    """A run directory. settings: its recipe.yaml, or {} for a foreign backbone and for raw pixels."""
+
+    folder: Path
+    settings: dict
+    log: list[dict]
+    rows: list[dict]
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings["train"]["seed"] if self.settings else None
+
+
+@dataclass(eq=False)
+class Group:
+    """Runs that differ in nothing but their seed: a row of the tables."""
+
+    recipe: str
+    runs: list[Run]
+    label: str = ""
+    family: str = ""  # the label without what concerns the budget
+    role: str = ""  # of a study's arm (eval/schedule/plans.py)
+    superseded: bool = False  # whether the study has it with a larger budget too, which is the one that counts
+    colour: int | None = None
+
+    @property
+    def pixels(self) -> bool:
+        return self.recipe.startswith("pixels")
+
+    @property
+    def control(self) -> bool:
+        run = self.runs[0]
+        supervised = run.rows[0]["objective"] == "supervised"  # runs that began before recipe.yaml said it
+        labelled = run.settings.get("resolved", {}).get("labelled", supervised)
+        return self.pixels or self.recipe == "random" or labelled or self.role in CONTROLS
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it was trained elsewhere, so that its cost is not known."""
+        return not self.runs[0].settings and not self.pixels
+
+    def label_in(self, metric: Metric) -> str:
+        return self.label.replace(NAMES["random"], "from scratch") if metric.finetunes else self.label
+
+    def mean(self, key: str) -> float:
+        """train_flops or images_seen of its rows, the mean of the seeds."""
+        return float(np.mean([run.rows[0][key] for run in self.runs]))
+
+    @property
+    def eval_sets(self) -> set[tuple]:
+        return {(row["eval_data"], row["split"]) for run in self.runs for row in run.rows}
+
+
+def read_run(folder: Path) -> Run:
+    """A run directory with its rows. Raises UserError if it is none, or was not evaluated."""
+    recipe, log = folder / "recipe.yaml", folder / "log.jsonl"
+    rows = results.read(folder)
+    if not rows and not recipe.exists():
+        raise UserError(f"{folder} is no run directory: it holds neither recipe.yaml nor results.jsonl.")
+    if not rows:
+        raise UserError(f"{folder} was not evaluated; run `python eval/knn.py --backbone {shlex.quote(str(folder))}`.")
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return Run(folder, yaml.safe_load(recipe.read_text()) if recipe.exists() else {}, lines, rows)
+
+
+def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Group]:
+    """Runs of identical settings but for the seed together. arms: those of a study.json, after which groups are named.
+
+    Raises UserError if a seed is there twice.
+    """
+    by_key: dict[str, dict[int | None, Run]] = {}
+    for run in runs:
+        of_seed = by_key.setdefault(_key(run), {})
+        if run.seed in of_seed:
+            seed = "" if run.seed is None else f" and have the same seed, {run.seed}"
+            raise UserError(f"{of_seed[run.seed].folder} and {run.folder} are the same recipe{seed}: leave one out.")
+        of_seed[run.seed] = run
+    groups = []
+    for of_seed in by_key.values():
+        members = [of_seed[seed] for seed in sorted(of_seed, key=lambda s: (s is None, s))]
+        groups.append(Group(members[0].rows[0]["recipe"] or members[0].folder.name, members))
+    _name(groups)
+    _name(groups, BUDGET)
+    for name, arm in (arms or {}).items():
+        budgets = {training["budget"] for training in arm["runs"]}
+        for training in arm["runs"]:
+            for group in groups:
+                if group.runs[0].folder == Path(training["run"]):
+                    group.role = arm["role"]
+                    if group.recipe != "random":
+                        group.family = group.label = name
+                        group.superseded = len(budgets) > 1 and training["budget"] < max(budgets)
+                        group.label += f" ({number(training['budget'])} FLOPs)" if len(budgets) > 1 else ""
+    families = sorted({group.family if arms else group.label for group in groups if not group.control})
+    for group in groups:
+        if not group.control:
+            group.colour = families.index(group.family if arms else group.label)
+    return groups
+
+
+def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:
+    """{section.key: value} of the settings that make the recipe; what is null is as if it were not known yet."""
+    flat = {"recipe": run.settings.get("recipe")}
+    for section, values in run.settings.items():
+        if section not in FREE and section != "recipe":
+            flat |= {f"{section}.{key}": value for key, value in values.items() if value is not None}
+    return {key: value for key, value in flat.items() if key != "train.seed" and key not in without}
+
+
+def _key(run: Run, without: tuple[str, ...] = ()) -> str:
+    identity = _flat(run, without) if run.settings else run.folder.name
+    return fingerprint(identity)
+
+
+def _name(groups: list[Group], without: tuple[str, ...] = ()) -> None:
+    """Label the groups by recipe, with what differs where two share it; without the budget, name their families."""
+    for group in groups:
+        key = _key(group.runs[0], without)
+        alike = [g for g in groups if g.recipe == group.recipe and (not g.pixels or g.eval_sets & group.eval_sets)]
+        others = [g for g in alike if _key(g.runs[0], without) != key]
+        name = NAMES.get(group.recipe, group.recipe)
+        if others:
+            name += f" ({_difference(group, others, without) or key})"
+        if without:
+            group.family = name
+        else:
+            group.label = name
+
+
+def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> str:
+    """What sets a group apart from others of its recipe, in at most two settings; '' if that takes more."""
+    mine, theirs = _flat(group.runs[0], without), [_flat(g.runs[0], without) for g in others]
+    keys = [k for k in mine if any(other.get(k) != mine[k] for other in theirs)]
+    if not keys:
+        return group.runs[0].folder.name
+    budget = [k for k in BUDGET if k in keys]
+    if set(keys) <= set(BUDGET):
+        spent = [number(g.mean("train_flops")) for g in (group, *others)]
+        return f"{spent[0]} FLOPs" if spent.count(spent[0]) == 1 else ""
+    for shown in (["recipe"], ["data.name"], [k for k in keys if k not in BUDGET] + budget[:1]):
+        unique = not any(all(other.get(k) == mine[k] for k in shown) for other in theirs)
+        if unique and len(shown) <= 2:
+            return ", ".join(f"{k}={mine[k]:g}" if type(mine[k]) is float else f"{k}={mine[k]}" for k in shown)
+    return ""

@@ -1,0 +1,240 @@
+"""What groups of runs reached: which test images each has right, by metric, and how two groups differ.
+
+    from eval.compare.scores import read_eval_sets
+    [eval_set] = read_eval_sets(groups)               # groups: eval.compare.runs.group_runs
+    contrast(eval_set.by_group(eval_set.primary[0]), *groups[:2])
+
+An EvalSet is the images that rows were measured on. Rows of different eval sets are never put beside each other.
+"""
+
+import collections
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from eval.compare import intervals
+from eval.compare.metrics import MAIN, POOLINGS, PRIMARY, Metric, most
+from eval.compare.runs import Group, Run
+from eval.compare.words import floors
+from eval.measure import results
+from ssl_vit.errors import UserError
+
+
+@dataclass
+class Scores:
+    """What a group reached in a column. correct (S, n): in [0, 1], the mean over the subsets of labels of a seed.
+
+    files: the predictions of each row. pool: how much the groups of the column vary between seeds (pool_seeds).
+    """
+
+    seeds: list[int | None]
+    correct: np.ndarray
+    rows: list[dict]
+    files: list[Path] = field(default_factory=list)
+    pool: intervals.Spread | None = None
+
+    @property
+    def estimate(self) -> intervals.Estimate:
+        return intervals.interval(self.correct, self.pool)
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        return [(row["run"], results.row_id(row)) for row in self.rows]
+
+    def at(self, seeds: list[int]) -> np.ndarray:
+        """correct of these seeds."""
+        return self.correct[[self.seeds.index(seed) for seed in seeds]]
+
+    def minus(self, other: "Scores") -> np.ndarray | None:
+        """The difference (S, n), paired by seed; None where they have no seed in common."""
+        pair = self._paired(other)
+        return None if pair is None else np.subtract(*pair, dtype=np.float64)
+
+    def _paired(self, other: "Scores") -> tuple[np.ndarray, np.ndarray] | None:
+        if [None] in (self.seeds, other.seeds):
+            return self.correct, other.correct
+        common = [seed for seed in self.seeds if seed in other.seeds]
+        return (self.at(common), other.at(common)) if common else None
+
+
+def pool_seeds(by_group: dict[Group, Scores]) -> None:
+    """Let the groups of one column borrow from one another how much they vary between seeds."""
+    pool = intervals.spread(scores.correct.mean(1) for scores in by_group.values())
+    for scores in by_group.values():
+        scores.pool = pool
+
+
+def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> intervals.Estimate | None:
+    """The difference of two groups of a column, paired by seed; None where they have no seed in common."""
+    a, b = by_group[one], by_group[other]
+    pair = a._paired(b)
+    if pair is None:
+        return None
+    if [None] in (a.seeds, b.seeds):  # one is constant: the difference varies as the other does
+        return intervals.paired(*pair, a.pool)
+    common = [seed for seed in a.seeds if seed in b.seeds]
+    alike = [scores.at(common).mean(1) for scores in by_group.values() if set(common) <= set(scores.seeds)]
+    return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))
+
+
+@dataclass
+class EvalSet:
+    """The images and labels that a set of rows was measured on, and what each group reached in each column."""
+
+    data: str
+    split: str
+    truth: np.ndarray
+    first: Run  # that the others must agree with
+    groups: list[Group] = field(default_factory=list)
+    scores: dict[Metric, dict[Group, Scores]] = field(default_factory=dict)
+    place: str = ""  # before the names of its charts, where there are several tests
+
+    def metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
+        """Those wanted, in order. A column that raw pixels alone have is left out where the others have one."""
+        found = [metric for metric in self.scores if wanted(metric) and not metric.corrupted]
+        common = [c for c in found if not all(group.pixels for group in self.scores[c])]
+        return sorted(common or found, key=lambda metric: metric.order)
+
+    @functools.cached_property
+    def classes(self) -> int:
+        """How many there are: as the rows say or, where they were made before they did, of those in the test."""
+        rows = [row for by_group in self.scores.values() for scores in by_group.values() for row in scores.rows]
+        return next((row["classes"] for row in rows if "classes" in row), len(np.unique(self.truth)))
+
+    @functools.cached_property
+    def majority(self) -> Scores:
+        """What always naming the most frequent class of these test images comes to."""
+        found, counts = np.unique(self.truth, return_counts=True)
+        return Scores([None], (self.truth == found[counts.argmax()])[None].astype(float), [])
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.classes
+
+    @property
+    def floors(self) -> str:
+        """Chance and the majority rate, in words."""
+        return floors(self.classes, float(self.majority.correct.mean()))
+
+    @property
+    def unbalanced(self) -> bool:
+        """Whether the most frequent class is more than one and a half times as frequent as the mean class."""
+        return bool(self.majority.correct.mean() * self.classes > 1.5)
+
+    def balanced(self, scores: Scores) -> float:
+        """The mean over the classes of the share of their images that is right, over all seeds."""
+        counts = np.bincount(self.truth)
+        right = np.bincount(self.truth, weights=scores.correct.mean(0))
+        return float((right[counts > 0] / counts[counts > 0]).mean())
+
+    @property
+    def main(self) -> list[Metric]:
+        """The primary protocol, linear probes and fine-tuning."""
+        return self.metrics(lambda c: self.whole(c) and (c.protocol == PRIMARY or c.protocol.startswith(MAIN)))
+
+    @functools.cached_property
+    def labels(self) -> float | str:
+        """The largest part of the labels that is there of all but the controls, or of any: 1.0 is all."""
+        common = [self.parts(group) for group in self.groups if not group.control] or [set()]
+        return most(set.intersection(*common) or set().union(*map(self.parts, self.groups)))
+
+    def parts(self, group: Group) -> set[float | str]:
+        """The parts of the labels that a group has figures with."""
+        return {metric.labels for metric, found in self.scores.items() if group in found}
+
+    def whole(self, metric: Metric) -> bool:
+        """Whether it is of the last blocks, or of the whole model, with the most labels."""
+        return metric.of_last and metric.labels == self.labels
+
+    @property
+    def primary(self) -> list[Metric]:
+        """The columns that conclusions rest on: the pooling is fixed, or chosen on train, never the best on test."""
+        sweep = {c.protocol for c in self.main if c.pooling == "chosen"}
+        return [c for c in self.main if c.pooling == "chosen" or c.protocol not in sweep]
+
+    def scores_of(self, group: Group, metric: Metric) -> Scores | None:
+        """Raw pixels have no pooling: their one figure of a protocol stands in each of its columns."""
+        found = self.scores.get(metric, {}).get(group)
+        if found is None and group.pixels:
+            alike = [c for c, of in self.scores.items() if group in of and _alike(c, metric)]
+            found = self.scores[alike[0]][group] if alike else None
+        return found
+
+    def reached(self, group: Group | None, protocol: str, labels: float | str) -> Scores | None:
+        """What a group reached by this protocol with this part of the labels, by any pooling; None if not there."""
+        alike = [self.scores[c] for c in self.scores if (c.protocol, c.labels) == (protocol, labels)]
+        return next((of[group] for of in alike if group in of), None)
+
+    def by_group(self, metric: Metric) -> dict[Group, Scores]:
+        return {g: scores for g in self.groups if (scores := self.scores_of(g, metric)) is not None}
+
+
+def _alike(pixels: Metric, metric: Metric) -> bool:
+    return pixels.protocol == metric.protocol and pixels.labels == metric.labels and pixels.pooling not in POOLINGS
+
+
+def read_eval_sets(groups: list[Group]) -> list[EvalSet]:
+    """The rows of all groups by what they were measured on. Raises UserError for rows of different tests."""
+    eval_sets: dict[tuple, EvalSet] = {}
+    cells: dict[tuple, dict] = collections.defaultdict(dict)
+    for group in groups:
+        for run in group.runs:
+            for row in run.rows:
+                key = row["eval_data"], row["split"]
+                answers = _answers(run, row)
+                eval_set = eval_sets.setdefault(key, EvalSet(*key, answers["true"], run))
+                if not np.array_equal(eval_set.truth, answers["true"]):
+                    raise UserError(
+                        f"{eval_set.first.folder} and {run.folder} hold rows of different tests: {row['eval_data']} "
+                        f"({row['split']}) has other images there (n = {len(eval_set.truth)} and "
+                        f"{len(answers['true'])}); evaluate both on the same images."
+                    )
+                eval_set.groups += [] if group in eval_set.groups else [group]
+                metric = Metric(row["protocol"], row["pooling"], row["layer"], row["label_fraction"])
+                cell = cells[(*key, metric, group)].setdefault(run.seed, {})
+                if row["subset_seed"] in cell:
+                    twice = results.row_id(cell[row["subset_seed"]][0]), results.row_id(row)
+                    raise UserError(
+                        f"{run.folder / 'results.jsonl'} measures {metric.protocol} ({metric.pooling}) twice: delete "
+                        f"the outdated one of the rows {twice[0]} and {twice[1]}."
+                    )
+                file = run.folder / row["predictions"]
+                cell[row["subset_seed"]] = row, answers["predicted"] == answers["true"], file
+    for (data, split, metric, group), by_seed in cells.items():
+        correct = np.stack([np.mean([right for _, right, _ in cell.values()], axis=0) for cell in by_seed.values()])
+        rows, _, files = zip(*(measured for cell in by_seed.values() for measured in cell.values()), strict=True)
+        scores = Scores(list(by_seed), correct, list(rows), list(files))
+        eval_sets[data, split].scores.setdefault(metric, {})[group] = scores
+    for eval_set in eval_sets.values():
+        for by_group in eval_set.scores.values():
+            pool_seeds(by_group)
+    for place, eval_set in enumerate(eval_sets.values(), 1):
+        eval_set.place = f"{place}-" if len(eval_sets) > 1 else ""
+        if eval_set.main:
+            by = eval_set.by_group(eval_set.main[0])
+            eval_set.groups.sort(key=lambda g: -by[g].estimate.mean if g in by else 0.0)
+    return list(eval_sets.values())
+
+
+def _answers(run: Run, row: dict) -> dict[str, np.ndarray]:
+    file = run.folder / row["predictions"]
+    if not file.exists():
+        raise UserError(f"{file} is missing; evaluate {run.folder} again ({row['protocol']}), or delete its row.")
+    with np.load(file) as stored:
+        return dict(stored)
+
+
+def ranked(by_group: dict[Group, Scores], controls: bool) -> list[Group]:
+    """The controls, or the others, the best first; of a study only with the largest budget."""
+    return sorted(
+        (g for g in by_group if g.control == controls and not g.superseded), key=lambda g: -by_group[g].estimate.mean
+    )
+
+
+def spent_on(scores: Scores, key: str) -> float | None:
+    """eval_flops, eval_images or seconds of a measurement: the mean of its rows, None if one does not say."""
+    values = [row.get(key) for row in scores.rows]
+    return None if None in values else float(np.mean(values))

@@ -1,0 +1,82 @@
+"""What a study ran: the manifest that eval/study.py wrote, and the runs of it that were evaluated."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.compare.runs import Group, group_runs, read_run
+from eval.compare.scores import EvalSet, read_eval_sets
+from eval.measure import results
+from ssl_vit.errors import UserError
+from ssl_vit.recipe import short
+
+
+@dataclass
+class StudyResults:
+    """What eval/study.py ran: its study.json, and the runs of it that were evaluated."""
+
+    folder: Path
+    manifest: dict
+    groups: list[Group]
+    eval_sets: list[EvalSet]
+
+    @property
+    def budgets(self) -> list[float]:
+        """In FLOPs, rising; [] if each recipe has its own."""
+        found = {t["budget"] for arm in self.manifest["arms"].values() for t in arm["runs"]} - {None}
+        return sorted(found)
+
+    @property
+    def eval_set(self) -> EvalSet | None:
+        """The figures on the report split of its own images, if there are any."""
+        mine = [
+            t for t in self.eval_sets if short(t.data) == self.manifest["data"] and not t.split.startswith("held out")
+        ]
+        return mine[0] if mine else None
+
+    def group(self, arm: str, budget: float | None) -> Group | None:
+        """The runs of an arm with this budget, or if it is not trained with any; None if they were not evaluated."""
+        runs = self.manifest["arms"].get(arm, {}).get("runs", [])
+        folders = {Path(t["run"]) for t in runs if t["budget"] == budget or t["steps"] == 0}
+        return next((g for g in self.groups if g.runs[0].folder in folders), None)
+
+
+def read_study(folder: Path) -> StudyResults:
+    """A study's folder, as it stands. Raises UserError if it is none, or nothing of it was evaluated."""
+    file = folder / "study.json"
+    if not file.exists():
+        raise UserError(f"{folder} is no study: {file} is missing. `python eval/study.py PLAN` writes it.")
+    said = json.loads(file.read_text())
+    root = folder.parent.parent  # where the study was started
+    for arm in said["arms"].values():
+        for training in arm["runs"]:
+            training["run"] = str(root / training["run"])
+    places = [t["run"] for arm in said["arms"].values() for t in arm["runs"]]
+    places += [root / place for place in said["controls"].values()]
+    runs = [read_run(Path(place)) for place in places if results.read(Path(place))]
+    if said.get("labels_by_seed"):  # other draws, of another plan or made by hand, would be averaged with these
+        seeds = {training["seed"] for arm in said["arms"].values() for training in arm["runs"]}
+        for run in runs:
+            drawn = {None, run.seed} if run.settings else {None, *seeds}
+            run.rows = [row for row in run.rows if row["subset_seed"] in drawn]
+    runs = [run for run in runs if run.rows]
+    if not runs:
+        raise UserError(
+            f"None of the runs of {folder} was evaluated, or they are not beside it: start `python eval/study.py "
+            f"{said['plan']}` again."
+        )
+    groups = group_runs(runs, said["arms"])
+    return StudyResults(folder, said, groups, read_eval_sets(groups))
+
+
+def at_the_edge(trials: list[tuple[Sequence[str], float | None]]) -> bool:
+    """Whether the best of (settings, accuracy), of equals the first, has the largest or smallest learning rate of
+    several: then a better one may lie beyond."""
+    done = [(accuracy, _rate(settings)) for settings, accuracy in trials if accuracy is not None]
+    tried = {_rate(settings) for settings, _ in trials}
+    return len(tried) > 1 and bool(done) and max(done, key=lambda trial: trial[0])[1] in (min(tried), max(tried))
+
+
+def _rate(settings: Sequence[str]) -> float:
+    return [float(text.removeprefix("optim.lr=")) for text in settings if text.startswith("optim.lr=")][-1]

@@ -1,0 +1,92 @@
+"""report.csv: every figure of a report in long form, so that any program can draw it.
+
+    import pandas
+    table = pandas.read_csv("runs/report/report.csv")
+    table[(table.quantity == "accuracy") & (table.protocol == "knn-k20")].plot.barh("group", "mean", xerr="half_width")
+
+A line is one figure: an accuracy of a group (a recipe with all its seeds) in a way to measure, or its difference to a
+control. Fractions, not percent. Columns:
+
+    data, split, n             the test images, and how many they are
+    classes, chance, majority  how many classes; 1 / classes; the share of the most frequent class of these images
+    group, recipe, control     as the page names it; the recipe; 1 of a control
+    protocol, pooling, layer, labels    the way to measure, as in results.jsonl (labels: label_fraction)
+    labelled_images            how many training images had their labels used; empty where the rows do not say
+    quantity, against          "accuracy"; or "difference" to the control named in `against`, paired by image and seed
+    mean, low, high            with the bounds of the 95 % interval
+    half_width                 (high - low) / 2
+    seeds, pooled_arms         seeds behind it (1: the interval is of the images only); over how many arms the variance
+                               between seeds was pooled, 0 if it is their own (eval/compare/intervals.py)
+    balanced_accuracy          of an accuracy: the mean over the classes of what is right of each
+    pretrain_flops, pretrain_images, eval_flops, eval_images, eval_seconds    the mean of the seeds; empty if not known
+
+Training curves are not in it: they are in log.jsonl of each run.
+"""
+
+import csv
+import io
+
+from eval.compare.intervals import Estimate
+from eval.compare.metrics import Metric
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet, Scores, contrast, spent_on
+
+COLUMNS = (
+    "data split n classes chance majority group recipe control protocol pooling layer labels labelled_images quantity "
+    "against mean low high half_width seeds pooled_arms balanced_accuracy pretrain_flops pretrain_images eval_flops "
+    "eval_images eval_seconds"
+).split()
+
+
+def tidy(eval_sets: list[EvalSet]) -> str:
+    """The text of report.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for eval_set in eval_sets:
+        for metric in sorted(eval_set.scores, key=lambda metric: (metric.order, str(metric.labels))):
+            by_group = eval_set.by_group(metric)
+            for group, scores in by_group.items():
+                own = dict(_of(eval_set, metric, group, scores), quantity="accuracy", against="")
+                writer.writerow(
+                    own | _figures(scores.estimate) | dict(balanced_accuracy=f"{eval_set.balanced(scores):.6g}")
+                )
+                for other in [g for g in by_group if g.control and g is not group]:
+                    difference = contrast(by_group, group, other)
+                    if difference is not None:
+                        name = other.label_in(metric)
+                        writer.writerow(own | dict(quantity="difference", against=name) | _figures(difference))
+    return text.getvalue()
+
+
+def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict:
+    costs = {"pretrain_flops": "", "pretrain_images": ""}
+    if not group.foreign:
+        costs = dict(pretrain_flops=f"{group.mean('train_flops'):.6g}", pretrain_images=group.mean("images_seen"))
+    for name, key in (("eval_flops", "eval_flops"), ("eval_images", "eval_images"), ("eval_seconds", "seconds")):
+        value = spent_on(scores, key)
+        costs[name] = "" if value is None else f"{value:.6g}"
+    return dict(
+        data=eval_set.data,
+        split=eval_set.split,
+        n=len(eval_set.truth),
+        classes=eval_set.classes,
+        chance=f"{eval_set.chance:.6g}",
+        majority=f"{eval_set.majority.correct.mean():.6g}",
+        group=group.label_in(metric),
+        recipe=group.recipe,
+        control=int(group.control),
+        protocol=metric.protocol,
+        pooling=metric.pooling,
+        layer=metric.layer,
+        labels=metric.labels,
+        labelled_images=scores.rows[0].get("train_n", ""),
+        **costs,
+    )
+
+
+def _figures(estimate: Estimate) -> dict:
+    low, high = estimate.bounds
+    figures = dict(mean=estimate.mean, low=low, high=high, half_width=(high - low) / 2)
+    words = {name: f"{value:.6g}" for name, value in figures.items()}
+    return words | dict(seeds=estimate.seeds, pooled_arms=estimate.pooled)

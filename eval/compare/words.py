@@ -1,0 +1,58 @@
+"""Numbers and their intervals as a page shows them, in words."""
+
+from collections.abc import Iterable
+
+from eval.compare.intervals import OWN, Estimate
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def percent(value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}".replace("-", "−")
+
+
+def with_interval(estimate: Estimate, sign: str = "") -> str:
+    return between(estimate.mean, *estimate.bounds, sign)
+
+
+def between(mean: float, low: float, high: float, sign: str = "") -> str:
+    """ "57.2 ± 3.1", or "98.9 (95.2 to 99.7)" where the bounds are not as far to both sides."""
+    if abs((high - mean) - (mean - low)) < 5e-5:
+        return f"{percent(mean, sign)} ± {percent((high - low) / 2)}"
+    return f"{percent(mean, sign)} ({percent(low, sign)} to {percent(high, sign)})"
+
+
+def number(value: float, power: bool = False) -> str:
+    """2·10¹², 1,500 or 0.25. power: as a multiple of a power of ten in any case."""
+    if value and (power or not 1e-3 <= abs(value) < 1e6):
+        mantissa, power = f"{value:.1e}".split("e")
+        mantissa = mantissa.removesuffix(".0")
+        return ("" if mantissa == "1" else f"{mantissa}·") + f"10{str(int(power)).translate(SUPERSCRIPT)}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def labels_in_words(part: float | str) -> str:
+    """A row's label_fraction: "all labels", "10 % of the labels", "5 labels per class"."""
+    if isinstance(part, str):
+        return part.replace(" ", " labels ", 1)
+    return "all labels" if part == 1.0 else f"{100 * part:g} % of the labels"
+
+
+def floors(classes: int, majority: float) -> str:
+    """What is reached without looking at the image."""
+    return (
+        f"Chance is {percent(1 / classes)} % ({classes:,} classes); always naming the most frequent class is right for "
+        f"{percent(majority)} %."
+    )
+
+
+def borrowed(estimates: Iterable[Estimate]) -> str:
+    """What a page says where few seeds borrow their variance from one another; '' where none do."""
+    arms = sorted({estimate.pooled for estimate in estimates if estimate.pooled})
+    if not arms:
+        return ""
+    over = f"{arms[0]}" if len(arms) == 1 else f"{arms[0]} to {arms[-1]}"
+    return (
+        f"With fewer than {OWN} seeds the variance between seeds is taken from all {over} arms of a column with "
+        "several seeds together, or their own where that is larger."
+    )

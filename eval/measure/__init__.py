@@ -1,0 +1,1 @@
+"""How one figure is made: features, heads, predictions, rows."""

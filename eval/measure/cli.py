@@ -1,0 +1,234 @@
+"""What every evaluator is asked: which backbones, on which images, with how many labels."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from eval.measure import features, results
+from ssl_vit import data, subsets, system
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError, say, say_once
+
+UNCHOSEN = "fixed in advance: one label per class"  # a row's chosen where labels leave nothing to choose on
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments that all evaluators share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
+    )
+    parser.add_argument(
+        "--data", help="a name, a folder, owner/name, or a run: its images; default: those of the first run"
+    )
+    parser.add_argument(
+        "--labels",
+        type=part,
+        nargs="+",
+        default=[None],
+        metavar="PART",
+        help="labelled training images: all, a share such as 1%%, or so many of each class; parts are nested",
+    )
+    parser.add_argument(
+        "--label-seeds",
+        type=natural,
+        nargs="+",
+        default=[0],
+        metavar="SEED",
+        help="which images a part holds (default: 0)",
+    )
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: cores / local processes")
+    return parser
+
+
+def add_held_out(parser: argparse.ArgumentParser) -> None:
+    """The argument of evaluators that can judge settings of a pre-training."""
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="judge on the tenth of train that data.hold_out=true left out, not on the report split",
+    )
+
+
+class EvalRequest:
+    """The backbones to evaluate, and the images to evaluate them on. Raises UserError for what is not there."""
+
+    def __init__(self, args: argparse.Namespace):
+        threads = args.threads or system.cores()
+        torch.set_num_threads(threads)
+        faiss.omp_set_num_threads(threads)
+        # the first process votes and fits alone, and the others may wait for it long
+        self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+        self.config, size = None, None
+        if args.data and (Path(args.data) / "recipe.yaml").exists():
+            like = features.open_source(args.data, None, None)
+            self.config, size = like.data(), like.size
+        elif args.data:
+            self.config = recipes.Data(name=args.data)
+        self.held_out = getattr(args, "held_out", False)
+        self.parts = [(part, seed) for part in args.labels for seed in (args.label_seeds if part else [None])]
+        self.sources: list[features.Source] = []
+        for name in args.backbone:
+            source = features.open_source(name, self.config, size)
+            self.config = self.config or source.data()
+            size = size or source.size
+            if any(other.folder.name == source.folder.name for other in self.sources):
+                raise UserError(f"Two backbones are called {source.folder.name}: evaluate them one after the other.")
+            self.sources.append(source)
+        self.folders = {source.folder.name: source.folder for source in self.sources}  # by the name in their rows
+        self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
+
+    def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
+        """(training images, those to judge on), with as many channels as the backbone takes."""
+        saw = source.settings.get("data", {})
+        left_out = saw.get("hold_out") and saw["subset"] is None and saw["subset_seed"] == self.config.subset_seed
+        if self.held_out and saw and not left_out:
+            raise UserError(
+                f"{source.name} may have seen the held-out tenth: it was not trained with data.hold_out=true."
+            )
+        channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
+        if channels not in self._loaded:
+            config = dataclasses.replace(self.config, in_chans=channels, hold_out=self.held_out)
+            train = with_labels(data.load(config, "train")).to(self.state.device)
+            config.in_chans, config.range = train.channels, train.range and list(train.range)
+            role = "held out" if self.held_out else "report"
+            test = with_labels(data.load(config, role, train.classes)).to(self.state.device)
+            if self.held_out:
+                test.split = f"held out of {test.split}"
+            if train.labels is None or test.labels is None:
+                raise _unlabelled(config.name, train, test)
+            if len(set(train.labels.tolist())) < 2:
+                raise UserError(
+                    f"All training images of {config.name} are of one class: there is nothing to tell apart."
+                )
+            self._loaded[channels] = train, test
+        return self._loaded[channels]
+
+    def labelled_images(
+        self, source: features.Source
+    ) -> tuple[data.ImageSet, data.ImageSet, list[tuple[dict, np.ndarray]]]:
+        """(training images whose labels are used, those to judge on, labelled() as indices of the former).
+
+        So features are computed of no others: 1 % of ImageNet's labels need 1 % of its images. Raw pixels keep all,
+        since the principal components of pixels-pca64 are those of all training images.
+        """
+        train, test = self.images(source)
+        parts = list(self.labelled(train))
+        if source.backbone is None or any(part is None for part, _ in self.parts):
+            return train, test, parts
+        used = np.unique(np.concatenate([chosen for _, chosen in parts]))
+        here = [(keys, np.searchsorted(used, chosen)) for keys, chosen in parts]
+        return train.part(torch.from_numpy(used)), test, here
+
+    def labelled(self, train: data.ImageSet) -> Iterator[tuple[dict, np.ndarray]]:
+        """(row keys, indices of the training images whose labels are used), for each part asked for."""
+        labels = train.labels.cpu().numpy()
+        for part, seed in self.parts:
+            chosen = subsets.stratified(labels, part, seed) if part else np.arange(len(labels))
+            yield dict(label_fraction=describe_part(part), subset_seed=seed, train_n=len(chosen)), chosen
+
+
+def with_labels(images: data.ImageSet) -> data.ImageSet:
+    """Those that have a label: a label below 0 is none. Said once where some have none."""
+    if images.labels is None or bool((images.labels >= 0).all()):
+        return images
+    chosen = (images.labels >= 0).nonzero().flatten()
+    say_once(
+        f"Of the {len(images):,} images of {images.name} ({images.split}), the {len(chosen):,} with a label are used."
+    )
+    return images.part(chosen.cpu())
+
+
+def tell_singles(labels: np.ndarray, classes: list[str]) -> None:
+    """Say which classes have one labelled image, so that no setting is chosen on them. labels: int (n,)."""
+    alone = subsets.singletons(labels)
+    present = len(np.unique(labels))
+    if 0 < len(alone) < present:
+        names = ", ".join(classes[i] for i in alone[:5]) + (", …" if len(alone) > 5 else "")
+        say_once(
+            f"{len(alone)} of {present} classes have only one labelled image ({names}): they are fitted, but settings "
+            "are chosen on the others."
+        )
+
+
+def _unlabelled(name: str, train: data.ImageSet, test: data.ImageSet) -> UserError:
+    """What to do where the training images, those to judge on, or both have no labels."""
+    if train.labels is None and test.labels is None:
+        what, setting, why = f"images of {name} have", "data.label_column=COLUMN", "If another column holds them, train"
+    else:
+        images, key = (train, "train_split") if train.labels is None else (test, "report_split")
+        what, setting, why = f"{images.split} split of {name} has", f"data.{key}=SPLIT", "Train"
+    return UserError(
+        f"The {what} no labels to evaluate with. {why} a run with {setting} train.steps=0 and pass --data RUN, or pass "
+        "--data of labelled images."
+    )
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return number
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
+def part(text: str) -> float | None:
+    """How many labelled images: "all" → None, "1%" → 0.01, "5" of each class → 5.0."""
+    if text == "all":
+        return None
+    number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    whole = number >= 1 and text.isdigit()  # "1.0" is refused: it looks like all
+    if not whole and not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"write all, a share such as 1%, or a number of each class, not {text}")
+    return number
+
+
+def describe_part(part: float | None) -> float | str:
+    """A row's label_fraction: 1.0, the fraction, or "N per class"."""
+    return 1.0 if part is None else part if part < 1 else f"{int(part)} per class"
+
+
+def row(source: features.Source, test: data.ImageSet) -> dict:
+    """What all rows of a backbone on these test images have in common."""
+    said = results.describe_run(source.folder, source.settings)
+    truth = test.labels.cpu()
+    if source.backbone is None:
+        said["recipe"] = source.name
+    return said | dict(
+        backbone=source.settings.get("backbone", {}).get("name", source.name),
+        eval_data=test.name,
+        split=test.split,
+        layer=-1,
+        chosen="last checkpoint",
+        n=len(test),
+        metric="accuracy",
+        classes=len(test.classes),
+        chance=1 / len(test.classes),
+        majority=truth.bincount().max().item() / len(test),
+        **results.SURROUNDINGS,
+    )
+
+
+def announce(rows: list[dict]) -> None:
+    """Say on what the figures were obtained, and what they are to be held against."""
+    test = rows[0]
+    say(
+        f"\n{test['eval_data']} ({test['split']}, n = {test['n']:,}): accuracy in %, ± the 95 % interval over test "
+        f"images. Chance among {test['classes']:,} classes is {100 * test['chance']:.1f}; always naming the most "
+        f"frequent class scores {100 * test['majority']:.1f}.\n"
+    )

@@ -1,0 +1,274 @@
+"""Frozen features of a backbone: a run, a timm model, or raw pixels as the control.
+
+They are computed once per backbone and images, on all processes, and kept in SOURCE/features/ as .npy files.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import yaml
+from accelerate import PartialState
+from numpy.lib.format import open_memmap
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_vit import files, views, weights
+from ssl_vit import recipe as recipes
+from ssl_vit.backbones import Backbone
+from ssl_vit.data import ImageSet, evaluation_views
+from ssl_vit.errors import UserError, say
+from ssl_vit.flops import count
+
+CONTROLS = ("pixels", "pixels-pca64")
+VERSION = 2  # raise it when other code would make other features of the same weights and images
+
+
+@dataclass
+class Source:
+    """What is evaluated. folder: where its rows go; settings: a run's recipe.yaml, or {}."""
+
+    name: str
+    folder: Path
+    settings: dict
+    backbone: Backbone | None  # None: raw pixels
+    size: tuple[int, int] | None  # None: the images' own
+
+    def data(self) -> recipes.Data | None:
+        """The images of its pre-training, as its recipe names them: all, where it saw a part, with their own facts, but
+        mirrored only where the recipe allows it, as that is what the user knows of the labels."""
+        if not self.settings:
+            return None
+        facts = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
+        return recipes.Data(**self.settings["data"] | facts | dict(hold_out=False))
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks that have features."""
+        return self.backbone.depth if self.backbone else 1
+
+
+def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
+    """A run directory, a timm folder or model, or a control. data, size: those of the figures beside it."""
+    path = Path(name)
+    backbone = None if name in CONTROLS else weights.load(name).eval()
+    if backbone and (path / "recipe.yaml").exists():
+        return Source(name, path, yaml.safe_load((path / "recipe.yaml").read_text()), backbone, backbone.input_size)
+    if data is None:
+        raise UserError("Which images? Pass --data, or name a run first: its own images are taken then.")
+    return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size)
+
+
+def folder_of(name: str, data: str) -> Path:
+    """Where the rows of a backbone go that is no run. Folders of the same name are told apart."""
+    path = Path(name)
+    own = f"-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}" if path.exists() else ""
+    return Path("runs") / f"{path.name}{own}-{recipes.short(data)}"
+
+
+@dataclass
+class Features:
+    """Of all images of a split, in their order: float32 (n, D), mapped from disk, by (block, pooling).
+
+    Blocks count from 0. Poolings are "cls" (if there is a class token) and "mean" (of the patches), as
+    `Backbone.features` gives them: of the last block, the model's own features; of raw pixels "raw HxW".
+    """
+
+    arrays: dict[tuple[int, str], np.ndarray]
+    flops_per_image: float
+    project: Callable[[np.ndarray], np.ndarray] = lambda values: values  # what was done to all of them, after pooling
+
+    def poolings(self, block: int) -> dict[str, np.ndarray]:
+        """{pooling: (n, D)} of one block; -1 is the last."""
+        block = block % (1 + max(b for b, _ in self.arrays))
+        return {pooling: values for (b, pooling), values in self.arrays.items() if b == block}
+
+
+def extract(source: Source, images: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)) -> Features:
+    """The features after these blocks. Every process computes its share and returns all.
+
+    Raises UserError, naming the image, if a feature is not a finite number.
+    """
+    view = view_of(source, images)
+    if source.backbone is not None:
+        source.backbone.to(state.device)
+    blocks = sorted({block % source.depth for block in blocks})
+    zero = torch.zeros(1, images.channels, *view.size, device=state.device)
+    shapes = {key: value.shape[1] for key, value in pool(source, zero, blocks).items()}
+    flops = count(source.backbone, lambda twin: twin.features(zero.cpu())) if source.backbone else 0.0
+
+    folder = source.folder / "features"
+    key = _key(source, images, view)
+    arrays = {k: folder / f"{key}-block{k[0]}-{k[1].replace(' ', '-')}.npy" for k in shapes}
+    lock = files.Lock(folder / ".lock", remedy="Features are kept beside the run: make room there.")
+    with lock if state.is_main_process else nullcontext():  # against another evaluator of the same backbone
+        state.wait_for_everyone()
+        missing = {k: file for k, file in arrays.items() if not file.exists()}
+        if missing:
+            _compute(source, images, state, view, missing, shapes)
+    return Features({k: np.load(file, mmap_mode="r") for k, file in arrays.items()}, flops)
+
+
+def view_of(source: Source, images: ImageSet) -> views.Evaluation:
+    """What features are computed of: the backbone's own view of an image, or for its pixels the view of our runs."""
+    if source.backbone is not None:
+        return source.backbone.evaluation_view
+    size = source.size or images.size
+    if size is None or max(size) > 64:
+        size = (64, 64)  # a photo's pixels are no feature
+    return views.evaluation(size)
+
+
+def extract_both(
+    source: Source, train: ImageSet, test: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)
+) -> tuple[Features, Features]:
+    """Features of the training images and of the others; those of pixels-pca64 in the former's principal components."""
+    bank, others = (extract(source, images, state, blocks) for images in (train, test))
+    if source.name == "pixels-pca64":
+        for key, values in bank.arrays.items():
+            bank.project = others.project = pca(values)
+            bank.arrays[key], others.arrays[key] = bank.project(values), bank.project(others.arrays[key])
+    return bank, others
+
+
+@torch.inference_mode()
+def _compute(
+    source: Source,
+    images: ImageSet,
+    state: PartialState,
+    view: views.Evaluation,
+    wanted: dict[tuple[int, str], Path],
+    shapes: dict[tuple[int, str], int],
+) -> None:
+    """Write the arrays of these files, each process its share of the rows."""
+    partial = {k: file.with_suffix(".partial.npy") for k, file in wanted.items()}
+    if state.is_main_process:
+        gigabytes = 4e-9 * len(images) * sum(shapes[k] for k in wanted)
+        if gigabytes > 1:
+            say(f"Features of {source.name} on {images.name}/{images.split}: {gigabytes:.1f} GB go to {source.folder}.")
+        for k, file in partial.items():
+            _allocate(file, (len(images), shapes[k]))
+    state.wait_for_everyone()
+    arrays = {k: open_memmap(file, mode="r+") for k, file in partial.items()}
+    blocks = sorted({block for block, _ in wanted})
+    mine = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index]
+    batches = evaluation_views(images, view, state.device, torch.from_numpy(mine))
+    with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
+        at = mine[0] if len(mine) else 0
+        arrays_of = pooled(source, blocks)
+        for found in (part for batch in batches for part in arrays_of(batch)):
+            count = len(next(iter(found.values())))
+            for k in arrays:
+                arrays[k][at : at + count] = found[k]
+            at += count
+            bar.update(count)
+    for array in arrays.values():
+        array.flush()
+    state.wait_for_everyone()
+    bad = min((i for array in arrays.values() for i in _not_finite(array)), default=None)  # the same on all processes
+    if bad is not None:
+        for file in partial.values() if state.is_main_process else ():
+            file.unlink()
+        raise UserError(f"{source.name} gives features that are not finite, first for image {bad}: it is broken.")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for k, file in partial.items():
+            os.replace(file, wanted[k])
+    state.wait_for_everyone()
+
+
+class Piecewise:
+    """compute() of batches, with as many images at a time as fit into memory: half as many whenever it runs out."""
+
+    def __init__(self, compute: Callable):
+        self.compute, self.most = compute, None
+
+    def __call__(self, view: Tensor) -> Iterator:
+        """What compute gives for the parts of a batch (B, C, H, W). Raises UserError if not one image fits."""
+        at = 0
+        while at < len(view):
+            part, found = view[at:][: self.most], None
+            try:
+                found = self.compute(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise UserError(
+                        "Not even one image at a time fits into the memory of the GPU: free it, or compute on the CPU "
+                        "(CUDA_VISIBLE_DEVICES=-1)."
+                    ) from None
+            if found is None:  # outside of `except`, which would keep the tensors alive
+                self.most = len(part) // 2
+                torch.cuda.empty_cache()
+                continue
+            yield found
+            at += len(part)
+
+
+@torch.no_grad()
+def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str], Tensor]:
+    """Features (B, D) by (block, pooling) of images (B, C, H, W) in [0, 1]."""
+    if source.backbone is None:
+        return {(0, f"raw {view.shape[-2]}x{view.shape[-1]}"): view.flatten(1)}
+    found = {}
+    for block, (prefix, patches) in zip(blocks, source.backbone.features(view, blocks), strict=True):
+        if prefix.shape[1] and source.backbone.has_class_token:  # registers are no features
+            found[block, "cls"] = prefix[:, 0]
+        found[block, "mean"] = patches.flatten(1, 2).mean(1)
+    return found
+
+
+def pooled(source: Source, blocks: list[int]) -> Piecewise:
+    """pool() of the parts of batches, as float32 arrays."""
+    return Piecewise(lambda part: {k: v.float().cpu().numpy() for k, v in pool(source, part, blocks).items()})
+
+
+def pca(train: np.ndarray, dimensions: int = 64) -> Callable[[np.ndarray], np.ndarray]:
+    """The projection of features (m, D) on the first principal components of these."""
+    from sklearn.decomposition import PCA
+
+    fitted = PCA(min(dimensions, *train.shape), svd_solver="covariance_eigh").fit(train)
+    return lambda values: fitted.transform(values).astype(np.float32)
+
+
+def _key(source: Source, images: ImageSet, view: views.Evaluation) -> str:
+    """What the features depend on, in 16 hex digits: weights, mean, std, images, their view, and the code."""
+    about = [images.fingerprint, images.split, list(view.size), VERSION, str(torch.__version__), timm.__version__]
+    about.append("pixels" if source.backbone is None else weights.digest(source.backbone))
+    if view != views.evaluation(view.size) or view.size[0] != view.size[1]:  # older code knew no other view than ours
+        about.append(asdict(view))  # and rounded those that are not square otherwise
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _allocate(file: Path, shape: tuple[int, int]) -> None:
+    """An empty float32 .npy file of this shape, its disk space reserved: a mapped file that lacks it kills the process.
+
+    Raises UserError if there is no room.
+    """
+    try:
+        open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(file, "r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise files.cannot_write(file, error, "Features are kept beside the run: make room there.") from None
+
+
+def _not_finite(array: np.ndarray) -> Iterator[int]:
+    """The first row that holds a value that is not finite, if any."""
+    for start in range(0, len(array), 4096):
+        bad = np.flatnonzero(~np.isfinite(array[start : start + 4096]).all(1))
+        if len(bad):
+            yield start + int(bad[0])
+            return
+
+
+def _progress(text: str, total: int, state: PartialState) -> tqdm:
+    return tqdm(desc=text, total=total, unit="image", leave=False, disable=not state.is_main_process, mininterval=1.0)

@@ -1,0 +1,59 @@
+"""Pictures of what a backbone sees in a few test images, written beside those of pre-training."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from eval.measure.features import Features, Source
+from ssl_vit import neighbours, pictures
+from ssl_vit.data import ImageSet, evaluation_views
+from ssl_vit.recipe import short
+
+SHOWN, NEAREST = 6, 6
+
+
+@torch.inference_mode()
+def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queries: Features) -> None:
+    """SOURCE/pictures/DATA-neighbours.png and DATA-patches.png, with a row for each of the same few test images.
+
+    neighbours: itself, then the training images nearest to it by the class token, or the mean of the patches where
+    there is none (centred cosine). patches: itself, and the first three principal components of the patch features of
+    all these images as red, green and blue.
+    """
+    device = next(source.backbone.parameters()).device
+    chosen = pictures.spread(len(test), test.labels, SHOWN)
+    images = _views(source, test, chosen, device)
+    pooling = next(iter(bank.poolings(-1)))
+    near, far = neighbours.prepare(bank.poolings(-1)[pooling], queries.poolings(-1)[pooling][chosen.numpy()])
+    nearest = neighbours.nearest(near, far, min(NEAREST, len(near)))[1]
+    found = _views(source, train, torch.from_numpy(nearest.flatten()), device).unflatten(0, nearest.shape)
+    folder, name = source.folder / "pictures", short(test.name)
+    title = f"{test.name}, {test.split}: images {', '.join(map(str, chosen.tolist()))}"
+    space = "class token" if pooling == "cls" else "mean of the patches"
+    ranks = [f"neighbour {rank} in train" for rank in range(1, nearest.shape[1] + 1)]
+    ranks[0] += f", by the {space}"
+    sheet = pictures.Sheet(torch.cat([images[:, None], found], 1), ["original", *ranks])
+    pictures.save(sheet, folder / f"{name}-neighbours.png", title)
+
+    [(_, patches)] = source.backbone.features(images.to(device))
+    colours = components(patches.float().cpu())
+    colours = interpolate(colours.permute(0, 3, 1, 2), images.shape[-2:], mode="nearest")
+    shown = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
+    words = ["original", "patch features: three principal components as red, green, blue"]
+    pictures.save(pictures.Sheet(torch.stack([shown, colours], 1), words), folder / f"{name}-patches.png", title)
+
+
+def components(patches: Tensor) -> Tensor:
+    """Patch features (B, H, W, D) → their first three principal components (B, H, W, 3), each stretched to [0, 1]
+    between its 1st and 99th percentile."""
+    flat = patches.flatten(0, 2)
+    _, _, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    three = (flat - flat.mean(0)) @ directions[:3].T
+    if three.shape[1] < 3:
+        three = torch.cat([three, three.new_zeros(len(three), 3 - three.shape[1])], 1)
+    low, high = three.quantile(0.01, 0), three.quantile(0.99, 0)
+    return ((three - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, patches.shape[:3])
+
+
+def _views(source: Source, images: ImageSet, chosen: Tensor, device: torch.device) -> Tensor:
+    return torch.cat(list(evaluation_views(images, source.backbone.evaluation_view, device, chosen))).cpu()

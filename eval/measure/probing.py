@@ -1,0 +1,55 @@
+"""A backbone's features as a linear probe uses them, and the rows that come of it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.measure import cli, features, linear_heads
+from eval.measure.predictions import Predictions
+
+STEPS, EPOCHS = 1000, 10  # a sweep's length: so many steps, or epochs if that is more
+
+
+class Probe:
+    """A backbone's features of training and test images, and the rows that come of them."""
+
+    def __init__(self, source: features.Source, request: cli.EvalRequest, blocks: list[int], train_features: bool):
+        self.source, self.state = source, request.state
+        self.train, self.test, self.parts = request.labelled_images(source)
+        self.blocks = blocks
+        if train_features:
+            self.bank, self.queries = features.extract_both(source, self.train, self.test, request.state, blocks)
+        else:
+            self.queries = features.extract(source, self.test, request.state, blocks)
+        self.labels, self.truth = self.train.labels.cpu().numpy(), self.test.labels.cpu().numpy()
+        self.classes = len(self.train.classes)
+        self.seed = source.settings["train"]["seed"] if source.settings else 0
+        self.rows: list[dict] = []
+        self.predictions: list[Predictions] = []
+
+    def add(self, answer: Predictions, images: int, flops: float, **keys) -> None:
+        """A row. images: passed through the backbone for it; flops: of fitting, to which those of the images come."""
+        cost = dict(eval_images=images, eval_flops=self.queries.flops_per_image * images + flops)
+        self.rows.append(answer.metrics(self.truth) | cost | keys)
+        self.predictions.append(answer)
+
+
+def sweep_options(probe: Probe, images: int) -> dict:
+    """How a sweep trains its heads on so many images: the options of linear_heads.fit."""
+    batch = min(max(images // 8, 16), 1024)
+    steps = max(STEPS, EPOCHS * images // batch)
+    return dict(classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device)
+
+
+def head_flops(options: dict, width: int, times: int, images: int) -> int:
+    """Of one learning rate's head on features of this width: trained so often, it predicts for so many images in all.
+    A step is a product forward and one for the gradient."""
+    return (4 * times * options["steps"] * options["batch"] + 2 * images) * (width + 1) * options["classes"]
+
+
+def combine(
+    found: features.Features, pooling: str, blocks: Sequence[int], rows: np.ndarray
+) -> linear_heads.FeatureMatrix:
+    """These blocks' features of these images, one beside the other; "concat" is all poolings."""
+    arrays = [values for b in blocks for p, values in found.poolings(b).items() if pooling in (p, "concat")]
+    return linear_heads.FeatureMatrix(arrays, rows)

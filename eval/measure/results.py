@@ -1,0 +1,123 @@
+"""Result rows: one JSON line per figure in RUN/results.jsonl, and the predictions behind it.
+
+What a row cost stands in eval_images (passed through the backbone, those of trainings included), eval_flops and
+seconds. Images and FLOPs are those of this row alone, as if features were kept for no other. Seconds are measured, of
+fitting and judging all rows that were made together, without the features of unaugmented images, which are kept.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from eval.measure.predictions import Predictions
+from ssl_vit import files
+from ssl_vit.data import ImageSet
+from ssl_vit.recipe import short
+
+# what identifies a measurement; the rest of a row is what came of it
+IDENTITY = (
+    "run recipe objective backbone data eval_data split protocol pooling layer label_fraction subset_seed seed chosen "
+    "n metric"
+).split()
+PACKAGES = ("torch", "timm", "accelerate", "datasets", "faiss-cpu", "scikit-learn", "numpy")
+
+
+def row_id(row: dict, without: str | None = None) -> str:
+    """First 12 hex digits of the SHA-256 over the keys that identify the measurement."""
+    identity = json.dumps({key: row[key] for key in IDENTITY if key != without}, sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def write(
+    folder: Path,
+    rows: list[dict],
+    predictions: list[Predictions] | list[np.ndarray],
+    truth: np.ndarray,
+    images: ImageSet | None = None,
+) -> None:
+    """Add rows to folder/results.jsonl, and their predictions (arrays: classes whose probabilities are not known). Each
+    replaces the row of the same identity, also if that was obtained on another number of test images: the images of
+    that name have changed since. images: those that they are of; once for all rows, a file beside the predictions has
+    the names of their classes and files."""
+    if images is not None:
+        names = dict(images=f"predictions/images-{images.fingerprint}.json")
+        about = dict(
+            data=images.name, split=images.split, classes=images.classes, names=images.names and images.names()
+        )
+        files.write(folder / names["images"], json.dumps(about))
+        for row in rows:
+            row |= names
+    file = folder / "results.jsonl"
+    with files.Lock(folder / ".results.lock"):
+        known = {row_id(row, "n"): row for row in read(folder)}
+        for row, found in zip(rows, predictions, strict=True):
+            row["predictions"] = f"predictions/{row_id(row)}.npz"
+            found = Predictions(found) if isinstance(found, np.ndarray) else found
+            arrays = dict(index=np.arange(len(truth)), predicted=found.predicted, true=truth)
+            probabilities = dict(p_predicted=found.p_predicted, p_true=found.p_true)
+            arrays = {key: values.astype(np.int32) for key, values in arrays.items()}
+            arrays |= {key: values.astype(np.float16) for key, values in probabilities.items() if values is not None}
+            with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
+                np.savez_compressed(stream, **arrays)
+            known[row_id(row, "n")] = row
+        files.write(file, "".join(json.dumps(row) + "\n" for row in known.values()))
+
+
+def read(folder: Path) -> list[dict]:
+    """The rows of a run directory."""
+    file = folder / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def correct(folder: Path, row: dict) -> np.ndarray:
+    """Which test images a row of this run directory has right, bool (n,)."""
+    with np.load(folder / row["predictions"]) as stored:
+        return stored["predicted"] == stored["true"]
+
+
+def spent(folder: Path) -> dict:
+    """images, flops and seconds of a run's training so far."""
+    log = folder / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    last = next((line for line in reversed(lines) if "images" in line), {})
+    return dict(images=0, flops=0.0, seconds=0.0) | {k: last[k] for k in ("images", "flops", "seconds") if k in last}
+
+
+def describe_run(folder: Path, settings: dict) -> dict:
+    """The part of a row that says what was trained; settings: the run's recipe.yaml, or {} for a foreign backbone."""
+    last = spent(folder)
+    return dict(
+        run=folder.name,
+        recipe="random" if _untrained(settings, last) else settings.get("recipe"),
+        objective=settings.get("objective", {}).get("name"),
+        data=short(settings["data"]["name"]) if settings else None,
+        seed=settings.get("train", {}).get("seed"),
+        images_seen=last["images"],
+        train_flops=last["flops"],
+    )
+
+
+def run_of(row: dict) -> str:
+    """The run of a row, as printed tables name it."""
+    return row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+
+
+def _untrained(settings: dict, last: dict) -> bool:
+    """Whether a run holds weights as they were drawn."""
+    return bool(settings) and not last["images"] and not settings["backbone"].get("init_from")
+
+
+def _surroundings() -> dict:
+    """Package versions and the commit of this code, if it stands in a checkout."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return dict(versions=versions, commit=git.stdout.strip() or None)
+
+
+SURROUNDINGS = _surroundings()  # of what was loaded: the files may change before a row is written

@@ -1,0 +1,59 @@
+"""A report from top to bottom: which sections, in which order."""
+
+from collections.abc import Iterable
+
+from eval.compare import rule
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet
+from eval.compare.studies import StudyResults
+from eval.page import charts, mistakes, sections, study_sections, verdict_section
+from eval.page.document import (
+    Block,
+    Figure,
+    Heading,
+    Table,
+)
+from eval.page.gallery import gallery
+from eval.page.provenance import provenance, several_origins
+from eval.page.summary import summary
+from eval.page.tables import comparisons, details, main_table
+
+
+def report(
+    groups: list[Group], eval_sets: list[EvalSet], command: str, study: StudyResults | None = None
+) -> tuple[str, list[Block], list[Table]]:
+    """Title, content, and the main tables. study: what the runs are the arms of."""
+    runs = [run for group in groups for run in group.runs]
+    recipes = len({group.family for group in groups if not group.control})
+    names = ", ".join(dict.fromkeys(eval_set.data for eval_set in eval_sets))
+    blocks: list[Block] = []
+    for eval_set in eval_sets:
+        decides = study is not None and eval_set is study.eval_set
+        blocks += summary(eval_set, study_sections.deciding_metrics(study) if decides else [])
+    blocks += several_origins(runs)
+    if study and study.manifest["decides"] and study.manifest["data"] in rule.DATA:
+        blocks += verdict_section.blocks(rule.collect([study]))
+    blocks += study_sections.primary(study) + study_sections.budgets(study) if study else []
+    mains = []
+    for eval_set in eval_sets:
+        suffix = f": {eval_set.data} ({eval_set.split})" if len(eval_sets) > 1 else ""
+        if eval_set.main:
+            mains.append(main_table(eval_set))
+            blocks += [Heading(f"Accuracy{suffix}"), charts.at_a_glance(eval_set), mains[-1]]
+        blocks += details(eval_set) + comparisons(eval_set, suffix)
+        blocks += (
+            charts.compute(eval_set, suffix)
+            + charts.label_efficiency(eval_set, suffix)
+            + charts.by_block(eval_set, suffix)
+        )
+        blocks += sections.robustness(eval_set, suffix) + sections.rates(eval_set) + mistakes.by_class(eval_set, suffix)
+    blocks += sections.difficulty(groups) + (study_sections.trials(study) if study else [])
+    blocks += charts.curves(groups) + gallery(groups) + provenance(runs, eval_sets, command)
+    kind = "arm" if study else "recipe"
+    what = f"{recipes} {kind}{'s' * (recipes > 1)} compared" if recipes else "Controls"
+    return f"{what} on {names}", blocks, mains
+
+
+def charts_in(blocks: Iterable[Block]) -> dict[str, str]:
+    """{file name without .svg: SVG text} of the charts that are not folded away."""
+    return {name: svg for block in blocks if isinstance(block, Figure) for name, svg in block.charts}

@@ -1,0 +1,248 @@
+"""The charts of a report: which series each shows, of which rows.
+
+from eval.page import charts
+charts.compute(test, "")     # blocks of eval.pages, for a Test of eval.scores
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from eval.compare import intervals
+from eval.compare.metrics import Metric
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet, Scores, ranked, spent_on
+from eval.compare.words import number
+from eval.page import plots
+from eval.page.document import Block, Cell, Figure, Heading, Table, named
+
+CURVES = {
+    "Loss. Those of different objectives cannot be compared.": {"loss": "loss"},
+    "On a slice of the training images: a trend to watch, not a result.": {
+        "knn": "k-NN, mean of patches, %",
+        "knn_cls": "k-NN, class token, %",
+        "rank": "effective rank",
+    },
+}
+
+
+def at_a_glance(eval_set: EvalSet) -> Figure:
+    """A row of dots for each recipe, controls below, for each primary column."""
+    charts, sources = [], []
+    for metric in eval_set.primary:
+        by_group, rows = eval_set.by_group(metric), []
+        for controls in (False, True):
+            groups = ranked(by_group, controls)
+            rows += [plots.Dot("Controls")] if groups and controls else []
+            for group in groups:
+                estimate = by_group[group].estimate
+                rows.append(plots.Dot(group.label_in(metric), estimate.mean, estimate.bounds, group.colour))
+        charts.append(
+            (file_name(eval_set, "accuracy", metric), plots.dots(rows, metric.evaluator, f"{metric.features}, %"))
+        )
+        sources += sources_of(by_group.values())
+    return Figure(
+        charts, f"Accuracy with 95 % intervals; controls in grey. {eval_set.floors} {counted(sources)}", sources
+    )
+
+
+def against(control: str, differences: dict[Group, intervals.Estimate], metric: Metric) -> str:
+    """The SVG of a row of dots for each recipe's difference to a control."""
+    rows = [plots.Dot(g.label, e.mean, e.bounds, g.colour) for g, e in differences.items()]
+    return plots.dots(rows, f"against {control}", f"{metric.name}, points", zero=True)
+
+
+def compute(eval_set: EvalSet, suffix: str) -> list[Block]:
+    """What pre-training and evaluation cost, and accuracy against FLOPs and images; what cost nothing is a line."""
+    known = [group for group in eval_set.groups if not group.foreign]
+    charts, sources = [], []
+    for metric in eval_set.primary:
+        by_group = {g: scores for g, scores in eval_set.by_group(metric).items() if not g.foreign}
+        what = "pre-training and fine-tuning" if metric.finetunes else "pre-training"
+        for key, own, unit in (("train_flops", "eval_flops", "FLOPs"), ("images_seen", "eval_images", "images")):
+            costs = {group: group.mean(key) for group in by_group}
+            if metric.finetunes:
+                spent = {group: spent_on(scores, own) for group, scores in by_group.items()}
+                if None in spent.values():
+                    continue  # rows from before fine-tuning's images were counted
+                costs = {group: costs[group] + spent[group] for group in by_group}
+            if any(costs.values()):
+                svg = plots.lines(
+                    _series(by_group, costs, metric),
+                    metric.evaluator,
+                    f"{metric.features}, %",
+                    f"{unit} of {what}",
+                    log=True,
+                )
+                charts.append((file_name(eval_set, key.replace("_", "-"), metric), svg))
+                sources += sources_of(by_group.values())
+    if not charts and not any(spent_on(f, "eval_flops") for c in eval_set.main for f in eval_set.by_group(c).values()):
+        return []
+    caption = "A recipe trained with several budgets is joined by a line; each point is a full schedule of its own. "
+    if any(group.foreign for group in eval_set.groups):
+        caption += "Backbones trained elsewhere are left out, as the cost of their pre-training is not known. "
+    figure = [Figure(charts, caption + counted(sources), sources)] if charts else []
+    return [Heading(f"What it costs{suffix}"), *figure, costs_table(eval_set, known)]
+
+
+def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
+    """Pre-training apart from each evaluation, the means of the seeds."""
+    metrics = list({metric.protocol: metric for metric in eval_set.main}.values())  # poolings share the features
+    kinds = {"FLOPs": "eval_flops", "images": "eval_images", "seconds": "seconds"}
+    parts: dict[bool, list] = {False: [], True: []}
+    used: list[Scores] = []
+    for group in groups:
+        cells = [Cell(words) for words in cost_of(group)]
+        tuned = ""
+        for metric in metrics:
+            scores = eval_set.scores_of(group, metric)
+            values = [spent_on(scores, key) if scores else None for key in kinds.values()]
+            cells += [Cell("" if value is None else number(value)) for value in values]
+            used += [scores] if scores else []
+            tuned = "fine-tuned: from scratch" if scores and metric.finetunes and group.recipe == "random" else tuned
+        parts[group.control].append((named(group.label, tuned), cells))
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    head = [("pre-training", list(kinds))] + [(metric.evaluator, list(kinds)) for metric in metrics]
+    lacking = any(spent_on(scores, "eval_images") is None for scores in used)
+    caption = (
+        "What one seed costs. Pre-training and evaluation apart: what is trained from scratch costs nothing before "
+        "fine-tuning, and as much as the others in it. FLOPs of an evaluation are those of the features or of the "
+        "training with labels, with the choice of settings where one is made; its images are those shown to the "
+        "backbone. Seconds are of the machine that ran it, and features computed before are not counted again."
+    )
+    caption += " Empty: the rows do not say, or it was not measured." if lacking else ""
+    return Table(head, filled, caption, sources_of(used))
+
+
+def cost_of(group: Group) -> list[str]:
+    """FLOPs, images and seconds of pre-training, the means of the seeds."""
+    if group.foreign:
+        return ["unknown"] * 3
+    seconds = [next((line["seconds"] for line in reversed(run.log) if "seconds" in line), 0) for run in group.runs]
+    means = group.mean("train_flops"), group.mean("images_seen"), float(np.mean(seconds))
+    return [number(means[0]), f"{means[1]:,.0f}", f"{means[2]:,.0f}"]
+
+
+def _series(by_group: dict[Group, Scores], costs: dict[Group, float], metric: Metric) -> list[plots.Series]:
+    """A series for each family of recipes over what they cost, and a level for each that cost nothing."""
+    families: dict[str, list[Group]] = {}
+    for group, cost in costs.items():
+        name = group.family if cost and group.recipe != "random" else group.label_in(metric)
+        families.setdefault(name, []).append(group)
+    series = []
+    for name, members in families.items():
+        members.sort(key=lambda g: costs[g])
+        estimates = [by_group[g].estimate for g in members]
+        x = [costs[g] for g in members if costs[g]]
+        y, bounds = [e.mean for e in estimates], [e.bounds for e in estimates]
+        series.append(plots.Series(name, x, y, bounds, members[0].colour))
+    return series
+
+
+def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
+    """Accuracy against the number of labelled training images, where there are rows with fewer than all."""
+    every = [row for by_group in eval_set.scores.values() for scores in by_group.values() for row in scores.rows]
+    counts = {row["label_fraction"]: row["train_n"] for row in every if "train_n" in row}
+    charts, sources = [], []
+    found = _variants(eval_set, lambda c: c.of_last and c.labels in counts, labels=eval_set.labels)
+    for some in [c for c in found if c in eval_set.primary] or found:
+        metrics = sorted((replace(some, labels=part) for part in counts), key=lambda c: counts[c.labels])
+        if len([c for c in metrics if c in eval_set.scores]) < 2:
+            continue
+        series = []
+        for group in eval_set.groups:
+            points = {counts[c.labels]: scores for c in metrics if (scores := eval_set.scores_of(group, c)) is not None}
+            series += [_line(points, group, some)] if points else []
+            sources += sources_of(points.values())
+        svg = plots.lines(series, some.evaluator, f"{some.features}, %", "labelled training images", log=True)
+        charts.append((file_name(eval_set, "labels", some), svg))
+    if not charts:
+        return []
+    caption = f"{eval_set.floors} Several subsets of labels are averaged within a seed before the interval is taken. "
+    return [Heading(f"With fewer labels{suffix}"), Figure(charts, caption + counted(sources), sources)]
+
+
+def by_block(eval_set: EvalSet, suffix: str) -> list[Block]:
+    """Accuracy of each block's features, where there are such rows; raw pixels are a level."""
+    charts, sources = [], []
+    for some in _variants(eval_set, lambda c: not c.of_last and c.labels == eval_set.labels, layer=-1):
+        blocks = {c.layer: c for c in eval_set.scores if replace(c, layer=-1) == some and not c.of_last}
+        series = []
+        for group in eval_set.groups:
+            points = {
+                n + 1: scores for n, c in sorted(blocks.items()) if (scores := eval_set.scores_of(group, c)) is not None
+            }
+            if points:
+                line = _line(points, group, some)
+                series.append(replace(line, x=[]) if group.pixels else line)  # pixels have no blocks: a level
+            sources += sources_of(points.values())
+        svg = plots.lines(series, some.evaluator, f"{some.features}, %", "block")
+        charts.append((file_name(eval_set, "blocks", some), svg))
+    if not charts:
+        return []
+    caption = f"{eval_set.floors} To pick a block by this chart would be to choose on the test images. "
+    return [Heading(f"Block by block{suffix}"), Figure(charts, caption + counted(sources), sources)]
+
+
+def _variants(eval_set: EvalSet, wanted: Callable[[Metric], bool], **same) -> list[Metric]:
+    """The columns wanted, with some fields made the same: one for each curve chart."""
+    found = dict.fromkeys(replace(metric, **same) for metric in eval_set.metrics(wanted))
+    return sorted(found, key=lambda metric: metric.order)
+
+
+def _line(points: dict[float, Scores], group: Group, metric: Metric) -> plots.Series:
+    estimates = [scores.estimate for scores in points.values()]
+    y, bounds = [e.mean for e in estimates], [e.bounds for e in estimates]
+    return plots.Series(group.label_in(metric), list(points), y, bounds, group.colour)
+
+
+def curves(groups: list[Group]) -> list[Block]:
+    """Loss and online probes over the steps: a small chart for each recipe, a thin line for each seed."""
+    blocks: list[Block] = []
+    for caption, keys in CURVES.items():
+        charts = []
+        for group in sorted(groups, key=lambda g: (g.control, g.label)):
+            charts += [(f"{key}-{slug(group.label)}", svg) for key in keys if (svg := _curve(group, key, keys[key]))]
+        if charts:
+            blocks.append(Figure(charts, f"{caption} From log.jsonl of each run, a line for each seed.", small=True))
+    return [Heading("While training"), *blocks] if blocks else []
+
+
+def _curve(group: Group, key: str, words: str) -> str:
+    """The SVG of what a group's runs logged under this key, or '' if they did not."""
+    series = []
+    for run in group.runs:
+        points = _thinned([(line["step"], line[key]) for line in run.log if key in line])
+        if points:
+            steps, values = zip(*points, strict=True)
+            series.append(plots.Series(f"seed {run.seed}", steps, values, colour=group.colour))
+    if not series:
+        return ""
+    return plots.lines(series, group.label, words, "step", percent="knn" in key, marks=False, width=plots.SMALL)
+
+
+def _thinned(points: list, most: int = 300) -> list:
+    """At most so many of the points, evenly spaced, with the first and the last."""
+    kept = np.unique(np.linspace(0, len(points) - 1, min(most, len(points))).round().astype(int))
+    return [points[i] for i in kept]
+
+
+def sources_of(by_group: Iterable[Scores]) -> list[tuple[str, str]]:
+    """(run, row id) of all rows of these frames."""
+    return [source for scores in by_group for source in scores.sources]
+
+
+def counted(sources: list[tuple[str, str]]) -> str:
+    runs = len({run for run, _ in sources})
+    return f"{len(set(sources))} rows of {runs} runs."
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def file_name(eval_set: EvalSet, what: str, metric: Metric) -> str:
+    """The name of a chart's file."""
+    return f"{eval_set.place}{slug(eval_set.data)}-{what}-{slug(f'{metric.protocol} {metric.pooling} {metric.layer}')}"

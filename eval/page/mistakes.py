@@ -1,0 +1,259 @@
+"""Class by class: what is confused with what, the most confident mistakes, and whether confidence can be believed.
+
+    from eval.page import mistakes
+    mistakes.by_class(test, "")     # blocks of eval.pages, for a Test of eval.scores
+
+Probabilities are those that the evaluator gave to the class it predicted (`p_predicted` of a row's predictions). The
+pictures are loaded as the run's recipe names them, where they are on this machine: nothing is downloaded.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+
+from eval.compare.metrics import Metric
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet, Scores, ranked
+from eval.compare.words import percent
+from eval.measure import features
+from eval.page import plots
+from eval.page.document import Block, Cell, Confusion, Figure, Folded, Heading, Table, Text, Thumbnails
+from ssl_vit import data
+from ssl_vit.errors import UserError
+from ssl_vit.recipe import short
+from ssl_vit.views import Evaluation
+
+MATRIX = 20  # classes up to which the whole matrix is shown
+LISTED = 40  # classes up to which each has a line
+CONFUSED, SHOWN = 10, 6  # pairs of classes, and pictures
+BINS = 15  # of confidence: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 5
+SIZE = 64  # pixels of a picture
+
+CALIBRATION = (
+    "Calibration: of the test images predicted with a confidence of 80 %, 80 % should be right. The expected "
+    "calibration error (ECE) is the mean gap between confidence and accuracy over "
+    f"{BINS} bins of equal width, weighted by their images (Guo et al. 2017, arXiv 1706.04599, section 2)."
+)
+
+
+@dataclass
+class Answers:
+    """What was answered over all seeds of a group, one after another: each (rows · n,). p: None in old files."""
+
+    predicted: np.ndarray
+    true: np.ndarray
+    index: np.ndarray
+    p: np.ndarray | None
+
+    @property
+    def right(self) -> np.ndarray:
+        return self.predicted == self.true
+
+
+def read_answers(files: list[Path]) -> Answers:
+    """Of these files of predictions; with probabilities if all have them."""
+    parts = []
+    for file in files:
+        with np.load(file) as stored:
+            parts.append(dict(stored))
+    join = {key: np.concatenate([part[key] for part in parts]) for key in ("predicted", "true", "index")}
+    known = all("p_predicted" in part for part in parts)
+    p = np.concatenate([part["p_predicted"] for part in parts]).astype(np.float64) if known else None
+    return Answers(join["predicted"], join["true"], join["index"], p)
+
+
+def confusion(answers: Answers, classes: int) -> np.ndarray:
+    """Counts (true, predicted)."""
+    cells = answers.true.astype(np.int64) * classes + answers.predicted
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> tuple[float, list[tuple[float, ...]]]:
+    """(expected calibration error, [(mean confidence, share right, count)] of the bins that are not empty).
+
+    Bin m of M holds the confidences in ((m - 1) / M, m / M]: equations 2, 3 and 5 of Guo et al. 2017.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    found = []
+    for m in np.unique(place):
+        inside = place == m
+        found.append((float(confidence[inside].mean()), float(right[inside].mean()), int(inside.sum())))
+    error = sum(count * abs(mean - share) for mean, share, count in found) / len(confidence)
+    return error, found
+
+
+def by_class(eval_set: EvalSet, suffix: str) -> list[Block]:
+    """A section with a part for each primary column, and in it a folded one for each group, the best first."""
+    blocks: list[Block] = []
+    names, files = _names(eval_set)
+    images = _Images(eval_set)
+    known = False
+    for metric in eval_set.primary:
+        by_group = {g: f for g, f in eval_set.by_group(metric).items() if f.files}
+        groups = ranked(by_group, controls=False) + ranked(by_group, controls=True)
+        parts = [_group(eval_set, metric, group, by_group[group], names, files, images) for group in groups]
+        known = known or any(isinstance(block, Figure) for part in parts for block in part.blocks)
+        blocks += [Heading(metric.name, 3), *parts] if parts else []
+    if not blocks:
+        return []
+    words = [f"Over all seeds of a recipe. {eval_set.floors}"]
+    words += [CALIBRATION if known else _OLD]
+    words += [images.missing] if images.missing else []
+    return [Heading(f"Class by class{suffix}"), *(Text(text) for text in words), *blocks]
+
+
+_OLD = (
+    "Calibration and the most confident mistakes are not shown: these rows were made before evaluators kept the "
+    "probabilities. Evaluate again."
+)
+
+
+def _group(
+    eval_set: EvalSet,
+    metric: Metric,
+    group: Group,
+    scores: Scores,
+    names: list[str],
+    files: list[str] | None,
+    images: "_Images",
+) -> Folded:
+    answers = read_answers(scores.files)
+    counts = confusion(answers, max(len(names), int(max(answers.predicted.max(), answers.true.max())) + 1))
+    blocks: list[Block] = [_classes(counts, names, len(scores.files))]
+    if len(names) > MATRIX:
+        blocks += _pairs(counts, names)
+    summary = f"{group.label_in(metric)}: balanced accuracy {percent(eval_set.balanced(scores))} %"
+    if answers.p is not None:
+        error, bins = calibration(answers.p, answers.right)
+        summary += f", ECE {percent(error)} %"
+        blocks.append(_reliability(group, metric, error, bins))
+        if not group.control:
+            blocks += _mistakes(read_answers(scores.files[:1]), names, files, images)
+    return Folded(summary, blocks)
+
+
+def _classes(counts: np.ndarray, names: list[str], rows: int) -> Block:
+    """The matrix or, of more classes, a line for each, or for the lowest and the highest."""
+    totals, right = counts.sum(1), counts.diagonal()
+    shares = np.divide(right, totals, out=np.full(len(counts), np.nan), where=totals > 0)
+    images = totals // rows
+    if len(names) <= MATRIX:
+        words = "Of the images of each class (row), how many in 100 were said to be of which (column)."
+        return Confusion(names, counts, images.tolist(), words)
+    there = [int(c) for c in np.argsort(shares, kind="stable") if totals[c]]
+    caption = "Of the images of each class, how many in 100 were right, the lowest first."
+    if len(there) > LISTED:
+        half = LISTED // 2
+        caption = f"The {half} classes with the lowest share of right images and the {half} with the highest, of "
+        caption += f"{len(there):,}: how many in 100 of their images."
+        there = there[:half] + there[-half:]
+    lines = [(Cell(names[c]), [Cell(percent(shares[c])), Cell(f"{images[c]:,}")]) for c in there]
+    return Table([("", ["right, %", "images"])], [("", lines)], caption)
+
+
+def _pairs(counts: np.ndarray, names: list[str]) -> list[Block]:
+    """The pairs of classes most often confused."""
+    wrong = counts - np.diag(counts.diagonal())
+    order = [i for i in np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED] if wrong.flat[i]]
+    lines = []
+    for true, predicted in (divmod(int(i), len(counts)) for i in order):
+        share = wrong[true, predicted] / counts[true].sum()
+        cells = [Cell(names[predicted]), Cell(percent(share)), Cell(f"{wrong[true, predicted]:,}")]
+        lines.append((Cell(names[true]), cells))
+    caption = "The pairs confused most often: of the images of the first, how many in 100, and how many over all seeds."
+    return [Table([("", ["taken for", "in 100", "count"])], [("", lines)], caption)] if lines else []
+
+
+def _reliability(group: Group, metric: Metric, error: float, bins: list[tuple[float, ...]]) -> Figure:
+    colour = 0 if group.colour is None else group.colour
+    series = [
+        plots.Series("ideal", [0, 100], [0.0, 1.0]),
+        plots.Series("measured", [100 * b[0] for b in bins], [b[1] for b in bins], colour=colour),
+    ]
+    subtitle = f"ECE {percent(error)} %; right, %"
+    svg = plots.lines(series, group.label_in(metric), subtitle, "confidence, %", width=plots.SMALL)
+    return Figure([("", svg)], "Reliability: the share right of the images in each bin of confidence.", small=True)
+
+
+def _mistakes(answers: Answers, names: list[str], files: list[str] | None, images: "_Images") -> list[Block]:
+    """Of the first seed: the wrong answers with the highest probability."""
+    order = np.argsort(-np.where(answers.right, -1.0, answers.p), kind="stable")
+    worst = [int(i) for i in order[:SHOWN] if not answers.right[i]]
+    pictures = images.show([int(answers.index[i]) for i in worst])
+    told = []
+    for i in worst:
+        file = f" ({files[answers.index[i]]})" if files else f" (image {answers.index[i]})"
+        true, predicted = names[answers.true[i]], names[answers.predicted[i]]
+        told.append(f"{true}, taken for {predicted} at {100 * answers.p[i]:.0f} %{file}")
+    if not worst:
+        return [Text("No mistakes: all test images are right.")]
+    return [Thumbnails(list(zip(pictures, told, strict=True)), "The most confident mistakes of the first seed.")]
+
+
+def _names(eval_set: EvalSet) -> tuple[list[str], list[str] | None]:
+    """(names of the classes, file names of the images by index or None)."""
+    runs = [run for group in eval_set.groups for run in group.runs]
+    for run in runs:
+        for row in run.rows:
+            file = run.folder / row["images"] if "images" in row else None
+            if (row["eval_data"], row["split"]) == (eval_set.data, eval_set.split) and file and file.exists():
+                said = json.loads(file.read_text())
+                return list(map(str, said["classes"])), said["names"]
+    for run in runs:
+        classes = run.settings.get("images", {}).get("classes")
+        if classes and _trained_on(run.settings, eval_set):
+            return list(map(str, classes)), None
+    return [str(c) for c in range(max(eval_set.classes, int(eval_set.truth.max()) + 1))], None
+
+
+def _trained_on(settings: dict, eval_set: EvalSet) -> bool:
+    return bool(settings) and short(settings["data"]["name"]) == short(eval_set.data)
+
+
+class _Images:
+    """The test images as some run's recipe names them, loaded when one is asked for. missing: why there are none."""
+
+    def __init__(self, eval_set: EvalSet):
+        self.eval_set, self.found, self.missing, self.shown = eval_set, None, "", {}
+        self.asked = False
+
+    def show(self, chosen: list[int]) -> list[np.ndarray | None]:
+        """Of each an image uint8 (H, W, 3), or None where they are not there any more."""
+        if not self.asked:
+            self.asked = True
+            self._load()
+        if self.found is None:
+            return [None] * len(chosen)
+        new = [i for i in dict.fromkeys(chosen) if i not in self.shown]
+        if new:
+            size = self.found.size if self.found.size and max(self.found.size) <= SIZE else (SIZE, SIZE)
+            views = data.evaluation_views(self.found, Evaluation(size), torch.device("cpu"), torch.tensor(new))
+            pixels = (torch.cat(list(views)) * 255).round().byte()
+            pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+            self.shown |= {i: view.permute(1, 2, 0).numpy() for i, view in zip(new, pixels, strict=True)}
+        return [self.shown[i] for i in chosen]
+
+    def _load(self) -> None:
+        eval_set = self.eval_set
+        settings = [r.settings for group in eval_set.groups for r in group.runs if _trained_on(r.settings, eval_set)]
+        why = "no run here was trained on these images, so that nothing says where they are"
+        if settings:
+            # a report downloads nothing
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+            config = features.Source("", Path(), settings[0], None, None).data()
+            role = "held out" if eval_set.split.startswith("held out") else "report"
+            config.hold_out = role == "held out"
+            try:
+                found = data.load(config, role, settings[0].get("images", {}).get("classes"))
+                same = found.labels is not None and np.array_equal(found.labels.numpy(), eval_set.truth)
+                self.found = found if same else None
+                why = "the images there now are not those that were evaluated"
+            except UserError as error:
+                why = str(error).rstrip(".")
+        if self.found is None:
+            self.missing = f"The mistakes have no pictures: {why}."

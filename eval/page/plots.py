@@ -1,0 +1,288 @@
+"""Charts as SVG text: lines and points over an axis, and dots with intervals in rows.
+
+    from eval.page.plots import Series, lines
+    mae = Series("mae", x=[1e12, 1e13], y=[0.31, 0.42], bounds=[(0.29, 0.33), (0.41, 0.43)], colour=0)
+    svg = lines([mae], "k-NN", "class token, %", "training FLOPs", log=True)
+
+A chart stands alone, as a file or within a page. It is light or dark as the reader's screen is, fits a phone, and each
+mark tells its figures when pointed at. Values are fractions and are shown in %.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+import numpy as np
+from scipy import optimize
+
+from eval.compare.words import between, number
+
+WIDTH = 400  # units; type is then not under 11 px on a phone of 360
+SMALL = 300  # the width of a chart that is one of many
+TEXT, MINOR = 14, 13  # sizes of type
+LETTER = 0.53  # mean width of a letter, in units of the size of its type
+LIGHT = ("#0b6fb3", "#cf4f05", "#008060", "#b0508c", "#5a4fc0", "#9a6b00", "#2b8fa8", "#a33b3b")
+DARK = ("#5cb3f0", "#ff8f52", "#35c79e", "#ec9dc9", "#a9a0ff", "#e8b53c", "#66cde3", "#ff8a8a")
+
+
+def _theme(colours: Sequence[str], ink: str, soft: str, control: str, rule: str, ground: str) -> str:
+    named = dict(ink=ink, soft=soft, control=control, rule=rule, ground=ground)
+    named |= {f"c{i}": colour for i, colour in enumerate(colours)}
+    return ".chart{" + "".join(f"--{name}:{colour};" for name, colour in named.items()) + "}"
+
+
+STYLE = (
+    _theme(LIGHT, "#1d1f23", "#62666d", "#7b7f86", "#e3e3e0", "#ffffff")
+    + "@media (prefers-color-scheme:dark){"
+    + _theme(DARK, "#ecebe8", "#a2a6ad", "#9a9ea6", "#33373d", "#16181c")
+    + "}"
+    + ".chart text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-variant-numeric:tabular-nums}"
+)
+
+
+@dataclass
+class Series:
+    """Points (x, y) with the bounds (low, high) of each y, if there are any; or with no x a level: a dashed line over
+    the whole axis, for a control.
+
+    colour: the number of a colour, or None for a control. Hover texts name the series by `name`.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    bounds: Sequence[tuple[float, float]] = field(default_factory=list)
+    colour: int | None = None
+
+
+@dataclass
+class Dot:
+    """A row of a dot chart: a value with its bounds (low, high). A row with no value is a heading."""
+
+    name: str
+    value: float | None = None
+    bounds: tuple[float, float] = (0.0, 0.0)
+    colour: int | None = None
+
+
+def lines(
+    series: list[Series],
+    title: str,
+    subtitle: str,
+    x_label: str,
+    *,
+    log: bool = False,
+    percent: bool = True,
+    marks: bool = True,
+    width: int = WIDTH,
+) -> str:
+    """A chart of series over one axis. marks: points, with a name at each end; without, bare thin curves."""
+    ends = [_split(s.name) for s in series] if marks else []
+    right = 22 + max((_length(end) for end in ends), default=-12)
+    left, top, height = 46, 62, 300 if width == WIDTH else 230
+    bottom = height - 46
+    scale_x, x_ticks = _axis([x for s in series for x in s.x], left + 8, width - right, log)
+    heights = [height for s in series for height in (*s.y, *(end for ends in s.bounds for end in ends))]
+    scale_y, y_ticks = _axis(
+        heights, bottom, top + 8, False, 0.0 if min(heights) >= 0 else None, 1.0 if percent else math.inf
+    )
+
+    parts = []
+    for tick in y_ticks:
+        y = scale_y(tick)
+        parts.append(_line(left, y, width - right + 8, y, "rule"))
+        parts.append(_text(left - 8, y + 4.5, f"{100 * tick:g}" if percent else f"{tick:g}", "soft", MINOR, "end"))
+    for tick, label in _apart([(scale_x(t), _figure(t, log, max(x_ticks))) for t in x_ticks]):
+        parts.append(_line(tick, bottom, tick, bottom + 4, "soft"))
+        parts.append(_text(tick, bottom + 18, label, "soft", MINOR, "middle"))
+    parts.append(_line(left, bottom, width - right + 8, bottom, "soft"))
+    parts.append(_text(width - right + 8, height - 6, x_label, "soft", MINOR, "end"))
+
+    order = sorted(range(len(series)), key=lambda i: series[i].colour is not None)  # controls below the others
+    for i in order:
+        parts.append(_series(series[i], scale_x, scale_y, left, width - right + 8, log, percent, marks))
+    if marks:
+        targets = [scale_y(s.y[-1]) for s in series]
+        places = _spread(targets, [16.0 * len(end) for end in ends], top, bottom + 12)
+        for s, end, target, place in zip(series, ends, targets, places, strict=True):
+            start = scale_x(s.x[-1]) + 6 if s.x else width - right + 8
+            parts.append(_line(start, target, width - right + 13, place, _colour(s), 0.8, "1 2"))
+            for row, words in enumerate(end):
+                y = place + 4.5 + 16 * (row - (len(end) - 1) / 2)
+                parts.append(_text(width - right + 16, y, words, _colour(s), TEXT if row == 0 else MINOR, weight=600))
+    return _svg(width, height, title, subtitle, parts)
+
+
+def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
+    """A chart with a row for each value and its interval. zero: of differences; hollow where they may be none."""
+    names = [_split(row.name) for row in rows]
+    measured = [row for row in rows if row.value is not None]
+    figures = [between(row.value, *row.bounds, "+" if zero else "") for row in measured]
+    left = 14 + max(_length(name) for name, row in zip(names, rows, strict=True) if row.value is not None)
+    right = 14 + max(len(f) for f in figures) * MINOR * 0.56
+    ends = [end for row in measured for end in row.bounds] + ([0.0] if zero else [])
+    top, height = 56, 56 + sum(12 + 16 * len(name) for name in names) + 30
+    scale, ticks = _axis(ends, left + 8, WIDTH - right - 8, False, *((None,) if zero else (0.0, 1.0)))
+    places = _apart([(scale(t), f"{100 * t:g}".replace("-", "−")) for t in ticks])
+    parts = [_line(x, top, x, height - 26, "rule") for x, _ in places]
+    parts += [_text(x, height - 8, label, "soft", MINOR, "middle") for x, label in places]
+    if zero:
+        parts.append(_line(scale(0), top, scale(0), height - 26, "ink", 1.2))
+    y, figure = top + 0.0, iter(figures)
+    for row, name in zip(rows, names, strict=True):
+        tall = 12 + 16 * len(name)
+        middle = y + tall / 2
+        colour = _colour(row)
+        for i, words in enumerate(name):
+            kind = ("soft", MINOR, 600) if row.value is None else ("ink", TEXT if i == 0 else MINOR, 400)
+            parts.append(_text(0, middle + 4.5 + 16 * (i - (len(name) - 1) / 2), words, *kind[:2], weight=kind[2]))
+        if row.value is not None:
+            words = next(figure)
+            low, high = map(scale, row.bounds)
+            fill = "ground" if zero and row.bounds[0] <= 0 <= row.bounds[1] else colour
+            parts.append(
+                f"<g><title>{escape(row.name)}: {words}</title>"
+                + _line(low, middle, high, middle, colour, 3, round=True)
+                + f'<circle cx="{scale(row.value):.1f}" cy="{middle:.1f}" r="5.5" style="fill:var(--{fill});'
+                + f'stroke:var(--{colour});stroke-width:2"/></g>'
+            )
+            parts.append(_text(WIDTH, middle + 4.5, words, "ink", MINOR, "end"))
+        y += tall
+    return _svg(WIDTH, height, title, subtitle, parts)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that span low to high."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from low to high; also twice and five times them where few decades are spanned."""
+    factors = (1,) if high / low > 300 else (1, 2, 5)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
+
+
+def _axis(
+    values: list[float], start: float, end: float, log: bool, floor: float | None = None, ceiling: float = math.inf
+) -> tuple[Callable[[float], float], list[float]]:
+    """The map of values to places from start to end, and its ticks. The axis goes no lower and no higher than asked."""
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    if log:
+        margin = max((high / low) ** 0.06, 1.3, (10 * low / high) ** 0.5)  # so that it spans a power of ten at least
+        low, high = low / margin, high * margin
+        marks = log_ticks(low, high)
+        return lambda v: start + (end - start) * math.log(v / low) / math.log(high / low), marks
+    if high == low:
+        low, high = low - 0.05, high + 0.05
+    high = min(high, ceiling)
+    if floor is not None:
+        low = max(low, floor)
+        low = floor if low - floor < 0.2 * (high - floor) else low  # near zero, show zero
+    marks = ticks(low, high)
+    low, high = marks[0], min(marks[-1], ceiling)
+    marks = [mark for mark in marks if mark <= high]
+    return lambda v: start + (end - start) * (v - low) / (high - low), marks
+
+
+def _apart(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Those of the labels (place of the middle, text) that do not run into the one before."""
+    kept: list[tuple[float, str]] = []
+    for place, text in sorted(labels):
+        if not kept or place - kept[-1][0] > (len(text) + len(kept[-1][1])) / 2 * MINOR * 0.56 + 10:
+            kept.append((place, text))
+    return kept
+
+
+def _spread(targets: list[float], heights: list[float], low: float, high: float) -> list[float]:
+    """The places nearest to the targets at which labels of these heights do not overlap, within low to high."""
+    order = np.argsort(targets, kind="stable")
+    tall = np.array(heights)[order]
+    middles = np.cumsum(tall) - tall / 2  # where they would stand if stacked from 0
+    shifts = optimize.isotonic_regression(np.array(targets)[order] - middles).x  # least squares, and none overlaps
+    places = np.empty(len(targets))
+    places[order] = middles + shifts.clip(low, max(low, high - tall.sum()))
+    return places.tolist()
+
+
+def _series(
+    s: Series, scale_x: Callable, scale_y: Callable, left: float, right: float, log: bool, percent: bool, marks: bool
+) -> str:
+    colour = _colour(s)
+    bounds = s.bounds or [None] * len(s.y)
+
+    def told(y: float, ends: tuple[float, float] | None, x: float | None = None) -> str:
+        value = f"{between(y, *ends)} %" if percent and ends else f"{100 * y:.1f} %" if percent else f"{y:.4g}"
+        at = "" if x is None else f" at {number(x)}"
+        return f"<title>{escape(s.name)}: {value}{at}</title>"
+
+    if not s.x:
+        y = scale_y(s.y[0])
+        return f"<g>{told(s.y[0], bounds[0])}{_line(left, y, right, y, colour, 1.6, '5 4')}</g>"
+    places = [(scale_x(x), scale_y(y)) for x, y in zip(s.x, s.y, strict=True)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dash = "stroke-dasharray:5 4;" if s.colour is None else ""
+    style = f"fill:none;stroke:var(--{colour});stroke-width:{2.2 if marks else 1.4};stroke-linejoin:round;{dash}"
+    line = f'<polyline points="{path}" style="{style}"/>' if len(places) > 1 else ""
+    if not marks:
+        return f"<g><title>{escape(s.name)}: {number(s.y[-1])} at the end</title>{line}</g>"
+    points = []
+    for x, y, ends, (px, py) in zip(s.x, s.y, bounds, places, strict=True):
+        bar = _line(px, scale_y(ends[0]), px, scale_y(ends[1]), colour, 1.6) if ends else ""
+        circle = f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" style="fill:var(--{colour});stroke:var(--ground)"/>'
+        points.append(f"<g>{told(y, ends, x)}{bar}{circle}</g>")
+    return line + "".join(points)
+
+
+def _svg(width: int, height: float, title: str, subtitle: str, parts: list[str]) -> str:
+    head = _text(0, 16, title, "ink", 16, weight=700) + _text(0, 36, subtitle, "soft", MINOR)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="-8 -8 {width + 16} {height + 16:g}" '
+        f'role="img" aria-label="{escape(f"{title}: {subtitle}")}"><style>{STYLE}</style>'
+        f'<rect x="-8" y="-8" width="{width + 16}" height="{height + 16:g}" style="fill:var(--ground)"/>'
+        + head
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _text(
+    x: float, y: float, text: str, colour: str, size: float = TEXT, anchor: str = "start", weight: int = 400
+) -> str:
+    style = f"fill:var(--{colour});font-size:{size}px;font-weight:{weight}"
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{escape(text)}</text>'
+
+
+def _line(
+    x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1, dash: str = "", round: bool = False
+) -> str:
+    style = f"stroke:var(--{colour});stroke-width:{width}" + (f";stroke-dasharray:{dash}" if dash else "")
+    style += ";stroke-linecap:round" if round else ""
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" style="{style}"/>'
+
+
+def _colour(mark: Series | Dot) -> str:
+    return "control" if mark.colour is None else f"c{mark.colour % len(LIGHT)}"
+
+
+def _split(name: str) -> list[str]:
+    """A name in one line or, with something in brackets, two, each of at most 22 letters."""
+    head, bracket, rest = name.partition(" (")
+    return [part if len(part) <= 22 else part[:21] + "…" for part in ([head, f"({rest}"] if bracket else [head])]
+
+
+def _length(words: list[str]) -> float:
+    """The width of the lines of a name, in units."""
+    return max(len(line) * (TEXT if i == 0 else MINOR) * LETTER for i, line in enumerate(words)) + 4
+
+
+def _figure(value: float, log: bool, largest: float) -> str:
+    """A number on an axis that goes up to the largest."""
+    if log:
+        return number(value, power=largest >= 1e6)
+    return number(value) if largest < 10_000 else f"{value / 1000:,g}k"

@@ -1,0 +1,103 @@
+"""Sections of a report that only some runs have: robustness, difficulty of the task, learning rates of fine-tuning."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from eval.compare.metrics import Metric, most
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet, Scores, pool_seeds
+from eval.compare.words import borrowed, labels_in_words, percent, with_interval
+from eval.page import charts
+from eval.page.document import Block, Cell, Folded, Heading, Table, named
+
+FAMILIES = dict(noise="noise", blur="blur", other="others")
+
+
+def robustness(eval_set: EvalSet, suffix: str) -> list[Block]:
+    """The linear probe on corrupted test images: noise and blur apart, as some arms are trained on them."""
+    every = [c for c in eval_set.scores if c.corrupted]
+    if not every:
+        return []
+    metrics = [c for c in every if c.labels == most({c.labels for c in every})]
+    kinds: dict[str, dict[str, list[Metric]]] = {family: {} for family in FAMILIES}
+    for metric in metrics:
+        said = next(iter(eval_set.scores[metric].values())).rows[0]["settings"]
+        kinds[said["family"]].setdefault(said["kind"], []).append(metric)
+    clean = replace(metrics[0], protocol="linear-sweep")
+    wanted = {"clean": [clean]} | {FAMILIES[f]: sum(of_kind.values(), []) for f, of_kind in kinds.items() if of_kind}
+    single = {kind: found for of_kind in kinds.values() for kind, found in of_kind.items()}
+    caption = (
+        f"Accuracy in % ± half-width of the 95 % interval of the linear probe ({labels_in_words(clean.labels)}) "
+        "on corrupted test images: the mean over kinds and severities 1, 3 and 5 of Hendrycks and Dietterich "
+        "(arXiv 1903.12261). An arm that was trained on noise or blur is no surprise where it is robust to that. "
+        f"{eval_set.floors}"
+    )
+    return [
+        Heading(f"On corrupted images{suffix}"),
+        _averages(eval_set, wanted, caption),
+        Folded("Each kind of corruption", [_averages(eval_set, single, "The mean over the severities.")]),
+    ]
+
+
+def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) -> Table:
+    means: list[dict[Group, Scores]] = [{} for _ in wanted]
+    for metrics, of in zip(wanted.values(), means, strict=True):
+        for group in eval_set.groups:
+            by_group = [eval_set.scores_of(group, c) for c in metrics]
+            if None not in by_group and all(f.seeds == by_group[0].seeds for f in by_group):
+                rows = [row for scores in by_group for row in scores.rows]
+                of[group] = Scores(by_group[0].seeds, np.mean([f.correct for f in by_group], 0), rows)
+        pool_seeds(of)
+    parts: dict[bool, list] = {False: [], True: []}
+    for group in eval_set.groups:
+        cells = [Cell(with_interval(of[group].estimate)) if group in of else Cell() for of in means]
+        if any(cell.text for cell in cells):
+            parts[group.control].append((named(group.label), cells))
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    used = [scores for of in means for scores in of.values()]
+    words = f"{caption} {borrowed(scores.estimate for scores in used)}".strip()
+    return Table([("", list(wanted))], filled, words, charts.sources_of(used))
+
+
+def difficulty(groups: list[Group]) -> list[Block]:
+    """How hard the tasks are, where eval/difficulty.py has measured it."""
+    rows = []
+    for group in sorted(
+        (g for g in groups if not g.superseded), key=lambda g: g.label
+    ):  # every budget has the same task
+        files = [file for run in group.runs if (file := run.folder / "difficulty.json").exists()]
+        if files:
+            said = json.loads(files[0].read_text())
+            figures = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
+            rows.append((named(group.label), [Cell(text) for text in figures]))
+    if not rows:
+        return []
+    caption = (
+        "Mean squared error over the patches that the loss counts, against the clean pixels whatever the run's target, "
+        "as a share of the pixels' variance: of what the encoder is given (hidden patches as the mean patch), of the "
+        "mean patch everywhere, and of a linear (ridge) denoiser that sees 3×3 patches. On training images. What is "
+        "left below the last column is what a network can learn and a linear filter cannot."
+    )
+    return [
+        Heading("How hard each corruption is"),
+        Table([("", ["given", "mean patch", "linear"])], [("", rows)], caption),
+    ]
+
+
+def rates(eval_set: EvalSet) -> list[Block]:
+    """What each learning rate of fine-tuning reached on held-out training images, where one was chosen."""
+    lines = []
+    for metric in eval_set.metrics(lambda c: c.finetunes):
+        for group, scores in eval_set.scores[metric].items():
+            for row in scores.rows:
+                tried = row.get("settings", {}).get("tried", {})
+                if tried:
+                    words = ", ".join(f"{rate}: {percent(accuracy)}" for rate, accuracy in tried.items())
+                    about = f"{group.label_in(metric)} ({metric.evaluator}, {labels_in_words(metric.labels)})"
+                    lines.append((named(about, f"seed {row['seed']}"), [Cell(words)]))
+    if not lines:
+        return []
+    caption = "Accuracy in % on a tenth of the labelled training images, by learning rate; the best was taken."
+    return [Folded("Fine-tuning's learning rates", [Table([("", ["on held-out images"])], [("", lines)], caption)])]

@@ -1,0 +1,155 @@
+"""Sections of a study's report: its arms, its budgets, and how the arms were tuned."""
+
+from eval.compare import intervals
+from eval.compare.metrics import PRIMARY, Metric
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet, Scores, contrast
+from eval.compare.studies import StudyResults, at_the_edge
+from eval.compare.words import borrowed, labels_in_words, number, percent, with_interval
+from eval.page import charts
+from eval.page.document import Block, Cell, Folded, Heading, Table, Text, named
+
+CHANGES = {  # what a plan's fine-tunings of one arm differ in
+    "optim.layer_decay": "layer decay",
+    "backbone.drop_path_rate": "drop path",
+    "objective.noise_sigma": "noise as augmentation",
+    "objective.patch_drop_rate": "dropped patches as augmentation",
+}
+
+
+def deciding_metrics(study: StudyResults) -> list[Metric]:
+    """The primary columns that a study's arms are compared by with their controls, one by one.
+
+    Not fine-tuning where there are several from scratch: the best of those is the opponent, which the verdict finds.
+    """
+    arms = study.manifest["arms"].values()
+    if study.eval_set is None or not any(arm["role"] for arm in arms):
+        return []
+    several = any(len(arm["finetuned"]) > 1 for arm in arms if arm["role"] == "scratch")
+    return [c for c in study.eval_set.primary if c.protocol != PRIMARY and not (c.finetunes and several)]
+
+
+def primary(study: StudyResults) -> list[Block]:
+    """The metrics that a study decides by, for each arm, with what is trained from scratch for as long beside it."""
+    eval_set = study.eval_set
+    if eval_set is None:
+        return []
+    budget = study.budgets[-1] if study.budgets else None
+    parts: dict[bool, list] = {False: [], True: []}
+    used: list[Scores] = []
+    for arm, said in study.manifest["arms"].items():
+        group = study.group(arm, budget)
+        lines = _lines(eval_set, group, said["finetuned"]) if group else {}
+        for name, by_group in sorted(lines.items(), key=lambda line: line[1][2] is None):
+            label = f"{group.family} ({name})" if name and group.recipe != "random" else name or group.family
+            cells = [Cell(with_interval(f.estimate)) if f else Cell() for f in by_group]
+            count = len(group.runs)
+            parts[group.control].append((named(label, f"{count} seed{'s' * (count > 1)}"), cells))
+            used += filter(None, by_group)
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    names = ["fine-tuned, 10 % of the labels", "fine-tuned, all", f"linear, {labels_in_words(eval_set.labels)}"]
+    there = [i for i in range(3) if any(cells[i].text for _, rows in filled for _, cells in rows)]
+    if not there:
+        return []
+    filled = [(title, [(name, [cells[i] for i in there]) for name, cells in rows]) for title, rows in filled]
+    head = [("", [names[i] for i in there])]
+    at = f" after {number(budget)} FLOPs of pre-training" if budget else ""
+    caption = f"Accuracy in % ± half-width of the 95 % interval{at}. {eval_set.floors} "
+    caption = (caption + borrowed(f.estimate for f in used)).strip()
+    if there != [2]:
+        caption += (
+            " From scratch is the random initialisation, fine-tuned alike; with the compute of pre-training on top it "
+            "is trained for so many FLOPs more."
+        )
+    return [Heading("The arms"), Table(head, filled, caption, charts.sources_of(used))]
+
+
+def _lines(eval_set: EvalSet, group: Group, finetuned: list[dict]) -> dict[str, list[Scores | None]]:
+    """What an arm reached: [fine-tuned with 10 %, with all, linear], by what sets its way of fine-tuning apart."""
+    lines: dict[str, list[Scores | None]] = {}
+    for place, part in enumerate((0.1, 1.0)):
+        for what in finetuned:
+            scores = eval_set.reached(group, what["protocol"], part)
+            if scores:
+                lines.setdefault(_schedule(what["changed"], group.recipe == "random"), [None] * 3)[place] = scores
+    linear = eval_set.scores.get(Metric("linear-sweep", "chosen", -1, eval_set.labels), {}).get(group)
+    if linear:
+        first = group.label if group.recipe == "random" else next(iter(lines), "")
+        lines.setdefault(first, [None] * 3)[2] = linear
+    return lines
+
+
+def _schedule(changed: dict, scratch: bool) -> str:
+    """What sets a fine-tuning apart from others of its arm, in words."""
+    words = ["from scratch"] if scratch else []
+    words += ["with the compute of pre-training on top"] if "extra_flops" in changed else []
+    words += [f"{name} {changed[key]}" for key, name in CHANGES.items() if key in changed]
+    rate = changed.get("optim.lr")
+    return ", ".join(words + ([f"rate {rate:g}"] if isinstance(rate, float) else []))
+
+
+def budgets(study: StudyResults) -> list[Block]:
+    """What each arm gains over its controls at each budget, where there are several."""
+    eval_set, spent, arms = study.eval_set, study.budgets, study.manifest["arms"]
+    if eval_set is None or len(spent) < 2:
+        return []
+    controls = [arm for arm in arms if arms[arm]["role"] in ("scratch", "autoencoder")]
+    blocks: list[Block] = []
+    for metric in [c for c in eval_set.primary if not c.finetunes or c in deciding_metrics(study)]:
+        by_group, head, used = eval_set.by_group(metric), [], []
+        found: list[intervals.Estimate] = []
+        rows: dict[str, list[Cell]] = {arm: [] for arm in arms if arms[arm]["role"] != "scratch"}
+        for control in controls:
+            beside = [study.group(control, budget) for budget in spent]
+            if not any(other in by_group for other in beside):
+                continue
+            name = next(other for other in beside if other in by_group)
+            head.append((f"against {name.label_in(metric) if name.recipe == 'random' else control}", spent))
+            for arm, cells in rows.items():
+                for budget, other in zip(spent, beside, strict=True):
+                    group, difference = study.group(arm, budget), None
+                    if group in by_group and other in by_group and arm != control:
+                        difference = contrast(by_group, group, other)
+                        used += [by_group[group], by_group[other]]
+                        found += [difference] if difference else []
+                    cells.append(Cell() if difference is None else _gain(difference))
+        filled = [(Cell(arm), cells) for arm, cells in rows.items() if any(cell.text for cell in cells)]
+        if filled:
+            head = [(name, [number(budget) for budget in at]) for name, at in head]
+            caption = "Difference in points ± half-width of the 95 % interval, by FLOPs of pre-training. "
+            caption += borrowed(found)
+            blocks.append(Heading(metric.name, 3))
+            blocks.append(Table(head, [("", filled)], caption, list(dict.fromkeys(charts.sources_of(used)))))
+    words = (
+        "Each budget is a full schedule of its own. Differences are paired by test image and seed, at equal budgets."
+    )
+    return [Heading("At each budget"), Text(words), *blocks] if blocks else []
+
+
+def _gain(estimate: intervals.Estimate) -> Cell:
+    return Cell(with_interval(estimate, "+"), "one seed: images only" if estimate.images_only else "")
+
+
+def trials(study: StudyResults) -> list[Block]:
+    """Every trial of the arms' tuning, with what it reached on held-out training images."""
+    parts = []
+    for arm, tried in study.manifest["trials"].items():
+        common = set.intersection(*(set(trial["settings"]) for trial in tried))
+        rows = []
+        for trial in sorted(tried, key=lambda t: -(t["accuracy"] or 0.0)):
+            own = " ".join(text for text in trial["settings"] if text not in common)
+            rows.append((Cell(own), [Cell("failed" if trial["accuracy"] is None else percent(trial["accuracy"]))]))
+        parts.append((arm, rows))
+    if not parts:
+        return []
+    tuning = study.manifest["tuning"]
+    words = (
+        f"Each arm had as many trials, at {tuning['flops']:.3g} FLOPs and seed 0, on nine tenths of the training "
+        f"images; {' '.join(tuning['judge'])} judged them on the last tenth. The arm is trained with the best."
+    )
+    tried = {arm: [(t["settings"], t["accuracy"]) for t in of] for arm, of in study.manifest["trials"].items()}
+    edge = [arm for arm, of in tried.items() if at_the_edge(of)]
+    if edge:
+        words += f" At the edge of the learning rates tried, so that a better one may lie beyond: {', '.join(edge)}."
+    table = Table([("", ["accuracy, %"])], parts, "On held-out training images.")
+    return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]

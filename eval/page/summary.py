@@ -1,0 +1,129 @@
+"""The opening paragraphs of a report: what each evaluator says, and whether the evaluators agree.
+
+from eval.page.summary import summary
+summary(test)     # blocks of eval.pages, for a Test of eval.scores
+"""
+
+import itertools
+from collections.abc import Sequence
+
+from eval.compare import intervals
+from eval.compare.metrics import Metric, most
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet, Scores, contrast, ranked
+from eval.compare.words import labels_in_words, percent, with_interval
+from eval.page.document import Block, Items, Text
+from ssl_vit.errors import listed
+
+PAIRS = 3  # contradictions between evaluators that are named
+
+
+def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
+    """Which recipe is the highest by each evaluator, where they disagree, and what it is above.
+
+    metrics: those that a study decides by, which come first; how it is fine-tuned from scratch for comparison is then
+    of the arms' table, not of one column.
+    """
+    blocks: list[Block] = []
+    if eval_set.data == "digits":
+        blocks.append(
+            Text("This is a smoke test: 8×8 digits show that a recipe learns, not which one is best.", "warning")
+        )
+    others = [c for c in eval_set.primary or eval_set.main[:1] if c not in metrics and not (metrics and c.finetunes)]
+    by = {metric: eval_set.by_group(metric) for metric in [*metrics, *others]}
+    by = {metric: by_group for metric, by_group in by.items() if ranked(by_group, controls=False)}
+    if by:
+        counts = sorted({len(g.runs) for g in eval_set.groups if not g.control})
+        seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+        seeds += " per arm" if metrics else " per recipe"
+        where = f"On {eval_set.data} ({eval_set.split}, {len(eval_set.truth):,} images; {seeds}), "
+        blocks.append(Text(f"{where}{_highest(by)}. {_agreement(by)}{eval_set.floors}", "lead"))
+        beside = [(f"By {means(metric)}", _beside(eval_set, by_group, metric)) for metric, by_group in by.items()]
+        blocks += [Items(said)] if (said := [(term, words) for term, words in beside if words]) else []
+    more = [g.label for g in eval_set.groups if not g.control and most(eval_set.parts(g)) != eval_set.labels]
+    if more:
+        words = f"The tables show {labels_in_words(eval_set.labels)}, which all have; there are figures with more of"
+        blocks.append(Text(f"{words} {listed(more)}."))
+    single = [g.label for g in eval_set.groups if not g.control and len(g.runs) == 1]
+    if single:
+        words = f"One seed only: {listed(single)}. The interval then is of these test images, not of another training."
+        blocks.append(Text(words))
+    return blocks
+
+
+def means(metric: Metric) -> str:
+    """An evaluator as a sentence has it after "by"."""
+    return metric.name.replace("fine-tuned", "fine-tuning", 1).replace("linear,", "linear probe,", 1)
+
+
+def _highest(by: dict[Metric, dict[Group, Scores]]) -> str:
+    """ "mae is the highest by k-NN, at 57.2 ± 3.1 %, and by fine-tuning, at …; dino is the highest by …"."""
+    reached: dict[Group, list[str]] = {}
+    several = False
+    for metric, by_group in by.items():
+        recipes = ranked(by_group, controls=False)
+        several |= len(recipes) > 1
+        words = f"by {means(metric)}, at {with_interval(by_group[recipes[0]].estimate)} %"
+        reached.setdefault(recipes[0], []).append(words)
+    parts = [f"{group.label} is {'the highest ' if several else ''}{listed(words)}" for group, words in reached.items()]
+    return "; ".join(parts)
+
+
+def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
+    """Whether the evaluators rank the recipes alike; pairs that two of them rank against each other distinguishably."""
+    first = ranked(next(iter(by.values())), controls=False)
+    common = [group for group in first if all(group in by_group for by_group in by.values())]
+    if len(by) < 2 or len(common) < 2:
+        return ""
+    orders = {metric: [g for g in ranked(by_group, controls=False) if g in common] for metric, by_group in by.items()}
+    if len({tuple(map(id, order)) for order in orders.values()}) == 1:
+        return "The evaluators rank the recipes alike. "
+    if len({id(order[0]) for order in orders.values()}) > 1:
+        words = "The evaluators disagree about which recipe is the highest"
+    else:
+        words = "The evaluators agree on the highest recipe, and disagree about the order of the others"
+    against = []
+    for one, other in itertools.combinations(common, 2):
+        above: dict[bool, Metric] = {}
+        for metric, by_group in by.items():
+            difference = contrast(by_group, one, other)
+            if difference is not None and difference.excludes_zero:
+                above.setdefault(difference.mean > 0, metric)
+        if len(above) == 2:
+            against.append(
+                f"{one.label} is above {other.label} by {means(above[True])}, and below it by {means(above[False])}"
+            )
+    if not against:
+        return f"{words}; no two recipes are distinguishable in opposite order by two of them. "
+    more = f"; and {len(against) - PAIRS} more pairs" if len(against) > PAIRS else ""
+    return f"{words}: {'; '.join(against[:PAIRS])}{more}. "
+
+
+def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) -> str:
+    """The best recipe beside the second, the controls and the most frequent class; what is not distinct apart."""
+    recipes = ranked(by_group, controls=False)
+    best, clear, unclear = recipes[0], [], []
+    for other in recipes[1:2] + ranked(by_group, controls=True):
+        label = other.label_in(metric).replace("from scratch", "training from scratch")
+        name = f"{label} at {percent(by_group[other].estimate.mean)} %"
+        estimate = contrast(by_group, best, other)
+        if estimate is None:
+            continue  # no seed in common
+        if estimate.excludes_zero:
+            above = f"{'above' if estimate.mean > 0 else 'below'} {name}"
+            if estimate.bounds == (estimate.mean - estimate.half_width, estimate.mean + estimate.half_width):
+                clear.append(f"{percent(abs(estimate.mean))} ± {percent(estimate.half_width)} points {above}")
+            else:
+                clear.append(f"{above} (difference {with_interval(estimate, '+')} points)")
+        else:
+            unclear.append(f"{name} (difference {with_interval(estimate, '+')} points)")
+    said = [f"is {listed(clear)}"] if clear else []
+    said += [f"is not distinguishable from {listed(unclear)}"] if unclear else []
+    majority = intervals.paired(by_group[best].correct, eval_set.majority.correct, by_group[best].pool)
+    if majority.mean <= majority.half_width:
+        is_below = majority.mean < -majority.half_width
+        naming = f"always naming the most frequent class ({percent(eval_set.majority.estimate.mean)} %)"
+        said.append(f"is {'below' if is_below else 'not distinguishable from'} {naming}")
+    if eval_set.unbalanced:
+        said.append(f"has a balanced accuracy of {percent(eval_set.balanced(by_group[best]))} %")
+    return f"{best.label} {'; it '.join(said)}." if said else ""

@@ -1,0 +1,143 @@
+"""The tables of a report: accuracies with intervals, and each recipe against each control."""
+
+import numpy as np
+
+from eval.compare import intervals
+from eval.compare.metrics import Metric
+from eval.compare.runs import Group
+from eval.compare.scores import EvalSet, Scores, contrast, ranked
+from eval.compare.words import borrowed, labels_in_words, percent, with_interval
+from eval.page import charts
+from eval.page.document import (
+    Block,
+    Cell,
+    Figure,
+    Folded,
+    Heading,
+    Table,
+    Text,
+    named,
+)
+
+COMPARED = (
+    "Differences on the same test images, paired by seed. “Detectable” is the smallest true difference that such a "
+    "comparison finds in 80 of 100 cases; what is smaller may exist unseen. “Seeds for 1 point”: how many would find a "
+    "difference of one point; “images” means that no number would, as the test images are too few. Each interval is of "
+    "one comparison: of twenty true zeros about one is excluded by chance."
+)
+ONE_SEED = "one seed: images only"
+
+
+def best_of(by_group: dict[Group, Scores]) -> set[Group]:
+    """The best recipe beside the controls, and all that are not distinguishable from it; none if there is only one."""
+    recipes = ranked(by_group, controls=False)
+    if len(recipes) < 2:
+        return set()
+    differences = {g: contrast(by_group, recipes[0], g) for g in recipes[1:]}
+    apart = {g for g, difference in differences.items() if difference is not None and difference.excludes_zero}
+    return set(recipes) - apart
+
+
+def table_rows(eval_set: EvalSet, metrics: list[Metric]) -> list[tuple[str, Group, list[Scores | None]]]:
+    """(label, group, frames) of each row; the random initialisation has one more row, as what starts from scratch."""
+    lines = []
+    for group in eval_set.groups:
+        by_label: dict[str, list[Scores | None]] = {}
+        for number, metric in enumerate(metrics):
+            by_group = by_label.setdefault(group.label_in(metric), [None] * len(metrics))
+            by_group[number] = eval_set.scores_of(group, metric)
+        lines += [(label, group, by_group) for label, by_group in by_label.items() if any(by_group)]
+    return lines
+
+
+def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[str, list[str]] | None = None) -> Table:
+    """Recipes × columns, controls under the others."""
+    best = [best_of(eval_set.by_group(metric)) for metric in metrics]
+    parts: dict[bool, list] = {False: [], True: []}
+    used: list[Scores] = []
+    for label, group, by_group in table_rows(eval_set, metrics):
+        count = len(group.runs)
+        note = ONE_SEED if count == 1 else f"{count} seeds"
+        cells = []
+        for scores, marked in zip(by_group, best, strict=True):
+            fewer = scores is not None and len(scores.seeds) < count
+            few = (ONE_SEED if len(scores.seeds) == 1 else f"{len(scores.seeds)} seeds") if fewer else ""
+            cells.append(Cell() if scores is None else Cell(with_interval(scores.estimate), few, group in marked))
+        used += filter(None, by_group)
+        cells += [Cell(words) for words in charts.cost_of(group)] if extra else []
+        parts[group.control].append((named(label, "no seed" if group.runs[0].seed is None else note), cells))
+    head: list[tuple[str, list[str]]] = []
+    for metric in metrics:
+        if not head or head[-1][0] != metric.evaluator:
+            head.append((metric.evaluator, []))
+        head[-1][1].append(metric.features)
+    majority = [Cell(percent(eval_set.majority.estimate.mean))] * len(metrics) + [Cell("0")] * (3 if extra else 0)
+    parts[True].append((Cell("most frequent class", "always named"), majority))
+    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    caption = f"{caption} {eval_set.floors} {borrowed(scores.estimate for scores in used)}".strip()
+    return Table(head + ([extra] if extra else []), filled, caption, charts.sources_of(used))
+
+
+def main_table(eval_set: EvalSet) -> Table:
+    return table(
+        eval_set,
+        eval_set.main,
+        f"Accuracy in % ± half-width of the 95 % interval on {eval_set.data} ({eval_set.split}, "
+        f"{len(eval_set.truth):,} images), {labels_in_words(eval_set.labels)}, last blocks. Marked in each column: the "
+        "best recipe beside the controls, and all that are not distinguishable from it; between single seeds the test "
+        "images alone decide. Raw pixels have no pooling: their figure is repeated. The cost of evaluation, above all "
+        "of fine-tuning, is under “What it costs”.",
+        ("pre-training", ["FLOPs", "images seen", "seconds"]),
+    )
+
+
+def details(eval_set: EvalSet) -> list[Block]:
+    """The other ways to measure the last blocks with the most labels: more k, uncentred, what is not above."""
+    metrics = eval_set.metrics(lambda c: eval_set.whole(c) and c not in eval_set.main)
+    if not metrics:
+        return []
+    caption = "The other protocols, in % ± half-width. Conclusions rest on the primary one, not on the best of these."
+    return [Folded("Every k, centred and uncentred", [table(eval_set, metrics, caption)])]
+
+
+def comparisons(eval_set: EvalSet, suffix: str) -> list[Block]:
+    """Each recipe against each control, paired, by the primary columns."""
+    blocks: list[Block] = []
+    for metric in eval_set.primary:
+        by_group = eval_set.by_group(metric)
+        parts, drawn, every = [], [], []
+        for control in ranked(by_group, controls=True):
+            name, lines, estimates = control.label_in(metric), [], {}
+            for group in ranked(by_group, controls=False):
+                estimate = contrast(by_group, group, control)
+                if estimate is not None:
+                    estimates[group] = estimate
+                    lines.append((named(group.label), _compared(estimate, by_group[group].minus(by_group[control]))))
+                    every.append(estimate)
+            if estimates:
+                parts.append((f"against {name}", lines))
+                svg = charts.against(name, estimates, metric)
+                drawn.append((f"{charts.file_name(eval_set, 'against', metric)}-{charts.slug(name)}", svg))
+        if not parts:
+            continue
+        sources = charts.sources_of(by_group.values())
+        head = [("", ["difference ± 95 %", "bootstrap", "detectable", "seeds for 1 point", "seeds"])]
+        blocks += [
+            Heading(metric.name, 3),
+            Figure(drawn, "Hollow: not distinguishable from zero. Each chart has its own scale."),
+            Table(head, parts, f"In points. {eval_set.floors} {borrowed(every)} {charts.counted(sources)}", sources),
+        ]
+    return [Heading(f"Against the controls{suffix}"), Text(COMPARED), *blocks] if blocks else []
+
+
+def _compared(estimate: intervals.Estimate, difference: np.ndarray) -> list[Cell]:
+    seeds = "1: images only" if estimate.images_only else str(estimate.seeds)
+    bootstrap = "–"
+    if estimate.seeds >= 3:
+        bootstrap = " to ".join(percent(end, "+") for end in intervals.bootstrap(difference))
+    needed = estimate.seeds_for_a_point
+    needed = (
+        "–" if estimate.images_only else "images" if needed is None else f"{needed:,}" if needed <= 1000 else "> 1,000"
+    )
+    words = with_interval(estimate, "+"), bootstrap, percent(estimate.detectable), needed, seeds
+    return [Cell(text) for text in words]

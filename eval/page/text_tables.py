@@ -1,0 +1,43 @@
+"""Tables in Markdown whose columns are aligned, so that they read well in a terminal too."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from eval.compare.intervals import interval
+
+
+def aligned(rows: list[list[str]], left: int = 1) -> str:
+    """The first row is the head; so many columns are flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return "| " + " | ".join(t.ljust(w) if i < left else t.rjust(w) for i, (t, w) in pairs) + " |"
+
+    rule = "".join(f"{'-' * (w + 2)}|" if i < left else f"{'-' * (w + 1)}:|" for i, w in enumerate(widths))
+    return "\n".join([line(rows[0]), "|" + rule, *map(line, rows[1:])])
+
+
+def accuracies(
+    head: list[str], columns: list[str], found: Iterable[tuple[tuple[str, ...], str, np.ndarray | str]]
+) -> str:
+    """Accuracies in percent ± the half-width of the 95 % interval over test images.
+
+    head: names of the cells that a line begins with; columns: of the others. found: (those cells of a line, column,
+    what was measured): correct (n,), or a text. What falls into one place is averaged image by image, or listed.
+    """
+    lines: dict[tuple[str, ...], dict[str, list]] = {}
+    for line, column, measured in found:
+        lines.setdefault(line, {}).setdefault(column, []).append(measured)
+    cells = ([*line, *(_cell(of.get(column, [])) for column in columns)] for line, of in lines.items())
+    return aligned([[*head, *columns], *cells], left=len(head))
+
+
+def _cell(measured: list[np.ndarray] | list[str]) -> str:
+    if not measured:
+        return "–"
+    if isinstance(measured[0], str):
+        return ", ".join(dict.fromkeys(measured))
+    estimate = interval(np.mean(measured, axis=0)[None])
+    return f"{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f}"

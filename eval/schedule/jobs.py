@@ -1,0 +1,197 @@
+"""Commands that wait for one another, several at a time: the machine under eval/study.py.
+
+    from eval.schedule.jobs import Job, work
+    failed = work([Job("train", "training", ["python", …], mark=Path("runs/x/done"))], at_once=2, folder=Path("runs/s"))
+
+A job is done when its mark exists. Done jobs are never done again, so a stopped study goes on where it was.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from eval.schedule.processes import Command
+from ssl_vit import files, system
+from ssl_vit.errors import say
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHOWN = 30  # seconds after which progress.txt is written anew
+
+
+@dataclass(eq=False)
+class Job:
+    """One command: the interpreter, a script of ours, its arguments. It is done when `mark` exists, which lies in the
+    run it belongs to and goes with it."""
+
+    name: str
+    kind: str  # jobs of one kind take about as long
+    command: list[str]
+    mark: Path
+    needs: list["Job"] = field(default_factory=list)  # must be done
+    after: "Job | None" = None  # must have ended
+    marks: bool = False  # whether its command leaves the mark itself
+    started: float = 0.0
+    device: str = ""
+    process: Command | None = None
+    failed: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.mark.exists()
+
+    @property
+    def ended(self) -> bool:
+        return self.done or self.failed
+
+    @property
+    def ready(self) -> bool:
+        return all(job.done for job in self.needs) and (self.after is None or self.after.ended)
+
+
+def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
+    """Run all jobs, so many at once; returns those that failed. When told to stop, it tells the running ones.
+
+    folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
+    SHOWN seconds.
+    """
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    times = Times(folder / "logs" / "seconds.jsonl")
+    running: list[Job] = []
+    devices = _devices(at_once)
+    begun = shown = time.monotonic()
+
+    def tell(word: str, job: Job, more: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - begun), 60)
+        say(f"{minutes:3d}:{seconds:02d}  {word:7}  {job.name}{more}")
+        files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
+
+    asked: list[int] = []  # to stop, by these signals
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in system.heeded()}
+    while True:
+        waiting = [job for job in jobs if not job.ended and job.process is None]
+        for job in waiting:
+            job.failed = any(other.failed for other in job.needs)
+        for job in [job for job in waiting if job.ready and not job.failed][: at_once - len(running)]:
+            if devices:
+                job.device = devices.pop(0)
+            _start(job, _log(folder, job))
+            running.append(job)
+            tell("started", job, f"   ({summary(jobs, running, times, at_once)})")
+        if asked:
+            for job in running:
+                job.process.stop()
+            for job in running:
+                job.process.wait()
+            files.write(folder / "progress.txt", progress(jobs, [], times, at_once))
+            say("\nStopped. The same command goes on from there.")
+            sys.exit(128 + asked[0])
+        if not running:
+            break
+        time.sleep(0.2)
+        if time.monotonic() - shown > SHOWN:
+            shown = time.monotonic()
+            files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
+        for job in [job for job in running if job.process.poll() is not None]:
+            running.remove(job)
+            if job.device:
+                devices.append(job.device)
+            seconds = time.monotonic() - job.started
+            code, job.process = job.process.poll(), None
+            if code == 0 and not job.marks:
+                files.write(job.mark, json.dumps(dict(command=job.command, seconds=round(seconds, 1))))
+            job.failed = code != 0 or not job.done
+            if job.failed:
+                last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
+                tell("FAILED", job, f": {last} (all of it: {_log(folder, job)})")
+            else:
+                times.add(job.kind, seconds)
+                tell("done", job, f", {seconds:.0f} s")
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return [job for job in jobs if job.failed]
+
+
+class Times:
+    """How long jobs of each kind took, also in earlier calls."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.of: dict[str, list[float]] = {}
+        for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+            self.of.setdefault(line["kind"], []).append(line["seconds"])
+
+    def add(self, kind: str, seconds: float) -> None:
+        self.of.setdefault(kind, []).append(seconds)
+        files.append(self.file, json.dumps(dict(kind=kind, seconds=round(seconds, 1))) + "\n")
+
+    def mean(self, kind: str) -> float | None:
+        """Seconds; None if none has been done."""
+        values = self.of.get(kind)
+        return sum(values) / len(values) if values else None
+
+
+def summary(jobs: list[Job], running: list[Job], times: Times, at_once: int) -> str:
+    """How many are done, running and left, and the time that needs, from how long like jobs took."""
+    left = [job for job in jobs if not job.ended and job not in running]
+    text = f"{sum(job.done for job in jobs)} done, {len(running)} running, {len(left)} left"
+    means = [times.mean(job.kind) for job in left]
+    if left and None not in means:
+        text += f", about {sum(means) / at_once / 60:.0f} min"
+    return text
+
+
+def progress(jobs: list[Job], running: list[Job], times: Times, at_once: int) -> str:
+    """The same with a line for each kind, as text."""
+    kinds = dict.fromkeys(job.kind for job in jobs)
+    wide = max(map(len, kinds))
+    lines = [f"{summary(jobs, running, times, at_once)} ({time.strftime('%H:%M')})", ""]
+    lines.append(f"{'':{wide}}    done  failed  running    left  seconds each")
+    for kind in kinds:
+        alike = [job for job in jobs if job.kind == kind]
+        counts = [sum(j.done for j in alike), sum(j.failed for j in alike), sum(j in running for j in alike)]
+        counts.append(len(alike) - sum(counts))
+        each = times.mean(kind)
+        words = [f"{count or '.':>8}" for count in counts] + [f"{'?' if each is None else f'{each:.0f}':>14}"]
+        lines.append(f"{kind:{wide}}{''.join(words)}")
+    lines += ["", *(f"running: {job.name}{_how_far(job)}" for job in running)]
+    return "\n".join(lines) + "\n"
+
+
+def _how_far(job: Job) -> str:
+    """For how long a job has run, and of a pre-training the last step that it logged."""
+    words = f", {(time.monotonic() - job.started) / 60:.0f} min"
+    log = job.mark.parent.parent / "log.jsonl"
+    if job.marks and log.exists():
+        for line in reversed(log.read_text().splitlines()):
+            try:
+                return f"{words}, step {json.loads(line)['step']:,}"
+            except (ValueError, KeyError):  # it is being written
+                continue
+    return words
+
+
+def _start(job: Job, log: Path) -> None:
+    files.write(log, f"$ {shlex.join(job.command)}\n")
+    module = ".".join(Path(job.command[1]).relative_to(ROOT).with_suffix("").parts)
+    variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
+    job.process = Command(module, job.command[1:], log, variables)
+    job.started = time.monotonic()
+
+
+def _log(folder: Path, job: Job) -> Path:
+    return folder / "logs" / f"{job.name.replace(' ', '-')}.txt"
+
+
+def _devices(at_once: int) -> list[str]:
+    """A GPU for each of so many jobs, of those that this process may use; [] without any."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else list(map(str, range(count)))
+    return [names[i % count] for i in range(at_once)] if count else []

@@ -1,0 +1,239 @@
+"""What a study is to do: the arms of a plan, their settings, budgets, seeds, and how each is tuned and evaluated.
+
+    from eval.schedule import plans
+    plan = plans.read("denoising")          # a file in recipes/study/, or a path
+    plan.arms["mae"].settings
+
+A plan names recipes and settings; recipes/study/compare.yaml is a short one, denoising-full.yaml has everything.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError, nearest
+
+PLANS = recipes.RECIPES / "study"
+EVALUATORS = ("linear_probe", "knn", "finetune", "robustness", "difficulty")
+JUDGES = ("linear_probe", "knn")  # of trials: those that can judge on held-out images
+# what an arm is to the verdict (eval/verdict.py); control: shown among the controls
+ROLES = ("", "noise", "masking", "other", "autoencoder", "scratch", "control")
+
+
+@dataclass
+class Arm:
+    """One way to pre-train: a recipe with settings.
+
+    search_space: settings to choose one from when the plan is tuned; seeds, evaluators: its own, instead of the plan's.
+    """
+
+    recipe: str
+    settings: list[str] = field(default_factory=list)
+    role: str = ""
+    search_space: list[str] = field(default_factory=list)
+    seeds: int | None = None
+    evaluators: list[list[str]] | None = None
+
+
+@dataclass
+class Tuning:
+    """Trials of every trained arm, at seed 0: each factor of its learning rate × each of its search_space's settings.
+
+    They train on nine tenths of the images, and `judge`, an evaluator with its arguments, on the last tenth.
+    """
+
+    flops: float
+    lr_factors: list[float]
+    judge: list[str]
+
+
+@dataclass
+class Plan:
+    """evaluators: each its name, then its arguments, of which `budget` stands for the largest of the budgets.
+
+    budgets: training FLOPs; every arm is trained with each, by a full schedule of its own. decides: whether the
+    verdict's rule (docs/denoising-study.md) is meant to be applied.
+    """
+
+    name: str
+    arms: dict[str, Arm]
+    evaluators: list[list[str]]
+    controls: list[str] = field(default_factory=list)
+    seeds: int = 1
+    settings: list[str] = field(default_factory=list)  # of all arms
+    budgets: list[float] = field(default_factory=list)
+    tuning: Tuning | None = None
+    decides: bool = False
+
+    def seeds_of(self, arm: str) -> int:
+        return self.arms[arm].seeds or self.seeds
+
+    def evaluators_of(self, arm: str) -> list[list[str]]:
+        lines = self._lines(arm)
+        return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
+
+    def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
+        """Keep a part of the plan, of names with commas between, or give it more seeds; returns what is lacking.
+
+        The untrained stays beside any arms. With fewer arms, or none tuned, it decides nothing. Raises UserError for a
+        name that is not there.
+        """
+        changed = []
+        if arms is not None:
+            for name in arms.split(","):
+                if name not in self.arms:
+                    known = ", ".join(self.arms)
+                    raise UserError(f"{self.name} has no arm {name!r}.{nearest(name, self.arms)} Arms: {known}.")
+            kept = {n: arm for n, arm in self.arms.items() if n in arms.split(",") or "train.steps=0" in arm.settings}
+            if len(kept) < len(self.arms):
+                changed.append(f"arms={','.join(kept)}")
+            self.arms = kept
+        if untuned and self.tuning:
+            self.tuning = None
+            changed.append("untuned")
+        self.decides &= not changed
+        if evaluators is not None:
+            wanted = evaluators.split(",")
+            there = {line[0] for arm in self.arms for line in self._lines(arm)}
+            for name in wanted:
+                if name not in there:
+                    known = ", ".join(name for name in EVALUATORS if name in there)
+                    raise UserError(f"{self.name} has no evaluator {name!r}. Evaluators: {known}.")
+            for owner in (self, *(arm for arm in self.arms.values() if arm.evaluators is not None)):
+                owner.evaluators = [line for line in owner.evaluators if line[0] in wanted]
+            changed.append(f"evaluators={','.join(sorted(wanted))}")
+        if seeds is not None:
+            if any(self.seeds_of(arm) > seeds for arm in self.arms):
+                changed.append(f"seeds={seeds}")
+            self.seeds = seeds
+            for arm in self.arms.values():
+                arm.seeds = None
+        return changed
+
+    def spend(self, settings: list[str]) -> list[str]:
+        """Take a length given on the command line instead of the budgets; returns the other settings.
+
+        Trials keep their share of the largest budget. With a budget that is not its own, or with settings of the
+        training, the plan decides nothing. Raises UserError if it needs a budget in FLOPs.
+        """
+        lengths = [text for text in settings if text.startswith(("train.flops=", "train.steps=", "train.epochs="))]
+        others = [text for text in settings if text not in lengths and not may_change(text)]
+        self.decides &= not others
+        if not lengths or not self.budgets:
+            return settings
+        key, _, value = lengths[-1].partition("=")
+        if key == "train.flops":
+            flops = _number(value, "train.flops", Path("the command line"))
+            self.decides &= flops in self.budgets
+            if self.tuning:
+                self.tuning.flops *= flops / max(self.budgets)
+            self.budgets = [flops]
+            return [text for text in settings if text not in lengths]
+        if self.tuning or any("budget" in line for arm in self.arms for line in self._lines(arm)):
+            raise UserError(f"{self.name} compares at equal compute: give train.flops instead of {key}.")
+        self.budgets, self.decides = [], False
+        return settings
+
+    def _lines(self, arm: str) -> list[list[str]]:
+        own = self.arms[arm].evaluators
+        return self.evaluators if own is None else own
+
+
+def names() -> list[str]:
+    """Of the plans that come with the project."""
+    return sorted(p.stem for p in PLANS.glob("*.yaml"))
+
+
+def read(name: str) -> Plan:
+    """The plan of that name or file. Raises UserError for what is wrong in it."""
+    known = names()
+    path = next((p for p in (PLANS / f"{name}.yaml", Path(name)) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"There is no plan {name!r}.{nearest(name, known)} Plans: {', '.join(known)}.")
+    try:
+        plan = Plan(name=path.stem, **yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError) as error:
+        keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")
+        raise UserError(f"{path} is no plan ({' '.join(str(error).split())}): it has the keys {keys}.") from None
+    kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list, budgets=list, decides=bool)
+    _check(plan, kinds, str(path))
+    plan.arms = {name: _arm(name, what, path) for name, what in plan.arms.items()}
+    plan.evaluators = _evaluators(plan.evaluators, path)
+    plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
+    plan.tuning = None if plan.tuning is None else _tuning(plan.tuning, path)
+    if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
+        raise UserError(f"An evaluator of {path} has the word budget, and there are none: add budgets.")
+    return plan
+
+
+def may_change(setting: str) -> bool:
+    """Whether a key=value changes how a run is carried out, and not what comes of it."""
+    return setting.split(".")[0] in recipes.MAY_CHANGE
+
+
+def _arm(name: str, what: dict, path: Path) -> Arm:
+    try:
+        arm = Arm(**what)
+    except TypeError:
+        keys = ", ".join(f.name for f in dataclasses.fields(Arm) if f.name != "recipe")
+        raise UserError(
+            f"Arm {name!r} of {path} must name a recipe, and may have {keys}: {{recipe: mae, settings: […]}}."
+        ) from None
+    where = f"arm {name!r} of {path}"
+    _check(arm, dict(recipe=str, settings=list, role=str, search_space=list), where)
+    if arm.seeds is not None:
+        _check(arm, dict(seeds=int), where)
+    if arm.role not in ROLES:
+        raise UserError(f"The role of arm {name!r} of {path} must be one of {', '.join(filter(None, ROLES))}.")
+    if arm.evaluators is not None:
+        _check(arm, dict(evaluators=list), where)
+        arm.evaluators = _evaluators(arm.evaluators, path)
+    return arm
+
+
+def _check(what, kinds: dict[str, type], where: str) -> None:
+    """Raises UserError if a field is not of its kind: an empty `arms`, a number below 1, a list of other than words."""
+    for key, kind in kinds.items():
+        value = getattr(what, key)
+        wrong = not isinstance(value, kind) or (kind is dict and not value) or (kind is int and value < 1)
+        words = key in ("settings", "controls", "search_space")
+        if wrong or (words and not all(isinstance(word, str) for word in value)):
+            kinds_in_words = {dict: "names with settings", list: "a list", int: "a whole number from 1", str: "a word"}
+            expected = "a list of words, such as [key=value]" if words else kinds_in_words.get(kind, "true or false")
+            raise UserError(f"{key} of {where} must be {expected}, not {value!r}: see recipes/study/compare.yaml.")
+
+
+def _evaluators(lines: list, path: Path) -> list[list[str]]:
+    for line in lines:
+        if not isinstance(line, list) or not line or line[0] not in EVALUATORS:
+            raise UserError(f"{line} in {path} is no evaluator: write [NAME, ARGUMENT, …], of {', '.join(EVALUATORS)}.")
+    return [list(map(str, line)) for line in lines]
+
+
+def _tuning(what: dict, path: Path) -> Tuning:
+    try:
+        tuning = Tuning(**what)
+    except TypeError:
+        keys = ", ".join(f.name for f in dataclasses.fields(Tuning))
+        raise UserError(f"tuning of {path} must have the keys {keys}, and no others.") from None
+    _check(tuning, dict(lr_factors=list), f"tuning of {path}")
+    tuning.flops = _number(tuning.flops, "tuning.flops", path)
+    tuning.lr_factors = [_number(value, "tuning.lr_factors", path) for value in tuning.lr_factors]
+    [tuning.judge] = _evaluators([tuning.judge], path)
+    if tuning.judge[0] not in JUDGES:
+        raise UserError(f"tuning.judge of {path} must be {' or '.join(JUDGES)}: those can judge on held-out images.")
+    return tuning
+
+
+def _number(value, key: str, path: Path) -> float:
+    """A positive number, also as YAML 1.1 reads 1e13: as a word. It has the six digits that commands print."""
+    try:
+        number = float(f"{float(value):g}")
+    except (TypeError, ValueError):
+        number = 0.0
+    if not number > 0:
+        raise UserError(f"{key} of {path} must hold numbers above 0, not {value!r}.")
+    return number

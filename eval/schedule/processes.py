@@ -1,0 +1,73 @@
+"""Start our scripts without the seconds that their imports take.
+
+    from eval.schedule.processes import Command
+    command = Command("eval.knn", ["eval/knn.py", "--backbone", "runs/x"], log=Path("log.txt"), environment={})
+
+Each is a process of its own, forked from multiprocessing's fork server, which has imported what they import and done
+nothing else: it has computed nothing, holds no lock and has not touched a GPU. So all commands of a study run the
+library that was there when it began. On macOS, where a process with these libraries must not be forked, each starts
+anew.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+
+from ssl_vit import errors, system
+
+OBJECTIVES = Path(__file__).resolve().parent.parent.parent / "ssl_vit" / "objectives"  # which the loop imports by name
+PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{file.stem}" for file in sorted(OBJECTIVES.glob("[a-z]*.py")))]
+PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
+PREPARED += ["sklearn.linear_model"]
+
+_context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+_context.set_forkserver_preload(PREPARED)
+
+
+class Command:
+    """The main of a module that runs, in a session of its own: what is typed in the terminal does not reach it.
+
+    words: the script and its arguments. log: what it says is added there. environment: variables beside this
+    process's own.
+    """
+
+    def __init__(self, module: str, words: list[str], log: Path, environment: dict[str, str]):
+        variables = os.environ | environment
+        self._process = _context.Process(target=_run, args=(module, words, log.resolve(), Path.cwd(), variables))
+        # The server is deaf to signals to stop, which may be sent to both: from it, one learns how the commands end.
+        resource_tracker.ensure_running()  # multiprocessing's; its start would make this process listen again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, system.STOPPING)
+        if _context.get_start_method() == "forkserver":
+            forkserver.ensure_running()
+        self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    def stop(self) -> None:
+        """Tell it to stop."""
+        self._process.terminate()
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _run(module: str, words: list[str], log: Path, folder: Path, variables: dict[str, str]) -> None:
+    os.setsid()
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, system.STOPPING)
+    multiprocessing.set_start_method(None, force=True)  # its own processes are started as if it were from the terminal
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.argv = words
+    errors.run(importlib.import_module(module).main)

@@ -1,0 +1,268 @@
+"""The trainings and evaluations of a plan on certain images, as jobs.
+
+from eval.schedule.trainings import Study
+jobs = Study(plan, "cifar10", [], [], threads=1).jobs(trainings)
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+
+import yaml
+
+from eval import finetune
+from eval.compare.metrics import PRIMARY, most
+from eval.measure import cli, features, results
+from eval.schedule.jobs import ROOT, Job
+from eval.schedule.plans import Plan
+from ssl_vit import files, pretrain
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+from ssl_vit.files import fingerprint
+
+
+@dataclass(frozen=True)
+class Training:
+    """One pre-training: an arm with a budget (None: the recipe's) and a seed, or a trial of it."""
+
+    arm: str
+    budget: float | None
+    seed: int
+    settings: tuple[str, ...]
+    run: Path
+    steps: int | None  # 0: it holds the random initialisation
+    identity: str  # of what its settings come to, however they are written
+    accuracy: float | None = None  # of a trial, on held-out training images
+
+
+class Study:
+    """A plan on certain images. Raises UserError if a recipe refuses its settings, or a run of that name is another."""
+
+    def __init__(self, plan: Plan, images: str | None, settings: list[str], given: list[str], threads: int):
+        """given: all that the command line changes of the plan, after which the study's folder is named.
+
+        So a part of a plan does not take the place of the whole one; what both train is trained once.
+        """
+        self.plan, self.images, self.settings, self.threads = plan, images, settings, threads
+        own = [f"-{fingerprint(sorted(given))}"] if given else []  # as in the names of runs
+        self.folder = Path("runs") / "".join([f"{plan.name}-{recipes.short(images or 'digits')}", *own])
+        self.trials = self._trials() if plan.tuning else {}
+        self.trainings({})  # all is checked before anything runs
+
+    def _training(self, arm: str, budget: float | None, more: list[str]) -> Training:
+        own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
+        own += [*self.plan.arms[arm].settings, *more]
+        try:
+            recipe = pretrain.read(self.plan.arms[arm].recipe, own, self.images)
+        except UserError as error:
+            raise UserError(f"Arm {arm!r} of {self.plan.name}: {error}") from None
+        run = Path("runs") / recipe.run_name()
+        refuse_other(run, recipe)
+        steps = recipe.train.steps if recipe.train.flops is None else None
+        identity = {key: value for key, value in recipe.as_dict().items() if key not in recipes.MAY_CHANGE}
+        return Training(arm, budget, recipe.train.seed, tuple(own), run, steps, fingerprint(identity, 12))
+
+    def _trials(self) -> dict[str, list[Training]]:
+        """The trials of each arm that is trained."""
+        found = {}
+        tuning = self.plan.tuning
+        for name, arm in self.plan.arms.items():
+            if self._training(name, None, []).steps == 0:
+                continue
+            found[name] = []
+            for search_space in arm.search_space or [None]:
+                own = [] if search_space is None else [search_space]
+                lr = pretrain.read(
+                    arm.recipe, [*self.plan.settings, *self.settings, *arm.settings, *own], None
+                ).optim.lr
+                for factor in tuning.lr_factors:
+                    tried = [*own, f"optim.lr={factor * lr:g}", "data.hold_out=true", "train.seed=0"]
+                    tried += [f"train.flops={tuning.flops:g}"]  # last: whatever length the arm has
+                    found[name].append(self._training(name, tuning.flops, tried))
+        return found
+
+    def choose(self) -> dict[str, list[str]]:
+        """The settings of each arm's best trial; of equals the first. Trials that failed are not chosen."""
+        chosen = {}
+        for arm, trials in self.trials.items():
+            trials = self.trials[arm] = [replace(t, accuracy=self._judged(t.run)) for t in trials]
+            done = [t for t in trials if t.accuracy is not None]
+            if not done:
+                raise UserError(f"All trials of {arm} failed: see {self.folder / 'logs'}.")
+            best = max(done, key=lambda t: t.accuracy)
+            keys = {"optim.lr", *(text.partition("=")[0] for text in self.plan.arms[arm].search_space)}
+            chosen[arm] = [text for text in best.settings if text.partition("=")[0] in keys]
+        return chosen
+
+    def _judged(self, run: Path) -> float | None:
+        """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
+        judge = self.plan.tuning.judge
+        parts = {cli.describe_part(cli.part(word)) for word in _labels(judge) or ["all"]}
+        by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
+        wanted = by[judge[0]] | dict(label_fraction=most(parts))
+        rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
+        return rows[0]["value"] if rows else None
+
+    def trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
+        """Every arm with every budget and seed, with the settings chosen for it, or the first of its search_space."""
+        found: list[Training] = []
+        for seed in range(max(map(self.plan.seeds_of, self.plan.arms))):
+            for arm in self.plan.arms:
+                for budget in self.plan.budgets or [None]:
+                    if seed >= self.plan.seeds_of(arm):
+                        continue
+                    own = chosen.get(arm, self.plan.arms[arm].search_space[:1])
+                    training = self._training(arm, budget, [*own, f"train.seed={seed}"])
+                    same = [other.arm for other in found if other.identity == training.identity]
+                    if same and same != [arm]:
+                        raise UserError(f"Arm {arm!r} is the same as {same[0]!r}: leave one of them out.")
+                    if not same:  # what is not trained is the same with every budget
+                        found.append(training)
+        return found
+
+    def controls(self) -> dict[str, Path]:
+        """The folder of each control's rows."""
+        name = pretrain.read(next(iter(self.plan.arms.values())).recipe, [], self.images).data.name
+        return {control: features.folder_of(control, name) for control in self.plan.controls}
+
+    def trial_jobs(self) -> list[Job]:
+        """The commands that tune the arms."""
+        found = []
+        for arm, trials in self.trials.items():
+            for trial in trials:
+                job = self._pretraining(trial, f"trial {arm}")
+                found += [
+                    job,
+                    self._evaluation(str(trial.run), trial.run, self.plan.tuning.judge, ["--held-out"], [job]),
+                ]
+        return found
+
+    def jobs(self, trainings: list[Training]) -> list[Job]:
+        """The commands that train and evaluate."""
+        found: list[Job] = []
+        first: dict[tuple, tuple[Job, Path]] = {}  # of each arm and budget, by evaluator: the job of its first seed
+        for training in trainings:
+            budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
+            job = self._pretraining(training, f"pre-training {training.arm}{budget}")
+            found.append(job)
+            after = job
+            for number, line in enumerate(self.plan.evaluators_of(training.arm)):
+                key = training.arm, training.budget, number
+                needs, more = [job], labelled(line, [training.seed])
+                if line[0] == "difficulty" and (key in first or training.steps == 0):
+                    continue  # all seeds have the same task
+                if line[0] == "finetune" and key in first and schedule_of(line)[1].rates:  # chosen at the first seed
+                    needs, more = [job, first[key][0]], [*more, "--lr-of", str(first[key][1])]
+                after = self._evaluation(str(training.run), training.run, line, more, needs, after, number)
+                first.setdefault(key, (after, training.run))
+                found.append(after)
+        start = found[0]
+        for control, rows in self.controls().items():
+            after = None
+            for number, line in enumerate(self.plan.evaluators):
+                if line[0] in ("finetune", "difficulty"):
+                    continue  # there are no weights
+                more = ["--data", str(trainings[0].run)]
+                more += labelled(line, sorted({training.seed for training in trainings}))
+                after = self._evaluation(control, rows, line, more, [start], after, number)
+                found.append(after)
+        return found
+
+    def _pretraining(self, training: Training, kind: str) -> Job:
+        command = [script("ssl_vit", "pretrain"), "--recipe", self.plan.arms[training.arm].recipe]
+        command += [] if self.images is None else ["--data", self.images]
+        command += [f"runtime.num_threads={self.threads}", *training.settings]
+        mark = training.run / "backbone" / "config.json"
+        return Job(f"{training.run.name} pre-training", kind, [sys.executable, *command], mark, marks=True)
+
+    def _evaluation(
+        self,
+        backbone: str,
+        rows: Path,
+        line: list[str],
+        more: list[str],
+        needs: list[Job],
+        after: Job | None = None,
+        number: int = 0,
+    ) -> Job:
+        name, *arguments = line
+        named = [backbone] if name == "difficulty" else ["--backbone", backbone]  # that one asks for no weights
+        command = [script("eval", name), *more, "--threads", str(self.threads), *named, *arguments]
+        mark = rows / "done" / f"{fingerprint([name, *more, *arguments], 12)}.json"
+        kind = f"{name}-{number}" + (" (rate known)" if "--lr-of" in more else "")
+        return Job(f"{rows.name} {name}-{number}", kind, [sys.executable, *command], mark, needs, after)
+
+    def describe(self, trainings: list[Training]) -> None:
+        """Write study.json: what is run, for the report and the verdict."""
+        arms: dict[str, dict] = {}
+        for training in trainings:
+            arm = self.plan.arms[training.arm]
+            tuned = [line for line in self.plan.evaluators_of(training.arm) if line[0] == "finetune"]
+            entry = dict(recipe=arm.recipe, role=arm.role, finetuned=[_finetuned(line) for line in tuned], runs=[])
+            arms.setdefault(training.arm, entry)["runs"].append(_plain(training))
+        said = dict(
+            plan=self.plan.name,
+            data=recipes.short(self.images or "digits"),
+            decides=self.plan.decides,
+            labels_by_seed=not any("--label-seeds" in line for a in arms for line in self.plan.evaluators_of(a)),
+            arms=arms,
+            controls={name: str(folder) for name, folder in self.controls().items()},
+            tuning=self.plan.tuning and asdict(self.plan.tuning),
+            trials={arm: [_plain(trial) for trial in trials] for arm, trials in self.trials.items()},
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write(self.folder / "study.json", json.dumps(said, indent=1) + "\n")
+
+
+def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
+    """Raises UserError if there is a run of that name whose recipe says otherwise."""
+    if not (run / "recipe.yaml").exists():
+        return
+    old, new = yaml.safe_load((run / "recipe.yaml").read_text()), recipe.as_dict()
+    old.pop("images", None)  # those of the new one are not loaded yet: the same name must do
+    for section, values in new.items():  # what is open was resolved there, from the images
+        if isinstance(values, dict):
+            new[section] = old.get(section, {}) | {k: v for k, v in values.items() if v not in (None, "auto")}
+    if isinstance(new["data"]["img_size"], int):
+        new["data"]["img_size"] = [new["data"]["img_size"]] * 2
+    keys = recipes.differences(old, old | new, type(recipe.objective))
+    if keys:
+        raise UserError(
+            f"{run} is a run with other settings ({', '.join(keys)}): remove it, or work in another folder."
+        )
+
+
+def labelled(line: list[str], seeds: list[int]) -> list[str]:
+    """The argument that makes an evaluator draw a part of the labels anew for each seed; [] where it takes all."""
+    if "--label-seeds" in line or set(_labels(line)) <= {"all"}:
+        return []
+    return ["--label-seeds", *map(str, seeds)]
+
+
+def _labels(line: list[str]) -> list[str]:
+    """The parts of the labels that an evaluator is asked for; [] where it is not asked."""
+    at = line.index("--labels") + 1 if "--labels" in line else len(line)
+    return list(takewhile(lambda word: not word.startswith("-"), line[at:]))
+
+
+def schedule_of(line: list[str]) -> tuple[argparse.Namespace, finetune.Schedule]:
+    """What a plan's line of the evaluator finetune asks for."""
+    return finetune.parse(["--backbone", "RUN", *line[1:]])
+
+
+def _finetuned(line: list[str]) -> dict:
+    """The rows that this line makes: protocol and label_fraction, and what is changed of the recipe."""
+    args, schedule = schedule_of(line)
+    labels = [cli.describe_part(part) for part in args.labels]
+    return dict(protocol=schedule.protocol, labels=labels, changed=schedule.changed)
+
+
+def script(folder: str, name: str) -> str:
+    return str(ROOT / folder / f"{name}.py")
+
+
+def _plain(training: Training) -> dict:
+    return asdict(training) | dict(run=str(training.run), settings=list(training.settings))

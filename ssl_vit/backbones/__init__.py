@@ -1,0 +1,17 @@
+"""Backbones: base.py is the contract, vit.py the plain ViT whose tokens objectives work on, factory.py builds them."""
+
+from ssl_vit.backbones.base import FAULTS, Backbone, reason
+from ssl_vit.backbones.factory import build, resolve_patch, wrap
+from ssl_vit.backbones.vit import TokenBackbone, sincos_positions, xavier
+
+__all__ = [
+    "FAULTS",
+    "Backbone",
+    "TokenBackbone",
+    "build",
+    "reason",
+    "resolve_patch",
+    "sincos_positions",
+    "wrap",
+    "xavier",
+]

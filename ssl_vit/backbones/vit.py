@@ -1,0 +1,156 @@
+"""The plain Vision Transformer: patch_embed → add_positions → encode. Its tokens can be replaced, dropped or masked."""
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ssl_vit.backbones.base import Backbone
+from ssl_vit.errors import UserError
+from ssl_vit.randomness import Draw
+
+
+class TokenBackbone(Backbone):
+    """A plain ViT, whose tokens an objective may replace (before positions) or drop (with them)."""
+
+    model: VisionTransformer
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return tuple(self.model.patch_embed.img_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return self.model.patch_embed.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.model.num_prefix_tokens
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(H, W) in patches."""
+        return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
+
+    def patch_embed(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] → patch tokens (B, N, D) without positions."""
+        tokens = self.model.patch_embed(self.normalise(images))
+        return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # a map where timm resamples positions by itself
+
+    def add_positions(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+        """Patch tokens (B, N, D) → prefix and positioned tokens (B, P + N, D); with keep, int64 (B, K), only those."""
+        m = self.model
+        own_prefix = 0 if m.no_embed_class else m.num_prefix_tokens
+        at = m.pos_embed
+        if grid != tuple(m.patch_embed.grid_size):
+            at = resample_abs_pos_embed(at, grid, m.patch_embed.grid_size, num_prefix_tokens=own_prefix)
+        tokens = tokens + at[:, own_prefix:]
+        if keep is not None:
+            tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
+        # in timm's order; a distilled DeiT's second token is learnt from its teacher's labels there
+        prefix = [t for t in (m.cls_token, getattr(m, "dist_token", None), m.reg_token) if t is not None]
+        if not prefix:
+            return tokens
+        prefix = torch.cat(prefix, 1)
+        if own_prefix:
+            prefix = prefix + at[:, :own_prefix]
+        return torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
+
+    def encode(self, tokens: Tensor, attn_mask: Tensor | None = None, draw: Draw | None = None) -> Tensor:
+        """Positioned tokens → normed output tokens, both (B, L, D).
+
+        draw: addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one after another.
+        """
+        m = self.model
+        self._draw_depth(draw, len(tokens))
+        x = m.norm_pre(tokens)
+        for block in m.blocks:
+            x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
+        return m.norm(x)
+
+    def tokens(self, images: Tensor, draw: Draw | None = None) -> Tensor:
+        """The whole way: images in [0, 1] → normed output tokens (B, P + N, D)."""
+        return self.encode(self.add_positions(self.patch_embed(images), self.grid(images)), draw=draw)
+
+    def add_classifier(self, classes: int, pool: str = "token") -> None:
+        """As above. pool: "token" (class token) or "avg" (mean of the patches); the final norm stays before it."""
+        if pool == "avg" and hasattr(self.model, "dist_token"):
+            raise UserError(
+                f"{self.name} reads its class and distillation tokens, each by a head of its own: use "
+                "objective.global_pool=token, or name a deit_* without distillation."
+            )
+        self._give_head(classes, global_pool=pool, fc_norm=False)
+
+    def classify(self, images: Tensor, draw: Draw | None = None) -> Tensor:
+        return self.model.forward_head(self.tokens(images, draw))
+
+    def attention(self, images: Tensor) -> Tensor:
+        """The last block's attention of the class token to the patches, for each head: (B, heads, H, W)."""
+        m = self.model
+        x = m.norm_pre(self.add_positions(self.patch_embed(images), self.grid(images)))
+        for block in m.blocks[:-1]:
+            x = block(x)
+        a = m.blocks[-1].attn
+        q, k, _ = a.qkv(m.blocks[-1].norm1(x)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (a.q_norm(q)[:, :, :1] * a.scale @ a.k_norm(k).transpose(-2, -1)).softmax(-1)
+        return weights[:, :, 0, self.num_prefix_tokens :].unflatten(-1, self.grid(images))
+
+    def _draw_depth(self, draw: Draw | None, batch: int) -> None:
+        paths = [m for m in self.model.modules() if isinstance(m, AddressedDropPath)]
+        if not paths or not self.training:
+            return
+        uniform = draw.uniform("drop path", batch // len(draw.rows), len(paths)).transpose(0, 1).flatten(0, 1)
+        for i, path in enumerate(paths):
+            path.scale = ((uniform[:, i] >= path.rate) / (1 - path.rate)).view(-1, 1, 1)
+
+
+class AddressedDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016) whose draws are handed in: timm's come from the global generator."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.scale: Tensor | None = None  # (B, 1, 1), set before each training pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.to(x.dtype) if self.training else x
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine positions, (H·W, D): the first half of the channels encodes the column, the second the
+    row, each half sines then cosines of geometric frequencies (MAE's and moco-v3's order). D divides by 4.
+    """
+    if width % 4:
+        raise UserError(f"sincos positions need a width divisible by 4, not {width}: use backbone.pos_embed=learned.")
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    halves = [at.reshape(-1, 1) * frequency for at in (columns, rows)]
+    return torch.cat([f(angle) for angle in halves for f in (torch.sin, torch.cos)], 1).float()
+
+
+def fix_sincos_positions(model: VisionTransformer) -> None:
+    """Give a timm ViT sine-cosine positions, zero for prefix tokens, and keep them fixed."""
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        model.pos_embed[0, prefix:] = sincos_positions(model.embed_dim, model.patch_embed.grid_size)
+    model.pos_embed.requires_grad = False
+
+
+def draw_class_token(model: VisionTransformer, seed: int) -> None:
+    """Normal of std 0.02, as in the official MAE, DINO and DeiT (BEiT's is cut at one deviation), where timm has 1e-6;
+    so is DeiT's distillation token. Drawn at addresses of their own: no other weight of a seed depends on them."""
+    draw = Draw(seed, 0, torch.tensor([0]))
+    for name in ("cls_token", "dist_token"):
+        token = getattr(model, name, None)
+        if token is not None:
+            with torch.no_grad():
+                token.copy_(0.02 * draw.normal(f"initial {name}", *token.shape[1:]))
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for a linear layer: MAE's initialisation. For `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

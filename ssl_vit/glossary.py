@@ -1,0 +1,118 @@
+"""Our settings beside the names of the official MAE, DINO and BEiT code and of timm.
+
+    python -m ssl_vit.glossary > docs/glossary.md
+
+Where a cell is empty, that code has no such setting. Names are those of command-line options and constructor arguments:
+MAE's main_pretrain.py, main_finetune.py and models_mae.py; DINO's main_dino.py, DINOHead and DINOLoss; BEiT's
+run_beit_pretraining.py and modeling_pretrain.py; timm's train.py, VisionTransformer and create_transform.
+"""
+
+THEIRS = {  # our key: (MAE, DINO, BEiT, timm)
+    "train.epochs": ("epochs", "epochs", "epochs", "epochs"),
+    "train.batch_size": (
+        "batch_size × accum_iter × GPUs",
+        "batch_size_per_gpu × GPUs",
+        "batch_size × GPUs",
+        "batch_size × grad_accum_steps × GPUs",
+    ),
+    "train.seed": ("seed", "seed", "seed", "seed"),
+    "train.precision": ("(AMP, always)", "use_fp16", "(AMP, always)", "amp, amp_dtype"),
+    "optim.lr": ("lr, or blr with lr_rule B/256", "lr (lr_rule B/256)", "lr", "lr, or lr_base"),
+    "optim.lr_rule": ("blr: B/256", "B/256", "", "lr_base_size, lr_base_scale"),
+    "optim.min_lr": ("min_lr", "min_lr", "min_lr", "min_lr"),
+    "optim.warmup_fraction": ("warmup_epochs / epochs",) * 4,
+    "optim.betas": ("(0.9, 0.95)", "", "opt_betas", "opt_betas"),
+    "optim.weight_decay": ("weight_decay",) * 4,
+    "optim.weight_decay_end": ("", "weight_decay_end", "weight_decay_end", ""),
+    "optim.no_weight_decay": ("no_weight_decay_list", "get_params_groups", "no_weight_decay()", "no_weight_decay()"),
+    "optim.layer_decay": ("layer_decay", "", "layer_decay", "layer_decay"),
+    "optim.clip_grad": ("clip_grad", "clip_grad", "clip_grad", "clip_grad"),
+    "optim.clip_mode": ("", "(per parameter)", "", "clip_mode"),
+    "data.image_column": ("", "", "", "input_key"),
+    "data.label_column": ("", "", "", "target_key"),
+    "data.train_split": ("", "", "", "train_split"),
+    "data.report_split": ("", "", "", "val_split"),
+    "data.img_size": ("input_size", "", "input_size", "img_size"),
+    "data.in_chans": ("in_chans", "in_chans", "in_chans", "in_chans"),
+    "data.mean": ("", "", "", "mean"),
+    "data.std": ("", "", "", "std"),
+    "data.hflip": ("", "", "", "hflip"),
+    "views.scale": ("", "global_crops_scale", "", "scale"),
+    "views.interpolation": ("", "", "train_interpolation", "train_interpolation"),
+    "backbone.name": ("model", "arch", "model", "model"),
+    "backbone.embed_dim": ("embed_dim",) * 4,
+    "backbone.depth": ("depth",) * 4,
+    "backbone.num_heads": ("num_heads",) * 4,
+    "backbone.patch_size": ("patch_size",) * 4,
+    "backbone.pos_embed": ("", "", "abs_pos_emb", "pos_embed"),
+    "backbone.weight_init": ("", "", "", "weight_init"),
+    "backbone.reg_tokens": ("", "", "", "reg_tokens"),
+    "backbone.init_values": ("", "", "layer_scale_init_value", "init_values"),
+    "backbone.drop_path_rate": ("drop_path", "drop_path_rate", "drop_path", "drop_path_rate"),
+    "backbone.init_from": ("finetune", "pretrained_weights", "finetune", "pretrained, pretrained_path"),
+    "monitor.log_every": ("", "", "", "log_interval"),
+    "runtime.per_device_batch_size": ("batch_size", "batch_size_per_gpu", "batch_size", "batch_size"),
+    "runtime.num_workers": ("num_workers", "num_workers", "num_workers", "workers"),
+    "runtime.save_every": ("(20 epochs)", "saveckp_freq", "save_ckpt_freq", "recovery_interval"),
+    "runtime.compile": ("", "", "", "torchcompile"),
+    "objective.mask_ratio": ("mask_ratio", "", "num_mask_patches / patches", ""),
+    "objective.norm_pix_loss": ("norm_pix_loss", "", "", ""),
+    "objective.vocab_size": ("", "", "vocab_size", ""),
+    "objective.decoder_depth": ("decoder_depth", "", "", ""),
+    "objective.decoder_embed_dim": ("decoder_embed_dim", "", "", ""),
+    "objective.decoder_num_heads": ("decoder_num_heads", "", "", ""),
+    "objective.out_dim": ("", "out_dim", "", ""),
+    "objective.hidden_dim": ("", "hidden_dim", "", ""),
+    "objective.bottleneck_dim": ("", "bottleneck_dim", "", ""),
+    "objective.norm_last_layer": ("", "norm_last_layer", "", ""),
+    "objective.use_bn_in_head": ("", "use_bn_in_head", "", ""),
+    "objective.student_temp": ("", "student_temp", "", ""),
+    "objective.teacher_temp": ("", "teacher_temp", "", ""),
+    "objective.warmup_teacher_temp": ("", "warmup_teacher_temp", "", ""),
+    "objective.warmup_teacher_temp_fraction": ("", "warmup_teacher_temp_epochs / epochs", "", ""),
+    "objective.momentum_teacher": ("", "momentum_teacher", "", ""),
+    "objective.center_momentum": ("", "center_momentum", "", ""),
+    "objective.freeze_last_layer_fraction": ("", "freeze_last_layer / epochs", "", ""),
+    "objective.local_crops_number": ("", "local_crops_number", "", ""),
+    "objective.local_crops_scale": ("", "local_crops_scale", "", ""),
+    "objective.smoothing": ("smoothing", "", "smoothing", "smoothing"),
+    "objective.mixup": ("mixup", "", "mixup", "mixup"),
+    "objective.cutmix": ("cutmix", "", "cutmix", "cutmix"),
+    "objective.mixup_prob": ("mixup_prob", "", "mixup_prob", "mixup_prob"),
+    "objective.global_pool": ("global_pool", "", "use_mean_pooling", "global_pool"),
+    "objective.model_ema_decay": ("", "", "model_ema_decay", "model_ema_decay"),
+    "objective.patch_drop_rate": ("", "", "", "patch_drop_rate"),
+}
+
+WORDS = {  # of the code and the docs
+    "arm": "one way to pre-train in a study: a recipe with settings, and its seeds",
+    "backbone": "the network that is pre-trained, exported and evaluated: any timm model",
+    "control": "what every result is compared with: random initialisation, raw pixels, training from scratch",
+    "corruption": "what is done to an image before it is recovered: noise, blur, shuffled patches; masking is one more",
+    "draw": "random numbers by their address: seed, step, stream and row (`ssl_vit/randomness.py`)",
+    "metric": "a protocol, a pooling, a layer and a fraction of the labels; only equal metrics are compared",
+    "objective": "a way to pre-train: heads, targets and loss (`ssl_vit/objectives/`)",
+    "recipe": "all settings of a run, in one YAML file",
+    "report split": "the images whose accuracy is reported; nothing is chosen on them",
+    "row": "one measurement: a line of results.jsonl; or one image of a global batch",
+    "run": "a directory with one training and everything measured on it",
+    "view": "what one image becomes by augmentation",
+}
+
+
+def markdown() -> str:
+    """The text of docs/glossary.md."""
+    lines = [
+        "# Glossary",
+        "",
+        "Settings are called as in the papers' code and in timm. Parentheses: fixed in the code.",
+        "",
+    ]
+    lines += ["| ours | MAE | DINO | BEiT | timm |", "|---|---|---|---|---|"]
+    lines += [f"| `{ours}` | {' | '.join(theirs)} |" for ours, theirs in THEIRS.items()]
+    lines += ["", "## Words", "", "| word | meaning |", "|---|---|"]
+    return "\n".join(lines + [f"| {word} | {meaning} |" for word, meaning in WORDS.items()]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,50 @@
+"""A backbone as a folder that plain timm loads: `timm.create_model("local-dir:RUN/backbone", pretrained=True)`."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ssl_vit import files
+from ssl_vit.backbones import Backbone
+
+
+def save(backbone: Backbone, folder: Path) -> None:
+    """Write the timm model, its mean, std and evaluation view into `folder`, which appears whole or not at all.
+
+    Raises UserError if the disk is full.
+    """
+    model, view = backbone.model, backbone.evaluation_view
+    published = model.pretrained_cfg
+    config = dict(
+        architecture=published["architecture"],
+        num_classes=model.num_classes,
+        num_features=model.num_features,
+        model_args=backbone.args,
+        # the model's own, and not those of the published model of the same architecture
+        pretrained_cfg=dict(
+            mean=backbone.mean.flatten().tolist(),
+            std=backbone.std.flatten().tolist(),
+            input_size=[len(backbone.mean), *view.size],
+            crop_pct=view.crop_pct,
+            crop_mode=view.crop_mode,
+            interpolation=view.interpolation,
+            num_classes=model.num_classes,
+            **{key: published[key] for key in ("first_conv", "classifier") if key in published},
+        ),
+    )
+    with files.writing(folder) as partial:
+        partial.mkdir()
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def digest(backbone: Backbone) -> str:
+    """The SHA-256 of all that the features of a backbone depend on: architecture, weights, mean and std."""
+    found = hashlib.sha256(json.dumps([type(backbone.model).__name__, backbone.args], default=str).encode())
+    for name, tensor in [*backbone.model.state_dict().items(), ("mean", backbone.mean), ("std", backbone.std)]:
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
