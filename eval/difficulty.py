@@ -33,7 +33,7 @@ from torch import Tensor
 
 from eval.measure import cli, features, results
 from eval.page import text_tables
-from ssl_vit import data, errors, files, pretrain
+from ssl_vit import data, errors, files, pretrain, system
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -163,7 +163,7 @@ def main() -> None:
     args = parser.parse_args()
     for run in args.runs:
         refuse_missing(run)
-    pretrain.set_threads(args.threads or "auto")
+    system.set_threads(args.threads or "auto")
     rows = {run.name: figures for run in args.runs if (figures := evaluate(run)) is not None}
     if rows:
         say(f"\nSquared error, relative to the variance of the clean pixels\n\n{table(rows)}")

@@ -32,7 +32,7 @@ from eval.measure import cli, features, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
-from ssl_vit import data, errors, flops, pretrain, subsets, weights
+from ssl_vit import data, engine, errors, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, say
@@ -199,7 +199,7 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
 
 def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
     """Train by this recipe, or go on, or find it done; returns the run directory. Exits if it is told to stop."""
-    pretrain.resolve_precision(recipe)
+    engine.resolve_precision(recipe)
     identity = {k: v for k, v in recipe.as_dict().items() if k not in recipes.MAY_CHANGE}
     # all that a run must not differ in when it goes on, and the weights: a folder may hold others by now
     recipe.tag = fingerprint([identity, train.fingerprint, weights.digest(source.backbone)])

@@ -4,10 +4,13 @@ import json
 import re
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from ssl_vit import files
 from ssl_vit import recipe as recipes
@@ -124,3 +127,37 @@ class Run:
                     lines.append(line)
         files.write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
         return next((line for line in reversed(lines) if "seconds" in line), {})
+
+
+class Saver:
+    """Saves the state of training when it is due. All processes call it, and the first one writes.
+
+    check: raises UserError if the state after so many steps is not worth saving.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        runtime: recipes.Runtime,
+        check: Callable[[int], None],
+        done: int,
+        writes: bool,
+    ):
+        self.run, self.objective, self.optimizer, self.runtime = run, objective, optimizer, runtime
+        self.check, self.writes = check, writes
+        self.saved, self._at = done, time.monotonic()  # the last checkpoint: after so many steps; when
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the last checkpoint is older than runtime.save_minutes."""
+        minutes = self.runtime.save_minutes
+        return minutes is not None and time.monotonic() - self._at >= 60 * minutes
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps. Raises UserError if it is worthless, or cannot be written."""
+        self.check(step)
+        if self.writes:
+            self.run.save(step, dict(objective=self.objective.state_dict(), optimizer=self.optimizer.state_dict()))
+        self.saved, self._at = step, time.monotonic()

@@ -17,14 +17,19 @@ from ssl_vit.randomness import Draw
 
 def per_image(objective: Objective, channels: int, labelled: bool) -> float:
     """FLOPs of one image in one optimizer step, all its views, heads, decoder and teacher included."""
+    batch = grey(objective, channels, labelled)
+    return count(objective, lambda twin: twin.train()(batch)["loss"].backward()) / len(batch.draw.rows)
+
+
+def grey(objective: Objective, channels: int, labelled: bool) -> Batch:
+    """The smallest batch that the objective takes, of grey images."""
     rows = 2 * objective.micro_batch_multiple
     views = {
         name: torch.full((rows, *([view.count] if view.count else []), channels, *view.size), 0.5)
         for name, view in objective.views.items()
     }
     labels = torch.zeros(rows, dtype=torch.long) if labelled else None
-    batch = Batch(views, labels, Draw(0, 0, torch.arange(rows)), step=0, total=1)
-    return count(objective, lambda twin: twin.train()(batch)["loss"].backward()) / rows
+    return Batch(views, labels, Draw(0, 0, torch.arange(rows)), step=0, total=1)
 
 
 def count(module: nn.Module, call: Callable[[nn.Module], object]) -> float:

@@ -1,16 +1,23 @@
 """What a run tells while it trains: progress bar, log.jsonl, trackers, online k-NN, alarms. It changes nothing."""
 
 import importlib.util
+import json
 import math
 import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit import neighbours, views
+from ssl_vit import neighbours, overview, system, views
+from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone
 from ssl_vit.checkpoint import Run
 from ssl_vit.data import ImageSet, evaluation_views
@@ -19,6 +26,13 @@ from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 
 TRIES = 3  # alarms in a row before the user hears of it
+GROUPS = {  # of what log.jsonl says, on the pages of trackers; all else is of the objective: train/loss, …
+    "optim": ("lr", "grad_norm"),
+    "speed": ("images_per_second", "flops_per_second", "data_wait", "peak_memory_gb"),
+    "progress": ("images", "flops", "seconds"),
+    "online": ("rank", "knn", "knn_cls"),
+}
+GROUP_OF = {key: group for group, keys in GROUPS.items() for key in keys}
 REMEDY = "Lower optim.lr, set optim.clip_grad, or use train.precision=fp32."
 
 
@@ -27,6 +41,94 @@ def trackers(setting: str) -> list[str]:
     if setting == "auto":
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     return [] if setting == "none" else setting.split("+")
+
+
+def start_trackers(accelerator: Accelerator, path: Path, settings: dict) -> None:
+    """Open them, named as the run's folder, with its settings; where they can, a run that goes on is the same one."""
+    name, config = path.resolve().name, plain(settings)
+    accelerator.init_trackers(
+        "ssl_vit",
+        init_kwargs=dict(
+            wandb=dict(name=name, id=f"{name}-{zlib.crc32(bytes(path.resolve())):x}", resume="allow"),
+            trackio=dict(name=name, resume="allow", config=config),
+            swanlab=dict(experiment_name=name),
+            mlflow=dict(run_name=name),
+            clearml=dict(task_name=name),
+            dvclive=dict(dir=str(path / "dvclive")),
+        ),
+    )
+    if not accelerator.is_main_process:
+        return
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard" and importlib.util.find_spec("tensorboard"):  # not the lone tensorboardX
+            _store_hparams(tracker.writer, config)
+        else:
+            tracker.store_init_configuration(config)
+        if tracker.name == "comet_ml":
+            tracker.writer.set_name(name)
+        elif tracker.name == "aim":
+            tracker.writer.name = name
+
+
+def plain(settings: dict) -> dict[str, bool | int | float | str]:
+    """Settings by section.key, as values that every tracker takes; without the classes, of which there may be many."""
+    flat = {key: value for key, value in recipes.flat(settings).items() if key != "images.classes"}
+    return {
+        key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for key, value in flat.items()
+        if value is not None
+    }
+
+
+def _store_hparams(writer, config: dict) -> None:
+    """Into the run itself: TensorBoard's page of hyperparameters then shows them beside the run's own metrics.
+
+    Accelerate's tracker, as SummaryWriter.add_hparams, would write them to another run at each start, without metrics.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    _, start, end = hparams(config, {})  # not the first: it would fix the columns for all runs of the page
+    for summary in (start, end):
+        writer.file_writer.add_summary(summary)
+    writer.flush()
+
+
+class Estimate:
+    """How long the rest of training will take, said once, from the time that its first steps here took.
+
+    The first one does not count (it starts processes and compiles), nor do those whose images may have been decoded in
+    advance. Where steps are slow, those that end within PATIENCE seconds must do.
+    """
+
+    PATIENCE = 30.0
+
+    def __init__(self, done: int, total: int, workers: int):
+        self.first, self.total = done + 1, total
+        self.warm = self.first + 2 * workers  # a worker of a DataLoader prepares two batches in advance
+        self.enough = self.warm + max(5, workers)
+        self.started = 0.0  # when the first step had ended
+        self.begin = 0, 0.0  # the step from which on is measured, and when it had ended
+        self.said = False
+
+    def step(self, at: int, now: float, settle: Callable[[], float]) -> str | None:
+        """After step `at`, at second `now` of training: a sentence, if it is time for one.
+
+        settle: waits for the device, and returns the second at which it was done; called at three steps of a run.
+        """
+        if self.said:
+            return None
+        if at in (self.first, self.warm):
+            self.begin = at, settle()
+            if at == self.first:
+                self.started = self.begin[1]
+        elif at == self.enough or now - self.started >= self.PATIENCE:
+            self.said = True
+            step, began = self.begin
+            each, left = (settle() - began) / (at - step), self.total - at
+            if left:
+                time_left = overview.duration(each * left)
+                return f"About {time_left} to go: {left:,} steps of {each:.2g} s, as steps {step + 1} to {at} took."
+        return None
 
 
 class Monitor:
@@ -49,9 +151,12 @@ class Monitor:
         self.seconds = last.get("seconds", 0.0)
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
+        self.waited = 0.0  # seconds since the last line that the loop waited for data
+        self.pauses = 0.0  # seconds that were not training
+        self.estimate = Estimate(done, total, system.workers(recipe.runtime.num_workers))
         self.alarms = 0
         self.losses: list[tuple[int, Tensor]] = []
-        self.since = time.perf_counter()
+        self.since = self._clock()
         self.bar = tqdm(
             total=total,
             initial=done,
@@ -71,6 +176,8 @@ class Monitor:
         if (step + 1) % self.recipe.monitor.log_every == 0 or step + 1 == self.total:
             self.check_finite()
             self._line(step + 1, lr)
+        if self.accelerator.is_main_process and (text := self.estimate.step(step + 1, self._clock(), self._settled)):
+            self.say(text)
 
     def check_finite(self) -> None:
         """Raises UserError, naming the step, if a loss since the last call was not a finite number."""
@@ -85,30 +192,71 @@ class Monitor:
         if first < 2**62:
             raise UserError(f"The loss of step {int(first)} is not a finite number; {self.intact}. {REMEDY}")
 
+    def check(self, done: int) -> None:
+        """Raises UserError if a loss so far, or a weight after `done` steps, is not a finite number."""
+        self.check_finite()
+        norms = torch.stack(torch._foreach_norm(list(self.objective.parameters())))
+        if not norms.isfinite().all():
+            raise UserError(f"The weights after step {done} are not finite numbers; {self.intact}. {REMEDY}")
+
     @property
     def intact(self) -> str:
         """What a failing run leaves behind."""
         saved = list(self.run.checkpoints())
         return f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint was written yet"
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches the images of a step."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: its time counts for neither speed nor seconds."""
+        self._settled()  # what the device still computes is training
+        began = time.perf_counter()
+        yield
+        self.pauses += time.perf_counter() - began
+
+    def _clock(self) -> float:
+        """Seconds of training, from some time on."""
+        return time.perf_counter() - self.pauses
+
+    def _settled(self) -> float:
+        """The same, once the device has done what it was given."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._clock()
+
     def _line(self, done: int, lr: float) -> None:
         names = sorted(self.sums)
-        means = torch.stack([self.sums[n].float() / self.steps for n in names])
+        means = [self.sums[name].float() / self.steps for name in names]
+        means = torch.stack([*means, torch.tensor(self.waited, device=means[0].device)])
         means = self.accelerator.reduce(means, "mean") if self.accelerator.num_processes > 1 else means
-        scalars = dict(zip(names, means.tolist(), strict=True))
-        now = time.perf_counter()
-        speed = self.steps * self.recipe.train.batch_size / (now - self.since)
-        self.seconds += now - self.since
-        self.since, self.sums, self.steps = now, {}, 0
+        *means, waited = means.tolist()
+        scalars = dict(zip(names, means, strict=True))
+        now = self._clock()  # the device has finished: its results are here
+        elapsed, speed = now - self.since, self.steps / (now - self.since)
+        images, flops = speed * self.recipe.train.batch_size, speed * self.flops_per_step
+        self.seconds += elapsed
+        self.since, self.sums, self.steps, self.waited = now, {}, 0, 0.0
         if not self.accelerator.is_main_process:
             return
-        self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}, lr {lr:.2e}, {speed:,.0f} images/s")
+        self.bar.set_postfix_str(
+            f"loss {scalars['loss']:.4f}, lr {lr:.2e}, {images:,.0f} images/s, {flops / 1e12:.3g} TFLOP/s, "
+            f"data wait {waited / elapsed:.0%}"
+        )
         if self.accelerator.device.type == "cuda":
             scalars["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         position = dict(
             images=done * self.recipe.train.batch_size, flops=done * self.flops_per_step, seconds=round(self.seconds, 3)
         )
-        self._write(done, dict(lr=lr, images_per_second=round(speed, 1)) | position | scalars)
+        rates = dict(
+            images_per_second=round(images, 1), flops_per_second=round(flops), data_wait=round(waited / elapsed, 4)
+        )
+        self._write(done, dict(lr=lr) | rates | position | scalars)
         self._alarm(done, scalars)
 
     def knn(self, done: int, values: dict[str, float]) -> None:
@@ -116,7 +264,6 @@ class Monitor:
         if self.accelerator.is_main_process:
             self.say(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
             self._write(done, values)
-        self.since = time.perf_counter()
 
     def _alarm(self, done: int, scalars: dict[str, float]) -> None:
         message = self.objective.alarm(scalars)
@@ -127,7 +274,21 @@ class Monitor:
 
     def _write(self, done: int, values: dict) -> None:
         self.run.log(dict(step=done) | values)
-        self.accelerator.log(values, step=done)
+        self.accelerator.log({f"{GROUP_OF.get(key, 'train')}/{key}": v for key, v in values.items()}, step=done)
+
+    def pictures(self, done: int, files: list[Path]) -> None:
+        """Give the pictures of a run to the trackers that take some; each takes them in a form of its own."""
+        for file in files if self.accelerator.trackers else []:
+            with Image.open(file) as image:
+                page = np.asarray(image)
+            tag = f"pictures/{file.stem}"
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images({tag: page[None]}, step=done, dataformats="NHWC")
+                elif tracker.name in ("wandb", "swanlab"):
+                    tracker.log_images({tag: [page]}, step=done)
+                elif tracker.name in ("aim", "clearml"):
+                    tracker.log_images({tag: page}, step=done)
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:

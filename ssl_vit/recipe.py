@@ -331,7 +331,7 @@ def differences(old: dict, new: dict, config: type | None = None) -> list[str]:
     defaults = {name: asdict(cls()) for name, cls in SECTIONS.items()}
     if config is not None:
         defaults["objective"] = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    a, b = _flat(defaults) | _flat(old), _flat(new)
+    a, b = flat(defaults) | flat(old), flat(new)
     keys = {k for k in a.keys() | b.keys() if k in a or not k.startswith("resolved.")}
     if "images.fingerprint" in a and a["images.fingerprint"] == b.get("images.fingerprint"):
         keys.discard("data.name")
@@ -348,11 +348,12 @@ def describe(sections: dict[str, type]) -> str:
     return "\n".join(lines)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree of settings, by section.key."""
+    leaves = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
 
 
 def _hints(cls: type) -> dict[str, Any]:

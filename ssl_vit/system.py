@@ -3,6 +3,8 @@
 import os
 import signal
 
+import torch
+
 # what asks a process to stop: schedulers (Slurm, docker, systemd, timeout), Ctrl-C, a warning before time is up, and a
 # terminal that is closed
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -13,7 +15,55 @@ def heeded() -> list[int]:
     return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+class StopSignal:
+    """SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP, or the death of the launcher: the step is finished and saved, then the
+    process ends with the shell's code of that signal (128 + its number)."""
+
+    def __init__(self):
+        self._asked: int | None = None
+        # accelerate launch dies of SIGTERM without passing it on to its one child
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    def __enter__(self) -> "StopSignal":
+        """From here on a signal waits for the step; before the first step there is nothing to save."""
+        self._before = {number: signal.signal(number, self._ask) for number in heeded()}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame) -> None:
+        if self._asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = number
+
+    @property
+    def requested(self) -> bool:
+        return self._asked is not None or (self._launcher is not None and os.getppid() != self._launcher)
+
+    @property
+    def code(self) -> int:
+        """The exit code; of a process that stops because another one was asked, or its launcher died, SIGTERM's."""
+        return 128 + (self._asked or signal.SIGTERM)
+
+
 def cores() -> int:
     """CPU cores for each process of this machine."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def workers(asked: int | str) -> int:
+    """Decoding processes: as many as asked for, or with "auto" the cores, at most 16."""
+    return min(cores(), 16) if asked == "auto" else asked
+
+
+def set_threads(asked: int | str) -> int:
+    """CPU threads for torch and faiss. Launchers set one by their own; results in the last bits depend on it."""
+    import faiss
+
+    threads = cores() if asked == "auto" else asked
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    return threads

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_loop import ROOT, environment
 
-from ssl_vit import data, errors, pretrain
+from ssl_vit import data, engine, errors, pretrain
 from ssl_vit import recipe as recipes
 
 TINY = ["backbone.embed_dim=16", "backbone.depth=1", "backbone.num_heads=2", "monitor.trackers=none"]
@@ -91,7 +91,7 @@ def test_recipes(run):
 
 
 def test_batch_that_does_not_divide_by_processes(run, monkeypatch):
-    monkeypatch.setattr(pretrain.Accelerator, "num_processes", property(lambda self: 3))
+    monkeypatch.setattr(engine.Accelerator, "num_processes", property(lambda self: 3))
     refused(run(), "train.batch_size=8", "3 processes", "multiple of 3")
 
 

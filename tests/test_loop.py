@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from conftest import SMALL, small_objective, small_recipe, start
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 from tqdm import tqdm
 
 from eval import knn
 from eval.measure import results
-from ssl_vit import checkpoint, errors, pretrain, weights
+from ssl_vit import checkpoint, data, engine, errors, monitor, overview, pretrain, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -73,6 +76,12 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def untimed(folder: Path) -> list[dict]:
+    """The lines of the log without what a clock made."""
+    timed = "seconds", "images_per_second", "flops_per_second", "data_wait"
+    return [{k: v for k, v in line.items() if k not in timed} for line in log_of(folder)]
+
+
 def steps_done(folder: Path) -> int:
     """The last whole line of the log."""
     try:
@@ -111,7 +120,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(name, tmp_path):
     for file in ("model.safetensors", "config.json"):
         assert (killed / "backbone" / file).read_bytes() == (whole / "backbone" / file).read_bytes()
 
-    lines = [[{k: v for k, v in line.items() if "second" not in k} for line in log_of(r)] for r in (whole, killed)]
+    lines = [untimed(r) for r in (whole, killed)]
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == list(range(1, steps + 1))
 
@@ -270,15 +279,95 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert saved.name == "step-00000004.pt"
     assert set(torch.load(saved, weights_only=True)) == {"objective", "optimizer"}
 
+    monkeypatch.setattr(Reconstruct, "forward", forward)
+    again = run(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), "runtime.num_workers=0"))
+    assert "Going on from step 4 of 12" in again.said
+    assert re.search(r"About \d+ s to go: 2 steps of \S+ s, as steps 6 to 10 took\.", again.said)
+
 
 def test_watching_changes_nothing(tmp_path):
     quiet, watched = tmp_path / "quiet", tmp_path / "watched"
-    run(tmp_path, *arguments("dino", "--output", str(quiet), "monitor.knn_every=0"))
-    run(tmp_path, *arguments("dino", "--output", str(watched), "monitor.knn_every=3", "monitor.trackers=tensorboard"))
+    run(tmp_path, *arguments("dino", "--output", str(quiet), "monitor.knn_every=0", "optim.clip_grad=3.0"))
+    run(
+        tmp_path,
+        *arguments(
+            "dino",
+            "--output",
+            str(watched),
+            "monitor.knn_every=3",
+            "monitor.trackers=tensorboard",
+            "optim.clip_grad=3.0",
+        ),
+    )
     assert (quiet / "backbone/model.safetensors").read_bytes() == (watched / "backbone/model.safetensors").read_bytes()
     assert [line["step"] for line in log_of(watched) if "knn" in line] == [3, 6, 9, 12]
     assert all(0 < line["knn"] <= 1 and line["rank"] > 1 for line in log_of(watched) if "knn" in line)
-    assert list(watched.rglob("events.out.tfevents*"))
+
+    [events] = {file.parent for file in watched.rglob("events.out.tfevents*")}
+    board = EventAccumulator(str(events), size_guidance=dict(images=0)).Reload()
+    lines = log_of(watched)
+    for tag, key in {
+        "train/loss": "loss",
+        "train/kl": "kl",
+        "optim/lr": "lr",
+        "optim/grad_norm": "grad_norm",
+        "speed/images_per_second": "images_per_second",
+        "speed/flops_per_second": "flops_per_second",
+        "speed/data_wait": "data_wait",
+        "progress/images": "images",
+        "progress/flops": "flops",
+        "progress/seconds": "seconds",
+        "online/knn": "knn",
+        "online/rank": "rank",
+    }.items():
+        logged = {line["step"]: line[key] for line in lines if key in line}
+        shown = {scalar.step: scalar.value for scalar in board.Scalars(tag)}
+        assert logged and shown == pytest.approx(logged, rel=1e-6), tag
+    groups = {tag.split("/")[0] for tag in board.Tags()["scalars"]}
+    assert groups == {"train", "optim", "speed", "progress", "online"}
+
+    [[start]] = [[v for k, v in board.PluginTagToContent("hparams").items() if k == metadata.SESSION_START_INFO_TAG]]
+    stored = metadata.parse_session_start_info_plugin_data(start).hparams
+    settings = yaml.safe_load((watched / "recipe.yaml").read_text())
+    assert stored["optim.betas"].string_value == json.dumps(settings["optim"]["betas"])
+    assert stored["objective.name"].string_value == "dino" and stored["train.steps"].number_value == STEPS
+    assert stored["resolved.lr"].number_value == settings["resolved"]["lr"] and "images.classes" not in stored
+    [picture] = board.Images("pictures/attention")
+    with (
+        Image.open(watched / "pictures/attention.png") as file,
+        Image.open(BytesIO(picture.encoded_image_string)) as png,
+    ):
+        assert picture.step == STEPS and np.array_equal(np.asarray(file), np.asarray(png))
+
+
+def test_the_share_of_time_spent_waiting_for_data(tmp_path, monkeypatch):
+    """Of a stream that takes three seconds a chunk, two chunks a step, and a step of two, by a made-up clock."""
+    from ssl_vit.objectives.reconstruct import Reconstruct
+
+    clock, forward, chunks = [0.0], Reconstruct.forward, data.chunks
+
+    def work(self, batch):
+        clock[0] += 1.0
+        return forward(self, batch)
+
+    def slow(*arguments):
+        for chunk in chunks(*arguments):
+            clock[0] += 3.0
+            yield chunk
+
+    run(tmp_path, *arguments("mae", "--output", "quick", "runtime.per_device_batch_size=16"))
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Reconstruct, "forward", work)
+    monkeypatch.setattr(data, "chunks", slow)
+    settings = ["runtime.per_device_batch_size=16", "monitor.log_every=4", "monitor.knn_every=3"]
+    started = run(tmp_path, *arguments("mae", "--output", "slow", *settings))
+    lines = [line for line in log_of(tmp_path / "slow") if "loss" in line]
+    assert [line["data_wait"] for line in lines] == [0.75] * 3 and [line["seconds"] for line in lines] == [32, 64, 96]
+    assert "data wait 75%" in started.said
+    per_image = yaml.safe_load((tmp_path / "slow/recipe.yaml").read_text())["resolved"]["flops_per_image"]
+    assert [line["flops_per_second"] for line in lines] == [round(per_image * 32 / 8)] * 3
+    quick, waited = (tmp_path / r / "backbone/model.safetensors" for r in ("quick", "slow"))
+    assert quick.read_bytes() == waited.read_bytes()
 
 
 def test_micro_batches_change_only_the_rounding(tmp_path):
@@ -425,14 +514,14 @@ def test_a_batch_that_must_not_be_cut_is_refused(tmp_path):
 def test_a_batch_that_must_not_be_cut_names_both_ways_out_of_several_processes(name, settings, instead):
     objective = small_objective(name, "backbone.drop_path_rate=0", *settings)
     with pytest.raises(errors.UserError, match="shared by 2 processes") as error:
-        pretrain.check_full_batch(objective, 16, 32, 2)
+        engine.check_full_batch(objective, 16, 32, 2)
     assert "one process on one GPU (CUDA_VISIBLE_DEVICES=0)" in str(error.value) and instead in str(error.value)
-    pretrain.check_full_batch(objective, 32, 32, 1)
+    engine.check_full_batch(objective, 32, 32, 1)
 
 
 def test_the_device_is_named():
-    assert pretrain.name_of(torch.device("cpu")) == f"CPU, {torch.get_num_threads()} threads"
-    assert pretrain.name_of(torch.device("mps")) == "MPS"
+    assert overview.name_of(torch.device("cpu")) == f"CPU, {torch.get_num_threads()} threads"
+    assert overview.name_of(torch.device("mps")) == "MPS"
 
 
 def test_seconds_go_on_after_a_line_that_has_none(tmp_path):
@@ -447,7 +536,7 @@ def test_mixed_pairs_stay_together(tmp_path):
     mixing = ["objective.mixup=0.8", "--output", "run"]
     run(tmp_path, *arguments("supervised", *mixing, "runtime.per_device_batch_size=5"))  # 4 at a time
     odd = Started(tmp_path, *arguments("supervised", *mixing, "train.batch_size=25", "--output", "odd"))
-    assert odd.wait() == 2 and "Mixing pairs images" in odd.said
+    assert odd.wait() == 2 and "works on groups of" in odd.said
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
@@ -469,12 +558,30 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004.pt"]
 
 
-def test_images_without_labels_are_watched_by_rank_alone(tmp_path):
+def test_images_without_labels_are_watched_by_rank_alone(tmp_path, monkeypatch):
+    """And advice on them is given once, not again where the run goes on."""
+    from ssl_vit.objectives.dino import DINO
+
+    forward = DINO.forward
+
+    def broken(self, batch):
+        if batch.step == 7:
+            raise errors.UserError("broken")
+        return forward(self, batch)
+
+    folder = tmp_path / "images"
+    folder.mkdir()
     for i in range(40):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
-            tmp_path / f"{i}.png"
-        )
-    run(tmp_path, *arguments("dino", "--data", str(tmp_path), "--output", "run", "monitor.knn_every=6"))
+        pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    settings = arguments("dino", "--data", str(folder), "--output", "run", "monitor.knn_every=6")
+    monkeypatch.setattr(DINO, "forward", broken)
+    started = Started(tmp_path, *settings)
+    assert started.wait() == 2 and started.said.count("Advice: the images have no labels.") == 1
+    started.log.unlink()
+    monkeypatch.setattr(DINO, "forward", forward)
+    again = run(tmp_path, *settings)
+    assert "Going on from step 4 of 12" in again.said and "Advice" not in again.said
     watched = [line for line in log_of(tmp_path / "run") if "rank" in line]
     assert [line["step"] for line in watched] == [6, 12] and not any("knn" in line for line in watched)
 

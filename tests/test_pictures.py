@@ -183,7 +183,7 @@ def test_the_columns_say_how_a_prediction_is_drawn():
     assert "mean and variance of the average patch of the input" in last["mae"]
     assert "mean and variance" not in last["simmim"] and "masked patches" in last["simmim"]
     assert "minus the predicted noise" in last["predict the noise"]
-    assert "tokens" in last["beit"] and "mean colours" in last["masked-patch"]
+    assert "token" in last["beit"] and "mean colour" in last["masked-patch"]
     assert "before it" in last["next patch"] and last["features"] == "input to the encoder"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import faiss
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -61,9 +60,7 @@ class EvalRequest:
     """The backbones to evaluate, and the images to evaluate them on. Raises UserError for what is not there."""
 
     def __init__(self, args: argparse.Namespace):
-        threads = args.threads or system.cores()
-        torch.set_num_threads(threads)
-        faiss.omp_set_num_threads(threads)
+        system.set_threads(args.threads or "auto")
         # the first process votes and fits alone, and the others may wait for it long
         self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
         self.config, size = None, None

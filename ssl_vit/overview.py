@@ -1,0 +1,111 @@
+"""What a run says of itself before its first step: what will happen, on what, at which cost; and advice that fits."""
+
+import copy
+import shlex
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from timm.models.vision_transformer import VisionTransformer
+
+from ssl_vit import backbones, data, flops
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import say
+from ssl_vit.objectives.base import Objective
+
+FEW = 2000  # images
+SMALL, PHOTO = 64, 32  # pixels: up to which a CPU will do; from which published weights, which are of photos, help
+PUBLISHED = "vit_small_patch16_224.dino"
+
+
+def describe(
+    recipe: recipes.Recipe,
+    path: Path,
+    images: data.ImageSet,
+    objective: Objective,
+    accelerator: Accelerator,
+    flops_per_image: float,
+) -> None:
+    """One paragraph on a recipe whose settings are resolved."""
+    total, lr, rule = recipe.train.steps, *recipe.learning_rate()
+    images_seen = total * recipe.train.batch_size
+    say(
+        f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images at "
+        f"{'x'.join(map(str, recipe.data.img_size))}), {shape_of(objective.exported, recipe.backbone)}\n"
+        f"{total:,} steps of {recipe.train.batch_size} = {images_seen / max(len(images), 1):.1f} epochs, "
+        f"{images_seen * flops_per_image:.3g} FLOPs; learning rate {lr:.3g} ({rule}); {recipe.train.precision} on "
+        f"{accelerator.num_processes} x {name_of(accelerator.device)}\n"
+        f"Run directory: {path}"
+    )
+
+
+def advise(
+    recipe: recipes.Recipe, path: Path, images: data.ImageSet, objective: Objective, accelerator: Accelerator
+) -> None:
+    """A sentence or two on each thing about a run that its user may regret, before it starts."""
+    height, width = recipe.data.img_size
+    if len(images) < FEW and min(height, width) >= PHOTO and not recipe.backbone.init_from:
+        start = f"python eval/finetune.py --backbone {PUBLISHED} --data {shlex.quote(recipe.data.name)}"
+        if images.labels is None:
+            start = f"--init-from {PUBLISHED}"
+        say(
+            f"Advice: {len(images):,} images are few, and pre-training from scratch learns little from them. Published "
+            f"weights are a better start: {start}"
+        )
+    if max(height, width) > SMALL and accelerator.device.type == "cpu":
+        each = seconds_per_image(objective, recipe.data.in_chans, accelerator)
+        whole = each / accelerator.num_processes * recipe.train.steps * recipe.train.batch_size
+        small = f"data.img_size={SMALL}"
+        if recipe.name.endswith("-photos"):
+            small = f"--recipe {recipe.name.removesuffix('-photos')} {small}"
+        say(
+            f"Advice: {height}x{width} px are slow on a CPU. An image takes {each:.2g} s here, and the whole run about "
+            f"{duration(whole)}; use a GPU, or smaller images ({small})."
+        )
+    if images.labels is None:
+        say(
+            f"Advice: the images have no labels. Look at {path / 'pictures'} and at the feature rank "
+            "(monitor.knn_every=100), and judge the backbone on labelled images: "
+            f"python eval/knn.py --backbone {shlex.quote(str(path))} --data NAME"
+        )
+
+
+def seconds_per_image(objective: Objective, channels: int, accelerator: Accelerator) -> float:
+    """Time of a forward and backward pass on the CPU, measured on a copy; the better of two."""
+    batch = flops.grey(objective, channels, objective.labelled)
+    twin = copy.deepcopy(objective).train()
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        with accelerator.autocast():
+            loss = twin(batch)["loss"]
+        loss.backward()
+        times.append(time.perf_counter() - began)
+    return min(times) / len(batch.draw.rows)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in the unit that suits it: 40 s, 12 min, 3.5 hours, 41 days."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
+        if seconds >= 2 * size:
+            count = seconds / size
+            return f"{count:.1f} {unit}" if count < 10 and unit != "min" else f"{count:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def shape_of(backbone: backbones.Backbone, config: recipes.Backbone) -> str:
+    """A backbone in words: a plain ViT by its shape, as a width or depth of the recipe replaces that of the name."""
+    size = f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters"
+    if not isinstance(backbone.model, VisionTransformer):
+        return f"{config.name}, {size}"
+    patch = "x".join(map(str, dict.fromkeys(backbone.patch_size)))
+    model = "ViT" if config.embed_dim or config.depth else f"{config.name}: ViT"
+    return f"{model}, {backbone.model.embed_dim} wide, {backbone.depth} deep, patch {patch}, {size}"
+
+
+def name_of(device: torch.device) -> str:
+    """A device in words: the GPU's name, the CPU's threads, or the kind of another, such as MPS (Apple's GPUs)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()
