@@ -45,7 +45,7 @@ class Run:
             if any(not p.name.startswith(".lock") for p in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no run: choose another --output.")
         else:
-            old = yaml.safe_load(file.read_text())
+            old = recipes.read_settings(file)
             keys = recipes.differences(old, settings, config)
             if keys and Path(sys.argv[0]).name != "pretrain.py":  # the folder is not the user's to choose
                 raise UserError(

@@ -8,7 +8,36 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """Something only the user can mend. The message names the thing and the remedy."""
+    """Something only the user can mend. The message names the thing and the remedy.
+
+    sentences: one for each mistake. The message is the one, or a list of them all.
+    """
+
+    def __init__(self, *sentences: str):
+        several = [f"{len(sentences)} mistakes:", *(f"- {sentence}" for sentence in sentences)]
+        super().__init__(sentences[0] if len(sentences) == 1 else "\n".join(several))
+        self.sentences = sentences
+
+
+class Mistakes:
+    """Gathers what is wrong, so that all of it is said at once: `with mistakes: …` goes on after a UserError."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, UserError):
+            self.sentences += error.sentences
+            return True
+        return False
+
+    def refuse(self) -> None:
+        """Raises one UserError for all there were, if there were any."""
+        if self.sentences:
+            raise UserError(*self.sentences)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

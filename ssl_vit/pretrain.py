@@ -1,17 +1,19 @@
 """Pre-train a Vision Transformer.
 
-    accelerate launch ssl_vit/pretrain.py --recipe mae --data PATH|NAME|owner/name [key=value …]
+    accelerate launch ssl_vit/pretrain.py --recipe mae --data PATH [key=value …]
 
 On a laptop, in about two minutes, on scikit-learn's handwritten digits:
 
     python ssl_vit/pretrain.py --recipe mae
 
-The same command again goes on where a stopped run was: on a CPU to the same weights bit for bit.
+The same command again goes on where a stopped run was: on a CPU to the same
+weights bit for bit.
 """
 
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import DatasetInfo, Objective
 from ssl_vit.randomness import Draw, Order
+from ssl_vit.reference import WIDTH, help_text, json_schema
 
 SHOWN = 8  # images in the pictures of a run
 
@@ -303,22 +306,35 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
 
 
 def main() -> int:
-    configs = {f"{name}: objective": objectives.find(name).Config for name in objectives.names()}
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python ssl_vit/pretrain.py --recipe RECIPE [options] [key=value ...]",
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=WIDTH),
         allow_abbrev=False,
-        epilog="settings (key=value):\n" + recipes.describe(recipes.SECTIONS | configs),
+        add_help=False,
     )
-    parser.add_argument("--recipe", required=True, help="a name in recipes/, a YAML file, or a run's recipe.yaml")
+    parser.add_argument("-h", "--help", action="store_true", help="print this, or with --recipe that one's settings")
+    parser.add_argument("--recipe", help="a name in recipes/, a YAML file, or a run's recipe.yaml")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
-    parser.add_argument("--output", type=Path, help="the run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
+    parser.add_argument("--output", type=Path, help="run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
     parser.add_argument("--init-from", help="a run, timm folder or timm model to start from; backbone.init_from=…")
     parser.add_argument("--print-output", action="store_true", help="print the run directory and do nothing")
+    parser.add_argument("--print-schema", action="store_true", help="print a JSON Schema of recipes, for editors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")
     args = parser.parse_intermixed_args()
+    if args.print_schema:
+        print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+        return 0
+    if args.recipe is None:
+        if not args.help:
+            parser.error("the following arguments are required: --recipe")
+        print(parser.format_help(), help_text(), sep="\n")
+        return 0
     settings = args.settings + ([f"backbone.init_from={args.init_from}"] if args.init_from else [])
     recipe = read(args.recipe, settings, args.data)
+    if args.help:
+        print(help_text(recipe))
+        return 0
     path = args.output or Path("runs") / recipe.run_name()
     if args.print_output:
         print(path)

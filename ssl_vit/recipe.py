@@ -8,28 +8,17 @@ import hashlib
 import json
 import math
 import re
-import types
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ssl_vit.errors import UserError, nearest
+from ssl_vit.errors import Mistakes, UserError, nearest
+from ssl_vit.settings import Setting, setting, settings_of
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-
-
-def setting(
-    default: Any, help: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
-):
-    """A dataclass field with its meaning and its bounds."""
-    metadata = dict(help=help, above=above, at_least=at_least, at_most=at_most)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -155,6 +144,61 @@ OF_IMAGES = (  # what is of one set of images, or was resolved from them
     *("data.config", "data.image_column", "data.label_column", "data.train_split", "data.report_split"),
 )
 LENGTHS = ("train.epochs", "train.steps", "train.flops")
+# keys that had another name in earlier versions: {old: new, or a text that starts with the new one}
+RENAMED: dict[str, str] = {
+    "optim.warmup": "optim.warmup_fraction",
+    "optim.no_decay": "optim.no_weight_decay",
+    "optim.clip": "optim.clip_grad",
+    "data.image": "data.image_column",
+    "data.label": "data.label_column",
+    "data.size": "data.img_size",
+    "data.channels": "data.in_chans",
+    "data.flip": "data.hflip",
+    "views.kind": "views.augmentation",
+    "backbone.width": "backbone.embed_dim",
+    "backbone.heads": "backbone.num_heads",
+    "backbone.patch": "backbone.patch_size",
+    "backbone.positions": "backbone.pos_embed",
+    "backbone.init": "backbone.weight_init",
+    "backbone.registers": "backbone.reg_tokens",
+    "backbone.layer_scale": "backbone.init_values",
+    "backbone.drop_path": "backbone.drop_path_rate",
+    "runtime.per_device_batch": "runtime.per_device_batch_size",
+    "runtime.workers": "runtime.num_workers",
+    "runtime.threads": "runtime.num_threads",
+    "objective.ratio": "objective.mask_ratio",
+    "objective.sees": "objective.encoder_input ('mask tokens' is mask_token, all is corrupted)",
+    "objective.others": "objective.replace_ratio",
+    "objective.kept": "objective.keep_ratio",
+    "objective.spoil": "objective.corruption",
+    "objective.sigma": "objective.noise_sigma (of a blur: objective.blur_sigma)",
+    "objective.space": "objective.noise_pca_dim",
+    "objective.normalise": "objective.norm_pix_loss",
+    "objective.weigh": "objective.loss_weighting (true is noise_level)",
+    "objective.tokens": "objective.vocab_size",
+    "objective.momentum": "objective.momentum_teacher",
+    "objective.decoder_width": "objective.decoder_embed_dim",
+    "objective.decoder_heads": "objective.decoder_num_heads",
+    "objective.prototypes": "objective.out_dim",
+    "objective.head_width": "objective.hidden_dim",
+    "objective.bottleneck": "objective.bottleneck_dim",
+    "objective.batch_norm": "objective.use_bn_in_head",
+    "objective.student_temperature": "objective.student_temp",
+    "objective.teacher_temperature": "objective.teacher_temp",
+    "objective.teacher_temperature_start": "objective.warmup_teacher_temp",
+    "objective.teacher_warmup": "objective.warmup_teacher_temp_fraction",
+    "objective.freeze_last_layer": "objective.freeze_last_layer_fraction",
+    "objective.local_count": "objective.local_crops_number",
+    "objective.local_size": "objective.local_crops_size",
+    "objective.local_scale": "objective.local_crops_scale",
+    "objective.mix_probability": "objective.mixup_prob",
+    "objective.pool": "objective.global_pool",
+    "objective.ema": "objective.model_ema_decay",
+    "objective.noise": "objective.noise_sigma",
+    "objective.drop": "objective.patch_drop_rate",
+    "objective.weights": "objective.loss_weights",
+}
+COMMAND_LINE = "the command line"
 
 
 @dataclass
@@ -172,10 +216,12 @@ class Recipe:
     monitor: Monitor
     runtime: Runtime
     tag: str  # '' or a short hash of what the command line changed
+    # by key, the settings that are no defaults: (the value as given, the file or COMMAND_LINE)
+    given: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """The settings as nested plain values, in the form of a recipe file."""
-        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        sections: dict[str, Any] = {name: asdict(getattr(self, name)) for name in SECTIONS}
         return dict(recipe=self.name, objective=dict(name=self.objective_name, **asdict(self.objective)), **sections)
 
     def add_dataset_info(self, facts: dict[str, Any]) -> None:
@@ -203,73 +249,158 @@ def short(data: str) -> str:
     return Path(data).resolve().name if is_path else data.replace("/", "-")
 
 
-def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[str], type]) -> Recipe:
+class _File(NamedTuple):
+    """A recipe's file, or a run's recipe.yaml."""
+
+    path: Path
+    values: dict[str, Any]  # by section.key
+    run: str | None  # the name of the run's recipe
+
+
+def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[str], type[Any]]) -> Recipe:
     """The recipe called `recipe` (a name in recipes/ or a file) with `key=value` overrides, checked.
 
     The file may be a run's recipe.yaml: the recipe then has the settings of the run, and its name. schema: the Config
     dataclass of an objective, by the objective's name.
-    Raises UserError, naming the key, where it came from and the nearest valid name.
+    Raises UserError with all mistakes at once, naming the keys, where they came from and the nearest valid names.
     """
-    path = find(recipe)
-    own, run = _open(path)
-    changes = {}
+    mistakes = Mistakes()
+    changes = _changes(overrides, data, mistakes)
+    try:
+        file = _open(find(recipe))
+    except UserError as error:
+        raise UserError(*mistakes.sentences, *error.sentences) from None
+    values = _merge(file, changes)
+    objective: dict[str, type[Any]] = {}  # stays empty if there is none of that name: its settings are not judged then
+    name, source = values.pop("objective.name", (None, str(file.path)))
+    with mistakes:
+        objective = _objective(file, name, source, schema)
+    sections = SECTIONS | objective
+    given = _check_all(values, sections, values.keys() if file.run is None else changes.keys(), mistakes)
+
+    unread = {text.partition("=")[0] for text in overrides} - changes.keys()
+    faulty = {key.partition(".")[0] for key in unread | values.keys() - given.keys()}
+    built = {}
+    for section, cls in sections.items():
+        if section not in faulty:
+            with mistakes:
+                built[section] = _build(section, cls, given)
+    mistakes.refuse()
+
+    telling = changes if file.run is None else file.values | changes  # what makes it another run than its recipe's
+    tag = _tag({key: given[key][0] if key in given else value for key, value in telling.items()})
+    return Recipe(file.run or file.path.stem, name, tag=tag, given=given, **built)
+
+
+def _changes(overrides: list[str], data: str | None, mistakes: Mistakes) -> dict[str, Any]:
+    """The values of the command line, by key."""
+    changes: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"{text!r} is not a setting: write key=value, as in train.epochs=20.")
-        try:
-            changes[key] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
-            raise UserError(f"The value of {key}={value} cannot be read; quote it like a YAML value.") from None
+        with mistakes:
+            if not equals:
+                raise UserError(f"{text!r} is not a setting: write key=value, as in train.epochs=20.")
+            try:
+                changes[key] = yaml.safe_load(value)
+            except (ValueError, yaml.YAMLError):
+                raise UserError(f"The value of {key}={value} cannot be read; quote it like a YAML value.") from None
     if data is not None:
         changes["data.name"] = data
-    values = _merge(own, changes, str(path), run is not None)
+    return changes
 
-    name, source = values.pop("objective.name", (None, str(path)))
+
+def _objective(file: _File, name: Any, source: str, schema: Callable[[str], type[Any]]) -> dict[str, type[Any]]:
+    """{"objective": its Config}. Raises UserError if there is none of that name, or the recipe is made for another."""
     if not isinstance(name, str):
         raise UserError(f"objective.name is missing in {source}.")
-    sections = SECTIONS | dict(objective=schema(name))
-    if own.get("objective.name", name) != name:
+    config = schema(name)
+    own = file.values.get("objective.name", name)
+    if own != name:
         raise UserError(
-            f"{path.name} is a recipe of the objective {own['objective.name']}, not {name}: name one of {name} instead "
-            f"({', '.join(_recipes_of(name)) or 'a file of your own'})."
+            f"{file.path.name} is a recipe of the objective {own}, not {name}: name one of {name} instead "
+            f"({', '.join(recipes_of(name)) or 'a file of your own'})."
         )
-    known = [f"{s}.{f.name}" for s, cls in sections.items() for f in fields(cls)] + ["objective.name"]
-    parts: dict[str, dict] = {section: {} for section in sections}
-    telling = changes if run is None else own | changes  # what makes it another run than the plain one of its recipe
+    return dict(objective=config)
+
+
+def _check_all(
+    values: dict[str, tuple[Any, str]], sections: dict[str, type[Any]], by_hand: Collection[str], mistakes: Mistakes
+) -> dict[str, tuple[Any, str]]:
+    """The values in the types of their settings, without those that are wrong or whose objective is not known."""
+    known = {key: found for section, cls in sections.items() for key, found in settings_of(section, cls).items()}
+    checked = {}
     for key, (value, source) in values.items():
-        by_hand = run is None or key in changes
-        if key not in known:
-            same = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]  # the section is wrong or left out
-            hint = f" Did you mean {same[0]!r}?" if same else nearest(key, known)
-            if not by_hand:
-                hint = " Another version of this code made the run."
-            raise UserError(f"Unknown key {key!r} in {source}.{hint}")
-        section, _, leaf = key.partition(".")
-        parts[section][leaf] = _checked(sections[section], key, leaf, value, source)
-        if key == "data.subset" and by_hand and isinstance(value, float) and value >= 1:
-            raise UserError(
-                f"data.subset={value} in {source} has a point: leave it null for all images, write a fraction below 1 "
-                "for a part of each class, or a whole number, without a point, for so many of each class."
-            )
-        if key in telling:
-            telling[key] = parts[section][leaf]  # one setting has one hash, however it is written
+        if "objective" in sections or not key.startswith("objective."):
+            with mistakes:
+                checked[key] = _check(known, key, value, source, key in by_hand), source
+    return checked
+
+
+def _check(known: dict[str, Setting], key: str, value: Any, source: str, by_hand: bool) -> Any:
+    """The value of a setting in its type, refused if it is none. by_hand: not from a run's recipe.yaml."""
+    if key not in known:
+        if key in RENAMED:
+            raise UserError(_renamed(key, source))
+        same = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]  # the section is wrong or left out
+        hint = f" Did you mean {same[0]!r}?" if same else nearest(key, [*known, "objective.name"])
+        if not by_hand:
+            hint = " Another version of this code made the run."
+        raise UserError(f"Unknown key {key!r} in {source}.{hint}")
+    checked = known[key].check(value, source)
+    if key == "data.subset" and by_hand and isinstance(value, float) and value >= 1:
+        raise UserError(
+            f"data.subset={value} in {source} has a point: leave it null for all images, write a fraction below 1 "
+            "for a part of each class, or a whole number, without a point, for so many of each class."
+        )
+    return checked
+
+
+def _renamed(key: str, source: str) -> str:
+    return f"{key} is now called {RENAMED[key]}; rename it in {source}."
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a run's recipe.yaml holds. Raises UserError if it cannot be read, or has settings of old names."""
+    tree = _load(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} does not hold the settings of a run.")
+    renamed = [_renamed(key, str(path)) for key in flat(tree) if key in RENAMED]
+    if renamed:
+        raise UserError(*renamed)
+    return tree
+
+
+def _load(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not text, or a date that no calendar has
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _build(section: str, cls: type[Any], given: dict[str, tuple[Any, str]]) -> Any:
+    """A section with the values given, and defaults for the rest. Raises UserError if they do not go together."""
+    settings = settings_of(section, cls)
+    absent = [s for key, s in settings.items() if s.default is MISSING and key not in given]
+    if absent:
+        raise UserError(*(f"{s.key} is missing: {s.help}." for s in absent))
+    built = cls(**{key.partition(".")[2]: given[key][0] for key in settings if key in given})
+    wrong = list(CHECKS[section](built)) if section in CHECKS else []
+    if wrong:
+        raise UserError(*wrong)
+    return built
+
+
+def _tag(telling: dict[str, Any]) -> str:
+    """A short hash of these settings, each checked, so that one setting has one hash, however it is written."""
     changed = {
         k: v for k, v in telling.items() if k != "train.seed" and k != "data.name" and k.split(".")[0] not in MAY_CHANGE
     }
-    tag = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6] if changed else ""
-    built = {section: cls(**parts[section]) for section, cls in sections.items()}
-    result = Recipe(name=run or path.stem, objective_name=name, tag=tag, **built)
-    _check_together(result)
-    return result
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6] if changed else ""
 
 
-def _open(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(the values of a recipe's file by section.key, None), or of a run's recipe.yaml (those, the recipe's name)."""
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not text, or a date that no calendar has
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+def _open(path: Path) -> _File:
+    """A recipe's file or a run's recipe.yaml. Raises UserError for what is neither."""
+    tree = _load(path)
     run = None
     if isinstance(tree, dict) and tree.keys() >= ADDED:
         run = str(tree["recipe"])
@@ -277,14 +408,18 @@ def _open(path: Path) -> tuple[dict[str, Any], str | None]:
     if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in tree.values()):
         raise UserError(f"{path} must hold sections of settings: {', '.join(SECTIONS)}, objective.")
     values = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
-    if run is not None:  # what it found there, such as the device, is no setting
-        known = {f"{section}.{f.name}" for section in MAY_CHANGE for f in fields(SECTIONS[section])}
-        values = {k: v for k, v in values.items() if k in known or k.split(".")[0] not in MAY_CHANGE}
-    return values, run
+    return _File(path, values if run is None else _without_findings(values), run)
 
 
-def _merge(own: dict[str, Any], changes: dict[str, Any], path: str, of_run: bool) -> dict[str, tuple[Any, str]]:
+def _without_findings(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's values without what it found there, such as the device, which is no setting."""
+    known = {f"{section}.{f.name}" for section in MAY_CHANGE for f in fields(SECTIONS[section])}
+    return {k: v for k, v in values.items() if k in known or k.split(".")[0] not in MAY_CHANGE}
+
+
+def _merge(file: _File, changes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """{key: (value, where it came from)} of a file's values and the command line's, without what the latter outdate."""
+    own, of_run = file.values, file.run is not None
     outdated: set[str] = set()
     named = {}
     if "backbone.name" in changes:  # the file's shape is that of its own model
@@ -296,8 +431,8 @@ def _merge(own: dict[str, Any], changes: dict[str, Any], path: str, of_run: bool
     if of_run and any(length in changes for length in LENGTHS):  # the steps there may be made of epochs or FLOPs
         outdated |= set(LENGTHS)
     own = _patch_in(own.get("backbone.name") if "backbone.name" not in changes else None) | own
-    kept = {key: (value, path) for key, value in own.items() if key not in outdated}
-    return kept | {key: (value, "the command line") for key, value in (named | changes).items()}
+    kept = {key: (value, str(file.path)) for key, value in own.items() if key not in outdated}
+    return kept | {key: (value, COMMAND_LINE) for key, value in (named | changes).items()}
 
 
 def _patch_in(name: Any) -> dict[str, int]:
@@ -306,9 +441,14 @@ def _patch_in(name: Any) -> dict[str, int]:
     return {"backbone.patch_size": int(found[1])} if found else {}
 
 
-def _recipes_of(objective: str) -> list[str]:
+def recipes_of(objective: str) -> list[str]:
     """The names of the shipped recipes of an objective."""
-    return sorted(p.stem for p in RECIPES.glob("*.yaml") if _open(p)[0].get("objective.name") == objective)
+    return [p.stem for p in shipped() if _open(p).values.get("objective.name") == objective]
+
+
+def shipped() -> list[Path]:
+    """The files of the shipped recipes."""
+    return sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
 
 
 def find(recipe: str) -> Path:
@@ -322,7 +462,7 @@ def find(recipe: str) -> Path:
     raise UserError(f"There is no recipe {recipe!r}.{nearest(recipe, names)} Recipes: {', '.join(names)}.")
 
 
-def differences(old: dict, new: dict, config: type | None = None) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], config: type[Any] | None = None) -> list[str]:
     """Keys, outside of what may change, whose values differ between two recipes in the form of `as_dict`.
 
     A setting that the old one does not know yet had its default; what it did not resolve yet does not count. Nor does
@@ -338,101 +478,40 @@ def differences(old: dict, new: dict, config: type | None = None) -> list[str]:
     return sorted(k for k in keys if k.split(".")[0] not in MAY_CHANGE and a.get(k) != b.get(k))
 
 
-def describe(sections: dict[str, type]) -> str:
-    """A line for every key: its type, default and meaning."""
-    lines = []
-    for section, cls in sections.items():
-        for f in fields(cls):
-            default = f.default if f.default is not MISSING else f.default_factory()
-            lines.append(f"  {section}.{f.name}={default}  {f.metadata['help']}  ({_type_name(_hints(cls)[f.name])})")
-    return "\n".join(lines)
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of a tree of settings, by section.key."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _check_train(train: Train) -> Iterator[str]:
+    if train.epochs is None and train.steps is None and train.flops is None:
+        yield "The recipe sets no budget: give train.epochs, train.steps or train.flops."
 
 
-def _checked(cls: type, key: str, leaf: str, value: Any, source: str) -> Any:
-    kind = _hints(cls)[leaf]
-    bounds = next(f for f in fields(cls) if f.name == leaf).metadata
-    try:
-        value = _coerce(kind, value)
-    except (ValueError, OverflowError):
-        hint = ""
-        if str in (kind, *typing.get_args(kind)) and not isinstance(value, list | dict | types.NoneType):
-            hint = f' Quote it: {key}=\'"{value}"\' on the command line, "{value}" in a file.'
-        raise UserError(f"{key} in {source} must be {_type_name(kind)}, not {value!r}.{hint}") from None
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            continue
-        for word, bad in (
-            ("finite", not math.isfinite(number)),
-            (f"above {bounds['above']}", bounds["above"] is not None and number <= bounds["above"]),
-            (f"at least {bounds['at_least']}", bounds["at_least"] is not None and number < bounds["at_least"]),
-            (f"at most {bounds['at_most']}", bounds["at_most"] is not None and number > bounds["at_most"]),
-        ):
-            if bad:
-                raise UserError(f"{key} in {source} must be {word}, not {number}.")
-    return value
+def _check_optim(optim: Optim) -> Iterator[str]:
+    if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
+        yield f"optim.betas must be two numbers in [0, 1), not {optim.betas}."
 
 
-def _coerce(kind: Any, value: Any) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        for option in args:
-            try:
-                return _coerce(option, value)
-            except ValueError:
-                pass
-        raise ValueError
-    if origin is Literal:
-        if value in args:
-            return value
-        raise ValueError
-    if origin is list:
-        if isinstance(value, list):
-            return [_coerce(args[0], v) for v in value]
-        raise ValueError
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)  # YAML 1.1 reads 1e-4 as a string
-    if kind is int and isinstance(value, str | float) and float(value).is_integer():
-        return int(float(value))
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-        raise ValueError
-    return value
-
-
-def _type_name(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in args)
-    if origin is Literal:
-        return ", ".join(map(str, args[:-1])) + " or " + str(args[-1]) if len(args) > 1 else str(args[0])
-    if origin is list:
-        return f"a list of {_type_name(args[0])}"
-    names = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", type(None): "null"}
-    return names[kind]
-
-
-def _check_together(recipe: Recipe) -> None:
-    if len(recipe.views.scale) != 2 or not 0 < recipe.views.scale[0] <= recipe.views.scale[1] <= 1:
-        raise UserError(f"views.scale must be two rising fractions such as [0.2, 1], not {recipe.views.scale}.")
-    if len(recipe.optim.betas) != 2 or not all(0 <= b < 1 for b in recipe.optim.betas):
-        raise UserError(f"optim.betas must be two numbers in [0, 1), not {recipe.optim.betas}.")
-    limits = recipe.data.range
+def _check_data(data: Data) -> Iterator[str]:
+    limits, size = data.range, data.img_size
     if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
-        raise UserError(f"data.range must be two rising numbers such as [0, 4095], not {limits}.")
-    size = recipe.data.img_size
-    sides = size if isinstance(size, list) else [size] * 2
-    if size is not None and (len(sides) != 2 or any(s < 1 for s in sides)):
-        raise UserError(f"data.img_size must be S or [H, W] in pixels, not {size}.")
-    if recipe.train.epochs is None and recipe.train.steps is None and recipe.train.flops is None:
-        raise UserError("The recipe sets no budget: give train.epochs, train.steps or train.flops.")
+        yield f"data.range must be two rising numbers such as [0, 4095], not {limits}."
+    if size is not None:
+        sides = size if isinstance(size, list) else [size] * 2
+        if len(sides) != 2 or any(s < 1 for s in sides):
+            yield f"data.img_size must be S or [H, W] in pixels, not {size}."
+
+
+def _check_views(views: Views) -> Iterator[str]:
+    if len(views.scale) != 2 or not 0 < views.scale[0] <= views.scale[1] <= 1:
+        yield f"views.scale must be two rising fractions such as [0.2, 1], not {views.scale}."
+
+
+# what is wrong with values that are each of the right type, by section
+CHECKS: dict[str, Callable[[Any], Iterator[str]]] = dict(
+    train=_check_train, optim=_check_optim, data=_check_data, views=_check_views
+)

@@ -128,7 +128,7 @@ def test_the_view_of_a_squashing_model_and_of_one_that_pads():
 )
 def test_our_own_view_goes_with_the_weights(name, size, crop_pct, interpolation, tmp_path):
     """Whatever the published model of the same architecture has; and plain timm shows the saved one the same."""
-    settings = [f"backbone.{key}=null" for key in ("width", "depth", "heads")] if name != "vit_tiny" else []
+    settings = [f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads")] if name != "vit_tiny" else []
     recipe = small_recipe("mae", f"backbone.name={name}", "backbone.patch_size=8", f"data.img_size={size}", *settings)
     b = backbones.build(recipe.backbone, recipe.data, 0, interpolation)
     weights.save(b, tmp_path / "b")
@@ -151,7 +151,7 @@ def test_the_class_token_starts_as_in_the_official_code(init, monkeypatch):
     assert (torch.corrcoef(tokens) - torch.eye(4)).abs().max() < 0.15
     first = new(0)
     assert torch.equal(new(0)["cls_token"], first["cls_token"])
-    monkeypatch.setattr(backbones, "draw_class_token", lambda model, seed: None)
+    monkeypatch.setattr(backbones.factory, "draw_class_token", lambda model, seed: None)
     plain = new(0)
     assert [key for key in first if not torch.equal(first[key], plain[key])] == ["cls_token"]
 
@@ -187,7 +187,7 @@ def test_other_timm_models_have_features_too(name, tmp_path):
     with torch.no_grad():
         [(prefix, patches)] = b.features(images)
         expected = b.model.forward_features(standardised(images))
-    assert prefix.shape == (2, 0, b.width)
+    assert prefix.shape == (2, 0, b.embed_dim)
     torch.testing.assert_close(patches.permute(0, 3, 1, 2), expected, rtol=0, atol=1e-5)
     weights.save(b, tmp_path / "b")
     again = weights.load(str(tmp_path / "b")).eval()
@@ -331,11 +331,11 @@ def test_init_from_resamples_relative_positions_and_keeps_the_norm_before_a_clas
     ("theirs", "wrong", "remedy"),
     [
         # the qkv weights of 2 and of 4 heads have the same shape
-        ([], ["backbone.num_heads=4"], "width=16 backbone.depth=2 backbone.num_heads=2 backbone.patch_size=2."),
+        ([], ["backbone.num_heads=4"], "embed_dim=16 backbone.depth=2 backbone.num_heads=2 backbone.patch_size=2."),
         (
             [],
             ["backbone.embed_dim=32", "backbone.depth=3"],
-            "width=16 backbone.depth=2 backbone.num_heads=2 backbone.patch_size=2.",
+            "embed_dim=16 backbone.depth=2 backbone.num_heads=2 backbone.patch_size=2.",
         ),
         (["backbone.reg_tokens=3"], [], "backbone.patch_size=2 backbone.reg_tokens=3."),
         ([], ["backbone.reg_tokens=3"], "backbone.patch_size=2 backbone.reg_tokens=0."),
@@ -348,7 +348,9 @@ def test_weights_of_another_shape_are_refused_with_the_settings_that_fit(theirs,
     with pytest.raises(UserError) as error:
         weights.initialise(build(*wrong), str(tmp_path / "old"))
     said = str(error.value)
-    assert said.endswith(f"set backbone.{remedy}" if "width" in remedy else remedy) and "backbone.num_heads=2" in said
+    assert (
+        said.endswith(f"set backbone.{remedy}" if "embed_dim" in remedy else remedy) and "backbone.num_heads=2" in said
+    )
     fitting = said.rpartition(": set ")[2].rstrip(".").split()
     weights.initialise(build(*wrong, *fitting, *theirs), str(tmp_path / "old"))
 
@@ -370,7 +372,7 @@ def test_a_name_on_the_command_line_gives_that_model():
     for name, patch in (("vit_small", 4), ("vit_small_patch16_224", 16)):
         recipe = pretrain.read("mae", [f"backbone.name={name}", *facts], None)
         b = backbones.build(recipe.backbone, recipe.data, seed=0)
-        assert (b.width, b.depth, b.patch[0], b.model.blocks[0].attn.num_heads) == (384, 12, patch, 6)
+        assert (b.embed_dim, b.depth, b.patch_size[0], b.model.blocks[0].attn.num_heads) == (384, 12, patch, 6)
 
 
 def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
@@ -380,7 +382,7 @@ def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
     with pytest.raises(UserError, match="set backbone.drop_path_rate=0.0, or name a vit"):
         backbones.build(recipe.backbone, recipe.data, seed=0)
     deit = build("backbone.name=deit_tiny_patch16_224", "backbone.patch_size=2")
-    assert isinstance(deit, backbones.TokenBackbone) and deit.width == 16 and deit.input_size == (16, 16)
+    assert isinstance(deit, backbones.TokenBackbone) and deit.embed_dim == 16 and deit.input_size == (16, 16)
     assert deit.tokens(IMAGES).shape == (2, 65, 16)
 
 

@@ -285,7 +285,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(tmp_path):
     three = [tasks("mae", "gaussian", MIXED), "train.batch_size=32", "--output", "run"]
     started = Started(tmp_path, *arguments("multitask", *three))
     assert started.wait() == 2
-    assert "groups of 6; 32 on a process" in started.said and "train.batch_size to a multiple of 6" in started.said
+    assert "groups of 6 images" in started.said and "train.batch_size to a multiple of 6" in started.said
 
 
 @pytest.mark.parametrize("mix", ["rows", "all"])

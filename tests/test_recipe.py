@@ -1,7 +1,7 @@
 """A recipe: what wins over what, what is refused, what a run is called."""
 
-import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -220,13 +220,6 @@ def test_what_an_older_version_did_not_resolve_is_no_difference():
     ]
 
 
-def test_describe_lists_every_key():
-    text = recipes.describe(recipes.SECTIONS)
-    for section, cls in recipes.SECTIONS.items():
-        for f in dataclasses.fields(cls):
-            assert f"  {section}.{f.name}=" in text
-
-
 @pytest.mark.parametrize(
     "setting, words",
     [
@@ -269,8 +262,109 @@ def test_a_bad_key_names_its_file(file):
         read(recipe=own)
 
 
+def several(*settings: str, recipe: str = "mae") -> list[str]:
+    """The sentences of all mistakes, which the message lists."""
+    with pytest.raises(UserError) as error:
+        read(*settings, recipe=recipe)
+    first, *listed = str(error.value).splitlines()
+    assert first == f"{len(listed)} mistakes:" and listed == [f"- {sentence}" for sentence in error.value.sentences]
+    return list(error.value.sentences)
+
+
+def test_all_mistakes_are_named_at_once(file):
+    """Of file and command line; what rests on a mistaken value, such as the budget on a mistyped length, is not one."""
+    own = file(
+        train=dict(epocs=3, seed=-1),
+        optim=dict(lr="fast", betas=[0.9, 2]),
+        views=dict(scale=[0.9, 0.1]),
+        objective=dict(name="reconstruct", decoder_depth=-2, decoder_dept=2),
+    )
+    said = several("steps", "data.img_size=[8", "optim.clip_grad=-1", "train.batch_size=8", "colours=3", recipe=own)
+    command_line, path = "the command line", own
+    expected = [
+        ("'steps' is not a setting",),
+        ("data.img_size=[8 cannot be read",),
+        (f"Unknown key 'train.epocs' in {path}. Did you mean 'train.epochs'?",),
+        (f"train.seed in {path} must be at least 0, not -1.",),
+        (f"optim.lr in {path} must be a number, not 'fast'.",),
+        (f"objective.decoder_depth in {path} must be at least 0, not -2.",),
+        (f"Unknown key 'objective.decoder_dept' in {path}. Did you mean 'objective.decoder_depth'?",),
+        (f"optim.clip_grad in {command_line} must be above 0, not -1.0.",),
+        (f"Unknown key 'colours' in {command_line}.",),
+        ("views.scale must be two rising fractions such as [0.2, 1], not [0.9, 0.1].",),
+    ]
+    assert len(said) == len(expected)
+    for (words,) in expected:
+        assert sum(words in sentence for sentence in said) == 1, (words, said)
+
+
+def test_mistakes_beside_one_that_hides_others(file, tmp_path):
+    """An unknown recipe, or one that is no YAML, has no settings to judge; an unknown objective, none of its own."""
+    assert several("ratio", recipe="maee")[1].startswith("There is no recipe 'maee'. Did you mean 'mae'?")
+    (tmp_path / "own.yaml").write_text("train: [")
+    assert "is not valid YAML" in several("ratio", recipe=str(tmp_path / "own.yaml"))[1]
+    said = several("optim.lr=0", recipe=file(objective=dict(name="mea", rato=1)))
+    assert said[0].startswith("Unknown objective 'mea'.") and said[1].startswith("optim.lr") and len(said) == 2
+    said = several("optim.lr=0", "objective.name=dino")
+    assert "not dino" in said[0] and said[1].startswith("optim.lr") and len(said) == 2
+
+
+def test_a_length_that_cannot_be_read_is_not_missing_too(tmp_path):
+    (tmp_path / "own.yaml").write_text("objective: {name: reconstruct}\n")
+    with pytest.raises(UserError, match=r"^The value of train.steps=\[8 cannot be read"):
+        read("train.steps=[8", recipe=tmp_path / "own.yaml")
+
+
+def test_an_empty_recipe_lacks_objective_and_budget(tmp_path):
+    (tmp_path / "own.yaml").write_text("")
+    said = several(recipe=str(tmp_path / "own.yaml"))
+    assert (
+        said[0] == f"objective.name is missing in {tmp_path / 'own.yaml'}." and "budget" in said[1] and len(said) == 2
+    )
+
+
+def test_the_mistakes_of_all_tasks_are_named_at_once():
+    said = several(
+        "objective.tasks=[mae objective.rato=1, maee, gaussian objective.mask_ratio=2 objective.replace_ratio=-1]",
+        recipe="multitask",
+    )
+    assert all(sentence.startswith("objective.tasks: ") for sentence in said)
+    keys = (
+        "'objective.rato' in the task 'mae objective.rato=1'",
+        "'maee'",
+        "objective.mask_ratio in",
+        "objective.replace_ratio in",
+    )
+    assert len(said) == 4 and all(key in sentence for key, sentence in zip(keys, said, strict=True))
+
+
+def test_a_setting_without_a_default_must_be_given(file):
+    with pytest.raises(UserError, match="^objective.tasks is missing: recipes whose objectives are the tasks"):
+        read(recipe=file(objective=dict(name="multitask")))
+
+
+def test_a_renamed_key_is_refused_with_its_new_name(file, of_run, monkeypatch):
+    monkeypatch.setattr(recipes, "RENAMED", {"optim.rate": "optim.lr", "train.stepz": "train.steps (or train.epochs)"})
+    with pytest.raises(UserError) as error:
+        read("optim.rate=0.5")
+    assert str(error.value) == "optim.rate is now called optim.lr; rename it in the command line."
+    own = file(train=dict(stepz=3, steps=3), optim=dict(rate=0.5))
+    said = [
+        f"train.stepz is now called train.steps (or train.epochs); rename it in {own}.",
+        f"optim.rate is now called optim.lr; rename it in {own}.",
+    ]
+    assert sorted(several(recipe=own)) == sorted(said)
+    run = of_run(read("train.steps=3"))
+    assert recipes.read_settings(Path(run)) == yaml.safe_load(Path(run).read_text())
+    Path(run).write_text(Path(run).read_text().replace("  lr:", "  rate:"))
+    for reader in (lambda: read(recipe=run), lambda: recipes.read_settings(Path(run))):
+        with pytest.raises(UserError) as error:
+            reader()
+        assert str(error.value) == f"optim.rate is now called optim.lr; rename it in {run}."
+
+
 @pytest.mark.parametrize(
-    "content", [b"train: [", b"\x89PNG\r\n\x1a\n", b"- 1\n- 2\n", b"train: 3", b"", b"data:\n  name: 2024-13-45\n"]
+    "content", [b"train: [", b"\x89PNG\r\n\x1a\n", b"- 1\n- 2\n", b"train: 3", b"data:\n  name: 2024-13-45\n"]
 )
 def test_a_file_that_is_no_recipe(tmp_path, content):
     (tmp_path / "own.yaml").write_bytes(content)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from eval.compare.metrics import NAMES, Metric
 from eval.compare.words import number
 from eval.measure import results
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
+from ssl_vit.recipe import read_settings
 
 FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between the runs of one recipe, beside the seed
 CONTROLS = ("autoencoder", "scratch", "control")  # roles in a study
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Run:
     if not rows:
         raise UserError(f"{folder} was not evaluated; run `python eval/knn.py --backbone {shlex.quote(str(folder))}`.")
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return Run(folder, yaml.safe_load(recipe.read_text()) if recipe.exists() else {}, lines, rows)
+    return Run(folder, read_settings(recipe) if recipe.exists() else {}, lines, rows)
 
 
 def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Group]:

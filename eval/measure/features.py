@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import yaml
 from accelerate import PartialState
 from numpy.lib.format import open_memmap
 from torch import Tensor
@@ -60,7 +59,7 @@ def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | No
     path = Path(name)
     backbone = None if name in CONTROLS else weights.load(name).eval()
     if backbone and (path / "recipe.yaml").exists():
-        return Source(name, path, yaml.safe_load((path / "recipe.yaml").read_text()), backbone, backbone.input_size)
+        return Source(name, path, recipes.read_settings(path / "recipe.yaml"), backbone, backbone.input_size)
     if data is None:
         raise UserError("Which images? Pass --data, or name a run first: its own images are taken then.")
     return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size)

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-import yaml
-
 from eval import finetune
 from eval.compare.metrics import PRIMARY, most
 from eval.measure import cli, features, results
@@ -221,7 +219,7 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
     """Raises UserError if there is a run of that name whose recipe says otherwise."""
     if not (run / "recipe.yaml").exists():
         return
-    old, new = yaml.safe_load((run / "recipe.yaml").read_text()), recipe.as_dict()
+    old, new = recipes.read_settings(run / "recipe.yaml"), recipe.as_dict()
     old.pop("images", None)  # those of the new one are not loaded yet: the same name must do
     for section, values in new.items():  # what is open was resolved there, from the images
         if isinstance(values, dict):

@@ -19,7 +19,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from torch import Tensor, nn
@@ -27,17 +27,18 @@ from torch import Tensor, nn
 from ssl_vit import objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone
-from ssl_vit.errors import UserError
+from ssl_vit.errors import Mistakes, UserError
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
-from ssl_vit.recipe import setting
+from ssl_vit.settings import setting
 
 
 @dataclass
 class Config:
     tasks: list[str] = setting(
-        [], 'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.noise_sigma=[0,0.5]"]'
+        MISSING,
+        'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.noise_sigma=[0,0.5]"]',
     )
     loss_weights: list[float] = setting([], "of each task's loss; []: 1 for all", above=0)
     mix: Literal["rows", "all"] = setting("rows", "an image does one task, the tasks taking turns, or all of them")
@@ -53,7 +54,12 @@ class Config:
                 f"objective.loss_weights has {len(self.loss_weights)} values for {len(self.tasks)} tasks: give one to "
                 "each, or []."
             )
-        self.tasks = [in_full(text) for text in self.tasks]
+        mistakes, tasks = Mistakes(), self.tasks
+        self.tasks = []
+        for text in tasks:
+            with mistakes:
+                self.tasks.append(in_full(text))
+        mistakes.refuse()
 
 
 class Multitask(Objective):
@@ -190,8 +196,8 @@ def read_task(text: str) -> recipes.Recipe:
     try:
         return recipes.read(name, settings, None, schema)
     except UserError as error:
-        where = str(error).replace("the command line", f"the task {text!r}")
-        raise UserError(f"objective.tasks: {where}") from None
+        said = [sentence.replace(recipes.COMMAND_LINE, f"the task {text!r}") for sentence in error.sentences]
+        raise UserError(*(f"objective.tasks: {sentence}" for sentence in said)) from None
 
 
 def in_full(text: str) -> str:

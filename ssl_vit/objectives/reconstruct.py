@@ -35,8 +35,8 @@ from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
-from ssl_vit.recipe import setting
 from ssl_vit.schedules import cosine
+from ssl_vit.settings import setting
 
 
 @dataclass

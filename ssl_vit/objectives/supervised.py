@@ -17,7 +17,7 @@ from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.randomness import Draw
-from ssl_vit.recipe import setting
+from ssl_vit.settings import setting
 
 
 @dataclass
