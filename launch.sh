@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run: ./launch.sh [RECIPE] [ARGUMENTS] · ./launch.sh compare · study · test · --help
+# Set up and run: ./launch.sh [RECIPE] [ARGUMENTS] · ./launch.sh compare · study · check · test · --help
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
@@ -12,7 +12,9 @@ usage() {
 ./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike beside their controls, write a report
 ./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight arms at equal compute, on the digits
 ./launch.sh study --full [ARGS]    the whole of it, tuned, with a verdict: for GPUs, with --data cifar10
+./launch.sh check                  ruff, codespell, mypy, the docstrings' examples and the commands in the documents
 ./launch.sh test [ARGUMENTS]       run the tests; --all runs the large matrices too; ARGUMENTS go to pytest
+./launch.sh test --lowest [ARGS]   the same in .venv-lowest, with the lowest versions that pyproject.toml admits
 ./launch.sh --help                 print this; nothing is set up
 
 RECIPE is a file in recipes/ (without .yaml) or the path of your own. Without one it is mae.
@@ -32,8 +34,8 @@ compare, denoising or denoising-full; others are in recipes/study, for python ev
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several
      gigabytes, a few minutes). An active environment (venv, or conda other than base) is used instead, with the lower
-     bounds of pyproject.toml; its torch is kept. Later calls skip this until pyproject.toml, constraints.txt or the
-     Python changes.
+     bounds of pyproject.toml; its torch is kept. Later calls skip this until pyproject.toml, setup.py, constraints.txt
+     or the Python changes.
   2. accelerate launch ssl_vit/pretrain.py --recipe RECIPE ARGUMENTS, on all GPUs that torch can use, else on the CPU.
      Your own 'accelerate config' is respected if there is one.
   3. The same with train.steps=0: the control, random init.
@@ -75,8 +77,8 @@ check_recipe() {
   [[ $1 != *.yaml || ! -f $1 ]] || return 0
   known=$(recipes)
   # shellcheck disable=SC2086  # one argument per name
-  nearest=$(close "$1" $known compare study test 2>/dev/null) || nearest="mae"
-  die "there is no recipe '$1'; the nearest name is '$nearest' (recipes: $known; other commands: compare, study, test, --help)." 2
+  nearest=$(close "$1" $known compare study check test 2>/dev/null) || nearest="mae"
+  die "there is no recipe '$1'; the nearest name is '$nearest' (recipes: $known; other commands: compare, study, check, test, --help)." 2
 }
 
 # ---- set-up ----
@@ -116,22 +118,32 @@ make_venv() {  # unless it is there
   "$interpreter" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$interpreter cannot make virtual environments: install its package, e.g. \
 'sudo apt install python${release%.*}-venv', or activate an environment of your own."
-  echo "Making .venv with Python $release."
+  echo "Making ${prefix##*/} with Python $release."
   "$interpreter" -m venv --clear "$prefix" || die "'$interpreter -m venv' failed (see above)."
 }
 
 fingerprint() {  # of all that a set-up depends on but the extras; the place counts, since the install points to it
   "$prefix/bin/python" - "$root" <<'EOF'
 import hashlib, sys
-files = [open(f"{sys.argv[1]}/{name}", "rb").read() for name in ("pyproject.toml", "constraints.txt")]
+files = [open(f"{sys.argv[1]}/{name}", "rb").read() for name in ("pyproject.toml", "setup.py", "constraints.txt")]
 print(hashlib.sha256(repr((sys.version, sys.argv[1], *files)).encode()).hexdigest())
 EOF
 }
 
-set_up() {  # $1: "" or "[test]"
-  local extras=$1 own=$root/.venv quiet=-q stamp now torch
+lowest_versions() {  # of what pyproject.toml names, as constraints
+  "$prefix/bin/python" - "$root" <<'EOF'
+import sys, tomllib
+project = tomllib.load(open(f"{sys.argv[1]}/pyproject.toml", "rb"))["project"]
+for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+    print(requirement.replace(">=", "=="))
+EOF
+}
+
+set_up() {  # $1: "", "[test]" or "[dev]"; $2: "", or the name of a folder instead of .venv, for the lowest versions
+  local extras=$1 lowest=${2:-} own=$root/${2:-.venv} versions=constraints.txt quiet=-q stamp now torch
   prefix=${VIRTUAL_ENV:-}
   if [ -z "$prefix" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then prefix=${CONDA_PREFIX:-}; fi
+  [ -z "$lowest" ] || prefix=$own
   if [ -z "$prefix" ] || [ "$prefix" -ef "$own" ]; then prefix=$own; fi
   stamp=$prefix/.ssl_vit-stamp
   [ ! -t 1 ] || quiet=--progress-bar=on  # a log has no use for progress bars
@@ -145,7 +157,8 @@ activate one with a newer Python."
   fi
   if [ -f "$stamp" ] && now=$(fingerprint 2>/dev/null) && { [ "$prefix" != "$own" ] || wanted_python; }; then
     case $(cat "$stamp") in
-      "$now$extras" | "${now}[test]") return ;;  # what has the test extras has the rest too
+      "$now$extras" | "${now}[dev]") return ;;  # what has the dev extras has the rest too
+      "${now}[test]") [ "$extras" = "[dev]" ] || return 0 ;;
     esac
   fi
 
@@ -153,8 +166,12 @@ activate one with a newer Python."
     make_venv
     rm -f "$stamp"
     now=$(fingerprint)
-    echo "Installing the project into .venv: several gigabytes, a few minutes, once."
-    (cd "$root" && "$prefix/bin/python" -m pip install "$quiet" -e ".$extras" -c constraints.txt) ||
+    if [ -n "$lowest" ]; then
+      versions=$prefix/lowest.txt
+      lowest_versions >"$versions"
+    fi
+    echo "Installing the project into ${prefix##*/}: several gigabytes, a few minutes, once."
+    (cd "$root" && "$prefix/bin/python" -m pip install "$quiet" -e ".$extras" -c "$versions") ||
       die "the installation failed (see above); the next call goes on from here."
   else
     "$prefix/bin/python" -m pip --version >/dev/null 2>&1 ||
@@ -217,7 +234,7 @@ EOF
 
 ready() {  # set up, then enter the environment and say what it computes on
   local found
-  set_up "$1"
+  set_up "$@"
   export PATH="$prefix/bin:$PATH"
   found=$(describe_device)
   processes=${found%%$'\n'*}
@@ -226,17 +243,33 @@ ready() {  # set up, then enter the environment and say what it computes on
 
 # ---- commands ----
 
+run_check() {  # all of it, also when one part complains
+  local failed=0
+  ready "[dev]"
+  cd "$root"
+  show ruff check . || failed=1
+  show ruff format --check . || failed=1
+  show codespell || failed=1
+  show mypy || failed=1
+  show python -m pytest -q --doctest-modules ssl_vit eval tests/test_docs.py || failed=1
+  exit "$failed"
+}
+
 run_tests() {
-  local arg workers="-n auto"
-  ready "[test]"
+  local arg lowest="" workers="-n auto" args=()
   for arg in "$@"; do
+    case $arg in
+      --lowest) lowest=.venv-lowest ;;
+      *) args+=("$arg") ;;
+    esac
     case $arg in -n* | --numprocesses* | no:xdist) workers="" ;; esac
   done
+  ready "[test]" "$lowest"
   # One worker per core, so one thread per worker: more would only wait for each other.
   [ -z "$workers" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   cd "$root"
   # shellcheck disable=SC2086  # two words
-  show python -m pytest -q $workers "$@"
+  show python -m pytest -q $workers ${args[@]+"${args[@]}"}
 }
 
 run_plan() {  # $1: a file in recipes/study/
@@ -297,6 +330,10 @@ EOF
 
 command=${1:-mae}
 case $command in
+  check)
+    [ $# -eq 1 ] || die "check takes no arguments." 2
+    run_check
+    ;;
   test)
     shift
     run_tests "$@"

@@ -28,6 +28,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, features, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions

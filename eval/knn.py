@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, features, pictures, results
 from eval.measure.predictions import Predictions
 from eval.page import text_tables

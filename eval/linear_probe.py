@@ -30,6 +30,7 @@ from accelerate.utils import gather
 from torch import Tensor
 from tqdm import tqdm
 
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, features, linear_heads, results
 from eval.measure.probing import Probe, combine, head_flops, sweep_options
 from eval.page import text_tables

@@ -21,6 +21,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
 from eval.compare.studies import read_study
@@ -31,7 +32,7 @@ from eval.page.document import (
     markdown,
     terminal,
 )
-from ssl_vit import errors, files
+from ssl_vit import commands, errors, files
 from ssl_vit.errors import UserError
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.runs) == bool(args.study):
         raise UserError("Name run directories, or a study with --study, and not both.")
-    command = shlex.join(["python", "eval/report.py", *sys.argv[1:]])
+    command = shlex.join([*commands.documented("report"), *sys.argv[1:]])
     study = read_study(args.study) if args.study else None
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     eval_sets = study.eval_sets if study else read_eval_sets(groups)

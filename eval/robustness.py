@@ -25,11 +25,12 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, common_corruptions, features, linear_heads, results
 from eval.measure.predictions import Predictions
 from eval.measure.probing import Probe, combine, head_flops, sweep_options
 from eval.page import text_tables
-from ssl_vit import data, errors
+from ssl_vit import commands, data, errors
 from ssl_vit.errors import UserError, say
 
 
@@ -62,7 +63,7 @@ def read_sweeps(source: features.Source, request: cli.EvalRequest) -> list[Sweep
         if not best:
             raise UserError(
                 f"{source.folder} has no row of the linear probe on {test.name} ({test.split}, {part['train_n']:,} "
-                f"labels): run `python eval/linear_probe.py {shlex.join(sys.argv[1:])}` first."
+                f"labels): run `{shlex.join([*commands.typed('linear-probe'), *sys.argv[1:]])}` first."
             )
         rates = {row["settings"]["rate"] for row in rows if _name(row) == _name(best[-1])}
         found.append(Sweep(part, chosen, best[-1], tuple(sorted(rates))))

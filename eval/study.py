@@ -18,11 +18,12 @@ import sys
 
 import torch
 
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare.studies import at_the_edge
 from eval.schedule import plans
 from eval.schedule.jobs import Job, work
-from eval.schedule.trainings import Study, script
-from ssl_vit import errors, files, system
+from eval.schedule.trainings import Study
+from ssl_vit import commands, errors, files, system
 from ssl_vit.errors import UserError, say
 
 
@@ -94,7 +95,13 @@ def run(study: Study, trials: list[Job], at_once: int, accept_failed: bool) -> i
     folders = [training.run for training in trainings] + list(study.controls().values())
     code = 1 if failed else 0
     if any((folder / "results.jsonl").exists() for folder in folders):
-        report = [script("eval", "report"), "--study", str(study.folder), "--output", str(study.folder / "report")]
+        report = [
+            str(commands.script("report")),
+            "--study",
+            str(study.folder),
+            "--output",
+            str(study.folder / "report"),
+        ]
         code = subprocess.run([sys.executable, *report], check=False).returncode or code
     if failed:
         say(f"{len(failed)} of {len(everything)} jobs failed. Mend what is said above, then start it again.")

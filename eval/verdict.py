@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare.rule import DATA, collect
 from eval.compare.studies import read_study
 from eval.page.document import markdown

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from ssl_vit import files
+from ssl_vit import commands, files
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -47,7 +47,7 @@ class Run:
         else:
             old = recipes.read_settings(file)
             keys = recipes.differences(old, settings, config)
-            if keys and Path(sys.argv[0]).name != "pretrain.py":  # the folder is not the user's to choose
+            if keys and commands.current() != "pretrain":  # the folder is not the user's to choose
                 raise UserError(
                     f"{self.path} is a run with other settings ({', '.join(keys)}): remove that folder, and start the "
                     "same command again."
@@ -58,7 +58,7 @@ class Run:
                 if "--output" in arguments:
                     at = arguments.index("--output")
                     del arguments[at : at + 2]
-                command = shlex.join(["python", sys.argv[0], *arguments, "--output", free])
+                command = shlex.join([*commands.typed("pretrain"), *arguments, "--output", free])
                 other = f"{self.path} is a run with other settings ({', '.join(keys)})."
                 if "images.fingerprint" in keys:
                     other += " Its images were others; of photos, names, sizes and times of the files count (cp -p)."

@@ -11,6 +11,7 @@ but for rounding.
 import gc
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ssl_vit import data, monitor
 from ssl_vit import recipe as recipes
+from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Objective
 from ssl_vit.randomness import Order
@@ -54,7 +56,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
     if "WORLD_SIZE" not in os.environ and told_to_use_cpu() and "MASTER_PORT" in os.environ:
         say(
             "warning: accelerate launch --cpu started one process, whatever --num_processes says. For more: "
-            f"torchrun --nproc_per_node 2 {' '.join(sys.argv)}"
+            f"{shlex.join(['torchrun', '--nproc_per_node', '2', *launchable('pretrain'), *sys.argv[1:]])}"
         )
     if recipe.train.batch_size % accelerator.num_processes:
         raise UserError(

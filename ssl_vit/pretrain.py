@@ -13,6 +13,7 @@ weights bit for bit.
 import argparse
 import json
 import math
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from ssl_vit import (
     weights,
 )
 from ssl_vit import recipe as recipes
+from ssl_vit.commands import typed
 from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import DatasetInfo, Objective
@@ -278,7 +280,8 @@ def finish(
             made.append(run.path / "pictures" / f"{name}.png")
             pictures.save(sheet, made[-1], title)
     weights.save(objective.exported, run.path / "backbone")
-    say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: python eval/knn.py --backbone {run.path}")
+    command = shlex.join([*typed("knn"), "--backbone", str(run.path)])
+    say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: {command}")
     return made
 
 
@@ -308,7 +311,7 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        usage="python ssl_vit/pretrain.py --recipe RECIPE [options] [key=value ...]",
+        usage=f"{shlex.join(typed('pretrain'))} --recipe RECIPE [options] [key=value ...]",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=WIDTH),
         allow_abbrev=False,
         add_help=False,

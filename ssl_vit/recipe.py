@@ -18,7 +18,9 @@ import yaml
 from ssl_vit.errors import Mistakes, UserError, nearest
 from ssl_vit.settings import Setting, setting, settings_of
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parent / "recipes"  # of a wheel
+if not RECIPES.is_dir():  # of a checkout
+    RECIPES = RECIPES.parent.parent / "recipes"
 
 
 @dataclass

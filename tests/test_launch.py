@@ -1,6 +1,7 @@
 """launch.sh, with stubs in place of the installation, the training and the k-NN: which commands run, in which order."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,11 @@ ACCELERATE = """#!/usr/bin/env bash
 echo "accelerate $*" >>"$LOG"
 exit "${TRAIN_EXIT:-0}"
 """
+TOOL = """#!/usr/bin/env bash
+echo "$(basename "$0")${*:+ $*}" >>"$LOG"
+[ "${FAILS:-}" != "$(basename "$0")" ]
+"""
+DEV = {"ruff", "mypy", "codespell", "types-PyYAML", "types-tqdm"}
 # As much of torch as the line about the device asks for.
 TORCH = """
 import types
@@ -48,12 +54,14 @@ class Project:
         self.root = folder / "the project"  # a blank, as in many a home folder
         self.environment, self.log = folder / "environment", folder / "log"
         self.root.mkdir()
-        for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        for name in ("launch.sh", "pyproject.toml", "setup.py", "constraints.txt"):
             shutil.copy(ROOT / name, self.root / name)
         for name in ("mae", "dino", "imagenet/mae"):
             script(self.root / f"recipes/{name}.yaml", "")
         script(self.environment / "bin/python", PYTHON)
         script(self.environment / "bin/accelerate", ACCELERATE)
+        for tool in ("ruff", "codespell", "mypy"):
+            script(self.environment / "bin" / tool, TOOL)
         script(folder / "modules/torch.py", TORCH)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("CONDA", "OMP", "CUDA", "PYTEST", "PYTHON"))}
         self.env = clean | {"VIRTUAL_ENV": str(self.environment), "LOG": str(self.log), "HF_HOME": str(folder / "hf"),
@@ -160,7 +168,10 @@ def test_the_second_call_skips_the_set_up_until_something_changed(project):
 
     assert sets_up("mae") and not sets_up("mae") and not sets_up("dino")
     assert sets_up("test") and not sets_up("test") and not sets_up("mae")  # the test extras include the rest
-    for name in ("pyproject.toml", "constraints.txt"):
+    assert (
+        sets_up("check") and not sets_up("check") and not sets_up("test") and not sets_up("mae")
+    )  # the dev extras too
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         with open(project.root / name, "a") as file:
             file.write("\n# changed\n")
         assert sets_up("mae") and not sets_up("mae")
@@ -213,16 +224,22 @@ def test_the_newest_python_that_really_runs_makes_the_venv(project, tmp_path):
     assert done.stderr.startswith("launch.sh: python3.12 cannot make virtual environments") and "-venv" in done.stderr
 
 
+def half_made(venv, folder):
+    """Put a stub of an environment there that is not whole; returns a Python that only says how it would make one."""
+    script(venv / "bin/python", PYTHON)
+    script(venv / "bin/accelerate", ACCELERATE)
+    maker = folder / "maker/python3"
+    log_venv = 'if [ "$1 $2" = "-m venv" ]; then echo "venv ${*:3}" >>"$LOG"; exit; fi'
+    script(maker, f'#!/usr/bin/env bash\n{log_venv}\nexec "{sys.executable}" "$@"\n')
+    return maker
+
+
 @pytest.mark.parametrize("broken", ["no pip", "of another place"])
 def test_a_venv_that_is_not_whole_is_made_anew(project, tmp_path, broken):
     venv = project.root / ".venv"
-    script(venv / "bin/python", PYTHON)
+    maker = half_made(venv, tmp_path)
     if broken == "of another place":  # a copy: its pip belongs to the project it was copied from
         script(venv / "bin/pip", "#!/bin/sh\necho 'pip 1 from /elsewhere/.venv/lib/pip (python 3.11)'\n")
-    maker = tmp_path / "maker/python3"
-    log_venv = 'if [ "$1 $2" = "-m venv" ]; then echo "venv ${*:3}" >>"$LOG"; exit; fi'
-    script(maker, f'#!/usr/bin/env bash\n{log_venv}\nexec "{sys.executable}" "$@"\n')
-    script(venv / "bin/accelerate", ACCELERATE)
     done, ran = project.launch("mae", VIRTUAL_ENV="", PYTHON=str(maker))
     assert done.returncode == 0, done.stderr
     assert ran[0] == f"venv --clear {venv}"
@@ -254,6 +271,33 @@ def test_the_tests_run_on_all_cores_with_one_thread_each(project):
     assert done.returncode == 0, done.stderr
     assert ran[0] == "pip -q -e .[test]" and ran[1] == "pytest -q -n auto -k some threads=1"
     assert project.launch("test", "-n0")[1] == ["pytest -q -n0 threads="]
+
+
+CHECKS = ["ruff check .", "ruff format --check .", "codespell", "mypy"]
+CHECKS += ["pytest -q --doctest-modules ssl_vit eval tests/test_docs.py threads="]
+
+
+@pytest.mark.parametrize("fails", ["", "ruff", "mypy"])
+def test_every_check_runs_and_one_that_fails_fails_all(project, fails):
+    done, ran = project.launch("check", FAILS=fails)
+    assert ran == ["pip -q -e .[dev]", *CHECKS] and done.returncode == bool(fails), done.stderr
+
+
+def test_check_takes_no_arguments(project):
+    done, ran = project.launch("check", "--fix")
+    assert done.returncode == 2 and not ran and "no arguments" in done.stderr
+
+
+def test_the_lowest_versions_have_an_environment_of_their_own(project, tmp_path):
+    venv = project.root / ".venv-lowest"
+    maker = half_made(venv, tmp_path)
+    done, ran = project.launch("test", "--lowest", "-k", "some", PYTHON=str(maker))  # the active one stays as it is
+    assert done.returncode == 0, done.stderr
+    assert ran[0] == f"venv --clear {venv}" and ran[1] == f"pip -q -e .[test] -c {venv}/lowest.txt"
+    assert ran[2] == "pytest -q -n auto -k some threads=1"
+    pins = (venv / "lowest.txt").read_text().splitlines()
+    asked = re.findall(r'^    "([\w-]+)>=([\w.]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {f"{name}=={version}" for name, version in asked if name not in DEV} == set(pins) and len(pins) > 15
 
 
 def test_constraints_are_exact_versions_without_addresses_or_local_builds():

@@ -128,7 +128,7 @@ def by_label(test):
 
 
 def write_report(folders, output, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, folders), "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["eval/report.py", *map(str, folders), "--output", str(output)])
     reports.main()
     return (output / "report.html").read_text(), (output / "report.md").read_text()
 
@@ -753,7 +753,7 @@ def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     runs = many(tmp_path, "mae", 0.5, seeds=1)
     (runs[0] / "difficulty.json").write_text(json.dumps(dict(identity=1.0, mean_patch=0.987, linear=0.123)))
     trials = [dict(settings=["a=1", f"optim.lr={lr}"], run="x", accuracy=a) for lr, a in ((1, 0.25), (2, None))]
-    tuning = dict(flops=1e9, factors=[1, 2], judge=["knn"])
+    tuning = dict(flops=1e9, lr_factors=[1, 2], judge=["knn"])
     study = write_study(tmp_path, [("mae", "masking", None, runs)], tuning=tuning, trials=dict(mae=trials))
     html, markdown = study_page(study, monkeypatch)
     assert "0.987" in markdown and "0.123" in markdown and "## How the arms were tuned" in markdown

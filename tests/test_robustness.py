@@ -29,7 +29,7 @@ def short_sweeps(monkeypatch):
 
 
 def corrupt(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["robustness.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["eval/robustness.py", *arguments])
     robustness.main()
 
 

@@ -120,7 +120,7 @@ def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
 
 def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
     arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE, search_space=["objective.mask_ratio=0.5"]))
-    tuning = dict(flops=1e8, factors=[0.01, 1], judge=["knn", "--k", "5"])
+    tuning = dict(flops=1e8, lr_factors=[0.01, 1], judge=["knn", "--k", "5"])
     write_plan(tmp_path, arms=arms, tuning=tuning, controls=[])
     assert len(run("--dry-run")[1].splitlines()) == 4  # what follows depends on the trials
     code, said = run()
@@ -205,7 +205,7 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
         a: dict(recipe=a, settings=[*TINY, "train.steps=3"], search_space=search_space)
         for a in ("mae", "simmim", "beit")
     }
-    write_plan(tmp_path, arms=arms, controls=[], tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
+    write_plan(tmp_path, arms=arms, controls=[], tuning=dict(flops=1e8, lr_factors=[1], judge=["knn"]))
     monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--dry-run", "--arms", "mae,beit", "--no-tuning"])
     study.main()
     commands = [line for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
@@ -245,7 +245,7 @@ def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tm
     monkeypatch.chdir(tmp_path)
     arms = {name: dict(recipe=name, settings=TINY) for name in ("mae", "simmim")}
     arms["random"] = dict(recipe="mae", settings=[*TINY, "train.steps=0"])
-    tuning = dict(flops=1e8, factors=[1], judge=["knn"])
+    tuning = dict(flops=1e8, lr_factors=[1], judge=["knn"])
     write_plan(tmp_path, arms=arms, seeds=2, budgets=[1e9, 2e9], decides=True, tuning=tuning)
     plan = plans.read("tiny.yaml")
     assert plan.narrow(*narrowed) == words
@@ -259,7 +259,7 @@ def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch
     write_plan(tmp_path, budgets=["1e9", "2e9"], arms=arms, controls=[])
     plan = plans.read("tiny.yaml")
     assert plan.spend(["train.steps=3"]) == ["train.steps=3"] and plan.budgets == []
-    tuning = dict(flops=1e8, factors=[1], judge=["knn"])
+    tuning = dict(flops=1e8, lr_factors=[1], judge=["knn"])
     longer = [["finetune", "--extra-flops", "budget"]]
     write_plan(tmp_path, budgets=["1e9", "2e9"], arms=arms, controls=[], tuning=tuning, evaluators=longer)
     plan = plans.read("tiny.yaml")
@@ -286,7 +286,7 @@ def test_other_images_of_the_same_name_are_no_part_of_a_study(tmp_path, monkeypa
 
 def test_failed_trials_are_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    made = a_study(tmp_path, tuning=dict(flops=1e8, factors=[1], judge=["knn"]))
+    made = a_study(tmp_path, tuning=dict(flops=1e8, lr_factors=[1], judge=["knn"]))
     monkeypatch.setattr(study, "work", lambda jobs, at_once, folder: jobs[:1])
     assert study.run(made, made.trial_jobs(), 1, accept_failed=False) == 1
     assert "1 of 2 jobs of the trials failed" in capsys.readouterr().out
@@ -309,9 +309,9 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
     ("changes", "said"),
     [
         (dict(budgets=["much"]), "budgets of tiny.yaml must hold numbers above 0"),
-        (dict(tuning=dict(flops=1)), "tuning of tiny.yaml must have the keys flops, factors, judge"),
-        (dict(tuning=dict(flops=1, factors=2, judge=["knn"])), "factors of tuning of tiny.yaml must be a list"),
-        (dict(tuning=dict(flops=1, factors=[2], judge=["finetune"])), "must be linear_probe or knn"),
+        (dict(tuning=dict(flops=1)), "tuning of tiny.yaml must have the keys flops, lr_factors, judge"),
+        (dict(tuning=dict(flops=1, lr_factors=2, judge=["knn"])), "lr_factors of tuning of tiny.yaml must be a list"),
+        (dict(tuning=dict(flops=1, lr_factors=[2], judge=["finetune"])), "must be linear_probe or knn"),
         (dict(arms=dict(a=dict(recipe="mae", settings=[{"train.steps": 3}]))), "settings of arm 'a'.* a list of words"),
         (
             dict(arms=dict(a=dict(recipe="mae", search_space="optim.lr=1"))),

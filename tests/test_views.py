@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import timm
 import torch
+from packaging.version import Version
 from PIL import Image
 from scipy.stats import beta as beta_law
 from scipy.stats import chisquare, ks_2samp, kstest
@@ -148,6 +150,8 @@ EVALUATIONS = [
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_evaluation_views_are_those_of_timm(view, interpolation):
     """On PIL images, portrait and landscape, larger and smaller than the view, to within a grey level."""
+    if Version(timm.__version__) < Version("1.0.31") and interpolation == "bicubic" and view.size == (32, 48):
+        pytest.skip("timm took bilinear for crops that are not square before 1.0.31")
     view = dataclasses.replace(view, interpolation=interpolation)
     transform = create_transform(
         (3, *view.size), interpolation=interpolation, crop_pct=view.crop_pct, crop_mode=view.crop_mode, normalize=False

@@ -14,6 +14,7 @@ import numpy as np
 from eval.compare.metrics import NAMES, Metric
 from eval.compare.words import number
 from eval.measure import results
+from ssl_vit import commands
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
 from ssl_vit.recipe import read_settings
@@ -84,7 +85,8 @@ def read_run(folder: Path) -> Run:
     if not rows and not recipe.exists():
         raise UserError(f"{folder} is no run directory: it holds neither recipe.yaml nor results.jsonl.")
     if not rows:
-        raise UserError(f"{folder} was not evaluated; run `python eval/knn.py --backbone {shlex.quote(str(folder))}`.")
+        command = shlex.join([*commands.typed("knn"), "--backbone", str(folder)])
+        raise UserError(f"{folder} was not evaluated; run `{command}`.")
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return Run(folder, read_settings(recipe) if recipe.exists() else {}, lines, rows)
 

@@ -1,6 +1,7 @@
 """What a study ran: the manifest that eval/study.py wrote, and the runs of it that were evaluated."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from eval.compare.runs import Group, group_runs, read_run
 from eval.compare.scores import EvalSet, read_eval_sets
 from eval.measure import results
+from ssl_vit import commands
 from ssl_vit.errors import UserError
 from ssl_vit.recipe import short
 
@@ -46,7 +48,9 @@ def read_study(folder: Path) -> StudyResults:
     """A study's folder, as it stands. Raises UserError if it is none, or nothing of it was evaluated."""
     file = folder / "study.json"
     if not file.exists():
-        raise UserError(f"{folder} is no study: {file} is missing. `python eval/study.py PLAN` writes it.")
+        raise UserError(
+            f"{folder} is no study: {file} is missing. `{shlex.join(commands.typed('study'))} PLAN` writes it."
+        )
     said = json.loads(file.read_text())
     root = folder.parent.parent  # where the study was started
     for arm in said["arms"].values():
@@ -62,9 +66,9 @@ def read_study(folder: Path) -> StudyResults:
             run.rows = [row for row in run.rows if row["subset_seed"] in drawn]
     runs = [run for run in runs if run.rows]
     if not runs:
+        command = shlex.join([*commands.typed("study"), said["plan"]])
         raise UserError(
-            f"None of the runs of {folder} was evaluated, or they are not beside it: start `python eval/study.py "
-            f"{said['plan']}` again."
+            f"None of the runs of {folder} was evaluated, or they are not beside it: start `{command}` again."
         )
     groups = group_runs(runs, said["arms"])
     return StudyResults(folder, said, groups, read_eval_sets(groups))

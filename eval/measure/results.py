@@ -8,13 +8,15 @@ fitting and judging all rows that were made together, without the features of un
 import hashlib
 import importlib.metadata
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 
 from eval.measure.predictions import Predictions
-from ssl_vit import files
+from ssl_vit import __version__, files
+from ssl_vit.commands import ROOT
 from ssl_vit.data import ImageSet
 from ssl_vit.recipe import short
 
@@ -113,11 +115,12 @@ def _untrained(settings: dict, last: dict) -> bool:
 
 def _surroundings() -> dict:
     """Package versions and the commit of this code, if it stands in a checkout."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return dict(versions=versions, commit=git.stdout.strip() or None)
+    versions = {"ssl_vit": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    commit = None
+    if (ROOT / ".git").exists() and shutil.which("git"):  # an installed package may lie in another project's checkout
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    return dict(versions=versions, commit=commit)
 
 
 SURROUNDINGS = _surroundings()  # of what was loaded: the files may change before a row is written

@@ -19,9 +19,9 @@ import torch
 
 from eval.schedule.processes import Command
 from ssl_vit import files, system
+from ssl_vit.commands import ROOT
 from ssl_vit.errors import say
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SHOWN = 30  # seconds after which progress.txt is written anew
 
 

@@ -18,8 +18,9 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 from ssl_vit import errors, system
+from ssl_vit.commands import ROOT
 
-OBJECTIVES = Path(__file__).resolve().parent.parent.parent / "ssl_vit" / "objectives"  # which the loop imports by name
+OBJECTIVES = ROOT / "ssl_vit" / "objectives"  # which the loop imports by name
 PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{file.stem}" for file in sorted(OBJECTIVES.glob("[a-z]*.py")))]
 PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
 PREPARED += ["sklearn.linear_model"]

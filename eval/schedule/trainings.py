@@ -14,9 +14,9 @@ from pathlib import Path
 from eval import finetune
 from eval.compare.metrics import PRIMARY, most
 from eval.measure import cli, features, results
-from eval.schedule.jobs import ROOT, Job
+from eval.schedule.jobs import Job
 from eval.schedule.plans import Plan
-from ssl_vit import files, pretrain
+from ssl_vit import commands, files, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
@@ -170,7 +170,7 @@ class Study:
         return found
 
     def _pretraining(self, training: Training, kind: str) -> Job:
-        command = [script("ssl_vit", "pretrain"), "--recipe", self.plan.arms[training.arm].recipe]
+        command = [str(commands.script("pretrain")), "--recipe", self.plan.arms[training.arm].recipe]
         command += [] if self.images is None else ["--data", self.images]
         command += [f"runtime.num_threads={self.threads}", *training.settings]
         mark = training.run / "backbone" / "config.json"
@@ -188,7 +188,14 @@ class Study:
     ) -> Job:
         name, *arguments = line
         named = [backbone] if name == "difficulty" else ["--backbone", backbone]  # that one asks for no weights
-        command = [script("eval", name), *more, "--threads", str(self.threads), *named, *arguments]
+        command = [
+            str(commands.script(name.replace("_", "-"))),
+            *more,
+            "--threads",
+            str(self.threads),
+            *named,
+            *arguments,
+        ]
         mark = rows / "done" / f"{fingerprint([name, *more, *arguments], 12)}.json"
         kind = f"{name}-{number}" + (" (rate known)" if "--lr-of" in more else "")
         return Job(f"{rows.name} {name}-{number}", kind, [sys.executable, *command], mark, needs, after)
@@ -256,10 +263,6 @@ def _finetuned(line: list[str]) -> dict:
     args, schedule = schedule_of(line)
     labels = [cli.describe_part(part) for part in args.labels]
     return dict(protocol=schedule.protocol, labels=labels, changed=schedule.changed)
-
-
-def script(folder: str, name: str) -> str:
-    return str(ROOT / folder / f"{name}.py")
 
 
 def _plain(training: Training) -> dict:

@@ -1,0 +1,119 @@
+"""The command `ssl-vit`: `ssl-vit pretrain --recipe mae` is `python ssl_vit/pretrain.py --recipe mae`, wherever it is
+installed. Also the names of our commands, and how to start each of them.
+"""
+
+import argparse
+import ast
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+from ssl_vit import __version__, errors
+from ssl_vit.errors import UserError, nearest
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout, or the site-packages that hold the wheel
+COMMANDS = {
+    "pretrain": "ssl_vit.pretrain",
+    "knn": "eval.knn",
+    "linear-probe": "eval.linear_probe",
+    "finetune": "eval.finetune",
+    "robustness": "eval.robustness",
+    "difficulty": "eval.difficulty",
+    "study": "eval.study",
+    "report": "eval.report",
+    "verdict": "eval.verdict",
+}
+
+
+def script(name: str) -> Path:
+    """The file of a command, which Python also runs as a script."""
+    return ROOT.joinpath(*COMMANDS[name].split(".")).with_suffix(".py")
+
+
+def current() -> str | None:
+    """The command that this process was started as, if it was one of ours."""
+    name = re.split(r"[/\\ ]", sys.argv[0])[-1].removesuffix(".py").replace("_", "-")
+    return name if name in COMMANDS else None
+
+
+def typed(name: str) -> list[str]:
+    """The words that start a command in the way this process was started: `ssl-vit`, `python -m` or a script's path."""
+    module = COMMANDS[name]
+    if sys.argv[0].startswith("ssl-vit "):
+        return ["ssl-vit", name]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name in COMMANDS.values():
+        return ["python", "-m", module]
+    path = module.replace(".", "/") + ".py"
+    if current() == name:
+        path = sys.argv[0]
+    elif current() is not None:  # beside the script that was started
+        path = os.path.normpath(os.path.join(sys.argv[0], "..", "..", path))
+    return ["python", path]
+
+
+def documented(name: str) -> list[str]:
+    """The words that start a command as the documents have it: those of a checkout, or of an installed package."""
+    if (ROOT / "pyproject.toml").exists():
+        return ["python", COMMANDS[name].replace(".", "/") + ".py"]
+    return ["ssl-vit", name]
+
+
+def launchable(name: str) -> list[str]:
+    """The words behind torchrun or accelerate launch that start a command, in the way this process was started."""
+    words = typed(name)
+    return words[1:] if words[0] == "python" else ["-m", COMMANDS[name]]
+
+
+def summary(name: str) -> str:
+    """The first line of a command's docstring. The command is not imported, which would take seconds."""
+    return str(ast.get_docstring(ast.parse(script(name).read_text()))).splitlines()[0]
+
+
+def own_words(text: str) -> str:
+    """A docstring's commands as they are typed where this one was started by `ssl-vit`."""
+    for name, module in COMMANDS.items():
+        path = re.escape(module.replace(".", "/")) + r"\.py\b"
+        text = re.sub(f"python {path}", f"ssl-vit {name}", text)
+        text = re.sub(f"(accelerate launch(?: -q)?) {path}", rf"\1 -m {module}", text)
+    return text
+
+
+def main() -> None:
+    """Run the sub-command that sys.argv names, as if its module were the script; then exit."""
+    errors.run(_main)
+
+
+def _main() -> int | None:
+    width = max(map(len, COMMANDS)) + 2
+    parser = argparse.ArgumentParser(
+        prog="ssl-vit",
+        usage="ssl-vit COMMAND [ARGUMENTS]",
+        description="Pre-train Vision Transformers by interchangeable objectives, and compare them.",
+        epilog="commands, each of which has a --help:\n"
+        + "\n".join(f"  {name:{width}}{summary(name)}" for name in COMMANDS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help="print this")
+    parser.add_argument("--version", action="version", version=f"ssl_vit {__version__}", help="print the version")
+    if len(sys.argv) < 2:
+        parser.print_help()
+        return 2
+    name, *arguments = sys.argv[1:]
+    if name.startswith("-"):
+        parser.parse_args([name])
+    if name not in COMMANDS:
+        raise UserError(f"There is no command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
+    if COMMANDS[name].startswith("eval."):
+        importlib.import_module("ssl_vit.own_eval")
+    sys.argv = [f"ssl-vit {name}", *arguments]
+    module = importlib.import_module(COMMANDS[name])
+    module.__doc__ = own_words(module.__doc__ or "")
+    return module.main()
+
+
+if __name__ == "__main__":
+    main()
