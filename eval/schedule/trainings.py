@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from eval import finetune
 from eval.compare.metrics import PRIMARY, most
-from eval.measure import cli, features, results
+from eval.measure import cli, features, fine_tuning, results
 from eval.schedule.jobs import Job
 from eval.schedule.plans import Plan
 from ssl_vit import commands, files, pretrain
@@ -253,9 +252,9 @@ def _labels(line: list[str]) -> list[str]:
     return list(takewhile(lambda word: not word.startswith("-"), line[at:]))
 
 
-def schedule_of(line: list[str]) -> tuple[argparse.Namespace, finetune.Schedule]:
+def schedule_of(line: list[str]) -> tuple[argparse.Namespace, fine_tuning.Schedule]:
     """What a plan's line of the evaluator finetune asks for."""
-    return finetune.parse(["--backbone", "RUN", *line[1:]])
+    return fine_tuning.parse(["--backbone", "RUN", *line[1:]])
 
 
 def _finetuned(line: list[str]) -> dict:
