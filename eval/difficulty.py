@@ -76,10 +76,11 @@ def refuse_missing(run: Path) -> None:
 @torch.no_grad()
 def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | None:
     """The figures of an objective on clean images (n, C, H, W) in [0, 1]; None if it recovers no spoiled image."""
-    backbone, device = objective.backbone, images.device
+    device = images.device
     given = objective.encoder_inputs(images[:1], Draw(seed, 0, torch.arange(1), device))
     if given is None:
         return None
+    backbone = objective.need_tokens("mask or corrupt")
     fifth = torch.arange(len(images)) % 5
     fitting, choosing, scored = (part.nonzero().flatten() for part in (fifth < 3, fifth == 3, fifth == 4))
     training = images[(fifth < 4).to(device)]
@@ -87,34 +88,38 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
     values, counted = len(mean), int(given[2].sum())  # the same in every image
     width = 9 * (values + 1) + 1
     share = min(1.0, VALUES / (width * counted * len(training)))
+    zero = torch.zeros((), dtype=torch.float64)
 
     def rows(numbers: Tensor, share: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs (R, width), clean patches (R, D) less the mean patch) of this share of these images' counted patches,
         float64 on the CPU, some images at a time."""
         for part in numbers.split(64):
             clean, draw = images[part.to(device)], Draw(seed, 0, part, device)
-            seen, absent, counted = objective.encoder_inputs(clean, draw)
+            given = objective.encoder_inputs(clean, draw)
+            assert given is not None  # as for the first image
+            seen, absent, counted = given
             taken = counted & (draw.uniform("taken", counted.shape[1]) < share)
             around = neighbours(patchify(seen, backbone.patch_size) - mean, ~absent, backbone.grid(images), taken)
             patches = patchify(backbone.normalise(clean), backbone.patch_size)[taken] - mean
             yield around.cpu().double(), patches.cpu().double()
 
     def products(numbers: Tensor) -> Tensor:
-        return sum(x.T @ torch.cat([x, y], 1) for x, y in rows(numbers, share))
+        return sum((x.T @ torch.cat([x, y], 1) for x, y in rows(numbers, share)), zero)
 
     moments = products(fitting)
     tried = [ridge(moments, penalty) for penalty in PENALTIES]
-    wrong = sum(torch.stack([(x @ w - y).square().sum() for w in tried]) for x, y in rows(choosing, share))
+    wrong = sum((torch.stack([(x @ w - y).square().sum() for w in tried]) for x, y in rows(choosing, share)), zero)
     penalty = PENALTIES[int(wrong.argmin())]
     moments += products(choosing)
     weights = ridge(moments, penalty)
 
     colour = mean.view(-1, images.shape[1]).mean(0).repeat(values // images.shape[1])  # one value per channel
     one_colour, itself = (colour - mean).cpu().double(), slice(4 * (values + 1), 4 * (values + 1) + values)
-    variance, mean_patch, identity, linear = sum(
+    errors_of = (
         torch.stack([(guess - y).square().sum() for guess in (one_colour, 0.0, x[:, itself], x @ weights)])
         for x, y in rows(scored)
-    ).tolist()
+    )
+    variance, mean_patch, identity, linear = sum(errors_of, zero).tolist()
     return dict(
         mean_patch=mean_patch / variance,
         identity=identity / variance,

@@ -57,7 +57,7 @@ class Cost:
 def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedule) -> list[dict]:
     """The rows of one backbone, one for each part of the labels. They are written to its folder."""
     train, test = request.images(source)
-    truth = test.labels.cpu().numpy()
+    truth = cli.labels_of(test)
     rows = []
     for (part, seed), (keys, chosen) in zip(request.parts, request.labelled(train), strict=True):
         own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
@@ -65,13 +65,14 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
         own += few(schedule.settings, keys["train_n"])
         own = [*schedule.settings, *own]
         own += longer(source, request, own, keys["train_n"], schedule.extra) if schedule.extra else []
-        labels = train.labels.cpu().numpy()[chosen]
-        choice, spent, how = {}, Cost(), "last checkpoint"
+        labels = cli.labels_of(train)[chosen]
+        choice: dict[str, object] = {}
+        spent, how = Cost(), "last checkpoint"
         if schedule.rates:
             how = "learning rate on a tenth of train"
-            cli.tell_singles(labels, train.classes)
-            if schedule.of:
-                best, how, choice = chosen_by(schedule, test, keys)
+            cli.tell_singles(labels, cli.classes_of(train))
+            if schedule.lr_of:
+                best, how, choice = chosen_by(schedule.lr_of, schedule.protocol, test, keys)
             elif subsets.folds(labels):
                 best, choice, spent = choose(source, request, own, schedule.rates)
             else:
@@ -101,8 +102,9 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
 def few(settings: list[str], images: int) -> list[str]:
     """The recipe's epochs of few images are few steps: the settings that make them enough, unless the user set them."""
     train = pretrain.read("finetune", settings, None).train
-    request = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
-    return [f"train.steps={STEPS}"] if not request and train.epochs * images < STEPS * train.batch_size else []
+    given = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
+    short = train.epochs is not None and train.epochs * images < STEPS * train.batch_size
+    return [f"train.steps={STEPS}"] if short and not given else []
 
 
 def longer(
@@ -110,27 +112,28 @@ def longer(
 ) -> list[str]:
     """The setting that trains for so many FLOPs more than these settings on so many images."""
     recipe = make_recipe(source, request.config, settings)
-    objective = pretrain.build(recipe, request.images(source)[0])
-    train, per_image = recipe.train, flops.per_image(objective, recipe.data.in_chans, objective.labelled)
+    labelled, _ = request.images(source)
+    objective = pretrain.build(recipe, labelled)
+    train, per_image = recipe.train, flops.per_image(objective, labelled.channels, objective.labelled)
     if train.flops is not None:
         return [f"train.flops={train.flops + extra}"]
     if train.steps is not None:
         return [f"train.steps={train.steps + round(extra / per_image / train.batch_size)}"]
+    assert train.epochs is not None  # a recipe sets one of the three
     return [f"train.epochs={train.epochs + extra / per_image / images}"]
 
 
-def chosen_by(schedule: Schedule, test: data.ImageSet, keys: dict) -> tuple[float, str, dict]:
+def chosen_by(run: Path, protocol: str, test: data.ImageSet, keys: dict) -> tuple[float, str, dict]:
     """(the learning rate of another run, what it was chosen on, settings). Raises UserError if there is none."""
-    same = dict(protocol=schedule.protocol, eval_data=test.name, split=test.split)
-    same |= dict(label_fraction=keys["label_fraction"])
-    rows = [row for row in results.read(schedule.of) if all(row.get(key) == value for key, value in same.items())]
+    same = dict(protocol=protocol, eval_data=test.name, split=test.split, label_fraction=keys["label_fraction"])
+    rows = [row for row in results.read(run) if all(row.get(key) == value for key, value in same.items())]
     rows.sort(key=lambda row: row["subset_seed"] != keys["subset_seed"])  # of the same labels, else of another draw
     if not rows:
         raise UserError(
-            f"{schedule.of} was not fine-tuned by this protocol with {keys['train_n']:,} labels, so there is no choice "
+            f"{run} was not fine-tuned by this protocol with {keys['train_n']:,} labels, so there is no choice "
             "to take from it: fine-tune it first, or leave --lr-of out."
         )
-    return rows[0]["settings"]["lr"], rows[0]["chosen"], dict(lr_of=str(schedule.of))
+    return rows[0]["settings"]["lr"], rows[0]["chosen"], dict(lr_of=str(run))
 
 
 def choose(
@@ -143,7 +146,7 @@ def choose(
         path = tune(source, recipe, request.images(source)[0])
         held_out = cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
         answer, judging = predict(path, held_out, request.state)
-        accuracies.append(answer.metrics(held_out.labels.cpu().numpy())["value"])
+        accuracies.append(answer.metrics(cli.labels_of(held_out))["value"])
         total += trained(path) + judging
         say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are right")
     alike = [rate for rate, accuracy in zip(rates, accuracies, strict=True) if accuracy == max(accuracies)]
@@ -159,13 +162,13 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
     """The recipe finetune for this backbone on these images; size, channels, mean, std and interpolation
     are the backbone's."""
     recipe = pretrain.read("finetune", settings, images.name)
-    request, backbone = recipe.data, source.backbone
+    asked, backbone = recipe.data, source.network
     recipe.data = dataclasses.replace(
         images,
-        subset=request.subset,
-        subset_seed=request.subset_seed,
-        hold_out=request.hold_out,
-        img_size=request.img_size or list(source.size),
+        subset=asked.subset,
+        subset_seed=asked.subset_seed,
+        hold_out=asked.hold_out,
+        img_size=asked.img_size or list(backbone.input_size),
         in_chans=len(backbone.mean),
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
@@ -179,20 +182,21 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
 def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
     """The backbone's part of the recipe: a model of the same shape that starts from these weights."""
     start = str(Path(source.name).resolve()) if Path(source.name).exists() else source.name
-    model = source.backbone.model
-    if not isinstance(source.backbone, TokenBackbone):  # no plain ViT: the name says all
-        return recipes.Backbone(name=model.pretrained_cfg["architecture"], init_from=start)
+    backbone = source.network
+    if not isinstance(backbone, TokenBackbone):  # no plain ViT: the name says all
+        return recipes.Backbone(name=backbone.name, init_from=start)
     if source.settings:
         own = recipes.Backbone(**source.settings["backbone"])
     else:
+        attention = backbone.model.blocks[0].get_submodule("attn")
         own = recipes.Backbone(
-            name=model.pretrained_cfg["architecture"],
-            embed_dim=model.embed_dim,
-            depth=len(model.blocks),
-            num_heads=model.blocks[0].attn.num_heads,
-            patch_size=source.backbone.patch_size[0],
-            reg_tokens=model.num_reg_tokens,
-            init_values=source.backbone.args.get("init_values"),
+            name=backbone.name,
+            embed_dim=backbone.model.embed_dim,
+            depth=len(backbone.model.blocks),
+            num_heads=vars(attention)["num_heads"],  # torch types what a module holds as tensors
+            patch_size=backbone.patch_size[0],
+            reg_tokens=backbone.model.num_reg_tokens,
+            init_values=backbone.args.get("init_values"),
         )
     # positions that pre-training kept fixed are trained too, as in MAE's fine-tuning, so that all are treated alike
     return dataclasses.replace(own, pos_embed="learned", drop_path_rate=drop_path, init_from=start)
@@ -203,7 +207,7 @@ def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) 
     engine.resolve_precision(recipe)
     identity = {k: v for k, v in recipe.as_dict().items() if k not in recipes.MAY_CHANGE}
     # all that a run must not differ in when it goes on, and the weights: a folder may hold others by now
-    recipe.tag = fingerprint([identity, train.fingerprint, weights.digest(source.backbone)])
+    recipe.tag = fingerprint([identity, train.fingerprint, weights.digest(source.network)])
     path = source.folder / "finetune" / recipe.run_name()
     code = pretrain.pretrain(recipe, path)
     if code:
@@ -225,7 +229,7 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Pre
     mine = torch.arange(len(images))[state.process_index :: state.num_processes]
     views = data.evaluation_views(images, backbone.evaluation_view, state.device, mine)
     classify = features.Piecewise(lambda part: backbone.classify(part).float().softmax(1).cpu().numpy())
-    truth = images.labels.cpu().numpy()
+    truth = cli.labels_of(images)
     answers = Predictions.of((part for view in views for part in classify(view)), truth[mine.numpy()])
     gathered = gather_object([(mine.numpy(), answers)])
     order = np.argsort(np.concatenate([at for at, _ in gathered]))
@@ -237,7 +241,7 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Pre
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
     """Accuracy per backbone and number of labels, the mean over the label seeds, as Markdown."""
-    found = []
+    found: list[tuple[tuple[str, ...], str, np.ndarray | str]] = []
     for row in rows:
         line = results.run_of(row), f"{row['train_n']:,}"
         fixed = f" ({cli.UNCHOSEN})" if row["chosen"] == cli.UNCHOSEN else ""

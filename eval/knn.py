@@ -36,8 +36,8 @@ def evaluate(source: features.Source, request: cli.EvalRequest, ks: list[int] | 
     bank, queries = features.extract_both(source, train, test, request.state)
     if not request.state.is_main_process:
         return []
-    labels, truth = train.labels.cpu().numpy(), test.labels.cpu().numpy()
-    common = cli.row(source, test)
+    labels, truth = cli.labels_of(train), cli.labels_of(test)
+    common, classes = cli.row(source, test), len(cli.classes_of(train))
     rows = []
     for part, chosen in parts:
         started = time.perf_counter()
@@ -49,7 +49,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, ks: list[int] | 
                 near, far = neighbours.prepare(*pair, centre=centre)
                 search = 2 * near.shape[1] * len(near) * len(far)  # every similarity; the vote is nothing beside it
                 cost = dict(eval_images=images, eval_flops=bank.flops_per_image * images + search)
-                for k, answer in vote(near, labels[chosen], far, truth, choose(ks, len(chosen)), len(train.classes)):
+                for k, answer in vote(near, labels[chosen], far, truth, choose(ks, len(chosen)), classes):
                     name = dict(protocol=f"{protocol}-k{k}", pooling=pooling)
                     found.append(common | part | name | answer.metrics(truth) | cost)
                     predictions.append(answer)

@@ -189,7 +189,7 @@ def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs:
     protocol = linear_heads.PROBE_RECIPES[preset]
     pooling = next(iter(probe.queries.poolings(-1)))  # the class token; the mean where a model has none
     blocks = probe.blocks[-protocol.blocks :]
-    if preset == "dino" and probe.source.backbone.embed_dim >= linear_heads.DINO_WIDE:
+    if preset == "dino" and probe.source.network.embed_dim >= linear_heads.DINO_WIDE:
         pooling, blocks = "concat", probe.blocks[-1:]
     tests = combine(probe.queries, pooling, blocks, np.arange(len(probe.test)))
     batch = min(protocol.batch, len(chosen))
@@ -231,7 +231,7 @@ def augmented(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(features (B, D), labels (B,)) of global batches of random crops and flips, the same on all processes."""
     source, state, images = probe.source, probe.state, probe.train
-    spec = views.crop_flip(source.size, 0.5 if images.flip else 0.0, protocol.scale)
+    spec = views.crop_flip(source.network.input_size, 0.5 if images.flip else 0.0, protocol.scale)
     spec = views.resampled(spec, protocol.interpolation)
     order = Order(probe.seed, len(chosen), batch)
     share = -(-batch // state.num_processes)  # the last process repeats a few rows, which are cut off again
@@ -241,19 +241,20 @@ def augmented(
     workers = min(system.cores(), 16)
     stream = data.chunks(images, spec, plan, probe.seed, state.device, workers)
     pooled = features.Piecewise(lambda part: features.pool(source, part, blocks))
+    truth = torch.from_numpy(probe.labels).to(state.device)
     for _ in tqdm(range(steps), desc=f"linear probe of {source.name}", leave=False, disable=not state.is_main_process):
         parts, labels = [], []
         for _ in cut:
             chunk = next(stream)
             for found in pooled(chunk.views(images, spec)["image"]):
                 parts.append(torch.cat([v for (_, p), v in found.items() if pooling in (p, "concat")], 1).float())
-            labels.append(images.labels[chunk.indices.to(images.labels.device)].to(state.device))
+            labels.append(truth[chunk.indices.to(state.device)])
         yield gather(torch.cat(parts))[:batch], gather(torch.cat(labels))[:batch]
 
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
     """Accuracy per backbone, labels and pooling, as Markdown. folders: of the rows' runs."""
-    found = []
+    found: list[tuple[tuple[str, ...], str, np.ndarray | str]] = []
     for row in rows:
         settings = ", ".join(f"{k} {v:g}" for k, v in row["settings"].items() if k in ("rate", "C", "lr"))
         edge = " (at the edge of what was tried)" if row["settings"].get("at_the_edge") else ""
@@ -282,7 +283,7 @@ def evaluate(
     for part, chosen in probe.parts:
         started = time.perf_counter()
         if main and preset not in linear_heads.PROBE_RECIPES:
-            cli.tell_singles(probe.labels[chosen], probe.train.classes)
+            cli.tell_singles(probe.labels[chosen], cli.classes_of(probe.train))
         if preset in linear_heads.PROBE_RECIPES:
             published(probe, part, chosen, preset, epochs)
         elif main and preset == "logistic":

@@ -6,6 +6,7 @@ Multiplications and additions count one each; element-wise work does not count.
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.objectives.base import Batch, Objective
 from ssl_vit.randomness import Draw
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def per_image(objective: Objective, channels: int, labelled: bool) -> float:
@@ -32,7 +35,7 @@ def grey(objective: Objective, channels: int, labelled: bool) -> Batch:
     return Batch(views, labels, Draw(0, 0, torch.arange(rows)), step=0, total=1)
 
 
-def count(module: nn.Module, call: Callable[[nn.Module], object]) -> float:
+def count(module: Module, call: Callable[[Module], object]) -> float:
     """FLOPs of call(a copy of the module)."""
     twin = copy.deepcopy(module).cpu().float()
     for part in twin.modules():

@@ -188,8 +188,8 @@ def test_the_presets_train_on_views_of_the_chosen_images_mirrored_only_where_tha
 def test_evaluators_take_a_run_s_own_flip(asked, flips, tmp_path):
     pretrain.pretrain(pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=0", *asked], None), tmp_path / "run")
     source = features.open_source(str(tmp_path / "run"), None, None)
-    assert data.load(source.data(), "train").flip is flips
-    assert data.load(dataclasses.replace(source.data(), hflip=None), "report").flip is False
+    assert data.load(features.data_of(source.settings), "train").flip is flips
+    assert data.load(dataclasses.replace(features.data_of(source.settings), hflip=None), "report").flip is False
 
 
 # -- schedules in the loop --------------------------------------------------------------------------------------------

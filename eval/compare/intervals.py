@@ -232,4 +232,5 @@ def _shift(freedom: int) -> float:
         return normal
     critical = _quantile(freedom, LEVEL)
     # the chance to end below -critical is left out: with this power it is under 1e-5
-    return optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - POWER, normal / 2, 20 * critical)
+    found = optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - POWER, normal / 2, 20 * critical)
+    return float(found)

@@ -77,4 +77,6 @@ class Metric:
 def most(parts: set[float | str]) -> float | str:
     """The largest of label_fractions: a share is more than so many per class."""
     shares = [part for part in parts if not isinstance(part, str)]
-    return max(shares) if shares else max(parts, key=lambda part: int(part.split()[0]))
+    if shares:
+        return max(shares)
+    return max((part for part in parts if isinstance(part, str)), key=lambda part: int(part.split()[0]))

@@ -55,17 +55,18 @@ class Condition:
 
     def state(self, level: float) -> str:
         """Whether both bounds at this level lie above the margin ("holds"), below ("fails"), or neither ("open")."""
-        if self.difference is None:
-            return "not measured"
         estimate = self.estimate
+        if estimate is None:
+            return "not measured"
         half = estimate.half_width_at(level)
         if estimate.mean - half >= self.margin:
             return "holds"
         return "fails" if estimate.mean + half < self.margin else "open"
 
     @functools.cached_property
-    def estimate(self) -> intervals.Estimate:
-        return intervals.interval(self.difference)
+    def estimate(self) -> intervals.Estimate | None:
+        """None where it was not measured."""
+        return None if self.difference is None else intervals.interval(self.difference)
 
 
 @dataclass
@@ -94,16 +95,22 @@ class Evidence:
         """What an arm reached by a metric."""
         return self.linear(arm) if metric == "LP" else next((scores for _, scores in self.tuned(arm, metric)), None)
 
+    def held_out(self, arm: str) -> float | None:
+        """What an arm, fine-tuned with 10 % of the labels, reached on held-out training images."""
+        scores = self.scores_of(arm, "FT10")
+        return validation(scores) if scores else None
+
     def linear(self, arm: str) -> Scores | None:
         """The linear probe's figures of an arm."""
         group, eval_set = self.study.group(arm, self.budget), self.study.eval_set
-        return eval_set.scores.get(LINEAR, {}).get(group) if eval_set else None
+        return eval_set.scores.get(LINEAR, {}).get(group) if eval_set and group else None
 
     def tuned(self, arm: str, metric: str) -> Tuned:
         """The fine-tunings of an arm that its plan has."""
         group, eval_set = self.study.group(arm, self.budget), self.study.eval_set
         found: Tuned = []
-        for what in self.study.manifest["arms"].get(arm, {}).get("finetuned", ()):
+        arms = self.study.manifest["arms"]
+        for what in arms[arm]["finetuned"] if arm in arms else []:
             if LABELS[metric] in what["labels"] and what["changed"].get("extra_flops") in (None, self.budget):
                 scores = eval_set.reached(group, what["protocol"], LABELS[metric]) if eval_set else None
                 found.append((what["changed"], scores))
@@ -133,12 +140,13 @@ class Evidence:
 
 def best(found: Tuned, names: str, name: Callable[[dict], str]) -> tuple[Scores | None, str]:
     """(the figures of the best by held-out images, its name), or (None, what is lacking)."""
-    if not found or not all(scores and len(scores.seeds) >= SEEDS for _, scores in found):
+    measured = [(changed, scores) for changed, scores in found if scores and len(scores.seeds) >= SEEDS]
+    if not found or len(measured) < len(found):
         return None, f"{names} with {SEEDS} seeds"
-    held_out = [validation(scores) for _, scores in found]
-    if None in held_out:
+    held_out = [accuracy for _, scores in measured if (accuracy := validation(scores)) is not None]
+    if len(held_out) < len(measured):
         return None, f"the held-out accuracy of {names} (finetune --lr A B …)"
-    changed, scores = found[int(np.argmax(held_out))]
+    changed, scores = measured[int(np.argmax(held_out))]
     return scores, name(changed)
 
 
@@ -152,7 +160,9 @@ def validation(scores: Scores) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def condition(data: str, arm: str, metric: str, margin: float, mine: Scores | None, other: Scores | None, than: str):
+def condition(
+    data: str, arm: str, metric: str, margin: float, mine: Scores | None, other: Scores | None, than: str
+) -> Condition:
     """The condition that `mine` is above `other` by a margin; than: its name, or what is lacking of it."""
     if mine is None or other is None:
         return Condition(data, arm, metric, than, margin, None, f"{arm}: {metric}" if mine is None else than)
@@ -221,7 +231,7 @@ def decide(evidence: list[Evidence]) -> list[Verdict]:
     third = Verdict("H3", OPEN if first.answer in (NO, OPEN) else LACKING, 1 - ALPHA, {})  # no arm to ask it of
     if first.winners:
         # of several the best by held-out images; that it is one of them the test images said, which its level counts
-        held_out = {a: np.mean([validation(e.scores_of(a, "FT10")) or 0.0 for e in evidence]) for a in first.winners}
+        held_out = {a: float(np.mean([e.held_out(a) or 0.0 for e in evidence])) for a in first.winners}
         arm = max(held_out, key=held_out.__getitem__)
         asked = {arm: [c for e in evidence for c in against_augmentation(e, arm)]}
         third = judge("H3", asked, len(evidence), of=len(names))

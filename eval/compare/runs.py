@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.compare.manifest import ArmEntry
 from eval.compare.metrics import NAMES, Metric
 from eval.compare.words import number
 from eval.measure import results
@@ -91,7 +92,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder, read_settings(recipe) if recipe.exists() else {}, lines, rows)
 
 
-def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Group]:
+def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list[Group]:
     """Runs of identical settings but for the seed together. arms: those of a study.json, after which groups are named.
 
     Raises UserError if a seed is there twice.
@@ -110,15 +111,16 @@ def group_runs(runs: list[Run], arms: dict[str, dict] | None = None) -> list[Gro
     _name(groups)
     _name(groups, BUDGET)
     for name, arm in (arms or {}).items():
-        budgets = {training["budget"] for training in arm["runs"]}
+        budgets = {training["budget"] for training in arm["runs"] if training["budget"] is not None}
         for training in arm["runs"]:
             for group in groups:
                 if group.runs[0].folder == Path(training["run"]):
                     group.role = arm["role"]
                     if group.recipe != "random":
                         group.family = group.label = name
-                        group.superseded = len(budgets) > 1 and training["budget"] < max(budgets)
-                        group.label += f" ({number(training['budget'])} FLOPs)" if len(budgets) > 1 else ""
+                        if len(budgets) > 1 and training["budget"] is not None:
+                            group.superseded = training["budget"] < max(budgets)
+                            group.label += f" ({number(training['budget'])} FLOPs)"
     families = sorted({group.family if arms else group.label for group in groups if not group.control})
     for group in groups:
         if not group.control:

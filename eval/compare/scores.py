@@ -44,7 +44,7 @@ class Scores:
     def sources(self) -> list[tuple[str, str]]:
         return [(row["run"], results.row_id(row)) for row in self.rows]
 
-    def at(self, seeds: list[int]) -> np.ndarray:
+    def at(self, seeds: list[int | None]) -> np.ndarray:
         """correct of these seeds."""
         return self.correct[[self.seeds.index(seed) for seed in seeds]]
 
@@ -236,5 +236,5 @@ def ranked(by_group: dict[Group, Scores], controls: bool) -> list[Group]:
 
 def spent_on(scores: Scores, key: str) -> float | None:
     """eval_flops, eval_images or seconds of a measurement: the mean of its rows, None if one does not say."""
-    values = [row.get(key) for row in scores.rows]
-    return None if None in values else float(np.mean(values))
+    values = [row[key] for row in scores.rows if row.get(key) is not None]
+    return float(np.mean(values)) if len(values) == len(scores.rows) else None

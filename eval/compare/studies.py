@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.compare.manifest import Manifest
 from eval.compare.runs import Group, group_runs, read_run
 from eval.compare.scores import EvalSet, read_eval_sets
 from eval.measure import results
@@ -19,15 +20,15 @@ class StudyResults:
     """What eval/study.py ran: its study.json, and the runs of it that were evaluated."""
 
     folder: Path
-    manifest: dict
+    manifest: Manifest
     groups: list[Group]
     eval_sets: list[EvalSet]
 
     @property
     def budgets(self) -> list[float]:
         """In FLOPs, rising; [] if each recipe has its own."""
-        found = {t["budget"] for arm in self.manifest["arms"].values() for t in arm["runs"]} - {None}
-        return sorted(found)
+        found = {t["budget"] for arm in self.manifest["arms"].values() for t in arm["runs"]}
+        return sorted(budget for budget in found if budget is not None)
 
     @property
     def eval_set(self) -> EvalSet | None:
@@ -39,7 +40,7 @@ class StudyResults:
 
     def group(self, arm: str, budget: float | None) -> Group | None:
         """The runs of an arm with this budget, or if it is not trained with any; None if they were not evaluated."""
-        runs = self.manifest["arms"].get(arm, {}).get("runs", [])
+        runs = self.manifest["arms"][arm]["runs"] if arm in self.manifest["arms"] else []
         folders = {Path(t["run"]) for t in runs if t["budget"] == budget or t["steps"] == 0}
         return next((g for g in self.groups if g.runs[0].folder in folders), None)
 
@@ -51,27 +52,27 @@ def read_study(folder: Path) -> StudyResults:
         raise UserError(
             f"{folder} is no study: {file} is missing. `{shlex.join(commands.typed('study'))} PLAN` writes it."
         )
-    said = json.loads(file.read_text())
+    manifest: Manifest = json.loads(file.read_text())
     root = folder.parent.parent  # where the study was started
-    for arm in said["arms"].values():
+    for arm in manifest["arms"].values():
         for training in arm["runs"]:
             training["run"] = str(root / training["run"])
-    places = [t["run"] for arm in said["arms"].values() for t in arm["runs"]]
-    places += [root / place for place in said["controls"].values()]
-    runs = [read_run(Path(place)) for place in places if results.read(Path(place))]
-    if said.get("labels_by_seed"):  # other draws, of another plan or made by hand, would be averaged with these
-        seeds = {training["seed"] for arm in said["arms"].values() for training in arm["runs"]}
+    places = [Path(t["run"]) for arm in manifest["arms"].values() for t in arm["runs"]]
+    places += [root / place for place in manifest["controls"].values()]
+    runs = [read_run(place) for place in places if results.read(place)]
+    if manifest.get("labels_by_seed"):  # other draws, of another plan or made by hand, would be averaged with these
+        seeds = {training["seed"] for arm in manifest["arms"].values() for training in arm["runs"]}
         for run in runs:
             drawn = {None, run.seed} if run.settings else {None, *seeds}
             run.rows = [row for row in run.rows if row["subset_seed"] in drawn]
     runs = [run for run in runs if run.rows]
     if not runs:
-        command = shlex.join([*commands.typed("study"), said["plan"]])
+        command = shlex.join([*commands.typed("study"), manifest["plan"]])
         raise UserError(
             f"None of the runs of {folder} was evaluated, or they are not beside it: start `{command}` again."
         )
-    groups = group_runs(runs, said["arms"])
-    return StudyResults(folder, said, groups, read_eval_sets(groups))
+    groups = group_runs(runs, manifest["arms"])
+    return StudyResults(folder, manifest, groups, read_eval_sets(groups))
 
 
 def at_the_edge(trials: list[tuple[Sequence[str], float | None]]) -> bool:

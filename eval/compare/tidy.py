@@ -62,7 +62,7 @@ def tidy(eval_sets: list[EvalSet]) -> str:
 def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict:
     costs = {"pretrain_flops": "", "pretrain_images": ""}
     if not group.foreign:
-        costs = dict(pretrain_flops=f"{group.mean('train_flops'):.6g}", pretrain_images=group.mean("images_seen"))
+        costs = dict(pretrain_flops=f"{group.mean('train_flops'):.6g}", pretrain_images=str(group.mean("images_seen")))
     for name, key in (("eval_flops", "eval_flops"), ("eval_images", "eval_images"), ("eval_seconds", "seconds")):
         value = spent_on(scores, key)
         costs[name] = "" if value is None else f"{value:.6g}"

@@ -25,9 +25,9 @@ def between(mean: float, low: float, high: float, sign: str = "") -> str:
 def number(value: float, power: bool = False) -> str:
     """2·10¹², 1,500 or 0.25. power: as a multiple of a power of ten in any case."""
     if value and (power or not 1e-3 <= abs(value) < 1e6):
-        mantissa, power = f"{value:.1e}".split("e")
+        mantissa, exponent = f"{value:.1e}".split("e")
         mantissa = mantissa.removesuffix(".0")
-        return ("" if mantissa == "1" else f"{mantissa}·") + f"10{str(int(power)).translate(SUPERSCRIPT)}"
+        return ("" if mantissa == "1" else f"{mantissa}·") + f"10{str(int(exponent)).translate(SUPERSCRIPT)}"
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 

@@ -63,18 +63,18 @@ class EvalRequest:
         system.set_threads(args.threads or "auto")
         # the first process votes and fits alone, and the others may wait for it long
         self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-        self.config, size = None, None
+        config, size = None, None
         if args.data and (Path(args.data) / "recipe.yaml").exists():
             like = features.open_source(args.data, None, None)
-            self.config, size = like.data(), like.size
+            config, size = features.data_of(like.settings), like.size
         elif args.data:
-            self.config = recipes.Data(name=args.data)
+            config = recipes.Data(name=args.data)
         self.held_out = getattr(args, "held_out", False)
         self.parts = [(part, seed) for part in args.labels for seed in (args.label_seeds if part else [None])]
         self.sources: list[features.Source] = []
         for name in args.backbone:
-            source = features.open_source(name, self.config, size)
-            self.config = self.config or source.data()
+            source = features.open_source(name, config, size)
+            self.config = config = config or features.data_of(source.settings)
             size = size or source.size
             if any(other.folder.name == source.folder.name for other in self.sources):
                 raise UserError(f"Two backbones are called {source.folder.name}: evaluate them one after the other.")
@@ -126,9 +126,10 @@ class EvalRequest:
 
     def labelled(self, train: data.ImageSet) -> Iterator[tuple[dict, np.ndarray]]:
         """(row keys, indices of the training images whose labels are used), for each part asked for."""
-        labels = train.labels.cpu().numpy()
+        labels = labels_of(train)
         for part, seed in self.parts:
-            chosen = subsets.stratified(labels, part, seed) if part else np.arange(len(labels))
+            all_of_them = np.arange(len(labels))
+            chosen = all_of_them if part is None or seed is None else subsets.stratified(labels, part, seed)
             yield dict(label_fraction=describe_part(part), subset_seed=seed, train_n=len(chosen)), chosen
 
 
@@ -141,6 +142,20 @@ def with_labels(images: data.ImageSet) -> data.ImageSet:
         f"Of the {len(images):,} images of {images.name} ({images.split}), the {len(chosen):,} with a label are used."
     )
     return images.part(chosen.cpu())
+
+
+def labels_of(images: data.ImageSet) -> np.ndarray:
+    """The labels of images that all have one, int64 (n,)."""
+    if images.labels is None:
+        raise ValueError(f"{images.name} ({images.split}) has no labels")
+    return images.labels.cpu().numpy()
+
+
+def classes_of(images: data.ImageSet) -> list[str]:
+    """The names of the classes of labelled images."""
+    if images.classes is None:
+        raise ValueError(f"{images.name} ({images.split}) has no classes")
+    return images.classes
 
 
 def tell_singles(labels: np.ndarray, classes: list[str]) -> None:
@@ -203,7 +218,7 @@ def describe_part(part: float | None) -> float | str:
 def row(source: features.Source, test: data.ImageSet) -> dict:
     """What all rows of a backbone on these test images have in common."""
     said = results.describe_run(source.folder, source.settings)
-    truth = test.labels.cpu()
+    classes, frequencies = len(classes_of(test)), np.bincount(labels_of(test))
     if source.backbone is None:
         said["recipe"] = source.name
     return said | dict(
@@ -214,9 +229,9 @@ def row(source: features.Source, test: data.ImageSet) -> dict:
         chosen="last checkpoint",
         n=len(test),
         metric="accuracy",
-        classes=len(test.classes),
-        chance=1 / len(test.classes),
-        majority=truth.bincount().max().item() / len(test),
+        classes=classes,
+        chance=1 / classes,
+        majority=int(frequencies.max()) / len(test),
         **results.SURROUNDINGS,
     )
 

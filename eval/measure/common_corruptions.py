@@ -10,6 +10,7 @@ the widest disk is cut at its rim; and the files of ImageNet-C are compressed on
 import functools
 import io
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def kinds(channels: int) -> list[tuple[str, str]]:
     return [(f, kind) for f, of in FAMILIES.items() for kind in of if kind != "saturate" or channels == 3]
 
 
-def benchmark(size: tuple[int, int]) -> str:
+def benchmark(size: Sequence[int]) -> str:
     """Whose parameters images of this size (H, W) get."""
     return "CIFAR-10-C" if max(size) <= SMALL else "ImageNet-C"
 
@@ -93,7 +94,8 @@ def _poisson_limits(photons: int) -> Tensor:
     """The 32-bit words from which a Poisson number is more than 0, 1, …, photons - 1, for each level: int64
     (256, photons), with the level in the bits above, so that all rise. More than `photons` are white anyway."""
     level = torch.arange(256)[:, None]
-    at_most = torch.special.gammaincc(torch.arange(1, photons + 1).double(), level.double() * photons / 255)
+    counts = torch.arange(1, photons + 1).double()
+    at_most: Tensor = torch.special.gammaincc(counts, level.double() * photons / 255)
     return (at_most * 2.0**32).long() + (level << 32)
 
 
@@ -187,9 +189,9 @@ def _boxes(n: int, out: int) -> Tensor:
 
 def _jpeg(images: Tensor, quality: int, draw: Draw) -> Tensor:
     """Other than one or three channels are compressed each on its own."""
-    pixels = _levels(images).byte().cpu()
+    levels = _levels(images).byte().cpu()
     colours = images.shape[1] if images.shape[1] in (1, 3) else 1
-    pixels = pixels.reshape(-1, colours, *images.shape[-2:]).permute(0, 2, 3, 1).numpy()
+    pixels = levels.reshape(-1, colours, *images.shape[-2:]).permute(0, 2, 3, 1).numpy()
     found = torch.from_numpy(np.stack([_compressed(image, quality) for image in pixels])).permute(0, 3, 1, 2)
     return found.reshape(images.shape).to(images.device) / 255
 
@@ -201,7 +203,7 @@ def _compressed(pixels: np.ndarray, quality: int) -> np.ndarray:
     return np.asarray(Image.open(file)).reshape(pixels.shape)
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {  # each takes a parameter of its own kind
     "gaussian-noise": _gaussian_noise,
     "shot-noise": _shot_noise,
     "impulse-noise": _impulse_noise,

@@ -40,18 +40,24 @@ class Source:
     backbone: Backbone | None  # None: raw pixels
     size: tuple[int, int] | None  # None: the images' own
 
-    def data(self) -> recipes.Data | None:
-        """The images of its pre-training, as its recipe names them: all, where it saw a part, with their own facts, but
-        mirrored only where the recipe allows it, as that is what the user knows of the labels."""
-        if not self.settings:
-            return None
-        facts = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
-        return recipes.Data(**self.settings["data"] | facts | dict(hold_out=False))
+    @property
+    def network(self) -> Backbone:
+        """The backbone, where an evaluator has refused raw pixels."""
+        if self.backbone is None:
+            raise ValueError(f"{self.name} has no backbone")
+        return self.backbone
 
     @property
     def depth(self) -> int:
         """The number of blocks that have features."""
         return self.backbone.depth if self.backbone else 1
+
+
+def data_of(settings: dict) -> recipes.Data:
+    """The images of a pre-training, as its recipe.yaml names them: all, where it saw a part, with their own facts, but
+    mirrored only where the recipe allows it, as that is what the user knows of the labels."""
+    facts = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
+    return recipes.Data(**settings["data"] | facts | dict(hold_out=False))
 
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
@@ -187,7 +193,8 @@ class Piecewise:
     """compute() of batches, with as many images at a time as fit into memory: half as many whenever it runs out."""
 
     def __init__(self, compute: Callable):
-        self.compute, self.most = compute, None
+        self.compute = compute
+        self.most: int | None = None  # images at a time; None: the whole batch
 
     def __call__(self, view: Tensor) -> Iterator:
         """What compute gives for the parts of a batch (B, C, H, W). Raises UserError if not one image fits."""

@@ -36,11 +36,11 @@ ELSEWHERE = {
 @dataclass
 class Schedule:
     """How to fine-tune. settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for
-    the recipe's; of: a run whose choice is taken; extra: FLOPs to train beyond the recipe's epochs."""
+    the recipe's; lr_of: a run whose choice is taken; extra: FLOPs to train beyond the recipe's epochs."""
 
     settings: list[str]
     rates: list[float]
-    of: Path | None = None
+    lr_of: Path | None = None
     extra: float = 0.0
 
     @property

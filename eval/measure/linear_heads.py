@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -65,6 +65,16 @@ class Standardizer:
         return (features - self.mean) * self.factor
 
 
+class FitOptions(TypedDict):
+    """How `fit` trains."""
+
+    classes: int
+    steps: int
+    batch: int
+    seed: int
+    device: torch.device
+
+
 @dataclass
 class LinearProbes:
     """Softmax regressions on the same features, one for each learning rate. weight: (D + 1, rates, classes)."""
@@ -120,11 +130,12 @@ def sweep(
     others: dict[Hashable, FeatureMatrix],
     truth: np.ndarray,
     rates: dict[Hashable, tuple[float, ...]],
-    **options,
+    tick: Callable[[], object] = lambda: None,
+    **options: Unpack[FitOptions],
 ) -> dict[tuple[Hashable, float], Predictions]:
     """What fit's heads predict for the others, whose classes are truth (m,), by (name of the features, rate)."""
     answers: dict[tuple[Hashable, float], Predictions] = {}
-    for name, head in fit(features, labels, rates=rates, **options).items():
+    for name, head in fit(features, labels, rates=rates, tick=tick, **options).items():
         parts: dict[float, list[Predictions]] = {rate: [] for rate in head.rates}
         at = 0
         for chunk in others[name].chunks():
@@ -203,7 +214,7 @@ def train(
     head = nn.Sequential(norm, linear).to(device).train()
     if protocol.optimizer == "lars":  # weights adapt, biases do not: official util/lars.py
         groups = [dict(params=[linear.weight], always_adapt=True), dict(params=[linear.bias], always_adapt=False)]
-        optimizer = Lars(groups, lr=lr, momentum=MOMENTUM, weight_decay=0.0, trust_coeff=0.001)
+        optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=MOMENTUM, weight_decay=0.0, trust_coeff=0.001)
     else:
         optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=MOMENTUM)
     for step, (features, labels) in zip(range(steps), batches, strict=False):

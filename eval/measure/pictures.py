@@ -20,7 +20,7 @@ def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queri
     there is none (centred cosine). patches: itself, and the first three principal components of the patch features of
     all these images as red, green and blue.
     """
-    device = next(source.backbone.parameters()).device
+    device = next(source.network.parameters()).device
     chosen = pictures.spread(len(test), test.labels, SHOWN)
     images = _views(source, test, chosen, device)
     pooling = next(iter(bank.poolings(-1)))
@@ -35,7 +35,7 @@ def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queri
     sheet = pictures.Sheet(torch.cat([images[:, None], found], 1), ["original", *ranks])
     pictures.save(sheet, folder / f"{name}-neighbours.png", title)
 
-    [(_, patches)] = source.backbone.features(images.to(device))
+    [(_, patches)] = source.network.features(images.to(device))
     colours = components(patches.float().cpu())
     colours = interpolate(colours.permute(0, 3, 1, 2), images.shape[-2:], mode="nearest")
     shown = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
@@ -52,8 +52,9 @@ def components(patches: Tensor) -> Tensor:
     if three.shape[1] < 3:
         three = torch.cat([three, three.new_zeros(len(three), 3 - three.shape[1])], 1)
     low, high = three.quantile(0.01, 0), three.quantile(0.99, 0)
-    return ((three - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, patches.shape[:3])
+    stretched: Tensor = ((three - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return stretched.reshape(*patches.shape[:3], 3)
 
 
 def _views(source: Source, images: ImageSet, chosen: Tensor, device: torch.device) -> Tensor:
-    return torch.cat(list(evaluation_views(images, source.backbone.evaluation_view, device, chosen))).cpu()
+    return torch.cat(list(evaluation_views(images, source.network.evaluation_view, device, chosen))).cpu()

@@ -21,27 +21,29 @@ class Probe:
             self.bank, self.queries = features.extract_both(source, self.train, self.test, request.state, blocks)
         else:
             self.queries = features.extract(source, self.test, request.state, blocks)
-        self.labels, self.truth = self.train.labels.cpu().numpy(), self.test.labels.cpu().numpy()
-        self.classes = len(self.train.classes)
+        self.labels, self.truth = cli.labels_of(self.train), cli.labels_of(self.test)
+        self.classes = len(cli.classes_of(self.train))
         self.seed = source.settings["train"]["seed"] if source.settings else 0
         self.rows: list[dict] = []
         self.predictions: list[Predictions] = []
 
-    def add(self, answer: Predictions, images: int, flops: float, **keys) -> None:
+    def add(self, answer: Predictions, images: int, flops: float, **keys: object) -> None:
         """A row. images: passed through the backbone for it; flops: of fitting, to which those of the images come."""
         cost = dict(eval_images=images, eval_flops=self.queries.flops_per_image * images + flops)
         self.rows.append(answer.metrics(self.truth) | cost | keys)
         self.predictions.append(answer)
 
 
-def sweep_options(probe: Probe, images: int) -> dict:
+def sweep_options(probe: Probe, images: int) -> linear_heads.FitOptions:
     """How a sweep trains its heads on so many images: the options of linear_heads.fit."""
     batch = min(max(images // 8, 16), 1024)
     steps = max(STEPS, EPOCHS * images // batch)
-    return dict(classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device)
+    return linear_heads.FitOptions(
+        classes=probe.classes, steps=steps, batch=batch, seed=probe.seed, device=probe.state.device
+    )
 
 
-def head_flops(options: dict, width: int, times: int, images: int) -> int:
+def head_flops(options: linear_heads.FitOptions, width: int, times: int, images: int) -> int:
     """Of one learning rate's head on features of this width: trained so often, it predicts for so many images in all.
     A step is a product forward and one for the gradient."""
     return (4 * times * options["steps"] * options["batch"] + 2 * images) * (width + 1) * options["classes"]

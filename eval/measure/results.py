@@ -10,7 +10,9 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -28,6 +30,16 @@ IDENTITY = (
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "faiss-cpu", "scikit-learn", "numpy")
 
 
+class Stored(TypedDict):
+    """The file of predictions behind a row, predictions/ROW.npz: arrays (n,)."""
+
+    index: np.ndarray  # int32, of the image in its split
+    predicted: np.ndarray  # int32, classes
+    true: np.ndarray
+    p_predicted: NotRequired[np.ndarray]  # float16, the probability of the predicted class; absent in old files
+    p_true: NotRequired[np.ndarray]
+
+
 def row_id(row: dict, without: str | None = None) -> str:
     """First 12 hex digits of the SHA-256 over the keys that identify the measurement."""
     identity = json.dumps({key: row[key] for key in IDENTITY if key != without}, sort_keys=True)
@@ -37,7 +49,7 @@ def row_id(row: dict, without: str | None = None) -> str:
 def write(
     folder: Path,
     rows: list[dict],
-    predictions: list[Predictions] | list[np.ndarray],
+    predictions: Sequence[Predictions | np.ndarray],
     truth: np.ndarray,
     images: ImageSet | None = None,
 ) -> None:
@@ -59,10 +71,14 @@ def write(
         for row, found in zip(rows, predictions, strict=True):
             row["predictions"] = f"predictions/{row_id(row)}.npz"
             found = Predictions(found) if isinstance(found, np.ndarray) else found
-            arrays = dict(index=np.arange(len(truth)), predicted=found.predicted, true=truth)
-            probabilities = dict(p_predicted=found.p_predicted, p_true=found.p_true)
-            arrays = {key: values.astype(np.int32) for key, values in arrays.items()}
-            arrays |= {key: values.astype(np.float16) for key, values in probabilities.items() if values is not None}
+            arrays = Stored(
+                index=np.arange(len(truth), dtype=np.int32),
+                predicted=found.predicted.astype(np.int32),
+                true=truth.astype(np.int32),
+            )
+            if found.p_predicted is not None and found.p_true is not None:
+                arrays["p_predicted"] = found.p_predicted.astype(np.float16)
+                arrays["p_true"] = found.p_true.astype(np.float16)
             with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
                 np.savez_compressed(stream, **arrays)
             known[row_id(row, "n")] = row
@@ -78,14 +94,14 @@ def read(folder: Path) -> list[dict]:
 def correct(folder: Path, row: dict) -> np.ndarray:
     """Which test images a row of this run directory has right, bool (n,)."""
     with np.load(folder / row["predictions"]) as stored:
-        return stored["predicted"] == stored["true"]
+        return np.asarray(stored["predicted"] == stored["true"])
 
 
 def spent(folder: Path) -> dict:
     """images, flops and seconds of a run's training so far."""
     log = folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    last = next((line for line in reversed(lines) if "images" in line), {})
+    last: dict[str, float] = next((line for line in reversed(lines) if "images" in line), {})
     return dict(images=0, flops=0.0, seconds=0.0) | {k: last[k] for k in ("images", "flops", "seconds") if k in last}
 
 
@@ -105,7 +121,7 @@ def describe_run(folder: Path, settings: dict) -> dict:
 
 def run_of(row: dict) -> str:
     """The run of a row, as printed tables name it."""
-    return row["run"] + (" (random init)" if row["recipe"] == "random" else "")
+    return f"{row['run']}{' (random init)' if row['recipe'] == 'random' else ''}"
 
 
 def _untrained(settings: dict, last: dict) -> bool:

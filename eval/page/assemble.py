@@ -28,8 +28,8 @@ def report(
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in eval_sets))
     blocks: list[Block] = []
     for eval_set in eval_sets:
-        decides = study is not None and eval_set is study.eval_set
-        blocks += summary(eval_set, study_sections.deciding_metrics(study) if decides else [])
+        deciding = study_sections.deciding_metrics(study) if study and eval_set is study.eval_set else []
+        blocks += summary(eval_set, deciding)
     blocks += several_origins(runs)
     if study and study.manifest["decides"] and study.manifest["data"] in rule.DATA:
         blocks += verdict_section.blocks(rule.collect([study]))

@@ -64,8 +64,8 @@ def compute(eval_set: EvalSet, suffix: str) -> list[Block]:
         for key, own, unit in (("train_flops", "eval_flops", "FLOPs"), ("images_seen", "eval_images", "images")):
             costs = {group: group.mean(key) for group in by_group}
             if metric.finetunes:
-                spent = {group: spent_on(scores, own) for group, scores in by_group.items()}
-                if None in spent.values():
+                spent = {g: cost for g, scores in by_group.items() if (cost := spent_on(scores, own)) is not None}
+                if len(spent) < len(by_group):
                     continue  # rows from before fine-tuning's images were counted
                 costs = {group: costs[group] + spent[group] for group in by_group}
             if any(costs.values()):
@@ -146,7 +146,9 @@ def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
     every = [row for by_group in eval_set.scores.values() for scores in by_group.values() for row in scores.rows]
     counts = {row["label_fraction"]: row["train_n"] for row in every if "train_n" in row}
     charts, sources = [], []
-    found = _variants(eval_set, lambda c: c.of_last and c.labels in counts, labels=eval_set.labels)
+    found = _variants(
+        eval_set, lambda c: c.of_last and c.labels in counts, lambda c: replace(c, labels=eval_set.labels)
+    )
     for some in [c for c in found if c in eval_set.primary] or found:
         metrics = sorted((replace(some, labels=part) for part in counts), key=lambda c: counts[c.labels])
         if len([c for c in metrics if c in eval_set.scores]) < 2:
@@ -167,11 +169,18 @@ def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
 def by_block(eval_set: EvalSet, suffix: str) -> list[Block]:
     """Accuracy of each block's features, where there are such rows; raw pixels are a level."""
     charts, sources = [], []
-    for some in _variants(eval_set, lambda c: not c.of_last and c.labels == eval_set.labels, layer=-1):
-        blocks = {c.layer: c for c in eval_set.scores if replace(c, layer=-1) == some and not c.of_last}
+    per_block = _variants(
+        eval_set, lambda c: not c.of_last and c.labels == eval_set.labels, lambda c: replace(c, layer=-1)
+    )
+    for some in per_block:
+        blocks = {
+            c.layer: c
+            for c in eval_set.scores
+            if isinstance(c.layer, int) and replace(c, layer=-1) == some and not c.of_last
+        }
         series = []
         for group in eval_set.groups:
-            points = {
+            points: dict[float, Scores] = {
                 n + 1: scores for n, c in sorted(blocks.items()) if (scores := eval_set.scores_of(group, c)) is not None
             }
             if points:
@@ -186,9 +195,11 @@ def by_block(eval_set: EvalSet, suffix: str) -> list[Block]:
     return [Heading(f"Block by block{suffix}"), Figure(charts, caption + counted(sources), sources)]
 
 
-def _variants(eval_set: EvalSet, wanted: Callable[[Metric], bool], **same) -> list[Metric]:
-    """The columns wanted, with some fields made the same: one for each curve chart."""
-    found = dict.fromkeys(replace(metric, **same) for metric in eval_set.metrics(wanted))
+def _variants(
+    eval_set: EvalSet, wanted: Callable[[Metric], bool], representative: Callable[[Metric], Metric]
+) -> list[Metric]:
+    """The metrics wanted, one for each curve chart: those with the same representative share a chart."""
+    found = dict.fromkeys(map(representative, eval_set.metrics(wanted)))
     return sorted(found, key=lambda metric: metric.order)
 
 

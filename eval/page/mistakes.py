@@ -52,7 +52,7 @@ class Answers:
 
     @property
     def right(self) -> np.ndarray:
-        return self.predicted == self.true
+        return np.asarray(self.predicted == self.true)
 
 
 def read_answers(files: list[Path]) -> Answers:
@@ -73,7 +73,9 @@ def confusion(answers: Answers, classes: int) -> np.ndarray:
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> tuple[float, list[tuple[float, ...]]]:
+def calibration(
+    confidence: np.ndarray, right: np.ndarray, bins: int = BINS
+) -> tuple[float, list[tuple[float, float, int]]]:
     """(expected calibration error, [(mean confidence, share right, count)] of the bins that are not empty).
 
     Bin m of M holds the confidences in ((m - 1) / M, m / M]: equations 2, 3 and 5 of Guo et al. 2017.
@@ -132,8 +134,9 @@ def _group(
         error, bins = calibration(answers.p, answers.right)
         summary += f", ECE {percent(error)} %"
         blocks.append(_reliability(group, metric, error, bins))
-        if not group.control:
-            blocks += _mistakes(read_answers(scores.files[:1]), names, files, images)
+        first = read_answers(scores.files[:1])
+        if first.p is not None and not group.control:
+            blocks += _mistakes(first, first.p, names, files, images)
     return Folded(summary, blocks)
 
 
@@ -169,7 +172,7 @@ def _pairs(counts: np.ndarray, names: list[str]) -> list[Block]:
     return [Table([("", ["taken for", "in 100", "count"])], [("", lines)], caption)] if lines else []
 
 
-def _reliability(group: Group, metric: Metric, error: float, bins: list[tuple[float, ...]]) -> Figure:
+def _reliability(group: Group, metric: Metric, error: float, bins: list[tuple[float, float, int]]) -> Figure:
     colour = 0 if group.colour is None else group.colour
     series = [
         plots.Series("ideal", [0, 100], [0.0, 1.0]),
@@ -180,16 +183,18 @@ def _reliability(group: Group, metric: Metric, error: float, bins: list[tuple[fl
     return Figure([("", svg)], "Reliability: the share right of the images in each bin of confidence.", small=True)
 
 
-def _mistakes(answers: Answers, names: list[str], files: list[str] | None, images: "_Images") -> list[Block]:
+def _mistakes(
+    answers: Answers, p: np.ndarray, names: list[str], files: list[str] | None, images: "_Images"
+) -> list[Block]:
     """Of the first seed: the wrong answers with the highest probability."""
-    order = np.argsort(-np.where(answers.right, -1.0, answers.p), kind="stable")
+    order = np.argsort(-np.where(answers.right, -1.0, p), kind="stable")
     worst = [int(i) for i in order[:SHOWN] if not answers.right[i]]
     pictures = images.show([int(answers.index[i]) for i in worst])
     told = []
     for i in worst:
         file = f" ({files[answers.index[i]]})" if files else f" (image {answers.index[i]})"
         true, predicted = names[answers.true[i]], names[answers.predicted[i]]
-        told.append(f"{true}, taken for {predicted} at {100 * answers.p[i]:.0f} %{file}")
+        told.append(f"{true}, taken for {predicted} at {100 * p[i]:.0f} %{file}")
     if not worst:
         return [Text("No mistakes: all test images are right.")]
     return [Thumbnails(list(zip(pictures, told, strict=True)), "The most confident mistakes of the first seed.")]
@@ -219,8 +224,9 @@ class _Images:
     """The test images as some run's recipe names them, loaded when one is asked for. missing: why there are none."""
 
     def __init__(self, eval_set: EvalSet):
-        self.eval_set, self.found, self.missing, self.shown = eval_set, None, "", {}
-        self.asked = False
+        self.eval_set, self.missing, self.asked = eval_set, "", False
+        self.found: data.ImageSet | None = None
+        self.shown: dict[int, np.ndarray] = {}
 
     def show(self, chosen: list[int]) -> list[np.ndarray | None]:
         """Of each an image uint8 (H, W, 3), or None where they are not there any more."""
@@ -245,7 +251,7 @@ class _Images:
         if settings:
             # a report downloads nothing
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-            config = features.Source("", Path(), settings[0], None, None).data()
+            config = features.data_of(settings[0])
             role = "held out" if eval_set.split.startswith("held out") else "report"
             config.hold_out = role == "held out"
             try:

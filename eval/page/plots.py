@@ -118,7 +118,7 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
     """A chart with a row for each value and its interval. zero: of differences; hollow where they may be none."""
     names = [_split(row.name) for row in rows]
     measured = [row for row in rows if row.value is not None]
-    figures = [between(row.value, *row.bounds, "+" if zero else "") for row in measured]
+    figures = [between(row.value, *row.bounds, "+" if zero else "") for row in rows if row.value is not None]
     left = 14 + max(_length(name) for name, row in zip(names, rows, strict=True) if row.value is not None)
     right = 14 + max(len(f) for f in figures) * MINOR * 0.56
     ends = [end for row in measured for end in row.bounds] + ([0.0] if zero else [])
@@ -214,7 +214,7 @@ def _series(
     s: Series, scale_x: Callable, scale_y: Callable, left: float, right: float, log: bool, percent: bool, marks: bool
 ) -> str:
     colour = _colour(s)
-    bounds = s.bounds or [None] * len(s.y)
+    bounds: Sequence[tuple[float, float] | None] = s.bounds or [None] * len(s.y)
 
     def told(y: float, ends: tuple[float, float] | None, x: float | None = None) -> str:
         value = f"{between(y, *ends)} %" if percent and ends else f"{100 * y:.1f} %" if percent else f"{y:.4g}"

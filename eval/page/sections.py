@@ -45,10 +45,10 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
     means: list[dict[Group, Scores]] = [{} for _ in wanted]
     for metrics, of in zip(wanted.values(), means, strict=True):
         for group in eval_set.groups:
-            by_group = [eval_set.scores_of(group, c) for c in metrics]
-            if None not in by_group and all(f.seeds == by_group[0].seeds for f in by_group):
-                rows = [row for scores in by_group for row in scores.rows]
-                of[group] = Scores(by_group[0].seeds, np.mean([f.correct for f in by_group], 0), rows)
+            found = [scores for c in metrics if (scores := eval_set.scores_of(group, c)) is not None]
+            if len(found) == len(metrics) and all(scores.seeds == found[0].seeds for scores in found):
+                rows = [row for scores in found for row in scores.rows]
+                of[group] = Scores(found[0].seeds, np.mean([scores.correct for scores in found], 0), rows)
         pool_seeds(of)
     parts: dict[bool, list] = {False: [], True: []}
     for group in eval_set.groups:

@@ -1,6 +1,7 @@
 """Sections of a study's report: its arms, its budgets, and how the arms were tuned."""
 
 from eval.compare import intervals
+from eval.compare.manifest import FineTuningEntry
 from eval.compare.metrics import PRIMARY, Metric
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, contrast
@@ -39,7 +40,9 @@ def primary(study: StudyResults) -> list[Block]:
     used: list[Scores] = []
     for arm, said in study.manifest["arms"].items():
         group = study.group(arm, budget)
-        lines = _lines(eval_set, group, said["finetuned"]) if group else {}
+        if group is None:
+            continue
+        lines = _lines(eval_set, group, said["finetuned"])
         for name, by_group in sorted(lines.items(), key=lambda line: line[1][2] is None):
             label = f"{group.family} ({name})" if name and group.recipe != "random" else name or group.family
             cells = [Cell(with_interval(f.estimate)) if f else Cell() for f in by_group]
@@ -64,7 +67,7 @@ def primary(study: StudyResults) -> list[Block]:
     return [Heading("The arms"), Table(head, filled, caption, charts.sources_of(used))]
 
 
-def _lines(eval_set: EvalSet, group: Group, finetuned: list[dict]) -> dict[str, list[Scores | None]]:
+def _lines(eval_set: EvalSet, group: Group, finetuned: list[FineTuningEntry]) -> dict[str, list[Scores | None]]:
     """What an arm reached: [fine-tuned with 10 %, with all, linear], by what sets its way of fine-tuning apart."""
     lines: dict[str, list[Scores | None]] = {}
     for place, part in enumerate((0.1, 1.0)):
@@ -96,7 +99,8 @@ def budgets(study: StudyResults) -> list[Block]:
     controls = [arm for arm in arms if arms[arm]["role"] in ("scratch", "autoencoder")]
     blocks: list[Block] = []
     for metric in [c for c in eval_set.primary if not c.finetunes or c in deciding_metrics(study)]:
-        by_group, head, used = eval_set.by_group(metric), [], []
+        by_group, used = eval_set.by_group(metric), []
+        head: list[tuple[str, list[str]]] = []
         found: list[intervals.Estimate] = []
         rows: dict[str, list[Cell]] = {arm: [] for arm in arms if arms[arm]["role"] != "scratch"}
         for control in controls:
@@ -104,7 +108,8 @@ def budgets(study: StudyResults) -> list[Block]:
             if not any(other in by_group for other in beside):
                 continue
             name = next(other for other in beside if other in by_group)
-            head.append((f"against {name.label_in(metric) if name.recipe == 'random' else control}", spent))
+            against = name.label_in(metric) if name.recipe == "random" else control
+            head.append((f"against {against}", [number(budget) for budget in spent]))
             for arm, cells in rows.items():
                 for budget, other in zip(spent, beside, strict=True):
                     group, difference = study.group(arm, budget), None
@@ -115,7 +120,6 @@ def budgets(study: StudyResults) -> list[Block]:
                     cells.append(Cell() if difference is None else _gain(difference))
         filled = [(Cell(arm), cells) for arm, cells in rows.items() if any(cell.text for cell in cells)]
         if filled:
-            head = [(name, [number(budget) for budget in at]) for name, at in head]
             caption = "Difference in points ± half-width of the 95 % interval, by FLOPs of pre-training. "
             caption += borrowed(found)
             blocks.append(Heading(metric.name, 3))
@@ -132,23 +136,26 @@ def _gain(estimate: intervals.Estimate) -> Cell:
 
 def trials(study: StudyResults) -> list[Block]:
     """Every trial of the arms' tuning, with what it reached on held-out training images."""
+    tuning, trials_of = study.manifest["tuning"], study.manifest["trials"]
+    if tuning is None or not trials_of:
+        return []
     parts = []
-    for arm, tried in study.manifest["trials"].items():
+    for arm, tried in trials_of.items():
         common = set.intersection(*(set(trial["settings"]) for trial in tried))
         rows = []
         for trial in sorted(tried, key=lambda t: -(t["accuracy"] or 0.0)):
             own = " ".join(text for text in trial["settings"] if text not in common)
             rows.append((Cell(own), [Cell("failed" if trial["accuracy"] is None else percent(trial["accuracy"]))]))
         parts.append((arm, rows))
-    if not parts:
-        return []
-    tuning = study.manifest["tuning"]
     words = (
         f"Each arm had as many trials, at {tuning['flops']:.3g} FLOPs and seed 0, on nine tenths of the training "
         f"images; {' '.join(tuning['judge'])} judged them on the last tenth. The arm is trained with the best."
     )
-    tried = {arm: [(t["settings"], t["accuracy"]) for t in of] for arm, of in study.manifest["trials"].items()}
-    edge = [arm for arm, of in tried.items() if at_the_edge(of)]
+    edge = [
+        arm
+        for arm, tried in trials_of.items()
+        if at_the_edge([(trial["settings"], trial["accuracy"]) for trial in tried])
+    ]
     if edge:
         words += f" At the edge of the learning rates tried, so that a better one may lie beyond: {', '.join(edge)}."
     table = Table([("", ["accuracy, %"])], parts, "On held-out training images.")

@@ -60,9 +60,12 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
         note = ONE_SEED if count == 1 else f"{count} seeds"
         cells = []
         for scores, marked in zip(by_group, best, strict=True):
-            fewer = scores is not None and len(scores.seeds) < count
-            few = (ONE_SEED if len(scores.seeds) == 1 else f"{len(scores.seeds)} seeds") if fewer else ""
-            cells.append(Cell() if scores is None else Cell(with_interval(scores.estimate), few, group in marked))
+            if scores is None:
+                cells.append(Cell())
+                continue
+            seeds = len(scores.seeds)
+            few = "" if seeds >= count else ONE_SEED if seeds == 1 else f"{seeds} seeds"
+            cells.append(Cell(with_interval(scores.estimate), few, group in marked))
         used += filter(None, by_group)
         cells += [Cell(words) for words in charts.cost_of(group)] if extra else []
         parts[group.control].append((named(label, "no seed" if group.runs[0].seed is None else note), cells))
@@ -110,9 +113,10 @@ def comparisons(eval_set: EvalSet, suffix: str) -> list[Block]:
             name, lines, estimates = control.label_in(metric), [], {}
             for group in ranked(by_group, controls=False):
                 estimate = contrast(by_group, group, control)
-                if estimate is not None:
+                difference = by_group[group].minus(by_group[control])
+                if estimate is not None and difference is not None:
                     estimates[group] = estimate
-                    lines.append((named(group.label), _compared(estimate, by_group[group].minus(by_group[control]))))
+                    lines.append((named(group.label), _compared(estimate, difference)))
                     every.append(estimate)
             if estimates:
                 parts.append((f"against {name}", lines))
@@ -135,9 +139,9 @@ def _compared(estimate: intervals.Estimate, difference: np.ndarray) -> list[Cell
     bootstrap = "–"
     if estimate.seeds >= 3:
         bootstrap = " to ".join(percent(end, "+") for end in intervals.bootstrap(difference))
-    needed = estimate.seeds_for_a_point
+    count = estimate.seeds_for_a_point
     needed = (
-        "–" if estimate.images_only else "images" if needed is None else f"{needed:,}" if needed <= 1000 else "> 1,000"
+        "–" if estimate.images_only else "images" if count is None else f"{count:,}" if count <= 1000 else "> 1,000"
     )
     words = with_interval(estimate, "+"), bootstrap, percent(estimate.detectable), needed, seeds
     return [Cell(text) for text in words]

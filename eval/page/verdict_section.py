@@ -45,7 +45,7 @@ def table(verdict: Verdict) -> Table:
         rows = []
         for c in conditions:
             words = ["–", "–"]
-            if c.difference is not None:
+            if c.estimate is not None:
                 half = 100 * c.estimate.half_width_at(verdict.level)
                 words = [f"{100 * c.estimate.mean:+.1f} ± {half:.1f}", str(c.estimate.seeds)]
             words += [f"{100 * c.margin:+.1f}", c.state(verdict.level)]

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,6 @@ class Job:
     marks: bool = False  # whether its command leaves the mark itself
     started: float = 0.0
     device: str = ""
-    process: Command | None = None
     failed: bool = False
 
     @property
@@ -63,7 +63,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     times = Times(folder / "logs" / "seconds.jsonl")
-    running: list[Job] = []
+    running: dict[Job, Command] = {}
     devices = _devices(at_once)
     begun = shown = time.monotonic()
 
@@ -75,21 +75,20 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
     asked: list[int] = []  # to stop, by these signals
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in system.heeded()}
     while True:
-        waiting = [job for job in jobs if not job.ended and job.process is None]
+        waiting = [job for job in jobs if not job.ended and job not in running]
         for job in waiting:
             job.failed = any(other.failed for other in job.needs)
         for job in [job for job in waiting if job.ready and not job.failed][: at_once - len(running)]:
             if devices:
                 job.device = devices.pop(0)
-            _start(job, _log(folder, job))
-            running.append(job)
+            running[job] = _start(job, _log(folder, job))
             tell("started", job, f"   ({summary(jobs, running, times, at_once)})")
         if asked:
-            for job in running:
-                job.process.stop()
-            for job in running:
-                job.process.wait()
-            files.write(folder / "progress.txt", progress(jobs, [], times, at_once))
+            for command in running.values():
+                command.stop()
+            for command in running.values():
+                command.wait()
+            files.write(folder / "progress.txt", progress(jobs, (), times, at_once))
             say("\nStopped. The same command goes on from there.")
             sys.exit(128 + asked[0])
         if not running:
@@ -98,12 +97,11 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         if time.monotonic() - shown > SHOWN:
             shown = time.monotonic()
             files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
-        for job in [job for job in running if job.process.poll() is not None]:
-            running.remove(job)
+        for job, code in [(job, code) for job, c in running.items() if (code := c.poll()) is not None]:
+            del running[job]
             if job.device:
                 devices.append(job.device)
             seconds = time.monotonic() - job.started
-            code, job.process = job.process.poll(), None
             if code == 0 and not job.marks:
                 files.write(job.mark, json.dumps(dict(command=job.command, seconds=round(seconds, 1))))
             job.failed = code != 0 or not job.done
@@ -137,17 +135,17 @@ class Times:
         return sum(values) / len(values) if values else None
 
 
-def summary(jobs: list[Job], running: list[Job], times: Times, at_once: int) -> str:
+def summary(jobs: list[Job], running: Collection[Job], times: Times, at_once: int) -> str:
     """How many are done, running and left, and the time that needs, from how long like jobs took."""
     left = [job for job in jobs if not job.ended and job not in running]
     text = f"{sum(job.done for job in jobs)} done, {len(running)} running, {len(left)} left"
-    means = [times.mean(job.kind) for job in left]
-    if left and None not in means:
+    means = [seconds for job in left if (seconds := times.mean(job.kind)) is not None]
+    if left and len(means) == len(left):
         text += f", about {sum(means) / at_once / 60:.0f} min"
     return text
 
 
-def progress(jobs: list[Job], running: list[Job], times: Times, at_once: int) -> str:
+def progress(jobs: list[Job], running: Collection[Job], times: Times, at_once: int) -> str:
     """The same with a line for each kind, as text."""
     kinds = dict.fromkeys(job.kind for job in jobs)
     wide = max(map(len, kinds))
@@ -177,12 +175,13 @@ def _how_far(job: Job) -> str:
     return words
 
 
-def _start(job: Job, log: Path) -> None:
+def _start(job: Job, log: Path) -> Command:
     files.write(log, f"$ {shlex.join(job.command)}\n")
     module = ".".join(Path(job.command[1]).relative_to(ROOT).with_suffix("").parts)
     variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
-    job.process = Command(module, job.command[1:], log, variables)
+    command = Command(module, job.command[1:], log, variables)
     job.started = time.monotonic()
+    return command
 
 
 def _log(folder: Path, job: Job) -> Path:

@@ -102,8 +102,10 @@ class Plan:
                 if name not in there:
                     known = ", ".join(name for name in EVALUATORS if name in there)
                     raise UserError(f"{self.name} has no evaluator {name!r}. Evaluators: {known}.")
-            for owner in (self, *(arm for arm in self.arms.values() if arm.evaluators is not None)):
-                owner.evaluators = [line for line in owner.evaluators if line[0] in wanted]
+            self.evaluators = [line for line in self.evaluators if line[0] in wanted]
+            for own in self.arms.values():
+                if own.evaluators is not None:
+                    own.evaluators = [line for line in own.evaluators if line[0] in wanted]
             changed.append(f"evaluators={','.join(sorted(wanted))}")
         if seeds is not None:
             if any(self.seeds_of(arm) > seeds for arm in self.arms):
@@ -154,16 +156,17 @@ def read(name: str) -> Plan:
     if path is None:
         raise UserError(f"There is no plan {name!r}.{nearest(name, known)} Plans: {', '.join(known)}.")
     try:
-        plan = Plan(name=path.stem, **yaml.safe_load(path.read_text()))
+        stated = yaml.safe_load(path.read_text())
+        plan = Plan(name=path.stem, **stated)
     except (yaml.YAMLError, TypeError) as error:
         keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")
         raise UserError(f"{path} is no plan ({' '.join(str(error).split())}): it has the keys {keys}.") from None
     kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list, budgets=list, decides=bool)
     _check(plan, kinds, str(path))
-    plan.arms = {name: _arm(name, what, path) for name, what in plan.arms.items()}
+    plan.arms = {name: _arm(name, what, path) for name, what in stated["arms"].items()}
     plan.evaluators = _evaluators(plan.evaluators, path)
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
-    plan.tuning = None if plan.tuning is None else _tuning(plan.tuning, path)
+    plan.tuning = None if plan.tuning is None else _tuning(stated["tuning"], path)
     if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
         raise UserError(f"An evaluator of {path} has the word budget, and there are none: add budgets.")
     return plan
@@ -194,11 +197,12 @@ def _arm(name: str, what: dict, path: Path) -> Arm:
     return arm
 
 
-def _check(what, kinds: dict[str, type], where: str) -> None:
+def _check(what: Plan | Arm | Tuning, kinds: dict[str, type], where: str) -> None:
     """Raises UserError if a field is not of its kind: an empty `arms`, a number below 1, a list of other than words."""
     for key, kind in kinds.items():
         value = getattr(what, key)
-        wrong = not isinstance(value, kind) or (kind is dict and not value) or (kind is int and value < 1)
+        empty, below_1 = kind is dict and not value, kind is int and isinstance(value, int) and value < 1
+        wrong = not isinstance(value, kind) or empty or below_1
         words = key in ("settings", "controls", "search_space")
         if wrong or (words and not all(isinstance(word, str) for word in value)):
             kinds_in_words = {dict: "names with settings", list: "a list", int: "a whole number from 1", str: "a word"}
@@ -228,7 +232,7 @@ def _tuning(what: dict, path: Path) -> Tuning:
     return tuning
 
 
-def _number(value, key: str, path: Path) -> float:
+def _number(value: str | float, key: str, path: Path) -> float:
     """A positive number, also as YAML 1.1 reads 1e13: as a word. It has the six digits that commands print."""
     try:
         number = float(f"{float(value):g}")

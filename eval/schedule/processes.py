@@ -25,7 +25,10 @@ PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{file.stem}" for file in 
 PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
 PREPARED += ["sklearn.linear_model"]
 
-_context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+if sys.platform == "darwin":
+    _context = multiprocessing.get_context("spawn")
+else:
+    _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PREPARED)
 
 
@@ -55,7 +58,8 @@ class Command:
         """Tell it to stop."""
         self._process.terminate()
 
-    def wait(self) -> int:
+    def wait(self) -> int | None:
+        """Its exit code, once it has ended."""
         self._process.join()
         return self._process.exitcode
 

@@ -7,14 +7,15 @@ jobs = Study(plan, "cifar10", [], [], threads=1).jobs(trainings)
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
+from eval.compare.manifest import ArmEntry, FineTuningEntry, Manifest, TrainingEntry, TuningEntry
 from eval.compare.metrics import PRIMARY, most
 from eval.measure import cli, features, fine_tuning, results
 from eval.schedule.jobs import Job
-from eval.schedule.plans import Plan
+from eval.schedule.plans import Plan, Tuning
 from ssl_vit import commands, files, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -46,7 +47,7 @@ class Study:
         self.plan, self.images, self.settings, self.threads = plan, images, settings, threads
         own = [f"-{fingerprint(sorted(given))}"] if given else []  # as in the names of runs
         self.folder = Path("runs") / "".join([f"{plan.name}-{recipes.short(images or 'digits')}", *own])
-        self.trials = self._trials() if plan.tuning else {}
+        self.trials = self._trials(plan.tuning) if plan.tuning else {}
         self.trainings({})  # all is checked before anything runs
 
     def _training(self, arm: str, budget: float | None, more: list[str]) -> Training:
@@ -62,16 +63,14 @@ class Study:
         identity = {key: value for key, value in recipe.as_dict().items() if key not in recipes.MAY_CHANGE}
         return Training(arm, budget, recipe.train.seed, tuple(own), run, steps, fingerprint(identity, 12))
 
-    def _trials(self) -> dict[str, list[Training]]:
+    def _trials(self, tuning: Tuning) -> dict[str, list[Training]]:
         """The trials of each arm that is trained."""
-        found = {}
-        tuning = self.plan.tuning
+        found: dict[str, list[Training]] = {}
         for name, arm in self.plan.arms.items():
             if self._training(name, None, []).steps == 0:
                 continue
             found[name] = []
-            for search_space in arm.search_space or [None]:
-                own = [] if search_space is None else [search_space]
+            for own in [[setting] for setting in arm.search_space] or [[]]:
                 lr = pretrain.read(
                     arm.recipe, [*self.plan.settings, *self.settings, *arm.settings, *own], None
                 ).optim.lr
@@ -83,32 +82,27 @@ class Study:
 
     def choose(self) -> dict[str, list[str]]:
         """The settings of each arm's best trial; of equals the first. Trials that failed are not chosen."""
-        chosen = {}
+        chosen: dict[str, list[str]] = {}
+        if self.plan.tuning is None:
+            return chosen
         for arm, trials in self.trials.items():
-            trials = self.trials[arm] = [replace(t, accuracy=self._judged(t.run)) for t in trials]
-            done = [t for t in trials if t.accuracy is not None]
+            trials = [replace(t, accuracy=judged(t.run, self.plan.tuning.judge)) for t in trials]
+            self.trials[arm] = trials
+            done = [(t.accuracy, t) for t in trials if t.accuracy is not None]
             if not done:
                 raise UserError(f"All trials of {arm} failed: see {self.folder / 'logs'}.")
-            best = max(done, key=lambda t: t.accuracy)
+            _, best = max(done, key=lambda trial: trial[0])
             keys = {"optim.lr", *(text.partition("=")[0] for text in self.plan.arms[arm].search_space)}
             chosen[arm] = [text for text in best.settings if text.partition("=")[0] in keys]
         return chosen
 
-    def _judged(self, run: Path) -> float | None:
-        """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
-        judge = self.plan.tuning.judge
-        parts = {cli.describe_part(cli.part(word)) for word in _labels(judge) or ["all"]}
-        by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
-        wanted = by[judge[0]] | dict(label_fraction=most(parts))
-        rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
-        return rows[0]["value"] if rows else None
-
     def trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
         """Every arm with every budget and seed, with the settings chosen for it, or the first of its search_space."""
         found: list[Training] = []
+        budgets: list[float | None] = [*self.plan.budgets] or [None]
         for seed in range(max(map(self.plan.seeds_of, self.plan.arms))):
             for arm in self.plan.arms:
-                for budget in self.plan.budgets or [None]:
+                for budget in budgets:
                     if seed >= self.plan.seeds_of(arm):
                         continue
                     own = chosen.get(arm, self.plan.arms[arm].search_space[:1])
@@ -127,14 +121,14 @@ class Study:
 
     def trial_jobs(self) -> list[Job]:
         """The commands that tune the arms."""
-        found = []
+        found: list[Job] = []
+        if self.plan.tuning is None:
+            return found
         for arm, trials in self.trials.items():
             for trial in trials:
                 job = self._pretraining(trial, f"trial {arm}")
-                found += [
-                    job,
-                    self._evaluation(str(trial.run), trial.run, self.plan.tuning.judge, ["--held-out"], [job]),
-                ]
+                judge = self._evaluation(str(trial.run), trial.run, self.plan.tuning.judge, ["--held-out"], [job])
+                found += [job, judge]
         return found
 
     def jobs(self, trainings: list[Training]) -> list[Job]:
@@ -145,7 +139,7 @@ class Study:
             budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
             job = self._pretraining(training, f"pre-training {training.arm}{budget}")
             found.append(job)
-            after = job
+            after: Job | None = job
             for number, line in enumerate(self.plan.evaluators_of(training.arm)):
                 key = training.arm, training.budget, number
                 needs, more = [job], labelled(line, [training.seed])
@@ -153,9 +147,10 @@ class Study:
                     continue  # all seeds have the same task
                 if line[0] == "finetune" and key in first and schedule_of(line)[1].rates:  # chosen at the first seed
                     needs, more = [job, first[key][0]], [*more, "--lr-of", str(first[key][1])]
-                after = self._evaluation(str(training.run), training.run, line, more, needs, after, number)
-                first.setdefault(key, (after, training.run))
-                found.append(after)
+                evaluation = self._evaluation(str(training.run), training.run, line, more, needs, after, number)
+                first.setdefault(key, (evaluation, training.run))
+                found.append(evaluation)
+                after = evaluation
         start = found[0]
         for control, rows in self.controls().items():
             after = None
@@ -164,8 +159,9 @@ class Study:
                     continue  # there are no weights
                 more = ["--data", str(trainings[0].run)]
                 more += labelled(line, sorted({training.seed for training in trainings}))
-                after = self._evaluation(control, rows, line, more, [start], after, number)
-                found.append(after)
+                evaluation = self._evaluation(control, rows, line, more, [start], after, number)
+                found.append(evaluation)
+                after = evaluation
         return found
 
     def _pretraining(self, training: Training, kind: str) -> Job:
@@ -201,24 +197,36 @@ class Study:
 
     def describe(self, trainings: list[Training]) -> None:
         """Write study.json: what is run, for the report and the verdict."""
-        arms: dict[str, dict] = {}
+        arms: dict[str, ArmEntry] = {}
         for training in trainings:
             arm = self.plan.arms[training.arm]
             tuned = [line for line in self.plan.evaluators_of(training.arm) if line[0] == "finetune"]
-            entry = dict(recipe=arm.recipe, role=arm.role, finetuned=[_finetuned(line) for line in tuned], runs=[])
+            entry = ArmEntry(recipe=arm.recipe, role=arm.role, finetuned=[_finetuned(line) for line in tuned], runs=[])
             arms.setdefault(training.arm, entry)["runs"].append(_plain(training))
-        said = dict(
+        tuning = self.plan.tuning
+        manifest = Manifest(
             plan=self.plan.name,
             data=recipes.short(self.images or "digits"),
             decides=self.plan.decides,
             labels_by_seed=not any("--label-seeds" in line for a in arms for line in self.plan.evaluators_of(a)),
             arms=arms,
             controls={name: str(folder) for name, folder in self.controls().items()},
-            tuning=self.plan.tuning and asdict(self.plan.tuning),
+            tuning=None
+            if tuning is None
+            else TuningEntry(flops=tuning.flops, lr_factors=tuning.lr_factors, judge=tuning.judge),
             trials={arm: [_plain(trial) for trial in trials] for arm, trials in self.trials.items()},
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write(self.folder / "study.json", json.dumps(said, indent=1) + "\n")
+        files.write(self.folder / "study.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def judged(run: Path, judge: list[str]) -> float | None:
+    """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
+    parts = {cli.describe_part(cli.part(word)) for word in _labels(judge) or ["all"]}
+    by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
+    wanted: dict[str, object] = by[judge[0]] | dict(label_fraction=most(parts))
+    rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
+    return float(rows[0]["value"]) if rows else None
 
 
 def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
@@ -257,12 +265,21 @@ def schedule_of(line: list[str]) -> tuple[argparse.Namespace, fine_tuning.Schedu
     return fine_tuning.parse(["--backbone", "RUN", *line[1:]])
 
 
-def _finetuned(line: list[str]) -> dict:
+def _finetuned(line: list[str]) -> FineTuningEntry:
     """The rows that this line makes: protocol and label_fraction, and what is changed of the recipe."""
     args, schedule = schedule_of(line)
     labels = [cli.describe_part(part) for part in args.labels]
-    return dict(protocol=schedule.protocol, labels=labels, changed=schedule.changed)
+    return FineTuningEntry(protocol=schedule.protocol, labels=labels, changed=schedule.changed)
 
 
-def _plain(training: Training) -> dict:
-    return asdict(training) | dict(run=str(training.run), settings=list(training.settings))
+def _plain(training: Training) -> TrainingEntry:
+    return TrainingEntry(
+        arm=training.arm,
+        budget=training.budget,
+        seed=training.seed,
+        settings=list(training.settings),
+        run=str(training.run),
+        steps=training.steps,
+        identity=training.identity,
+        accuracy=training.accuracy,
+    )

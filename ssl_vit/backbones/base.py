@@ -35,6 +35,9 @@ def reason(error: Exception) -> str:
 class Backbone(nn.Module):
     """Any timm model. Images: float (B, C, H, W) in [0, 1]."""
 
+    mean: Tensor  # (C, 1, 1)
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], args: dict):
         super().__init__()
         self.model = model
