@@ -1,9 +1,12 @@
 """Masks over patches, and corruptions of pixels: noise, blur, shuffled patches.
 
 Every mask covers exactly the stated number of patches in every image, so no loss depends on how many it happened to be.
+All are functions of tensors. Random numbers, uniform in [0, 1) or standard normal, are handed in: from torch.rand and
+torch.randn, or from the addressed streams of an objective.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,6 @@ from torch import Tensor, nn
 from ssl_vit import views
 from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify, unpatchify
-from ssl_vit.randomness import Draw
 
 
 def num_masked(patches: int, mask_ratio: float) -> int:
@@ -19,38 +21,63 @@ def num_masked(patches: int, mask_ratio: float) -> int:
     return patches - int(patches * (1 - mask_ratio))
 
 
-def random_order(draw: Draw, grid: tuple[int, int]) -> Tensor:
-    """A random order of the patches, int64 (B, N); those that come last are masked. MAE (arXiv 2111.06377), sec. 3."""
-    return draw.uniform("mask", math.prod(grid)).argsort(dim=1, stable=True)
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """(ids_keep int64 (B, K), mask bool (B, N)) of a random mask: MAE, arXiv 2111.06377, section 3; `random_masking` of
+    models_mae.py. noise: uniform (B, N).
+
+    >>> ids_keep, mask = random_masking(torch.tensor([[0.6, 0.1, 0.9, 0.4]]), 0.75)
+    >>> ids_keep.tolist(), mask.tolist()
+    ([[1]], [[True, False, True, True]])
+    """
+    return split(random_order(noise), num_masked(noise.shape[1], mask_ratio))
 
 
-def block_order(draw: Draw, grid: tuple[int, int], count: int, rounds: int = 16) -> Tensor:
+def block_masking(blocks: Tensor, noise: Tensor, grid: tuple[int, int], mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """(ids_keep int64 (B, K), mask bool (B, N)) of a mask of rectangles: BEiT, arXiv 2106.08254, algorithm 1.
+
+    blocks and noise: uniform (B, 16, 4) and (B, N), as for `block_order`.
+
+    >>> ids_keep, mask = block_masking(torch.rand(1, 16, 4), torch.rand(1, 64), (8, 8), 0.4)
+    >>> ids_keep.shape, mask.sum(1)
+    (torch.Size([1, 38]), tensor([26]))
+    """
+    count = num_masked(noise.shape[1], mask_ratio)
+    return split(block_order(blocks, noise, grid, count), count)
+
+
+def random_order(noise: Tensor) -> Tensor:
+    """A random order of the patches, int64 (B, N); those that come last are masked. noise: uniform (B, N)."""
+    return noise.argsort(dim=1, stable=True)
+
+
+def block_order(blocks: Tensor, noise: Tensor, grid: tuple[int, int], count: int) -> Tensor:
     """An order of the patches, int64 (B, N), whose last `count` form rectangles. BEiT (arXiv 2106.08254), algorithm 1.
+
+    blocks: uniform (B, R, 4), the area, aspect, row and column of as many blocks as are laid, R = 16 in the recipes;
+    noise: uniform (B, N), the order within a block.
 
     Block areas are uniform between 16/196 of the patches and what is still to be masked, aspects log-uniform in
     [0.3, 1/0.3]. Blocks are laid one after the other; a patch's place in the order is the round that first covered it.
     The block that would exceed the count is thus cut at random to exactly fit, where BEiT's generator may stop short.
     """
     height, width = grid
-    u = draw.uniform("block mask", rounds, 4)
-    tie = draw.uniform("mask", height * width)
-    device = tie.device
+    device, rounds = noise.device, blocks.shape[1]
     smallest = max(1.0, height * width * 16 / 196)
     row = torch.arange(height, device=device).view(1, height, 1)
     column = torch.arange(width, device=device).view(1, 1, width)
-    first_covered = torch.full((len(u), height, width), float(rounds), device=device)
+    first_covered = torch.full((len(blocks), height, width), float(rounds), device=device)
     for t in range(rounds):
         left = (count - (first_covered < rounds).flatten(1).sum(1)).clamp(min=smallest)
-        area = smallest + u[:, t, 0] * (left - smallest)
-        aspect = torch.exp((2 * u[:, t, 1] - 1) * math.log(1 / 0.3))
+        area = smallest + blocks[:, t, 0] * (left - smallest)
+        aspect = torch.exp((2 * blocks[:, t, 1] - 1) * math.log(1 / 0.3))
         h = (area * aspect).sqrt().round().clamp(1, height)
         w = (area / aspect).sqrt().round().clamp(1, width)
-        top = (u[:, t, 2] * (height - h + 1)).floor()
-        start = (u[:, t, 3] * (width - w + 1)).floor()
+        top = (blocks[:, t, 2] * (height - h + 1)).floor()
+        start = (blocks[:, t, 3] * (width - w + 1)).floor()
         h, w, top, start = (v.view(-1, 1, 1) for v in (h, w, top, start))
         block = (row >= top) & (row < top + h) & (column >= start) & (column < start + w)
         first_covered = torch.where(block & (first_covered == rounds), float(t), first_covered)
-    return (first_covered.flatten(1) + tie).argsort(dim=1, descending=True, stable=True)
+    return (first_covered.flatten(1) + noise).argsort(dim=1, descending=True, stable=True)
 
 
 def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +85,19 @@ def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ids_keep = order[:, : order.shape[1] - count]
     mask = torch.ones_like(order, dtype=torch.bool).scatter(1, ids_keep, False)
     return ids_keep, mask
+
+
+def replace_patches(patches: Tensor, order: Tensor, num_masked: int, count: int) -> Tensor:
+    """Patches or their tokens (B, N, D), of which the first `count` masked ones of the order, int64 (B, N), show
+    another patch: a visible one if there are enough. Masked patch prediction (ViT, arXiv 2010.11929, appendix B.1.2).
+
+    >>> replace_patches(torch.tensor([[[0.0], [1.0], [2.0], [3.0]]]), torch.tensor([[3, 1, 0, 2]]), 2, 1).flatten()
+    tensor([3., 1., 2., 3.])
+    """
+    visible = order.shape[1] - num_masked
+    place = order[:, visible : visible + count]
+    source = patches.gather(1, order[:, :count, None].expand(-1, -1, patches.shape[-1]))
+    return patches.scatter(1, place[..., None].expand_as(source), source)
 
 
 def mask_pixels(mask: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
@@ -113,25 +153,30 @@ class PatchPCA(nn.Module):
         inside = (patchify(images, self.patch) - self.mean) @ self.components.T @ self.components + self.mean
         return unpatchify(inside, self.patch, grid)
 
-    def noise(self, draw: Draw, shape: torch.Size) -> Tensor:
-        """Unit noise along each component, in units of the components' mean deviation, as images (B, C, H, W)."""
-        grid = shape[-2] // self.patch[0], shape[-1] // self.patch[1]
-        along = draw.normal("noise", math.prod(grid), len(self.components)) * self.scale
+    def noise(self, normal: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Unit noise along each component, in units of the components' mean deviation, as images (B, C, H, W). normal:
+        standard normal (B, N, dimensions)."""
+        along = normal * self.scale
         return unpatchify(along @ self.components, self.patch, grid)
 
 
-def noise(
-    draw: Draw, shape: torch.Size, sigma: tuple[float, float], pca: PatchPCA | None = None
-) -> tuple[Tensor, Tensor]:
-    """(gaussian noise for standardised images of this shape (B, C, H, W), its level (B, 1, 1, 1)): one level per image,
-    uniform in the range sigma."""
-    level = sigma[0] + draw.uniform("noise level", 1, 1, 1) * (sigma[1] - sigma[0])
-    return level * (pca.noise(draw, shape) if pca else draw.normal("noise", *shape[1:])), level
+def noise(unit: Tensor, u: Tensor, sigma: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(noise for standardised images (B, C, H, W), its level (B, 1, 1, 1)): one level per image, uniform in the range
+    sigma (l-DAE, arXiv 2401.14404). unit: standard normal (B, C, H, W), or `PatchPCA.noise`; u: uniform
+    (B, 1, 1, 1).
+
+    >>> added, level = noise(torch.ones(1, 3, 8, 8), torch.full((1, 1, 1, 1), 0.5), (0.0, 3.0))
+    >>> added.unique().item(), level.item()
+    (1.5, 1.5)
+    """
+    level = sigma[0] + u * (sigma[1] - sigma[0])
+    return level * unit, level
 
 
-def blur(draw: Draw, images: Tensor, sigma: tuple[float, float]) -> Tensor:
-    """Images (B, C, H, W) blurred by Gaussians, one width per image, uniform in the range sigma, in pixels."""
-    width = sigma[0] + draw.uniform("blur", 1).flatten() * (sigma[1] - sigma[0])
+def blur(images: Tensor, u: Tensor, sigma: Sequence[float]) -> Tensor:
+    """Images (B, C, H, W) blurred by Gaussians, one width per image, uniform in the range sigma, in pixels. u: uniform
+    (B,)."""
+    width = sigma[0] + u * (sigma[1] - sigma[0])
     return views.blur(images, width, math.ceil(3 * sigma[1]))
 
 

@@ -103,9 +103,8 @@ def test_shuffling_moves_every_chosen_patch_and_loses_none():
 
 def test_blur_is_torchvision_s():
     images = torch.rand(5, 3, 16, 12, generator=torch.Generator().manual_seed(0))
-    draw = Draw(3, 1, torch.arange(5))
-    found = corruption.blur(draw, images, (0.5, 1.5))
-    widths = 0.5 + draw.uniform("blur", 1).flatten()
+    u = torch.rand(5, generator=torch.Generator().manual_seed(1))
+    found, widths = corruption.blur(images, u, (0.5, 1.5)), 0.5 + u
     assert widths.max() - widths.min() > 0.2
     for one, image, width in zip(found, images, widths, strict=True):
         assert torch.allclose(one, F.gaussian_blur(image, [11, 11], [width.item()] * 2), atol=1e-5)
@@ -121,7 +120,8 @@ def test_the_patch_space_is_that_of_principal_component_analysis():
     assert np.allclose(patchify(space.project(images), (4, 4)).flatten(0, 1), inside, atol=1e-4)
     assert space.scale.item() ** 2 == pytest.approx(expected.explained_variance_.mean(), rel=1e-2)
 
-    noise, level = corruption.noise(Draw(0, 0, torch.arange(400)), torch.Size((400, 3, 8, 8)), (0.5, 0.5), space)
+    unit = space.noise(Draw(0, 0, torch.arange(400)).normal("noise", 4, 7), (2, 2))
+    noise, level = corruption.noise(unit, torch.rand(400, 1, 1, 1), (0.5, 0.5))
     noise = patchify(noise, (4, 4)).flatten(0, 1).numpy()
     along = noise @ expected.components_.T
     assert np.allclose(along @ expected.components_, noise, atol=1e-4)  # none outside
@@ -252,13 +252,13 @@ def test_corruption_as_augmentation_of_supervised_training():
         for objective in (plain, noisy, dropping):
             objective.backbone.model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     images = batch.views["image"]
-    noise, _ = corruption.noise(batch.draw, images.shape, (0.5, 0.5))
+    noise, _ = corruption.noise(batch.draw.normal("noise", 3, 16, 16), torch.zeros(6, 1, 1, 1), (0.5, 0.5))
     batch.views["image"] = images + plain.backbone.std * noise
     expected = plain(batch)["loss"]
     batch.views["image"] = images
     assert torch.allclose(noisy(batch)["loss"], expected, atol=1e-6) and expected != plain(batch)["loss"]
 
-    _, hidden = corruption.split(corruption.random_order(batch.draw, (8, 8)), 48)
+    _, hidden = corruption.random_masking(batch.draw.uniform("mask", 64), 0.75)
     logits = dropping.classify(images, batch.draw)
     place = corruption.mask_pixels(hidden, (8, 8), (2, 2))
     assert torch.equal(dropping.classify(torch.where(place, 0.0, images), batch.draw), logits)

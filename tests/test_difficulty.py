@@ -32,7 +32,7 @@ def independent(count, size=16):
 
 def smooth(count, size=16):
     """Images in [0, 1] whose neighbouring pixels are alike."""
-    return corruption.blur(Draw(5, 0, torch.arange(count)), independent(count, size), (1.5, 1.5)).clamp(0, 1)
+    return corruption.blur(independent(count, size), torch.zeros(count), (1.5, 1.5)).clamp(0, 1)
 
 
 def test_of_independent_values_the_ridge_is_wiener_s_filter():

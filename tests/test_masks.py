@@ -20,6 +20,16 @@ IMAGES = 6000
 GRIDS = [((14, 14), 78), ((8, 12), 38)]  # BEiT's own, 40 % of 14 x 14; one that is not square
 
 
+def random_order(draw: Draw, grid: tuple[int, int]) -> torch.Tensor:
+    """Of the streams that the objectives read."""
+    return corruption.random_order(draw.uniform("mask", math.prod(grid)))
+
+
+def block_order(draw: Draw, grid: tuple[int, int], count: int, rounds: int = 16) -> torch.Tensor:
+    blocks, noise = draw.uniform("block mask", rounds, 4), draw.uniform("mask", math.prod(grid))
+    return corruption.block_order(blocks, noise, grid, count)
+
+
 def hidden_by(order: torch.Tensor, count: int) -> np.ndarray:
     """bool (B, N), after a look at what every mask promises: the exact count, and each patch once in the order."""
     assert torch.equal(order.sort(1).values, torch.arange(order.shape[1]).expand_as(order))
@@ -55,7 +65,7 @@ def assert_law(values: np.ndarray, probabilities: np.ndarray) -> None:
 def test_random_masks_are_uniform_over_all_subsets(grid, count):
     """Every place, and every pair of places, is hidden as often as in a uniform choice of `count` of N."""
     n = math.prod(grid)
-    hidden = hidden_by(corruption.random_order(Draw(0, 0, torch.arange(IMAGES)), grid), count).astype(float)
+    hidden = hidden_by(random_order(Draw(0, 0, torch.arange(IMAGES)), grid), count).astype(float)
     pairs = hidden.T @ hidden / IMAGES
     assert_alike(pairs.diagonal(), np.full(n, count / n), IMAGES)
     apart = ~np.eye(n, dtype=bool)
@@ -66,7 +76,7 @@ def test_random_masks_are_uniform_over_all_subsets(grid, count):
 def test_masks_of_images_and_steps_are_independent(mask):
     def hidden(step):
         draw = Draw(0, step, torch.arange(2000))
-        order = corruption.random_order(draw, (8, 8)) if mask == "random" else corruption.block_order(draw, (8, 8), 26)
+        order = random_order(draw, (8, 8)) if mask == "random" else block_order(draw, (8, 8), 26)
         return torch.zeros(2000, 64).scatter(1, order[:, -26:], 1.0)
 
     first, second = hidden(0), hidden(1)
@@ -85,7 +95,7 @@ def first_blocks(grid: tuple[int, int], count: int) -> np.ndarray:
     The first block's patches come last, in random order: it is the longest end of the order that fills its own
     bounding box. Other ends do so by a chance of one in thousands of millions.
     """
-    order = corruption.block_order(Draw(0, 0, torch.arange(IMAGES)), grid, count, rounds=1).flip(1).numpy()
+    order = block_order(Draw(0, 0, torch.arange(IMAGES)), grid, count, rounds=1).flip(1).numpy()
     row, column = np.divmod(order, grid[1])
     top, bottom = np.minimum.accumulate(row, 1), np.maximum.accumulate(row, 1)
     left, right = np.minimum.accumulate(column, 1), np.maximum.accumulate(column, 1)
@@ -140,7 +150,7 @@ def beit(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndar
 
 @pytest.mark.parametrize(("grid", "count"), GRIDS)
 def test_block_masks_cover_each_place_as_often_as_beit_s(grid, count):
-    hidden = hidden_by(corruption.block_order(Draw(1, 0, torch.arange(IMAGES)), grid, count), count)
+    hidden = hidden_by(block_order(Draw(1, 0, torch.arange(IMAGES)), grid, count), count)
     hidden = hidden.reshape(-1, *grid)
     rng = np.random.default_rng(0)
     simulated = np.stack([beit(rng, grid, count) for _ in range(IMAGES)])
@@ -154,8 +164,8 @@ def test_block_masks_cover_each_place_as_often_as_beit_s(grid, count):
 
 @pytest.mark.parametrize("count", [1, 25, 63])
 def test_block_masks_hide_the_exact_count_however_small(count):
-    hidden_by(corruption.block_order(Draw(0, 0, torch.arange(300)), (8, 8), count), count)
-    hidden_by(corruption.block_order(Draw(0, 0, torch.arange(300)), (2, 3), min(count, 5)), min(count, 5))
+    hidden_by(block_order(Draw(0, 0, torch.arange(300)), (8, 8), count), count)
+    hidden_by(block_order(Draw(0, 0, torch.arange(300)), (2, 3), min(count, 5)), min(count, 5))
 
 
 # -- what an objective asks for ---------------------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def test_an_objective_hides_by_its_own_mask(kind):
     order = objective.mask_order(draw)
     assert objective.num_masked == EXPECTED[kind]
     hidden = hidden_by(order, objective.num_masked)
-    expected = {"random": corruption.random_order(draw, (8, 8)), "blocks": corruption.block_order(draw, (8, 8), 26)}
+    expected = {"random": random_order(draw, (8, 8)), "blocks": block_order(draw, (8, 8), 26)}
     if kind in expected:
         assert np.array_equal(hidden, hidden_by(expected[kind], objective.num_masked))
     _, seen, *_ = objective.predict(
@@ -188,7 +198,7 @@ def test_an_objective_hides_by_its_own_mask(kind):
 def test_shuffled_patches_move_in_one_ring_and_to_each_place_alike():
     objective = small_objective("mae", *KINDS["shuffle"])
     n, images = 16, 4000
-    order = corruption.random_order(Draw(0, 0, torch.arange(images)), (4, 4))
+    order = random_order(Draw(0, 0, torch.arange(images)), (4, 4))
     own = torch.arange(n).view(1, 1, 4, 4).expand(images, -1, -1, -1).float()  # patches of one pixel, each its number
     source = corruption.shuffle(own, (1, 1), order).flatten(1).long()
     ring, at = [torch.zeros(images, dtype=torch.long)], torch.arange(images)
@@ -227,11 +237,12 @@ def test_what_is_given_before_the_next_patch(mask):
 
 
 def test_levels_of_noise_and_blur_are_uniform_in_their_range():
-    noise, level = corruption.noise(Draw(0, 0, torch.arange(2000)), torch.Size((2000, 3, 8, 8)), (0.5, 1.25))
+    draw = Draw(0, 0, torch.arange(2000))
+    noise, level = corruption.noise(draw.normal("noise", 3, 8, 8), draw.uniform("noise level", 1, 1, 1), (0.5, 1.25))
     assert stats.kstest(level.flatten().numpy(), stats.uniform(0.5, 0.75).cdf).pvalue > 1e-3
     assert stats.kstest((noise / level).flatten().numpy(), "norm").pvalue > 1e-3
     point = torch.zeros(2000, 1, 1, 41)
     point[..., 20] = 1.0
-    spread = corruption.blur(Draw(0, 0, torch.arange(2000)), point, (0.8, 2.0)).double()
+    spread = corruption.blur(point, draw.uniform("blur", 1).flatten(), (0.8, 2.0)).double()
     spread = (spread * (torch.arange(41) - 20) ** 2).sum((1, 2, 3)).sqrt().numpy()  # the width, but for the cut at 6
     assert stats.kstest(spread, stats.uniform(0.8, 1.2).cdf).statistic < 0.05

@@ -94,7 +94,14 @@ class DINO(Objective):
             blur=info.views.blur,
         )
         self.views = views.resampled(spec, info.views.interpolation)
-        self.head = Head(config, backbone.embed_dim)
+        self.head = Head(
+            backbone.embed_dim,
+            config.out_dim,
+            config.use_bn_in_head,
+            config.norm_last_layer,
+            config.hidden_dim,
+            config.bottleneck_dim,
+        )
         self.teacher = copy.deepcopy(backbone).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.out_dim))
@@ -183,23 +190,35 @@ class DINO(Objective):
 
 
 class Head(nn.Module):
-    """Three linear layers, a unit-length bottleneck, and K prototypes of fixed (or learnt) length."""
+    """Three linear layers, a unit-length bottleneck, and K prototypes of fixed (or learnt) length: Caron et al. 2021,
+    appendix C; the arguments are those of the official `DINOHead`.
 
-    def __init__(self, config: Config, width: int):
+    >>> Head(384, out_dim=1024)(torch.zeros(8, 384)).shape
+    torch.Size([8, 1024])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
         super().__init__()
-        inner = config.hidden_dim
         # the statistics of the batch at hand, for student and teacher alike: nothing to average or to save
-        norm = (lambda: nn.BatchNorm1d(inner, track_running_stats=False)) if config.use_bn_in_head else nn.Identity
+        norm = (lambda: nn.BatchNorm1d(hidden_dim, track_running_stats=False)) if use_bn else nn.Identity
         self.mlp = nn.Sequential(
-            nn.Linear(width, inner), norm(), nn.GELU(),
-            nn.Linear(inner, inner), norm(), nn.GELU(),
-            nn.Linear(inner, config.bottleneck_dim),
+            nn.Linear(embed_dim, hidden_dim), norm(), nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim), norm(), nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
         )  # fmt: skip
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.last = Prototypes(config.bottleneck_dim, config.out_dim, config.norm_last_layer)
+        self.last = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class tokens (B, D) → logits (B, K)."""

@@ -19,6 +19,7 @@ B.1.2), denoising 2401.14404 (l-DAE), next patches 2401.08541 (AIM), features 22
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -179,21 +180,16 @@ class Reconstruct(Objective):
     def mask_order(self, draw: Draw) -> Tensor:
         """An order of the patches, int64 (B, N), whose last `num_masked` are masked."""
         if self.config.mask == "blocks":
-            return corruption.block_order(draw, self.grid, self.num_masked)
+            blocks, noise = draw.uniform("block mask", 16, 4), draw.uniform("mask", math.prod(self.grid))
+            return corruption.block_order(blocks, noise, self.grid, self.num_masked)
         if self.config.mask == "none" and self.config.corruption != "shuffle":  # any will do
             return torch.arange(self.num_masked, device=draw.device).expand(len(draw.rows), -1)
-        return corruption.random_order(draw, self.grid)
+        return corruption.random_order(draw.uniform("mask", math.prod(self.grid)))
 
     def replace_patches(self, patches: Tensor, order: Tensor) -> Tensor:
-        """Patches or their tokens (B, N, D); a fraction replace_ratio of the masked ones shows another patch, one that
-        is visible if there are enough."""
+        """`corruption.replace_patches` of a fraction replace_ratio of the masked ones."""
         count = round(self.config.replace_ratio * self.num_masked)
-        if not count:
-            return patches
-        visible = order.shape[1] - self.num_masked
-        place = order[:, visible : visible + count]
-        source = patches.gather(1, order[:, :count, None].expand(-1, -1, patches.shape[-1]))
-        return patches.scatter(1, place[..., None].expand_as(source), source)
+        return corruption.replace_patches(patches, order, self.num_masked, count) if count else patches
 
     def removed(self, order: Tensor) -> Tensor:
         """bool (B, N): the masked patches of which nothing reaches the encoder."""
@@ -218,11 +214,16 @@ class Reconstruct(Objective):
         b, c = self.backbone, self.config
         noise = level = None
         if c.corruption == "gaussian":
-            noise, level = corruption.noise(draw, images.shape, c.noise_sigma, self.pca)
+            if self.pca:
+                normal = draw.normal("noise", math.prod(self.grid), c.noise_pca_dim)
+                unit = self.pca.noise(normal, self.grid)
+            else:
+                unit = draw.normal("noise", *images.shape[1:])
+            noise, level = corruption.noise(unit, draw.uniform("noise level", 1, 1, 1), c.noise_sigma)
             base = self.pca.project(b.normalise(images)) * b.std + b.mean if self.pca else images
             corrupted = base + b.std * noise
         elif c.corruption == "blur":
-            corrupted = corruption.blur(draw, images, c.blur_sigma)
+            corrupted = corruption.blur(images, draw.uniform("blur", 1).flatten(), c.blur_sigma)
         else:
             corrupted = corruption.shuffle(images, b.patch_size, order[:, order.shape[1] - self.num_masked :])
         if c.encoder_input == "corrupted" and c.mask != "none":  # the masked patches alone

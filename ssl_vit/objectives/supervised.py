@@ -77,7 +77,8 @@ class Supervised(Objective):
         if c.mixup or c.cutmix:
             images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mixup_prob)
         if c.noise_sigma:
-            images = images + self.backbone.std * corruption.noise(batch.draw, images.shape, c.noise_sigma)[0]
+            unit, level = batch.draw.normal("noise", *images.shape[1:]), batch.draw.uniform("noise level", 1, 1, 1)
+            images = images + self.backbone.std * corruption.noise(unit, level, c.noise_sigma)[0]
         logits = self.classify(images, batch.draw)
         with torch.autocast(images.device.type, enabled=False):
             logits = logits.to(images.dtype)
@@ -93,8 +94,7 @@ class Supervised(Objective):
         if not self.config.patch_drop_rate:
             return self.backbone.classify(images, draw)
         grid = self.backbone.grid(images)
-        count = corruption.num_masked(math.prod(grid), self.config.patch_drop_rate)
-        keep, _ = corruption.split(corruption.random_order(draw, grid), count)
+        keep, _ = corruption.random_masking(draw.uniform("mask", math.prod(grid)), self.config.patch_drop_rate)
         tokens = self.backbone.add_positions(self.backbone.patch_embed(images), grid, keep)
         return self.backbone.model.forward_head(self.backbone.encode(tokens, draw=draw))
 
