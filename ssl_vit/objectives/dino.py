@@ -184,8 +184,8 @@ class DINO(Objective):
             return None
         return (
             f"DINO has collapsed: {kind} (entropy {logged['teacher_entropy']:.2f} of ln K = {largest:.2f}, "
-            f"KL {logged['kl']:.4f}). Try a lower optim.lr or objective.teacher_temp, fewer "
-            "objective.out_dim, or another objective.momentum_teacher."
+            f"KL {logged['kl']:.4f}). Try a lower optim.lr, objective.teacher_temp or objective.out_dim, or another "
+            "objective.momentum_teacher."
         )
 
 
