@@ -25,15 +25,15 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.log_file = path / "log.jsonl"
-        self._lock = None
+        self._lock: files.Lock | None = None
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
     def lock(self) -> None:
         """Be the only writer, until the process ends. Raises UserError with the holder's pid and machine."""
         refusal = "wait for it, or pass another --output."
-        self._lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
-        self._lock.__enter__()
+        lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
+        self._lock = lock.__enter__()
 
     def claim(self, settings: dict, config: type) -> None:
         """Write recipe.yaml, or check that the one there says the same wherever it must. config: of the objective.
