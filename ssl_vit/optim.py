@@ -81,6 +81,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: 
 
 def clip(parameters: Iterable[Tensor], config: recipes.Optim) -> Tensor | None:
     """Clip gradients in place; returns the global norm before clipping, or None where nothing is clipped."""
+    parameters = [p for p in parameters if p.grad is not None]
     if config.clip_grad is None:
         return None
     if config.clip_mode == "global":
@@ -90,4 +91,5 @@ def clip(parameters: Iterable[Tensor], config: recipes.Optim) -> Tensor | None:
     norms = torch._foreach_norm(gradients)
     factors = (config.clip_grad / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factors.unbind())
-    return torch.stack(norms).norm()
+    norm: Tensor = torch.stack(norms).norm()
+    return norm

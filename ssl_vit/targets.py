@@ -97,7 +97,8 @@ class Colours(Tokens):
 
     def forward(self, images: Tensor) -> Tensor:
         """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
-        colour = patchify(images, self.patch).unflatten(-1, (-1, len(self.mean))).mean(-2) * self.std + self.mean
+        pixels: Tensor = patchify(images, self.patch).unflatten(-1, (-1, len(self.mean)))
+        colour = pixels.mean(-2) * self.std + self.mean
         level = (colour * 8).long().clamp(0, 7)
         place = 8 ** torch.arange(len(self.mean), device=images.device)
         return (level * place).sum(-1)

@@ -448,7 +448,8 @@ def mix(
 
 
 def _partners(rows: Tensor) -> Tensor:
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    pairs: Tensor = rows.unflatten(0, (-1, 2))
+    return pairs.flip(1).flatten(0, 1)
 
 
 def beta(name: str, alpha: Tensor, draw: Draw) -> Tensor:

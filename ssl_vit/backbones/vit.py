@@ -25,7 +25,8 @@ class TokenBackbone(Backbone):
     @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
-        return self.model.patch_embed.patch_size
+        height, width = self.model.patch_embed.patch_size
+        return height, width
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -37,7 +38,7 @@ class TokenBackbone(Backbone):
 
     def patch_embed(self, images: Tensor) -> Tensor:
         """Images in [0, 1] → patch tokens (B, N, D) without positions."""
-        tokens = self.model.patch_embed(self.normalise(images))
+        tokens: Tensor = self.model.patch_embed(self.normalise(images))
         return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # a map where timm resamples positions by itself
 
     def add_positions(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
@@ -69,7 +70,8 @@ class TokenBackbone(Backbone):
         x = m.norm_pre(tokens)
         for block in m.blocks:
             x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
-        return m.norm(x)
+        normed: Tensor = m.norm(x)
+        return normed
 
     def tokens(self, images: Tensor, draw: Draw | None = None) -> Tensor:
         """The whole way: images in [0, 1] → normed output tokens (B, P + N, D)."""
@@ -97,7 +99,8 @@ class TokenBackbone(Backbone):
         a = last.attn
         q, k, _ = a.qkv(last.norm1(x)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (a.q_norm(q)[:, :, :1] * a.scale @ a.k_norm(k).transpose(-2, -1)).softmax(-1)
-        return weights[:, :, 0, self.num_prefix_tokens :].unflatten(-1, self.grid(images))
+        maps: Tensor = weights[:, :, 0, self.num_prefix_tokens :].unflatten(-1, self.grid(images))
+        return maps
 
     def _draw_depth(self, draw: Draw | None, batch: int) -> None:
         paths = [m for m in self.model.modules() if isinstance(m, AddressedDropPath)]

@@ -130,7 +130,8 @@ class Multitask(Objective):
         """What the task in this place sees: its rows and views, and random numbers of its own."""
 
         def mine(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (-1, self.turns, self.group))[:, place % self.turns].flatten(0, 1)
+            rounds: Tensor = rows.unflatten(0, (-1, self.turns, self.group))
+            return rounds[:, place % self.turns].flatten(0, 1)
 
         return dataclasses.replace(
             batch,

@@ -357,7 +357,8 @@ class Decoder(nn.Module):
         x = x + self.positions
         for block in self.blocks:
             x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
-        return self.head(self.norm(x))[:, self.prefix :]
+        predictions: Tensor = self.head(self.norm(x))
+        return predictions[:, self.prefix :]
 
 
 class LinearHead(nn.Module):
@@ -372,4 +373,5 @@ class LinearHead(nn.Module):
 
     def forward(self, latent: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, P + N, D) → (B, N, out)."""
-        return self.head(latent[:, self.prefix :])
+        predictions: Tensor = self.head(latent[:, self.prefix :])
+        return predictions
