@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -25,17 +26,17 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.log_file = path / "log.jsonl"
-        self._lock = None
+        self._lock: files.Lock | None = None
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
     def lock(self) -> None:
         """Be the only writer, until the process ends. Raises UserError with the holder's pid and machine."""
         refusal = "wait for it, or pass another --output."
-        self._lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
-        self._lock.__enter__()
+        lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
+        self._lock = lock.__enter__()
 
-    def claim(self, settings: dict, config: type) -> None:
+    def claim(self, settings: dict[str, Any], config: type[Any]) -> None:
         """Write recipe.yaml, or check that the one there says the same wherever it must. config: of the objective.
 
         Raises UserError naming the keys that differ, and the command for a run of its own where there is one.
@@ -77,7 +78,7 @@ class Run:
         found = {int(m[1]): p for p in (self.path / "checkpoints").glob("*.pt") if (m := KEEP.search(p.name))}
         return dict(sorted(found.items()))
 
-    def save(self, step: int, state: dict) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step` steps beside the older one, rename it into place, then drop that.
 
         Raises UserError if the disk is full; what was there stays.
@@ -94,7 +95,7 @@ class Run:
             if old < step:
                 path.unlink()
 
-    def load(self) -> tuple[int, dict] | None:
+    def load(self) -> tuple[int, dict[str, Any]] | None:
         """(steps done, state) of the newest checkpoint, or None. Raises UserError if it cannot be read."""
         found = self.checkpoints()
         if not found:
@@ -111,10 +112,10 @@ class Run:
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
-    def log(self, line: dict) -> None:
+    def log(self, line: dict[str, Any]) -> None:
         files.append(self.log_file, json.dumps(line) + "\n")
 
-    def cut_log(self, step: int) -> dict:
+    def cut_log(self, step: int) -> dict[str, Any]:
         """Drop what was logged after `step`, or half written; returns the last line left that has seconds, or {}."""
         lines = []
         if self.log_file.exists():

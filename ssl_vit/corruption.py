@@ -126,6 +126,10 @@ class PatchPCA(nn.Module):
     """The first `dimensions` principal components of standardised patches: where l-DAE (arXiv 2401.14404, section 4.1)
     adds its noise."""
 
+    mean: Tensor
+    components: Tensor
+    scale: Tensor  # root of the mean variance along the components
+
     def __init__(self, patch: tuple[int, int], channels: int, dimensions: int):
         super().__init__()
         width = math.prod(patch) * channels
@@ -134,7 +138,7 @@ class PatchPCA(nn.Module):
         self.patch = patch
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("components", torch.zeros(dimensions, width))
-        self.register_buffer("scale", torch.zeros(()))  # root of the mean variance along the components
+        self.register_buffer("scale", torch.zeros(()))
 
     def fit(self, images: Tensor, seed: int) -> None:
         """Standardised images (B, C, H, W)."""

@@ -28,6 +28,7 @@ from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import Batch, Objective
 from ssl_vit.randomness import Order
+from ssl_vit.settings import known
 
 # -- starting ---------------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,8 @@ class Gradients:
                     part = chunk.part(begin, min(begin + self.micro_batch_size, len(chunk)))
                     labels = None
                     if objective.labelled:
-                        labels = images.labels[part.indices.to(images.labels.device, non_blocking=True)]
+                        every = known(images.labels)
+                        labels = every[part.indices.to(every.device, non_blocking=True)]
                     batch = Batch(part.views(images, objective.views), labels, part.draw, step, total)
                     with self.accelerator.autocast():
                         result = objective(batch)

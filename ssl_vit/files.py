@@ -97,7 +97,7 @@ class Lock:
             raise cannot_write(self.file.parent, error, self.remedy) from None
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
 
 

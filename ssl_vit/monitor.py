@@ -232,11 +232,11 @@ class Monitor:
 
     def _line(self, done: int, lr: float) -> None:
         names = sorted(self.sums)
-        means = [self.sums[name].float() / self.steps for name in names]
-        means = torch.stack([*means, torch.tensor(self.waited, device=means[0].device)])
+        own = [self.sums[name].float() / self.steps for name in names]
+        means = torch.stack([*own, torch.tensor(self.waited, device=own[0].device)])
         means = self.accelerator.reduce(means, "mean") if self.accelerator.num_processes > 1 else means
-        *means, waited = means.tolist()
-        scalars = dict(zip(names, means, strict=True))
+        *values, waited = means.tolist()
+        scalars = dict(zip(names, values, strict=True))
         now = self._clock()  # the device has finished: its results are here
         elapsed, speed = now - self.since, self.steps / (now - self.since)
         images, flops = speed * self.recipe.train.batch_size, speed * self.flops_per_step
@@ -313,7 +313,7 @@ class OnlineKnn:
         self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()
         if self.labels is not None and not all((self.labels[q] >= 0).any() for q in (self.is_query, ~self.is_query)):
             self.labels = None  # too few have one
-        self.view = views.evaluation(recipe.data.img_size, recipe.views.interpolation)
+        self.view = views.evaluation(recipe.data.size, recipe.views.interpolation)
 
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:
@@ -329,18 +329,18 @@ class OnlineKnn:
         features = torch.cat(pooled).numpy()
         result = dict(rank=effective_rank(features[:2048]))
         if self.labels is not None:
-            result["knn"] = self._accuracy(features)
+            result["knn"] = self._accuracy(features, self.labels)
         if self.labels is not None and first[0].shape[1]:
-            result["knn_cls"] = self._accuracy(torch.cat(first).numpy())
+            result["knn_cls"] = self._accuracy(torch.cat(first).numpy(), self.labels)
         return result
 
-    def _accuracy(self, features: np.ndarray) -> float:
-        known = self.labels >= 0
+    def _accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
+        known = labels >= 0
         is_bank, is_query = ~self.is_query & known, self.is_query & known
         bank, queries = neighbours.prepare(features[is_bank], features[is_query])
         k = min(20, len(bank))
-        predicted = neighbours.vote(bank, self.labels[is_bank], queries, [k], int(self.labels.max()) + 1)[k]
-        return float((predicted == self.labels[is_query]).mean())
+        predicted = neighbours.vote(bank, labels[is_bank], queries, [k], int(labels.max()) + 1)[k]
+        return float((predicted == labels[is_query]).mean())
 
 
 def effective_rank(features: np.ndarray) -> float:

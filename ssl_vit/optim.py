@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone
+from ssl_vit.backbones.timm_models import TimmModel
 from ssl_vit.schedules import cosine
+from ssl_vit.settings import pair
 
 TOKENS = ("pos_embed", "relative_position_bias_table", "cls_token", "dist_token", "reg_token", "mask_token")
 BEHIND = ("norm", "fc_norm", "head", "head_dist", "fc", "classifier")  # timm's names of what follows the last block
@@ -23,7 +25,7 @@ def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim
             groups.setdefault((scales.get(name, 1.0), decays(name, weight, config.no_weight_decay)), []).append(weight)
     parameters = [dict(params=p, lr_scale=scale, decays=decay) for (scale, decay), p in groups.items()]
     fused = any(p.is_cuda for p in objective.parameters())
-    return torch.optim.AdamW(parameters, lr=lr, betas=tuple(config.betas), weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(parameters, lr=lr, betas=pair(config.betas), weight_decay=0.0, fused=fused)
 
 
 def decays(name: str, weight: Tensor, rule: str) -> bool:
@@ -41,7 +43,7 @@ def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
     """
     if layer_decay == 1.0:
         return {}
-    scales = {}
+    scales: dict[str, float] = {}
     for prefix, module in objective.named_modules():
         if isinstance(module, Backbone):
             layers, top = layer_ids(module.model)
@@ -49,7 +51,7 @@ def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
     return scales
 
 
-def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
+def layer_ids(model: TimmModel) -> tuple[dict[str, int], int]:
     """({parameter: layer}, the last layer): 0 is the stem with tokens and positions, then come the blocks in timm's own
     order, and last the final norm and the head (get_layer_id_for_vit in mae/util/lr_decay.py; timm has the norm in the
     last block's layer)."""
@@ -85,7 +87,9 @@ def clip(parameters: Iterable[Tensor], config: recipes.Optim) -> Tensor | None:
     if config.clip_mode == "global":
         return nn.utils.clip_grad_norm_(parameters, config.clip_grad)
     # DINO's official code bounds the norm of each parameter on its own
-    norms = torch._foreach_norm([p.grad for p in parameters])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
     factors = (config.clip_grad / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for p in parameters], list(factors.unbind()))
-    return torch.stack(norms).norm()
+    torch._foreach_mul_(gradients, factors.unbind())
+    norm: Tensor = torch.stack(norms).norm()
+    return norm

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timm.models.vision_transformer import VisionTransformer
 
 from ssl_vit import backbones, data, flops
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import say
 from ssl_vit.objectives.base import Objective
+from ssl_vit.settings import known
 
 FEW = 2000  # images
 SMALL, PHOTO = 64, 32  # pixels: up to which a CPU will do; from which published weights, which are of photos, help
@@ -28,11 +28,11 @@ def describe(
     flops_per_image: float,
 ) -> None:
     """One paragraph on a recipe whose settings are resolved."""
-    total, lr, rule = recipe.train.steps, *recipe.learning_rate()
+    total, (lr, rule) = known(recipe.train.steps), recipe.learning_rate()
     images_seen = total * recipe.train.batch_size
     say(
         f"{recipe.name}: {recipe.objective_name} on {recipe.data.name} ({len(images):,} images at "
-        f"{'x'.join(map(str, recipe.data.img_size))}), {shape_of(objective.exported, recipe.backbone)}\n"
+        f"{'x'.join(map(str, recipe.data.size))}), {shape_of(objective.exported, recipe.backbone)}\n"
         f"{total:,} steps of {recipe.train.batch_size} = {images_seen / max(len(images), 1):.1f} epochs, "
         f"{images_seen * flops_per_image:.3g} FLOPs; learning rate {lr:.3g} ({rule}); {recipe.train.precision} on "
         f"{accelerator.num_processes} x {name_of(accelerator.device)}\n"
@@ -44,7 +44,7 @@ def advise(
     recipe: recipes.Recipe, path: Path, images: data.ImageSet, objective: Objective, accelerator: Accelerator
 ) -> None:
     """A sentence or two on each thing about a run that its user may regret, before it starts."""
-    height, width = recipe.data.img_size
+    height, width = recipe.data.size
     if len(images) < FEW and min(height, width) >= PHOTO and not recipe.backbone.init_from:
         start = f"python eval/finetune.py --backbone {PUBLISHED} --data {shlex.quote(recipe.data.name)}"
         if images.labels is None:
@@ -54,8 +54,8 @@ def advise(
             f"weights are a better start: {start}"
         )
     if max(height, width) > SMALL and accelerator.device.type == "cpu":
-        each = seconds_per_image(objective, recipe.data.in_chans, accelerator)
-        whole = each / accelerator.num_processes * recipe.train.steps * recipe.train.batch_size
+        each = seconds_per_image(objective, known(recipe.data.in_chans), accelerator)
+        whole = each / accelerator.num_processes * known(recipe.train.steps) * recipe.train.batch_size
         small = f"data.img_size={SMALL}"
         if recipe.name.endswith("-photos"):
             small = f"--recipe {recipe.name.removesuffix('-photos')} {small}"
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 def shape_of(backbone: backbones.Backbone, config: recipes.Backbone) -> str:
     """A backbone in words: a plain ViT by its shape, as a width or depth of the recipe replaces that of the name."""
     size = f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters"
-    if not isinstance(backbone.model, VisionTransformer):
+    if not isinstance(backbone, backbones.TokenBackbone):
         return f"{config.name}, {size}"
     patch = "x".join(map(str, dict.fromkeys(backbone.patch_size)))
     model = "ViT" if config.embed_dim or config.depth else f"{config.name}: ViT"

@@ -51,15 +51,15 @@ def save(sheet: Sheet, file: Path, title: str) -> None:
     for i, text in enumerate(beneath):
         draw.text((GAP, bottom + i * line), text, "black", font)
     panels = sheet.panels if channels in (1, 3) else sheet.panels[:, :, :1]
-    pixels = (panels.float().cpu().clamp(0, 1) * 255).round().byte().expand(-1, -1, 3, -1, -1)
-    pixels = pixels.permute(0, 1, 3, 4, 2).numpy().repeat(scale, 2).repeat(scale, 3)
+    levels = (panels.float().cpu().clamp(0, 1) * 255).round().byte().expand(-1, -1, 3, -1, -1)
+    pixels = levels.permute(0, 1, 3, 4, 2).numpy().repeat(scale, 2).repeat(scale, 3)
     for (row, column), _ in np.ndenumerate(pixels[:, :, 0, 0, 0]):
         page.paste(Image.fromarray(pixels[row, column]), (GAP + column * wide, top + row * tall))
     with files.writing(file) as partial:
         page.save(partial, "PNG")
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """The text in lines of at most so many pixels, or of one word."""
     lines = [""]
     for word in text.split():

@@ -47,6 +47,7 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import DatasetInfo, Objective
 from ssl_vit.randomness import Draw, Order
 from ssl_vit.reference import WIDTH, help_text, json_schema
+from ssl_vit.settings import known
 
 SHOWN = 8  # images in the pictures of a run
 
@@ -165,10 +166,9 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             f"The images of {recipe.data.name} differ in size: set data.img_size, or use a photo recipe "
             "(--recipe mae-photos or dino-photos)."
         )
-    if len(recipe.data.mean) != recipe.data.in_chans or len(recipe.data.std) != recipe.data.in_chans:
+    if not len(known(recipe.data.mean)) == len(known(recipe.data.std)) == recipe.data.in_chans:
         raise UserError(f"data.mean and data.std must have {recipe.data.in_chans} values, one per channel.")
-    size = recipe.data.img_size
-    recipe.data.img_size = size = [size, size] if isinstance(size, int) else size
+    recipe.data.img_size = list(recipe.data.size)
     with torch.random.fork_rng():
         backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
         if recipe.backbone.init_from:
@@ -177,7 +177,7 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             recipe.backbone.patch_size = backbone.patch_size[0]
         torch.manual_seed(recipe.train.seed + 1)
         info = DatasetInfo(
-            size=tuple(size),
+            size=recipe.data.size,
             flip=0.5 if recipe.data.hflip else 0.0,
             classes=len(images.classes) if images.classes else None,
             views=recipe.views,
@@ -187,18 +187,18 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
 
 def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) -> tuple[int, float]:
     """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`."""
-    per_image = flops.per_image(objective, recipe.data.in_chans, objective.labelled)
+    per_image = flops.per_image(objective, known(recipe.data.in_chans), objective.labelled)
     t = recipe.train
     if t.flops is not None:
         return math.ceil(t.flops / (per_image * t.batch_size)), per_image
     if t.steps is not None:
         return t.steps, per_image
-    return math.ceil(t.epochs * len(images) / t.batch_size), per_image
+    return math.ceil(known(t.epochs) * len(images) / t.batch_size), per_image
 
 
 def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device) -> Tensor:
     """Unaugmented training images in [0, 1] for `Objective.fit`: all, or 10,000 or a GiB of them, spread evenly."""
-    view = views.evaluation(recipe.data.img_size, recipe.views.interpolation)
+    view = views.evaluation(recipe.data.size, recipe.views.interpolation)
     most = min(10_000, len(images), max(1, 2**28 // (images.channels * math.prod(view.size))))
     chosen = torch.from_numpy(np.linspace(0, len(images) - 1, most).astype(np.int64))
     return torch.cat(list(data.evaluation_views(images, view, device, chosen)))
@@ -291,7 +291,7 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
     They are of the report split; of the held-out images in a run that leaves those out; of the training images where
     neither can be read.
     """
-    view = views.evaluation(recipe.data.img_size, recipe.views.interpolation)
+    view = views.evaluation(recipe.data.size, recipe.views.interpolation)
 
     def look(others: data.ImageSet, kind: str) -> tuple[Tensor, str]:
         chosen = pictures.spread(len(others), others.labels, SHOWN)

@@ -16,9 +16,9 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four 32-bit words, in ints or (broadcastable) int64 tensors → four int64 tensors of them."""
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
     k0, k1 = key
     for _ in range(10):
         # int64 products wrap, but their 64 bits are those of the unsigned product

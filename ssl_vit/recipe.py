@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from ssl_vit.errors import Mistakes, UserError, nearest
-from ssl_vit.settings import Setting, setting, settings_of
+from ssl_vit.settings import Setting, pair, setting, settings_of
 
 RECIPES = Path(__file__).resolve().parent / "recipes"  # of a wheel
 if not RECIPES.is_dir():  # of a checkout
@@ -83,6 +83,12 @@ class Data:
     )
     cache_gb: float = setting(4.0, "decode once and keep in memory if the images share one size and fit", at_least=0)
     skip_broken: bool = setting(False, "leave out images that cannot be decoded, and count them")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """img_size as (H, W), once it is resolved."""
+        assert self.img_size is not None
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else pair(self.img_size)
 
 
 @dataclass

@@ -9,12 +9,27 @@ import re
 import shlex
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
 from ssl_vit.errors import UserError
+
+T = TypeVar("T")
+
+
+def known(value: T | None) -> T:
+    """A value that may be None elsewhere and is not here, such as a setting that the run has resolved."""
+    assert value is not None
+    return value
+
+
+def pair(values: Sequence[T]) -> tuple[T, T]:
+    """A list that holds two values, as a setting for a range or a size does."""
+    first, second = values
+    return first, second
 
 
 def setting(

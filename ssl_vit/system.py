@@ -2,6 +2,8 @@
 
 import os
 import signal
+from types import FrameType
+from typing import Literal
 
 import torch
 
@@ -19,7 +21,7 @@ class StopSignal:
     """SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2, SIGHUP, or the death of the launcher: the step is finished and saved, then the
     process ends with the shell's code of that signal (128 + its number)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._asked: int | None = None
         # accelerate launch dies of SIGTERM without passing it on to its one child
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
@@ -29,11 +31,11 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._ask) for number in heeded()}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = number
@@ -54,12 +56,12 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def workers(asked: int | str) -> int:
+def workers(asked: int | Literal["auto"]) -> int:
     """Decoding processes: as many as asked for, or with "auto" the cores, at most 16."""
     return min(cores(), 16) if asked == "auto" else asked
 
 
-def set_threads(asked: int | str) -> int:
+def set_threads(asked: int | Literal["auto"]) -> int:
     """CPU threads for torch and faiss. Launchers set one by their own; results in the last bits depend on it."""
     import faiss
 

@@ -74,9 +74,16 @@ class Tokens(nn.Module):
         """Logits (…, width) and classes (…) → one loss per patch (…)."""
         return token_loss(prediction, target)
 
+    def codes(self) -> Tensor:
+        """What each class looks like: standardised patches (width, ph·pw·C)."""
+        raise NotImplementedError
+
 
 class Colours(Tokens):
     """The patch's mean colour in 3 bits per channel: 512 classes for RGB (ViT, arXiv 2010.11929, appendix B.1.2)."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, patch: tuple[int, int], mean: Tensor, std: Tensor):
         super().__init__()
@@ -90,7 +97,8 @@ class Colours(Tokens):
 
     def forward(self, images: Tensor) -> Tensor:
         """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
-        colour = patchify(images, self.patch).unflatten(-1, (-1, len(self.mean))).mean(-2) * self.std + self.mean
+        pixels: Tensor = patchify(images, self.patch).unflatten(-1, (-1, len(self.mean)))
+        colour = pixels.mean(-2) * self.std + self.mean
         level = (colour * 8).long().clamp(0, 7)
         place = 8 ** torch.arange(len(self.mean), device=images.device)
         return (level * place).sum(-1)
@@ -106,6 +114,8 @@ class Colours(Tokens):
 
 class KMeans(Tokens):
     """The nearest of `width` patches found by k-means on training images; stands in for BEiT's dVAE tokens."""
+
+    centroids: Tensor
 
     def __init__(self, patch: tuple[int, int], channels: int, width: int):
         super().__init__()

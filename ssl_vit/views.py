@@ -11,6 +11,7 @@ Photos of varied size are cropped where they are decoded, by `crop_photo` in the
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 from typing import Literal
 
@@ -20,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as per_sample
 
 from ssl_vit.randomness import Draw
+from ssl_vit.settings import pair
 
 Interpolation = Literal["bilinear", "bicubic"]  # both antialiased
 CROP_MODES = ("center", "squash")  # timm's
@@ -68,7 +70,7 @@ class Evaluation:
 
 def evaluation(size: Sequence[int], interpolation: Interpolation = "bilinear") -> Evaluation:
     """The evaluation view of our own runs: crop_pct is 0.875, and 1 up to 64 px."""
-    return Evaluation(tuple(size), 1.0 if max(size) <= 64 else 0.875, interpolation)
+    return Evaluation(pair(size), 1.0 if max(size) <= 64 else 0.875, interpolation)
 
 
 ViewSpec = dict[str, View]  # by name; the name is part of the address of the view's random numbers
@@ -293,17 +295,18 @@ def colour(view: View, images: Tensor, u: Tensor) -> Tensor:
     if images.shape[1] != 3:
         greyed = torch.zeros_like(greyed)
 
-    steps = [
-        (jittered, jitter, factors[jittered], order[jittered]),
+    radius = math.ceil(3 * view.blur_sigma[1])
+    steps: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = [
+        (jittered, partial(jitter, factors=factors[jittered], order=order[jittered])),
         (greyed, grey),
-        (blurred, blur, sigma[blurred], math.ceil(3 * view.blur_sigma[1])),
+        (blurred, partial(blur, sigma=sigma[blurred], radius=radius)),
         (solarized, solarize),
     ]
     if view.three_augment:
         steps = steps[1:] + steps[:1]
-    indices = _places([chosen for chosen, *_ in steps], images.device)
-    for index, (_, operation, *arguments) in zip(indices, steps, strict=True):
-        images = _on(images, index, operation, *arguments)
+    indices = _places([chosen for chosen, _ in steps], images.device)
+    for index, (_, operation) in zip(indices, steps, strict=True):
+        images = _on(images, index, operation)
     return images
 
 
@@ -327,7 +330,7 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     turn = (factors[:, 3:] != 0) & (order == 3)  # (N, 4): the hue comes before the k-th blend, and after the last
     masks = list(turn.unbind(1))
     for k, index in enumerate(_places(masks, images.device)):
-        images = _on(images, index, hue, factors[masks[k], 3])
+        images = _on(images, index, partial(hue, shift=factors[masks[k], 3]))
         if k < 3:
             pixels = images.flatten(2)
             offset = (matrices[:, k, -1] * pixels.mean(2)).sum(1)[:, None, None]
@@ -391,13 +394,13 @@ def _places(masks: list[Tensor], device: torch.device) -> list[Tensor]:
     return list(torch.cat(places).to(device, non_blocking=True).split([len(p) for p in places]))
 
 
-def _on(images: Tensor, index: Tensor, operation: Callable[..., Tensor], *arguments: Tensor | int) -> Tensor:
+def _on(images: Tensor, index: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
     """The images, with the operation applied to those at index, which increases and has no duplicates."""
     if len(index) == 0:
         return images
     if len(index) == len(images):
-        return operation(images, *arguments)
-    return images.index_copy(0, index, operation(images.index_select(0, index), *arguments))
+        return operation(images)
+    return images.index_copy(0, index, operation(images.index_select(0, index)))
 
 
 # --- two images in one ------------------------------------------------------------------------------------------------
@@ -445,7 +448,8 @@ def mix(
 
 
 def _partners(rows: Tensor) -> Tensor:
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    pairs: Tensor = rows.unflatten(0, (-1, 2))
+    return pairs.flip(1).flatten(0, 1)
 
 
 def beta(name: str, alpha: Tensor, draw: Draw) -> Tensor:
@@ -480,8 +484,8 @@ def crop_flip(size: tuple[int, int], flip: float, scale: tuple[float, float] = (
 
 def three_augment(size: tuple[int, int], flip: float, scale: tuple[float, float] = (0.08, 1.0)) -> ViewSpec:
     """3-Augment (DeiT III, arXiv 2204.07118, section 4; deit/augment.py): grey, blur or solarize, then jitter."""
-    strengths = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0)
-    return {"image": View(size, scale=scale, flip=flip, jitter=1.0, three_augment=True, **strengths)}
+    view = View(size, scale=scale, flip=flip, jitter=1.0, three_augment=True)
+    return {"image": replace(view, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0)}
 
 
 def dino(
@@ -496,14 +500,14 @@ def dino(
 ) -> ViewSpec:
     """DINO's two global and local_count local views (DataAugmentationDINO in the official main_dino.py; it resizes
     bicubically: see `resampled`). colour=False: crops and flips only. blur=False: a sigma of up to 2 px suits 224."""
-    base = dict(flip=flip, jitter=0.8 if colour else 0.0, grey=0.2 if colour else 0.0)
+    base = View(size, scale=global_scale, flip=flip, jitter=0.8 if colour else 0.0, grey=0.2 if colour else 0.0)
     p = 1.0 if colour and blur else 0.0
     spec = {
-        "global1": View(size, scale=global_scale, blur=p, **base),
-        "global2": View(size, scale=global_scale, blur=0.1 * p, solarize=0.2 if colour else 0.0, **base),
+        "global1": replace(base, blur=p),
+        "global2": replace(base, blur=0.1 * p, solarize=0.2 if colour else 0.0),
     }
     if local_count:
-        spec["local"] = View(local_size, count=local_count, scale=local_scale, blur=0.5 * p, **base)
+        spec["local"] = replace(base, size=local_size, count=local_count, scale=local_scale, blur=0.5 * p)
     return spec
 
 

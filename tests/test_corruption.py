@@ -200,7 +200,7 @@ def test_a_prefix_leaves_the_expected_number_to_predict():
     objective = small("next patch after a prefix")
     start = Draw(0, 0, torch.arange(4000)).uniform("prefix", 1)
     hidden, _ = corruption.next_patch(start, (8, 8), 1)
-    assert hidden.sum(1).float().mean().item() == pytest.approx(objective.num_masked, rel=0.03)
+    assert hidden.sum(1).float().mean().item() == pytest.approx(objective.expected_masked, rel=0.03)
 
 
 def test_the_noise_is_what_was_added():

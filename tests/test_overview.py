@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import small_objective, small_recipe
 
-from ssl_vit import monitor, overview
+from ssl_vit import backbones, monitor, overview
+from ssl_vit import recipe as recipes
 
 
 @pytest.mark.parametrize(
@@ -111,3 +112,10 @@ def test_a_run_that_is_soon_done_says_no_time_left():
     assert said(monitor.Estimate(0, 6, workers=0), {at: 1.0 for at in range(1, 7)})[0] == []  # nothing is left
     [(at, _)], _ = said(monitor.Estimate(0, 7, workers=0), {at: 1.0 for at in range(1, 8)})
     assert at == 6
+
+
+def test_a_vit_whose_patches_are_no_tokens_goes_by_its_name():
+    config = recipes.Backbone(name="vit_tiny_r_s16_p8_224", patch_size=2)
+    data = recipes.Data(img_size=[64, 64], in_chans=3, mean=[0.5] * 3, std=[0.5] * 3)
+    hybrid = backbones.build(config, data, seed=0)
+    assert overview.shape_of(hybrid, config).startswith("vit_tiny_r_s16_p8_224, ")

@@ -7,13 +7,14 @@ A backbone is a plain timm model behind one seam: plain timm weights in, plain t
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ssl_vit import views
+from ssl_vit.backbones.timm_models import TimmModel, published_size
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 
@@ -23,8 +24,10 @@ class Unsupported(Exception):
 
 
 # what timm's models raise on images, or with settings, that they were not made for
-FAULTS = (Unsupported, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError)
-FAULTS += (TypeError, ValueError, ZeroDivisionError)
+FAULTS = (
+    *(Unsupported, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError),
+    *(TypeError, ValueError, ZeroDivisionError),
+)
 
 
 def reason(error: Exception) -> str:
@@ -35,10 +38,11 @@ def reason(error: Exception) -> str:
 class Backbone(nn.Module):
     """Any timm model. Images: float (B, C, H, W) in [0, 1]."""
 
+    model: TimmModel
     mean: Tensor  # (C, 1, 1)
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], args: dict):
+    def __init__(self, model: TimmModel, mean: Sequence[float], std: Sequence[float], args: dict[str, Any]):
         super().__init__()
         self.model = model
         self.args = dict(args)  # what timm built the model with, and needs to build it again
@@ -56,7 +60,8 @@ class Backbone(nn.Module):
     @property
     def input_size(self) -> tuple[int, int]:
         """(H, W) in pixels that the weights are meant for."""
-        return tuple(self.model.pretrained_cfg["input_size"][1:])
+        _, height, width = self.model.pretrained_cfg["input_size"]
+        return height, width
 
     @property
     def evaluation_view(self) -> views.Evaluation:
@@ -130,11 +135,13 @@ class Backbone(nn.Module):
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         """(H, W) in patches of the last block."""
-        size, embed = tuple(images.shape[-2:]), getattr(self.model, "patch_embed", None)
+        height, width = images.shape[-2:]
         stride = self.model.feature_info[-1]["reduction"]
-        if hasattr(embed, "dynamic_feat_size") and len({i["reduction"] for i in self.model.feature_info}) == 1:
-            return tuple(embed.dynamic_feat_size(size))
-        return -(-size[0] // stride), -(-size[1] // stride)
+        size_of = getattr(getattr(self.model, "patch_embed", None), "dynamic_feat_size", None)
+        if size_of is not None and len({i["reduction"] for i in self.model.feature_info}) == 1:
+            height, width = size_of((height, width))
+            return height, width
+        return -(-height // stride), -(-width // stride)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -144,9 +151,9 @@ class Backbone(nn.Module):
         try:
             self.features(self.mean.new_zeros(1, len(self.mean), *self.input_size), range(self.depth))
         except FAULTS as error:
-            (height, width), own = self.input_size, timm.get_pretrained_cfg(self.name).input_size[1:]
+            (height, width), own = self.input_size, published_size(self.name)
             where, remedy = "", "use"
-            if (height, width) != tuple(own):
+            if (height, width) != own:
                 where, remedy = f" on images of {height}x{width}", f"set data.img_size={own[0]}, or use"
             raise UserError(
                 f"{self.name} cannot be used{where} ({reason(error)}): {remedy} another model, such as vit_small, "
@@ -158,7 +165,8 @@ class Backbone(nn.Module):
     @property
     def name(self) -> str:
         """The model's name in timm."""
-        return self.model.pretrained_cfg["architecture"]
+        name: str = self.model.pretrained_cfg["architecture"]
+        return name
 
     def add_classifier(self, classes: int) -> None:
         """Give the model a linear head for so many classes, zero-initialised, so that training starts at ln K.
@@ -169,10 +177,11 @@ class Backbone(nn.Module):
 
     def classify(self, images: Tensor, draw: Draw | None = None) -> Tensor:
         """Logits (B, K) of the model's own head."""
-        return self.model(self.normalise(images))
+        logits: Tensor = self.model(self.normalise(images))
+        return logits
 
     @torch.no_grad()
-    def _give_head(self, classes: int, **pool) -> None:
+    def _give_head(self, classes: int, **pool: str | bool) -> None:
         """Reset the classifier, with the timm arguments that say what it reads, and try it."""
         training = self.training
         self.eval()

@@ -2,18 +2,21 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import DropPath, PatchEmbed
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ssl_vit import recipe as recipes
 from ssl_vit import views
 from ssl_vit.backbones.base import FAULTS, Backbone, reason
+from ssl_vit.backbones.timm_models import TimmModel, create_model, is_plain, published_size
 from ssl_vit.backbones.vit import AddressedDropPath, TokenBackbone, draw_class_token, fix_sincos_positions, xavier
 from ssl_vit.errors import UserError
+from ssl_vit.settings import known
 
 SIZES = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14}
 
@@ -25,13 +28,13 @@ def build(
 
     Raises UserError for what cannot be built.
     """
-    size = (data.img_size, data.img_size) if isinstance(data.img_size, int) else tuple(data.img_size)
-    name, args = config.name, dict(in_chans=data.in_chans, num_classes=0)
+    size, name = data.size, config.name
+    args: dict[str, Any] = dict(in_chans=data.in_chans, num_classes=0)
     if name.removeprefix("vit_") in SIZES:
         name = f"{name}_patch{SIZES[name.removeprefix('vit_')]}_224"
     if name not in timm.list_models():
-        known = [f"vit_{s}" for s in SIZES]
-        raise UserError(f"Unknown backbone {config.name!r}: give one of {', '.join(known)}, or a model timm knows.")
+        ours = [f"vit_{s}" for s in SIZES]
+        raise UserError(f"Unknown backbone {config.name!r}: give one of {', '.join(ours)}, or a model timm knows.")
     is_vit = timm.models.is_model_in_modules(name, ["vision_transformer", "deit"])
     if not is_vit:
         of_vit = ("embed_dim", "depth", "num_heads", "init_values", "reg_tokens", "drop_path_rate")
@@ -67,25 +70,25 @@ def build(
             torch.manual_seed(seed)
             model.apply(xavier)
             if is_vit:  # as the linear layer that it is
-                nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(len(model.patch_embed.proj.weight), -1))
+                weight = model.get_parameter("patch_embed.proj.weight")
+                nn.init.xavier_uniform_(weight.view(len(weight), -1))
     if isinstance(model, VisionTransformer):
         draw_class_token(model, seed)
     view = views.evaluation(size, interpolation)
     own = dict(crop_pct=view.crop_pct, interpolation=view.interpolation, crop_mode=view.crop_mode)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (data.in_chans, *size), **own}
-    return wrap(model, data.mean, data.std, args)
+    return wrap(model, known(data.mean), known(data.std), args)
 
 
-def _create(name: str, args: dict, size: tuple[int, int], seed: int) -> tuple[nn.Module, dict]:
+def _create(name: str, args: dict[str, Any], size: tuple[int, int], seed: int) -> tuple[TimmModel, dict[str, Any]]:
     """(timm's model for images of this size, its weights drawn from the seed; what it was built with)."""
-    own = timm.get_pretrained_cfg(name)
     # models with a grid or windows must be told the size; convolutions do not take it
-    tries = [args] if "img_size" in args or own.input_size[1:] == size else [args | dict(img_size=size), args]
+    tries = [args] if "img_size" in args or published_size(name) == size else [args | dict(img_size=size), args]
     for given in tries:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
-                return timm.create_model(name, **given), given
+                return create_model(name, **given), given
             except FAULTS as error:
                 if "img_size" in str(error) and isinstance(error, TypeError) and given is not tries[-1]:
                     continue
@@ -93,13 +96,12 @@ def _create(name: str, args: dict, size: tuple[int, int], seed: int) -> tuple[nn
     raise AssertionError
 
 
-def wrap(model: nn.Module, mean: Sequence[float], std: Sequence[float], args: dict) -> Backbone:
+def wrap(model: TimmModel, mean: Sequence[float], std: Sequence[float], args: dict[str, Any]) -> Backbone:
     """The backbone around a timm model built with `args`: a TokenBackbone for a plain ViT.
 
     Raises UserError for a model whose features cannot be used.
     """
-    is_plain = isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
-    if not is_plain or model.pos_embed is None:  # a hybrid's patches see each other before they are tokens
+    if not is_plain(model):
         backbone = Backbone(model, mean, std, args)
         backbone.check()
         return backbone
@@ -111,7 +113,7 @@ def wrap(model: nn.Module, mean: Sequence[float], std: Sequence[float], args: di
     return TokenBackbone(model, mean, std, args)
 
 
-def resolve_patch(patch: int | str | None, size: tuple[int, int]) -> int:
+def resolve_patch(patch: int | Literal["auto"] | None, size: tuple[int, int]) -> int:
     """The patch side for images of this size (H, W); "auto" is the divisor nearest to size/8, from 2, up to 64 px."""
     if patch == "auto":
         if max(size) > 64:

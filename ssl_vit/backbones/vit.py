@@ -6,23 +6,27 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssl_vit.backbones.base import Backbone
+from ssl_vit.backbones.timm_models import PlainViT
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
+from ssl_vit.settings import known
 
 
 class TokenBackbone(Backbone):
     """A plain ViT, whose tokens an objective may replace (before positions) or drop (with them)."""
 
-    model: VisionTransformer
+    model: PlainViT
 
     @property
     def input_size(self) -> tuple[int, int]:
-        return tuple(self.model.patch_embed.img_size)
+        height, width = self.model.patch_embed.img_size
+        return height, width
 
     @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
-        return self.model.patch_embed.patch_size
+        height, width = self.model.patch_embed.patch_size
+        return height, width
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -34,24 +38,24 @@ class TokenBackbone(Backbone):
 
     def patch_embed(self, images: Tensor) -> Tensor:
         """Images in [0, 1] → patch tokens (B, N, D) without positions."""
-        tokens = self.model.patch_embed(self.normalise(images))
+        tokens: Tensor = self.model.patch_embed(self.normalise(images))
         return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # a map where timm resamples positions by itself
 
     def add_positions(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
         """Patch tokens (B, N, D) → prefix and positioned tokens (B, P + N, D); with keep, int64 (B, K), only those."""
         m = self.model
         own_prefix = 0 if m.no_embed_class else m.num_prefix_tokens
-        at = m.pos_embed
+        at: Tensor = m.pos_embed
         if grid != tuple(m.patch_embed.grid_size):
             at = resample_abs_pos_embed(at, grid, m.patch_embed.grid_size, num_prefix_tokens=own_prefix)
         tokens = tokens + at[:, own_prefix:]
         if keep is not None:
             tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
         # in timm's order; a distilled DeiT's second token is learnt from its teacher's labels there
-        prefix = [t for t in (m.cls_token, getattr(m, "dist_token", None), m.reg_token) if t is not None]
-        if not prefix:
+        own = [t for t in (m.cls_token, getattr(m, "dist_token", None), m.reg_token) if t is not None]
+        if not own:
             return tokens
-        prefix = torch.cat(prefix, 1)
+        prefix = torch.cat(own, 1)
         if own_prefix:
             prefix = prefix + at[:, :own_prefix]
         return torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
@@ -66,7 +70,8 @@ class TokenBackbone(Backbone):
         x = m.norm_pre(tokens)
         for block in m.blocks:
             x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
-        return m.norm(x)
+        normed: Tensor = m.norm(x)
+        return normed
 
     def tokens(self, images: Tensor, draw: Draw | None = None) -> Tensor:
         """The whole way: images in [0, 1] → normed output tokens (B, P + N, D)."""
@@ -88,17 +93,20 @@ class TokenBackbone(Backbone):
         """The last block's attention of the class token to the patches, for each head: (B, heads, H, W)."""
         m = self.model
         x = m.norm_pre(self.add_positions(self.patch_embed(images), self.grid(images)))
-        for block in m.blocks[:-1]:
+        *earlier, last = m.blocks
+        for block in earlier:
             x = block(x)
-        a = m.blocks[-1].attn
-        q, k, _ = a.qkv(m.blocks[-1].norm1(x)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        a = last.attn
+        q, k, _ = a.qkv(last.norm1(x)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (a.q_norm(q)[:, :, :1] * a.scale @ a.k_norm(k).transpose(-2, -1)).softmax(-1)
-        return weights[:, :, 0, self.num_prefix_tokens :].unflatten(-1, self.grid(images))
+        maps: Tensor = weights[:, :, 0, self.num_prefix_tokens :].unflatten(-1, self.grid(images))
+        return maps
 
     def _draw_depth(self, draw: Draw | None, batch: int) -> None:
         paths = [m for m in self.model.modules() if isinstance(m, AddressedDropPath)]
         if not paths or not self.training:
             return
+        assert draw is not None, "stochastic depth draws nothing by itself"
         uniform = draw.uniform("drop path", batch // len(draw.rows), len(paths)).transpose(0, 1).flatten(0, 1)
         for i, path in enumerate(paths):
             path.scale = ((uniform[:, i] >= path.rate) / (1 - path.rate)).view(-1, 1, 1)
@@ -107,10 +115,11 @@ class TokenBackbone(Backbone):
 class AddressedDropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016) whose draws are handed in: timm's come from the global generator."""
 
+    scale: Tensor  # (B, 1, 1), set before each training pass
+
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        self.scale: Tensor | None = None  # (B, 1, 1), set before each training pass
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.to(x.dtype) if self.training else x
@@ -131,13 +140,14 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 def fix_sincos_positions(model: VisionTransformer) -> None:
     """Give a timm ViT sine-cosine positions, zero for prefix tokens, and keep them fixed."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    positions = known(model.pos_embed)
     with torch.no_grad():
-        model.pos_embed.zero_()
-        model.pos_embed[0, prefix:] = sincos_positions(model.embed_dim, model.patch_embed.grid_size)
-    model.pos_embed.requires_grad = False
+        positions.zero_()
+        positions[0, prefix:] = sincos_positions(model.embed_dim, model.patch_embed.grid_size)
+    positions.requires_grad = False
 
 
-def draw_class_token(model: VisionTransformer, seed: int) -> None:
+def draw_class_token(model: nn.Module, seed: int) -> None:
     """Normal of std 0.02, as in the official MAE, DINO and DeiT (BEiT's is cut at one deviation), where timm has 1e-6;
     so is DeiT's distillation token. Drawn at addresses of their own: no other weight of a seed depends on them."""
     draw = Draw(seed, 0, torch.tensor([0]))

@@ -10,12 +10,13 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssl_vit import system, views
 from ssl_vit.data.image_set import ImageSet
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
+from ssl_vit.settings import known
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Chunk:
         """The augmented views, float32 in [0, 1], on the device."""
         device = self.draw.device
         if self.crops is None:
-            return views.make(spec, images.images[self.indices.to(device, non_blocking=True)], self.draw)
+            return views.make(spec, known(images.images)[self.indices.to(device, non_blocking=True)], self.draw)
         crops = {name: crop.to(device, non_blocking=True) for name, crop in self.crops.items()}
         return views.finish(spec, crops, self.draw)
 
@@ -56,9 +57,9 @@ def chunks(
         for step, rows, indices in plan:
             yield Chunk(Draw(seed, step, torch.from_numpy(rows), device), torch.from_numpy(indices))
         return
-    dataset = _Crops(images.photo, spec, seed)
+    dataset = _Crops(known(images.photo), spec, seed)
     batches = ([(step, int(r), int(i)) for r, i in zip(rows, indices, strict=True)] for step, rows, indices in plan)
-    loader = DataLoader(
+    loader: DataLoader[object] = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate
     )
     for steps, rows, indices, crops in _batches(loader):
@@ -78,14 +79,16 @@ def evaluation_views(
         for part in indices.split(batch):
             yield view(images.images[part.to(images.images.device)].to(device))
         return
-    dataset = _Whole(images.photo, view)
+    dataset = _Whole(known(images.photo), view)
     workers = min(system.cores(), 16) if len(indices) > batch else 0
-    loader = DataLoader(dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate)
+    loader: DataLoader[object] = DataLoader(
+        dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate
+    )
     for part in _batches(loader):
         yield part.to(device).float() / 255
 
 
-class _Crops:
+class _Crops(Dataset[object]):
     """Decodes one photo and crops all its views from the original. An item is (step, row, index)."""
 
     def __init__(self, photo: Callable[[int], Tensor], spec: views.ViewSpec, seed: int):
@@ -99,7 +102,7 @@ class _Crops:
             return error
 
 
-class _Whole:
+class _Whole(Dataset[object]):
     """Decodes one photo and makes its evaluation view, rounded to uint8 (C, H, W)."""
 
     def __init__(self, photo: Callable[[int], Tensor], view: views.Evaluation):

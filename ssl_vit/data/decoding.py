@@ -23,6 +23,8 @@ PROBE = 256  # images whose headers are read to learn what a set is like
 FILE = "ssl_vit.file"  # the column with an image file's path under its split; no column of a user's has this name
 FIRST = "ssl_vit.first"  # the column with the name or row of the first of equal images
 
+Kind = tuple[str, str, bool, bool]  # of an image: form, mode, whether it has alpha, whether it was turned upright
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -110,10 +112,10 @@ class Look:
     channels: int
     size: tuple[int, int] | None  # that all share
     deep: list[str]
-    seen: Counter
+    seen: Counter[Kind]
 
 
-def describe(stored: Stored) -> tuple:
+def describe(stored: Stored) -> Kind:
     """What is counted of an image: form, mode, whether it has alpha, whether it was turned upright."""
     return stored.form, stored.mode, stored.alpha, stored.turned
 
@@ -140,7 +142,7 @@ def probe(read: Callable[[int], Stored], n: int, skip_broken: bool, title: str) 
         indices=list(good),
         channels=max(stored.channels for stored in found),
         size=sizes.pop() if len(sizes) == 1 else None,
-        deep=sorted({stored.deep for stored in found} - {None}),
+        deep=sorted({stored.deep for stored in found if stored.deep}),
         seen=Counter(map(describe, found)),
     )
 
@@ -213,8 +215,10 @@ def decode_all(
     """
     images = None if shape is None else torch.empty(n, *shape, dtype=torch.uint8)
 
-    def block(start: int) -> tuple[list[tuple[int, UserError]], bool, Counter, list[int]]:
-        broken, same, seen, clipped = [], shape is not None, Counter(), []
+    def block(start: int) -> tuple[list[tuple[int, UserError]], bool, Counter[Kind], list[int]]:
+        broken: list[tuple[int, UserError]] = []
+        same, clipped = True, []
+        seen: Counter[Kind] = Counter()
         for i in range(start, min(start + 64, n)):
             try:
                 stored = read(i)
@@ -225,13 +229,15 @@ def decode_all(
             seen[describe(stored)] += 1
             if outside:
                 clipped.append(outside)
-            if same and image.shape == shape:
+            if images is not None and image.shape == shape:
                 images[i] = image
             else:
                 same = False
         return broken, same, seen, clipped
 
-    broken, of_shape, seen, clipped = [], True, Counter(), []
+    broken: list[tuple[int, UserError]] = []
+    of_shape, clipped = True, []
+    seen: Counter[Kind] = Counter()
     with ThreadPoolExecutor(min(8, system.cores())) as pool:  # more would wait for each other
         for bad, same, kinds, outside in pool.map(block, range(0, n, 64)):
             broken += bad
@@ -250,7 +256,7 @@ def decode_all(
         kept = torch.tensor(sorted(set(range(n)) - {i for i, _ in broken}))
     if not of_shape:
         images = None
-    elif kept is not None:
+    elif images is not None and kept is not None:
         images = images[kept]
     return dict(
         images=images,
@@ -289,4 +295,4 @@ def cached(identity: str, make: Callable[[], dict], announcement: str | None = N
 
 
 def digest(images: Tensor) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images.numpy())).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(images.numpy()).data).hexdigest()

@@ -53,7 +53,8 @@ def walk(root: Path) -> Found:
     """All files under a folder, links followed, every real folder once. Raises UserError for a name not in UTF-8."""
     found = Found()
     above = {_key(parent) for parent in root.resolve().parents}
-    seen, folders, links = set(), [str(root)], []
+    seen, folders = set(), [str(root)]
+    links: list[str] = []
     while folders or links:  # real folders first, so that a link to one is the one left out
         at = folders.pop() if folders else links.pop(0)
         key = _key(at)
@@ -157,7 +158,7 @@ def splits(
         if several and None not in classes[split]:
             # with all names of the split, so that a held-out tenth of it has no class that the rest does not know
             columns["label"] = classes[split]
-            features["label"] = datasets.ClassLabel(names=sorted(set(classes[split])))
+            features["label"] = datasets.ClassLabel(names=sorted({name for name in classes[split] if name is not None}))
         for column, values in tables:
             own_values = [values.get(os.path.realpath(found.images[i].path)) for i in chosen]
             if ("label" not in columns or label == column) and any(v is not None for v in own_values):
@@ -203,11 +204,11 @@ def _descend(
     for parts in paths:
         for depth in range(1, len(parts) - 1):
             folders[parts[:depth]].add(parts[depth])
-    for folder, names in folders.items():
-        kinds = {kind for kind, known in SPLITS.items() for name in names if name.lower() in known}
+    for folder, inside in folders.items():
+        kinds = {kind for kind, known in SPLITS.items() for name in inside if name.lower() in known}
         if "train" in kinds and len(kinds) > 1:
             raise UserError(
-                f"{root} has no splits, but {Path(root, *folder)} has ({listed(sorted(names)[:5])}): they would be "
+                f"{root} has no splits, but {Path(root, *folder)} has ({listed(sorted(inside)[:5])}): they would be "
                 "mixed. Pass --data of the folder that holds train and test, or move them up (train/CLASS, test/CLASS)."
             )
     return root, paths, []
@@ -219,7 +220,7 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
     left_out: gets the counts. others: the splits that no training image may be in.
     """
     files = found.images
-    real = {}
+    real: dict[tuple, int] = {}
     for split, chosen in members.items():
         kept: dict[tuple, int] = {}
         for i in sorted(chosen, key=lambda i: (files[i].linked, files[i].path)):
@@ -264,7 +265,7 @@ def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:
         columns = list(rows[0]) if rows else []
     except (OSError, ValueError, csv.Error, TypeError) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}): mend or remove it.") from None
-    known = [c for c in (label, "label", "labels", "fine_label", "class") if c in columns]
+    known = [c for c in (label, "label", "labels", "fine_label", "class") if c is not None and c in columns]
     if "file_name" not in columns or not known:
         say_once(
             f"No labels are read from {file}: its columns are {', '.join(columns)}; it needs file_name and label, or "

@@ -21,6 +21,7 @@ from ssl_vit.data import decoding, ledger
 from ssl_vit.data.pixels import Rules
 from ssl_vit.data.sources import Rows, labels_of, place, rows_of
 from ssl_vit.errors import UserError, say_once
+from ssl_vit.settings import pair
 
 
 @dataclass
@@ -122,7 +123,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     channels, size = config.in_chans or look.channels, look.size
     content = _identity(rows, found, channels, config)
     fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
-    span, limits = None, config.range and tuple(config.range)
+    span, limits = None, None if config.range is None else pair(config.range)
     if limits and not look.deep and role == "train":
         say_once(f"data.range is not used: the images of {title} that were looked at have 8 bits.")
     if look.deep and limits is None:
@@ -131,7 +132,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     decode = functools.partial(decoding.decode, read, rules)
     images, kept, broken, seen, clipped = None, None, [], look.seen, None
     if fits or config.skip_broken:
-        shape = (channels, *size) if fits else None
+        shape = (channels, *size) if size is not None and fits else None
         stored = decoding.cached(
             f"{content} {rules} {shape} {config.skip_broken}",
             functools.partial(decoding.decode_all, read, rules, len(rows), shape, config.skip_broken),
@@ -146,7 +147,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
             say_once(f"The images of {title} differ in size: workers decode them when they are needed.")
             size = None
         if stored["alike"]:
-            raise decoding.alike(len(images), title)
+            raise decoding.alike(len(stored["images"]), title)
     if images is None:
         decoding.refuse_alike(decode, look.indices, title)
     if labels is not None and kept is not None:
@@ -234,7 +235,7 @@ def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipe
     what is made of them."""
     image = found.image
     if decoding.FILE in rows.column_names:
-        files = [
+        files: list[object] = [
             (name, *_stat(cell["path"])) for name, cell in zip(rows[decoding.FILE][:], rows[image][:], strict=True)
         ]
     else:

@@ -1,9 +1,11 @@
 """What became of a set's files: what was found, used and left out and why, what they were. Nothing leaves uncounted."""
 
 from collections import Counter
+from collections.abc import Callable
 
 from torch import Tensor
 
+from ssl_vit.data.decoding import Kind
 from ssl_vit.data.folders import counts
 from ssl_vit.data.pixels import Rules
 from ssl_vit.errors import say_once
@@ -12,7 +14,7 @@ from ssl_vit.errors import say_once
 def entry(
     title: str,
     found: dict,
-    seen: Counter,
+    seen: Counter[Kind],
     size: tuple[int, int] | None,
     used: int,
     broken: list[str],
@@ -29,7 +31,7 @@ def entry(
     """
     looked = sum(seen.values())
     per_class = None
-    if labels is not None:
+    if labels is not None and classes is not None:
         numbers = labels[labels >= 0].bincount(minlength=len(classes)).tolist()
         per_class = dict(zip(classes, numbers, strict=True))
     return dict(
@@ -102,8 +104,8 @@ def _between(least: int, most: int) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def _count(seen: Counter, of) -> dict[str, int]:
-    found = Counter()
+def _count(seen: Counter[Kind], of: Callable[..., str]) -> dict[str, int]:
+    found: Counter[str] = Counter()
     for kind, n in seen.items():
         found[of(*kind)] += n
     return dict(found)

@@ -23,10 +23,12 @@ import numpy as np
 import tifffile
 import torch
 import torchvision
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
 from ssl_vit.errors import UserError
+from ssl_vit.settings import known
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"),
@@ -213,7 +215,7 @@ def _picture(where: str, source: str | bytes, pages: str | None) -> Stored:
     count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if count > 1 and pages is None:
         raise _several(where, count)
-    if image.format == "TIFF":
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits = image.tag_v2.get(258, (1,))
         if len(bits) > 1 and (max(bits) > 8 or len(bits) != len(image.getbands())):
             return _tiff(where, source, pages)
@@ -246,7 +248,7 @@ def _picture(where: str, source: str | bytes, pages: str | None) -> Stored:
 
     return Stored(
         where,
-        image.format,
+        known(image.format),
         image.mode,
         (height, width),
         colours * len(frames),
@@ -328,15 +330,16 @@ def _tiff(where: str, source: str | bytes, pages: str | None) -> Stored:
     """A TIFF file of more bands or deeper colour than Pillow reads, by tifffile."""
 
     with _opened(source) as stream, tifffile.TiffFile(stream) as file:
-        count, page = len(file.pages), file.pages[0]
+        count, page = len(file.pages), file.pages.first
         if count > 1 and pages is None:
             raise _several(where, count)
         if not set(page.axes) <= set("YXS"):
             raise UserError(f"Image {where} has the axes {page.axes}: store one plane of rows, columns and bands.")
-        if page.photometric.name not in ("MINISWHITE", "MINISBLACK", "RGB"):
-            raise UserError(f"Image {where} holds {page.photometric.name} of {page.dtype}: store it as RGB.")
+        colour = PHOTOMETRIC(page.photometric)
+        if colour not in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
+            raise UserError(f"Image {where} holds {colour.name} of {page.dtype}: store it as RGB.")
         bands = page.samplesperpixel
-        alpha = bool(page.extrasamples) and page.extrasamples[-1].name != "UNSPECIFIED"
+        alpha = bool(page.extrasamples) and page.extrasamples[-1] != EXTRASAMPLE.UNSPECIFIED
         tag = page.tags.get("Orientation")
         orientation = int(tag.value) if tag else 1
         size, dtype = (page.imagelength, page.imagewidth), np.dtype(page.dtype)

@@ -10,6 +10,7 @@ import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import datasets
@@ -25,6 +26,7 @@ from ssl_vit.data.decoding import FILE, FIRST
 from ssl_vit.data.folders import SPLITS
 from ssl_vit.data.pixels import one_line
 from ssl_vit.errors import UserError, nearest, say_once
+from ssl_vit.settings import known
 
 # Data facts of known names: hub id, image and label column, report split, whether a flip keeps the label.
 HUB = {
@@ -72,7 +74,8 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
         say_once(f"{config.name} is the known set; for the folder of that name here, pass --data ./{config.name}.")
     hub_id, image, label, report, flip = unknown if local else KNOWN.get(config.name, unknown)
     image, label, report = config.image_column or image, config.label_column or label, config.report_split or report
-    lookup, files, ledger = (), "", {}
+    lookup: tuple[str, ...] = ()
+    files, ledger = "", dict[str, Any]()
     if local:
         splits, lookup, files, ledger = _local(place(config.name), config)
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
@@ -108,7 +111,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
             say_once(f"Column {column!r} of {config.name} is not taken for labels: it holds {_no_class(rows, column)}.")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    return Rows(rows, split, image, label, flip, lookup, files, ledger)
+    return Rows(rows, split, known(image), label, flip, lookup, files, ledger)
 
 
 def _apart(
@@ -199,7 +202,7 @@ def _choose_split(
     train = config.train_split or _training(splits)
     if report is None:
         report, other = named("test", "val"), named("val")
-        if role == "report" and other is not None and train not in (report, other):
+        if role == "report" and report is not None and other is not None and train not in (report, other):
             if not _labelled(splits[report], label) and _labelled(splits[other], label):
                 say_once(f"The {report} split of {config.name} has no labels: figures are of {other}.")
                 report = other
@@ -209,6 +212,7 @@ def _choose_split(
                 f"{config.name} has no {'training split' if split is None else f'split {split!r}'}; its splits are "
                 f"{', '.join(splits)}: choose with data.{key}=…"
             )
+    train = known(train)
     if report is not None and report != train:
         return (train, splits[train]) if role == "train" else (report, splits[report])
     rows = splits[train]

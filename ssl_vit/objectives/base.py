@@ -18,6 +18,8 @@ from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
+from ssl_vit.settings import pair
+from ssl_vit.views import ViewSpec
 
 
 @dataclass
@@ -40,9 +42,9 @@ class DatasetInfo:
     classes: int | None  # None: no labels
     views: recipes.Views
 
-    def single_view(self) -> views.ViewSpec:
+    def single_view(self) -> ViewSpec:
         """The recipe's augmentation, as one view called "image"."""
-        scale = tuple(self.views.scale)
+        scale = pair(self.views.scale)
         if self.views.augmentation == "none":
             spec = views.none(self.size)
         elif self.views.augmentation == "crop+flip":
@@ -58,15 +60,14 @@ class Objective(nn.Module):
     """One way to pre-train a backbone."""
 
     Config: ClassVar[type]  # a dataclass of `recipe.setting`s: the objective's part of the recipe
-    views: views.ViewSpec  # what views one image becomes, by name
+    config: object  # of that type
+    views: ViewSpec  # what views one image becomes, by name
     labelled: bool = False  # whether labels are needed
-    requires_fit: bool = False  # whether `fit` has anything to learn
-    shows: bool = False  # whether `show` has pictures
     micro_batch_multiple: int = (
         1  # a micro-batch holds whole groups of so many rows: 2 where row r is mixed with row r^1
     )
 
-    def __init__(self, config, backbone: Backbone, info: DatasetInfo):
+    def __init__(self, config: object, backbone: Backbone, info: DatasetInfo):
         super().__init__()
         self.config = config
         self.backbone = backbone
@@ -79,6 +80,16 @@ class Objective(nn.Module):
             if weights and not any(weight.requires_grad for weight in weights):
                 part.eval()
         return self
+
+    @property
+    def requires_fit(self) -> bool:
+        """Whether `fit` has anything to learn."""
+        return False
+
+    @property
+    def shows(self) -> bool:
+        """Whether `show` has pictures."""
+        return False
 
     def fit(self, images: Tensor, seed: int) -> None:
         """Once, before training: learn what the targets need from unaugmented images in [0, 1], into buffers."""

@@ -5,6 +5,7 @@ Caron et al. 2021, arXiv 2104.14294; the names are those of its official code. T
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,11 @@ from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.schedules import cosine, ramp
-from ssl_vit.settings import setting
+from ssl_vit.settings import pair, setting
 
 
 @dataclass
-class Config:
+class DINOConfig:
     out_dim: int = setting(65536, "output dimension of the head, K prototypes", at_least=2)
     hidden_dim: int = setting(2048, "hidden width of the head", at_least=1)
     bottleneck_dim: int = setting(256, "bottleneck dimension of the head, L2-normalised", at_least=2)
@@ -61,12 +62,17 @@ class Config:
 class DINO(Objective):
     """Shapes: B rows, V views of which the first two are global, K prototypes."""
 
-    Config = Config
+    Config = DINOConfig
+    config: DINOConfig
+    backbone: TokenBackbone
     shows = True
+    center: Tensor
+    teacher_sum: Tensor
+    teacher_count: Tensor
 
-    def __init__(self, config: Config, backbone: Backbone, info: DatasetInfo):
+    def __init__(self, config: DINOConfig, backbone: Backbone, info: DatasetInfo):
         super().__init__(config, backbone, info)
-        self.need_tokens("read class")
+        backbone = self.need_tokens("read class")
         if not backbone.model.has_class_token:
             raise UserError("DINO reads the class token, and this backbone has none.")
         if len(config.local_crops_scale) != 2 or config.local_crops_scale[0] > config.local_crops_scale[1]:
@@ -88,8 +94,8 @@ class DINO(Objective):
             (local, local),
             config.local_crops_number,
             info.flip,
-            tuple(info.views.scale),
-            tuple(config.local_crops_scale),
+            pair(info.views.scale),
+            pair(config.local_crops_scale),
             colour=info.views.augmentation == "dino",
             blur=info.views.blur,
         )
@@ -157,7 +163,7 @@ class DINO(Objective):
                 weight.grad = None
 
     @torch.no_grad()
-    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
+    def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
         momentum = cosine(step, total, self.config.momentum_teacher, 1.0)
         update_ema(self.teacher, self.backbone, momentum)
         update_ema(self.teacher_head, self.head, momentum)
@@ -222,7 +228,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class tokens (B, D) → logits (B, K)."""
-        return self.last(F.normalize(self.mlp(x), dim=-1))
+        logits: Tensor = self.last(F.normalize(self.mlp(x), dim=-1))
+        return logits
 
 
 class Prototypes(nn.Module):

@@ -17,10 +17,10 @@ import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ from ssl_vit.settings import setting
 
 
 @dataclass
-class Config:
+class MultitaskConfig:
     tasks: list[str] = setting(
         MISSING,
         'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.noise_sigma=[0,0.5]"]',
@@ -43,7 +43,7 @@ class Config:
     loss_weights: list[float] = setting([], "of each task's loss; []: 1 for all", above=0)
     mix: Literal["rows", "all"] = setting("rows", "an image does one task, the tasks taking turns, or all of them")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Write the tasks out in full, so that the run's record holds every setting."""
         if len(self.tasks) < 2:
             raise UserError(
@@ -65,9 +65,10 @@ class Config:
 class Multitask(Objective):
     """With mix=rows group g of `group` rows does task g mod n; a micro-batch holds whole rounds of all tasks."""
 
-    Config = Config
+    Config = MultitaskConfig
+    config: MultitaskConfig
 
-    def __init__(self, config: Config, backbone: Backbone, info: DatasetInfo):
+    def __init__(self, config: MultitaskConfig, backbone: Backbone, info: DatasetInfo):
         super().__init__(config, backbone, info)
         chosen = [read_task(text) for text in config.tasks]
         kinds = [objectives.find(recipe.objective_name) for recipe in chosen]
@@ -90,21 +91,24 @@ class Multitask(Objective):
         for place in sorted(range(len(kinds)), key=lambda place: not kinds[place].labelled):
             with said_of(self.names[place]):
                 built[place] = kinds[place](chosen[place].objective, backbone, info)
-        self.tasks = nn.ModuleList(built[place] for place in range(len(kinds)))
+        tasks = [built[place] for place in range(len(kinds))]
+        self.tasks = nn.ModuleList(tasks)
 
         # tasks with equal views share them, under the name of the first
-        specs = [task.views for task in self.tasks]
-        self.makers = [self.names[specs.index(spec)] for spec in specs]
+        self.specs = [task.views for task in tasks]
+        self.makers = [self.names[self.specs.index(spec)] for spec in self.specs]
         self.views = {
-            f"{maker}/{name}": v for maker, spec in zip(self.makers, specs, strict=True) for name, v in spec.items()
+            f"{maker}/{name}": v
+            for maker, spec in zip(self.makers, self.specs, strict=True)
+            for name, v in spec.items()
         }
-        self.group = math.lcm(*(task.micro_batch_multiple for task in self.tasks))
-        self.turns = len(self.tasks) if config.mix == "rows" else 1
+        self.group = math.lcm(*(task.micro_batch_multiple for task in tasks))
+        self.turns = len(tasks) if config.mix == "rows" else 1
         self.micro_batch_multiple = self.turns * self.group
 
     @property
     def requires_fit(self) -> bool:
-        return any(task.requires_fit for task in self.tasks)
+        return any(task.requires_fit for _, task in self.each())
 
     def fit(self, images: Tensor, seed: int) -> None:
         for name, task in self.each():
@@ -112,40 +116,41 @@ class Multitask(Objective):
                 task.fit(images, seed)
 
     def begin_step(self) -> None:
-        for task in self.tasks:
+        for _, task in self.each():
             task.begin_step()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        scalars = {}
+        scalars: dict[str, Tensor] = {}
         for place, (name, task) in enumerate(self.each()):
             scalars |= {f"{name}_{scalar}": value for scalar, value in task(self.part(batch, place)).items()}
         losses = [weight * scalars[f"{name}_loss"] for name, weight in zip(self.names, self.loss_weights, strict=True)]
-        return dict(loss=sum(losses) / self.turns, **scalars)
+        return dict(loss=sum(losses[1:], losses[0]) / self.turns, **scalars)
 
     def part(self, batch: Batch, place: int) -> Batch:
         """What the task in this place sees: its rows and views, and random numbers of its own."""
 
         def mine(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (-1, self.turns, self.group))[:, place % self.turns].flatten(0, 1)
+            rounds: Tensor = rows.unflatten(0, (-1, self.turns, self.group))
+            return rounds[:, place % self.turns].flatten(0, 1)
 
         return dataclasses.replace(
             batch,
-            views={name: mine(batch.views[f"{self.makers[place]}/{name}"]) for name in self.tasks[place].views},
+            views={name: mine(batch.views[f"{self.makers[place]}/{name}"]) for name in self.specs[place]},
             labels=None if batch.labels is None else mine(batch.labels),
             draw=batch.draw.for_rows(mine(batch.draw.rows)).fold_in(self.names[place]),
         )
 
     def before_optimizer_step(self, step: int, total: int) -> None:
-        for task in self.tasks:
+        for _, task in self.each():
             task.before_optimizer_step(step, total)
 
-    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
-        for task in self.tasks:
+    def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        for _, task in self.each():
             task.on_optimizer_step(step, total, reduce)
 
     @property
     def shows(self) -> bool:
-        return any(task.shows for task in self.tasks)
+        return any(task.shows for _, task in self.each())
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
         """The tasks' pictures, by task, each with the mask that it has when it is trained alone."""
@@ -170,7 +175,9 @@ class Multitask(Objective):
 
     def each(self) -> Iterator[tuple[str, Objective]]:
         """The tasks with their names."""
-        return zip(self.names, self.tasks, strict=True)
+        for name, task in zip(self.names, self.tasks, strict=True):
+            assert isinstance(task, Objective)
+            yield name, task
 
 
 def read_task(text: str) -> recipes.Recipe:
@@ -188,7 +195,7 @@ def read_task(text: str) -> recipes.Recipe:
                 "without blanks or in quotes; all else is of the whole run."
             )
 
-    def schema(objective: str) -> type:
+    def schema(objective: str) -> type[Any]:
         if objectives.find(objective) is Multitask:
             raise UserError(f"{name} is itself several tasks: name those instead.")
         return objectives.find(objective).Config

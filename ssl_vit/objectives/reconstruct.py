@@ -20,6 +20,7 @@ B.1.2), denoising 2401.14404 (l-DAE), next patches 2401.08541 (AIM), features 22
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -29,7 +30,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_vit import corruption, targets
-from ssl_vit.backbones import Backbone, sincos_positions, xavier
+from ssl_vit.backbones import Backbone, TokenBackbone, sincos_positions, xavier
 from ssl_vit.errors import UserError
 from ssl_vit.losses import masked_mean
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
@@ -37,11 +38,11 @@ from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.schedules import cosine
-from ssl_vit.settings import setting
+from ssl_vit.settings import known, pair, setting
 
 
 @dataclass
-class Config:
+class ReconstructConfig:
     mask: Literal["none", "random", "blocks", "causal", "prefix"] = setting(
         "random",
         "masked patches; causal: all later ones in raster order; prefix: all after a first part of random length",
@@ -84,12 +85,15 @@ class Config:
 class Reconstruct(Objective):
     """Corrupt, encode, predict. Shapes: B images, N patches in a grid, K of them visible, P prefix tokens."""
 
-    Config = Config
+    Config = ReconstructConfig
+    config: ReconstructConfig
+    backbone: TokenBackbone
+    decoder: "Decoder | LinearHead"
     shows = True
 
-    def __init__(self, config: Config, backbone: Backbone, info: DatasetInfo):
+    def __init__(self, config: ReconstructConfig, backbone: Backbone, info: DatasetInfo):
         super().__init__(config, backbone, info)
-        self.need_tokens("drop" if config.encoder_input == "visible" else "replace")
+        backbone = self.need_tokens("drop" if config.encoder_input == "visible" else "replace")
         check_settings(config)
         patch, embed_dim = backbone.patch_size, backbone.embed_dim
         self.grid = (info.size[0] // patch[0], info.size[1] // patch[1])
@@ -97,7 +101,9 @@ class Reconstruct(Objective):
         masks = config.mask in ("random", "blocks")
         self.num_masked = corruption.num_masked(patches, config.mask_ratio) if masks else patches
         if config.mask in NEXT:
-            self.num_masked = patches - 1 if config.mask == "causal" else (patches + 1) / 2 - 1 / patches  # expected
+            self.num_masked = patches - 1  # at most
+        # on average over images
+        self.expected_masked = (patches + 1) / 2 - 1 / patches if config.mask == "prefix" else float(self.num_masked)
         if masks and not 0 < self.num_masked < patches + (config.encoder_input != "visible"):
             raise UserError(
                 f"objective.mask_ratio={config.mask_ratio} masks {self.num_masked} of {patches} patches: set another."
@@ -105,13 +111,14 @@ class Reconstruct(Objective):
         self.views = info.single_view()
 
         channels = len(backbone.mean)
-        self.target = {
+        kinds: dict[str, Callable[[], targets.Pixels | targets.Features | targets.Tokens]] = {
             "pixels": lambda: targets.Pixels(patch, channels, config.norm_pix_loss, config.loss),
             "noise": lambda: targets.Pixels(patch, channels, False, config.loss),
             "colour": lambda: targets.Colours(patch, backbone.mean, backbone.std),
             "kmeans": lambda: targets.KMeans(patch, channels, config.vocab_size),
             "features": lambda: targets.Features(embed_dim, config.loss),
-        }[config.target]()
+        }
+        self.target = kinds[config.target]()
         self.teacher = copy.deepcopy(backbone).requires_grad_(False) if config.target == "features" else None
         self.pca = corruption.PatchPCA(patch, channels, config.noise_pca_dim) if config.noise_pca_dim else None
         if config.encoder_input == "mask_token":
@@ -132,7 +139,7 @@ class Reconstruct(Objective):
 
     def fit(self, images: Tensor, seed: int) -> None:
         for part in (self.pca, self.target):
-            if hasattr(part, "fit"):
+            if isinstance(part, corruption.PatchPCA | targets.KMeans):
                 part.fit(self.backbone.normalise(images), seed)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -147,8 +154,8 @@ class Reconstruct(Objective):
         with torch.autocast(images.device.type, enabled=False):
             per_patch = self.target.loss(prediction.float() if prediction.dtype.itemsize < 4 else prediction, target)
             if self.config.loss_weighting == "noise_level":
-                per_patch = per_patch / (1 + level.flatten(1).square())
-            return dict(loss=masked_mean(per_patch, mask, self.num_masked))
+                per_patch = per_patch / (1 + known(level).flatten(1).square())
+            return dict(loss=masked_mean(per_patch, mask, self.expected_masked))
 
     def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(prediction (B, N, width); mask bool (B, N): the patches over which the loss is averaged; and of gaussian
@@ -173,7 +180,7 @@ class Reconstruct(Objective):
         return self.decoder(latent), mask, noise, level
 
     @torch.no_grad()
-    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
+    def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
         if self.teacher is not None:
             update_ema(self.teacher, self.backbone, cosine(step, total, self.config.momentum_teacher, 1.0))
 
@@ -215,15 +222,15 @@ class Reconstruct(Objective):
         noise = level = None
         if c.corruption == "gaussian":
             if self.pca:
-                normal = draw.normal("noise", math.prod(self.grid), c.noise_pca_dim)
+                normal = draw.normal("noise", math.prod(self.grid), len(self.pca.components))
                 unit = self.pca.noise(normal, self.grid)
             else:
                 unit = draw.normal("noise", *images.shape[1:])
-            noise, level = corruption.noise(unit, draw.uniform("noise level", 1, 1, 1), c.noise_sigma)
+            noise, level = corruption.noise(unit, draw.uniform("noise level", 1, 1, 1), pair(c.noise_sigma))
             base = self.pca.project(b.normalise(images)) * b.std + b.mean if self.pca else images
             corrupted = base + b.std * noise
         elif c.corruption == "blur":
-            corrupted = corruption.blur(images, draw.uniform("blur", 1).flatten(), c.blur_sigma)
+            corrupted = corruption.blur(images, draw.uniform("blur", 1).flatten(), pair(c.blur_sigma))
         else:
             corrupted = corruption.shuffle(images, b.patch_size, order[:, order.shape[1] - self.num_masked :])
         if c.encoder_input == "corrupted" and c.mask != "none":  # the masked patches alone
@@ -284,7 +291,7 @@ class Reconstruct(Objective):
 NEXT = ("causal", "prefix")  # every patch is predicted from those before it
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: ReconstructConfig) -> None:
     """Raises UserError for settings that contradict each other."""
     c = config
     if c.mask in ("none", *NEXT) and c.encoder_input != "corrupted":
@@ -318,6 +325,8 @@ class Decoder(nn.Module):
     """MAE's decoder (section 3 and appendix A.1): mask tokens at the masked places, fixed sine-cosine positions, a few
     blocks, a linear layer to `out` values per patch. prefix: how many tokens come before the patches."""
 
+    positions: Tensor
+
     def __init__(
         self, embed_dim: int, prefix: int, grid: tuple[int, int], out: int, dim: int, depth: int, num_heads: int
     ):
@@ -328,7 +337,10 @@ class Decoder(nn.Module):
         at = torch.cat([torch.zeros(prefix, dim), sincos_positions(dim, grid)])
         self.register_buffer("positions", at[None], persistent=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]  # as timm itself does
+            for _ in range(depth)
+        )
         self.norm = norm(dim)
         self.head = nn.Linear(dim, out)
         self.apply(xavier)
@@ -346,7 +358,8 @@ class Decoder(nn.Module):
         x = x + self.positions
         for block in self.blocks:
             x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
-        return self.head(self.norm(x))[:, self.prefix :]
+        predictions: Tensor = self.head(self.norm(x))
+        return predictions[:, self.prefix :]
 
 
 class LinearHead(nn.Module):
@@ -361,4 +374,5 @@ class LinearHead(nn.Module):
 
     def forward(self, latent: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, P + N, D) → (B, N, out)."""
-        return self.head(latent[:, self.prefix :])
+        predictions: Tensor = self.head(latent[:, self.prefix :])
+        return predictions

@@ -5,6 +5,7 @@ Sources: DeiT (arXiv 2012.12877) for mixup, cutmix and label smoothing; DeiT III
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +18,11 @@ from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.randomness import Draw
-from ssl_vit.settings import setting
+from ssl_vit.settings import known, pair, setting
 
 
 @dataclass
-class Config:
+class SupervisedConfig:
     loss: Literal["ce", "bce"] = setting("ce", "cross-entropy, or binary cross-entropy per class")
     smoothing: float = setting(0.0, "label smoothing", at_least=0, at_most=0.99)
     mixup: float = setting(0.0, "alpha of mixup's Beta law; 0: none", at_least=0)
@@ -44,14 +45,15 @@ class Config:
 class Supervised(Objective):
     """A zero-initialised linear head on the backbone; the exported timm model keeps it."""
 
-    Config = Config
+    Config = SupervisedConfig
+    config: SupervisedConfig
     labelled = True
 
-    def __init__(self, config: Config, backbone: Backbone, info: DatasetInfo):
+    def __init__(self, config: SupervisedConfig, backbone: Backbone, info: DatasetInfo):
         super().__init__(config, backbone, info)
-        if info.classes < 2:
+        self.classes = known(info.classes)
+        if self.classes < 2:
             raise UserError("Supervised training needs at least two classes, and the images have one.")
-        self.classes = info.classes
         self.micro_batch_multiple = 2 if config.mixup or config.cutmix else 1
         self.views = info.single_view()
         if config.patch_drop_rate:
@@ -61,9 +63,9 @@ class Supervised(Objective):
         if isinstance(backbone, TokenBackbone):
             if config.global_pool == "token" and not backbone.model.has_class_token:
                 raise UserError("This backbone has no class token to read: use objective.global_pool=avg.")
-            backbone.add_classifier(info.classes, config.global_pool)
+            backbone.add_classifier(self.classes, config.global_pool)
         else:
-            backbone.add_classifier(info.classes)
+            backbone.add_classifier(self.classes)
         self.average = None if config.model_ema_decay is None else copy.deepcopy(backbone).requires_grad_(False)
 
     @property
@@ -71,14 +73,14 @@ class Supervised(Objective):
         return self.backbone if self.average is None else self.average
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        c, images = self.config, batch.views["image"]
-        target = F.one_hot(batch.labels, self.classes).to(images.dtype)
+        c, images, labels = self.config, batch.views["image"], known(batch.labels)
+        target = F.one_hot(labels, self.classes).to(images.dtype)
         target = target * (1 - c.smoothing) + c.smoothing / self.classes
         if c.mixup or c.cutmix:
             images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mixup_prob)
         if c.noise_sigma:
             unit, level = batch.draw.normal("noise", *images.shape[1:]), batch.draw.uniform("noise level", 1, 1, 1)
-            images = images + self.backbone.std * corruption.noise(unit, level, c.noise_sigma)[0]
+            images = images + self.backbone.std * corruption.noise(unit, level, pair(c.noise_sigma))[0]
         logits = self.classify(images, batch.draw)
         with torch.autocast(images.device.type, enabled=False):
             logits = logits.to(images.dtype)
@@ -86,23 +88,24 @@ class Supervised(Objective):
                 loss = F.cross_entropy(logits, target)
             else:
                 loss = F.binary_cross_entropy_with_logits(logits, target)
-        accuracy = (logits.argmax(1) == batch.labels).float().mean()
+        accuracy = logits.argmax(1).eq(labels).float().mean()
         return dict(loss=loss, accuracy=accuracy)
 
     def classify(self, images: Tensor, draw: Draw) -> Tensor:
         """Logits (B, K), from the patches that are not dropped."""
         if not self.config.patch_drop_rate:
             return self.backbone.classify(images, draw)
-        grid = self.backbone.grid(images)
+        backbone = self.need_tokens("drop")
+        grid = backbone.grid(images)
         keep, _ = corruption.random_masking(draw.uniform("mask", math.prod(grid)), self.config.patch_drop_rate)
-        tokens = self.backbone.add_positions(self.backbone.patch_embed(images), grid, keep)
-        return self.backbone.model.forward_head(self.backbone.encode(tokens, draw=draw))
+        tokens = backbone.add_positions(backbone.patch_embed(images), grid, keep)
+        return backbone.model.forward_head(backbone.encode(tokens, draw=draw))
 
     @torch.no_grad()
-    def on_optimizer_step(self, step: int, total: int, reduce) -> None:
+    def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
         if self.average is None:
             return
         # as TensorFlow's moving average: a short run would else export its start
-        update_ema(self.average, self.backbone, min(self.config.model_ema_decay, (1 + step) / (10 + step)))
+        update_ema(self.average, self.backbone, min(known(self.config.model_ema_decay), (1 + step) / (10 + step)))
         for ours, theirs in zip(self.average.buffers(), self.backbone.buffers(), strict=True):
             ours.copy_(theirs)

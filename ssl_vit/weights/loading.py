@@ -11,6 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason, wrap
+from ssl_vit.backbones.timm_models import create_model
 from ssl_vit.errors import UserError, nearest
 
 SHAPE = ("backbone.embed_dim", "backbone.depth", "backbone.num_heads", "backbone.patch_size")
@@ -26,10 +27,10 @@ def load(source: str) -> Backbone:
     try:
         if folder.is_dir() or folder != path:
             config = json.loads((folder / "config.json").read_text())
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            model = create_model(f"local-dir:{folder}", pretrained=True)
             facts, args = config["pretrained_cfg"], config.get("model_args", {})
         elif source in timm.list_models(pretrained=True) or source in timm.list_models():
-            model = timm.create_model(source, pretrained=True)
+            model = create_model(source, pretrained=True)
             facts, args = model.pretrained_cfg, {}
         else:
             names = timm.list_models(pretrained=True)
@@ -46,15 +47,16 @@ def load(source: str) -> Backbone:
 
 def shape(backbone: Backbone) -> dict[str, int | str]:
     """The settings that give a backbone of this kind the shape of its weights, by key."""
-    channels = {"data.in_chans": len(backbone.mean)}
+    channels: dict[str, int | str] = {"data.in_chans": len(backbone.mean)}
     if not isinstance(backbone, TokenBackbone):
         return channels
     model = backbone.model
-    heads = next(part.num_heads for part in model.blocks[0].modules() if hasattr(part, "num_heads"))
+    counts = (getattr(part, "num_heads", None) for part in model.blocks[0].modules())
+    heads = next(count for count in counts if count is not None)
     values = (backbone.embed_dim, backbone.depth, heads, backbone.patch_size[0])
     scale = "1e-5" if "blocks.0.ls1.gamma" in model.state_dict() else "null"  # where it starts is overwritten
-    extras = {"backbone.reg_tokens": model.num_reg_tokens, "backbone.init_values": scale}
-    return dict(zip(SHAPE, values, strict=True)) | extras | channels
+    extras: dict[str, int | str] = {"backbone.reg_tokens": model.num_reg_tokens, "backbone.init_values": scale}
+    return {**dict(zip(SHAPE, values, strict=True)), **extras, **channels}
 
 
 def initialise(backbone: Backbone, source: str) -> Backbone:
@@ -110,5 +112,5 @@ def _resized(weights: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor
     return weights if fit is None else fit(dict(weights), backbone.model)
 
 
-def _settings(values: dict) -> str:
+def _settings(values: dict[str, int | str]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())

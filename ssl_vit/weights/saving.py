@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ def save(backbone: Backbone, folder: Path) -> None:
     """
     model, view = backbone.model, backbone.evaluation_view
     published = model.pretrained_cfg
-    config = dict(
+    config: dict[str, Any] = dict(
         architecture=published["architecture"],
         num_classes=model.num_classes,
         num_features=model.num_features,
