@@ -230,7 +230,7 @@ def test_what_is_given_before_the_next_patch(mask):
         assert (given == 1).all()
     else:
         assert_law(given.numpy(), np.array([0, 2, *[1] * 62]) / 64)
-        assert abs(hidden.sum(1).double().mean() - objective.num_masked) < 4 * 18.5 / 3000**0.5
+        assert abs(hidden.sum(1).double().mean() - objective.expected_masked) < 4 * 18.5 / 3000**0.5
 
 
 # -- levels -----------------------------------------------------------------------------------------------------------
