@@ -19,7 +19,7 @@ from ssl_vit.errors import UserError
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 RECIPES = list(recipes.RECIPES.rglob("*.yaml"))
-MODULES = [p for folder in ("ssl_vit", "eval", "tests") for p in (ROOT / folder).rglob("*.py")]
+MODULES = [p for folder in ("ssl_vit", "eval", "tests", "docs") for p in (ROOT / folder).rglob("*.py")]
 STARTERS = r"(?:python|accelerate launch|torchrun|srun|\./launch\.sh|ssl-vit)(?= |$)"
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

@@ -2,13 +2,14 @@
 
 from ssl_vit.backbones.base import FAULTS, Backbone, reason
 from ssl_vit.backbones.factory import build, resolve_patch, wrap
-from ssl_vit.backbones.vit import TokenBackbone, sincos_positions, xavier
+from ssl_vit.backbones.vit import TokenBackbone, fix_sincos_positions, sincos_positions, xavier
 
 __all__ = [
     "FAULTS",
     "Backbone",
     "TokenBackbone",
     "build",
+    "fix_sincos_positions",
     "reason",
     "resolve_patch",
     "sincos_positions",

@@ -1,0 +1,106 @@
+"""MAE: drop 75 % of the patches, encode the rest, predict the pixels of those that were dropped.
+
+    python docs/examples/mae.py --steps 100
+
+He et al. 2021, arXiv 2111.06377. The encoder sees a quarter of the patches and no mask token, which makes it cheap. The
+mask tokens enter a small decoder, which is thrown away after pre-training. The target is the pixels of a patch,
+normalised by the patch's own mean and variance. Recipe: recipes/mae.yaml.
+"""
+
+import argparse
+
+import timm
+import torch
+from sklearn.datasets import load_digits
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from ssl_vit import corruption, neighbours, views
+from ssl_vit.backbones import fix_sincos_positions, xavier
+from ssl_vit.losses import mae_loss
+from ssl_vit.objectives.reconstruct import Decoder
+from ssl_vit.schedules import cosine
+
+VIT = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=96, depth=4, num_heads=3, num_classes=0)
+SIZE, BATCH_SIZE, LR, BETAS, WEIGHT_DECAY = (8, 8), 64, 1.5e-3, (0.9, 0.95), 0.05
+TEST = 360  # the last digits are never trained on
+MASK_RATIO = 0.75
+
+
+class MAE(nn.Module):
+    """Any plain timm ViT as the encoder, and a decoder. Shapes: B images, N patches."""
+
+    def __init__(self, vit: VisionTransformer, decoder_dim: int = 64, decoder_depth: int = 2, decoder_heads: int = 4):
+        super().__init__()
+        self.vit = vit
+        fix_sincos_positions(vit)
+        self.patch_size, self.grid = vit.patch_embed.patch_size, vit.patch_embed.grid_size
+        self.num_patches = vit.patch_embed.num_patches
+        pixels = vit.patch_embed.proj.weight[0].numel()  # ph·pw·C
+        self.decoder = Decoder(vit.embed_dim, 1, self.grid, pixels, decoder_dim, decoder_depth, decoder_heads)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Standardised images (B, C, H, W), mask bool (B, N) → the pixels of every patch (B, N, ph·pw·C)."""
+        vit, batch = self.vit, len(images)
+        ids_keep = (~mask).nonzero()[:, 1].view(batch, -1)
+        tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        visible = tokens.gather(1, ids_keep[..., None].expand(-1, -1, vit.embed_dim))
+        class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(batch, -1, -1)
+        latent = vit.norm(vit.blocks(torch.cat([class_token, visible], 1)))
+        return self.decoder(latent, ids_keep)  # it puts mask tokens where patches were dropped
+
+    def loss(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Of standardised images (B, C, H, W). noise: uniform (B, N); the patches with the largest are masked."""
+        _, mask = corruption.random_masking(noise, MASK_RATIO)
+        return mae_loss(self, images, mask, self.patch_size)
+
+
+@torch.no_grad()
+def knn(vit: VisionTransformer, images: Tensor, labels: Tensor) -> float:
+    """The accuracy of k-NN on the class tokens of the last images, among those of the others."""
+    features = vit.eval().forward_features(images)[:, 0].cpu().numpy()
+    predicted = neighbours.predict(features[:-TEST], labels[:-TEST].numpy(), features[-TEST:])
+    return (torch.from_numpy(predicted) == labels[-TEST:]).float().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    steps = parser.parse_args().steps
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    digits = load_digits()  # in their place: uint8 images (n, C, H, W) and int64 labels (n,)
+    images = torch.from_numpy(digits.images * 255 / 16).byte()[:, None].to(device)
+    labels = torch.from_numpy(digits.target)
+    train = images[:-TEST]
+    mean, std = train.float().mean() / 255, train.float().std() / 255
+    whole = (views.whole(images, SIZE) - mean) / std
+    crops = views.crop_flip(SIZE, flip=0.0, scale=(0.5, 1.0))  # a mirrored digit is none
+
+    vit = timm.create_model("vit_tiny_patch16_224", **VIT).apply(xavier)
+    model = MAE(vit).to(device)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, WEIGHT_DECAY), lr=LR, betas=BETAS)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, cosine(step, steps, 1.0, 0.0))
+    )
+
+    print(f"k-NN with random weights: {knn(vit, whole, labels):.1%}")
+    model.train()
+    for step in range(steps):
+        batch = train[torch.randint(len(train), (BATCH_SIZE,))]
+        view = (views.augment(crops, batch, seed=0, step=step)["image"] - mean) / std
+        loss = model.loss(view, torch.rand(BATCH_SIZE, model.num_patches, device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 9 or step == steps - 1:
+            print(f"step {step + 1}: loss {loss.item():.4f}")
+    print(f"k-NN after {steps} steps: {knn(vit, whole, labels):.1%}")
+
+
+if __name__ == "__main__":
+    main()
