@@ -5,8 +5,11 @@ All are functions of tensors. Random numbers, uniform in [0, 1) or standard norm
 torch.randn, or from the addressed streams of an objective.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,9 @@ from torch import Tensor, nn
 from ssl_vit import views
 from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify, unpatchify
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 def num_masked(patches: int, mask_ratio: float) -> int:
@@ -80,7 +86,7 @@ def block_order(blocks: Tensor, noise: Tensor, grid: tuple[int, int], count: int
     return (first_covered.flatten(1) + noise).argsort(dim=1, descending=True, stable=True)
 
 
-def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def split(order: Int[Tensor, "B N"], count: int) -> tuple[Int[Tensor, "B N-{count}"], Bool[Tensor, "B N"]]:
     """(ids_keep int64 (B, N − count), mask bool (B, N)): the last `count` of the order are masked."""
     ids_keep = order[:, : order.shape[1] - count]
     mask = torch.ones_like(order, dtype=torch.bool).scatter(1, ids_keep, False)
@@ -100,12 +106,16 @@ def replace_patches(patches: Tensor, order: Tensor, num_masked: int, count: int)
     return patches.scatter(1, place[..., None].expand_as(source), source)
 
 
-def mask_pixels(mask: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+def mask_pixels(
+    mask: Bool[Tensor, "B {grid[0]*grid[1]}"], grid: tuple[int, int], patch: tuple[int, int]
+) -> Bool[Tensor, "B 1 {grid[0]*patch[0]} {grid[1]*patch[1]}"]:
     """bool (B, N) of the patches → bool (B, 1, H, W) of their pixels."""
     return mask.view(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
 
 
-def next_patch(start: Tensor, grid: tuple[int, int], prefix: int) -> tuple[Tensor, Tensor]:
+def next_patch(
+    start: Float[Tensor, "B 1"], grid: tuple[int, int], prefix: int
+) -> tuple[Bool[Tensor, "B N"], Bool[Tensor, "B 1 {prefix}+N {prefix}+N"]]:
     """(mask bool (B, N): the patches to be predicted from those before them, in raster order; and which token attends
     to which, bool (B, 1, P + N, P + N)).
 
@@ -140,7 +150,7 @@ class PatchPCA(nn.Module):
         self.register_buffer("components", torch.zeros(dimensions, width))
         self.register_buffer("scale", torch.zeros(()))
 
-    def fit(self, images: Tensor, seed: int) -> None:
+    def fit(self, images: Float[Tensor, "B C H W"], seed: int) -> None:
         """Standardised images (B, C, H, W)."""
         patches = patchify(images, self.patch).flatten(0, 1).cpu().double()  # which Apple's GPUs do not have
         mean = patches.mean(0)
@@ -151,7 +161,7 @@ class PatchPCA(nn.Module):
         self.components.copy_(vectors.T.flip(0)[:count])
         self.scale.copy_(values.flip(0)[:count].mean().clamp(min=0).sqrt())
 
-    def project(self, images: Tensor) -> Tensor:
+    def project(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Standardised images without what lies outside the components."""
         grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
         inside = (patchify(images, self.patch) - self.mean) @ self.components.T @ self.components + self.mean
@@ -184,7 +194,9 @@ def blur(images: Tensor, u: Tensor, sigma: Sequence[float]) -> Tensor:
     return views.blur(images, width, math.ceil(3 * sigma[1]))
 
 
-def shuffle(images: Tensor, patch: tuple[int, int], places: Tensor) -> Tensor:
+def shuffle(
+    images: Float[Tensor, "B C H W"], patch: tuple[int, int], places: Int[Tensor, "B K"]
+) -> Float[Tensor, "B C H W"]:
     """Images whose patches at these places, int64 (B, K) in random order, move on in a ring: each shows another."""
     patches = patchify(images, patch)
     index = places[..., None].expand(-1, -1, patches.shape[-1])

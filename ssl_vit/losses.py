@@ -3,7 +3,10 @@
 The objectives compute theirs with these functions; docs/examples/ shows each in a training loop of its own.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,13 @@ from torch import Tensor
 
 from ssl_vit.patches import patchify
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
-def pixel_targets(images: Tensor, patch_size: tuple[int, int], norm_pix_loss: bool = True) -> Tensor:
+
+def pixel_targets(
+    images: Float[Tensor, "B C H W"], patch_size: tuple[int, int], norm_pix_loss: bool = True
+) -> Float[Tensor, "B N D"]:
     """The pixels of each patch, (B, N, ph·pw·C), of images (B, C, H, W).
 
     norm_pix_loss: normalise each patch by its own mean and unbiased variance, plus 1e-6 (MAE, arXiv 2111.06377, section
@@ -24,13 +32,15 @@ def pixel_targets(images: Tensor, patch_size: tuple[int, int], norm_pix_loss: bo
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def distance(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
+def distance(
+    prediction: Float[Tensor, "*batch D"], target: Float[Tensor, "*batch D"], kind: str = "mse"
+) -> Float[Tensor, "*batch"]:
     """The mean squared ("mse") or absolute ("l1") difference over the last dimension: (…, D) twice → (…)."""
     each = F.mse_loss if kind == "mse" else F.l1_loss
     return each(prediction, target, reduction="none").mean(-1)
 
 
-def masked_mean(per_patch: Tensor, mask: Tensor, num_masked: float) -> Tensor:
+def masked_mean(per_patch: Float[Tensor, "B N"], mask: Bool[Tensor, "B N"], num_masked: float) -> Float[Tensor, ""]:
     """The mean of per_patch (B, N) over the masked patches, mask bool (B, N).
 
     num_masked: how many an image has, expected rather than counted, so that the mean over a batch is the mean over its
@@ -40,12 +50,12 @@ def masked_mean(per_patch: Tensor, mask: Tensor, num_masked: float) -> Tensor:
 
 
 def mae_loss(
-    model: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
-    mask: Tensor,
+    model: Callable[[Float[Tensor, "B C H W"], Bool[Tensor, "B N"]], Float[Tensor, "B N D"]],
+    images: Float[Tensor, "B C H W"],
+    mask: Bool[Tensor, "B N"],
     patch_size: tuple[int, int],
     norm_pix_loss: bool = True,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """MAE's loss: the mean squared error of the masked patches (He et al. 2021, arXiv 2111.06377, section 3).
 
         prediction = decoder(encoder(visible patches), mask tokens)
@@ -64,7 +74,7 @@ def mae_loss(
     return masked_mean(distance(model(images, mask), target), mask, int(mask[0].sum()))
 
 
-def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+def token_loss(logits: Float[Tensor, "*batch V"], tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Cross-entropy of each patch: logits (B, N, V) and tokens, int64 (B, N) → (B, N). BEiT (Bao et al. 2021, arXiv
     2106.08254, equation 2) averages it over the masked patches: see `masked_mean`.
 
@@ -75,8 +85,12 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def dino_loss(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float = 0.1, teacher_temp: float = 0.04
-) -> tuple[Tensor, Tensor]:
+    student: Float[Tensor, "V B K"],
+    teacher: Float[Tensor, "2 B K"],
+    center: Float[Tensor, " K"],
+    student_temp: float = 0.1,
+    teacher_temp: float = 0.04,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(DINO's loss, the teacher's entropy): Caron et al. 2021, arXiv 2104.14294, equation 2 and algorithm 1.
 
         q    = softmax((teacher - center) / teacher_temp)       no gradient

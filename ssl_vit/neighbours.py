@@ -1,12 +1,20 @@
 """The k-NN vote, shared by the evaluator and by the monitor."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
-def prepare(train: np.ndarray, queries: np.ndarray, centre: bool = True) -> tuple[np.ndarray, np.ndarray]:
+
+def prepare(
+    train: Float[np.ndarray, "n D"], queries: Float[np.ndarray, "m D"], centre: bool = True
+) -> tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "m D"]]:
     """Features (n, D) and (m, D) → float32 of unit length; centre: minus the mean of the training features first."""
     mean = train.mean(0, dtype=np.float64).astype(np.float32) if centre else np.float32(0)
     unit = []
@@ -17,19 +25,21 @@ def prepare(train: np.ndarray, queries: np.ndarray, centre: bool = True) -> tupl
     return unit[0], unit[1]
 
 
-def nearest(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    train: Float[np.ndarray, "n D"], queries: Float[np.ndarray, "m D"], k: int
+) -> tuple[Float[np.ndarray, "m {k}"], Int[np.ndarray, "m {k}"]]:
     """(similarity, index) of the k training features nearest to each query by inner product, exact, both (m, k)."""
     return _index(train).search(queries, k)
 
 
 def vote(
-    train: np.ndarray,
-    labels: np.ndarray,
-    queries: np.ndarray,
+    train: Float[np.ndarray, "n D"],
+    labels: Int[np.ndarray, " n"],
+    queries: Float[np.ndarray, "m D"],
     ks: list[int],
     classes: int,
     temperature: float | None = 0.07,
-) -> dict[int, np.ndarray]:
+) -> dict[int, Int[np.ndarray, " m"]]:
     """The predicted class, int64 (m,), of each query, for each k. Of tied classes the lowest number wins."""
     found = weights(train, labels, queries, ks, classes, temperature)
     parts = [{k: scores.argmax(1) for k, scores in of.items()} for of in found]
@@ -37,13 +47,13 @@ def vote(
 
 
 def weights(
-    train: np.ndarray,
-    labels: np.ndarray,
-    queries: np.ndarray,
+    train: Float[np.ndarray, "n D"],
+    labels: Int[np.ndarray, " n"],
+    queries: Float[np.ndarray, "m D"],
     ks: list[int],
     classes: int,
     temperature: float | None = 0.07,
-) -> Iterator[dict[int, np.ndarray]]:
+) -> Iterator[dict[int, Float[np.ndarray, "_ {classes}"]]]:
     """Of 1,024 queries after the other, for each k: the weight of each class in the vote, float64 (1024, classes).
 
     Exact search by inner product, then a vote of the k nearest with weights in proportion to exp(similarity /
@@ -61,13 +71,13 @@ def weights(
 
 
 def predict(
-    train: np.ndarray,
-    labels: np.ndarray,
-    queries: np.ndarray,
+    train: Float[np.ndarray, "n D"],
+    labels: Int[np.ndarray, " n"],
+    queries: Float[np.ndarray, "m D"],
     k: int = 20,
     temperature: float | None = 0.07,
     centre: bool = True,
-) -> np.ndarray:
+) -> Int[np.ndarray, " m"]:
     """The classes, int64 (m,), that k-NN predicts for queries (m, D) from features (n, D) with labels, int (n,).
 
     >>> features = np.array([[1.0, 0.1], [0.9, 0.2], [-1.0, 0.3], [-0.8, 0.1]])

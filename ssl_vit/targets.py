@@ -3,7 +3,10 @@
 A target turns clean, standardised images into one answer per patch and knows the loss of a prediction against it.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 from ssl_vit.errors import UserError
 from ssl_vit.losses import distance, pixel_targets, token_loss
 from ssl_vit.patches import patchify
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 class Pixels(nn.Module):
@@ -26,15 +32,19 @@ class Pixels(nn.Module):
                 "A patch of one value cannot be normalised: set objective.norm_pix_loss=false, or a larger patch_size."
             )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N {self.width}"]:
         """Standardised images (B, C, H, W) → (B, N, width)."""
         return pixel_targets(images, self.patch, self.norm_pix_loss)
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def loss(
+        self, prediction: Float[Tensor, "*batch {self.width}"], target: Float[Tensor, "*batch {self.width}"]
+    ) -> Float[Tensor, "*batch"]:
         """(…, width) twice → one loss per patch (…)."""
         return distance(prediction, target, self.loss_name)
 
-    def picture(self, prediction: Tensor, patches: Tensor, known: Tensor) -> Tensor:
+    def picture(
+        self, prediction: Float[Tensor, "B N D"], patches: Float[Tensor, "B N D"], known: Bool[Tensor, "#B #N N"]
+    ) -> Float[Tensor, "B N D"]:
         """Predictions (B, N, width) as standardised patches, (B, N, width).
 
         What a normalised patch lacks, its mean and variance, is taken from the average of the patches that it was
@@ -56,11 +66,13 @@ class Features(nn.Module):
         super().__init__()
         self.width, self.loss_name = width, loss
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Float[Tensor, "B N {self.width}"]) -> Float[Tensor, "B N {self.width}"]:
         """(B, N, width) → the same."""
         return F.layer_norm(features.float() if features.dtype.itemsize < 4 else features, features.shape[-1:])
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def loss(
+        self, prediction: Float[Tensor, "*batch {self.width}"], target: Float[Tensor, "*batch {self.width}"]
+    ) -> Float[Tensor, "*batch"]:
         """(…, width) twice → one loss per patch (…)."""
         return distance(prediction, target, self.loss_name)
 
@@ -70,11 +82,13 @@ class Tokens(nn.Module):
 
     width: int
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def loss(
+        self, prediction: Float[Tensor, "*batch {self.width}"], target: Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
         """Logits (…, width) and classes (…) → one loss per patch (…)."""
         return token_loss(prediction, target)
 
-    def codes(self) -> Tensor:
+    def codes(self) -> Float[Tensor, "{self.width} D"]:
         """What each class looks like: standardised patches (width, ph·pw·C)."""
         raise NotImplementedError
 
@@ -85,7 +99,7 @@ class Colours(Tokens):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, patch: tuple[int, int], mean: Tensor, std: Tensor):
+    def __init__(self, patch: tuple[int, int], mean: Float[Tensor, "C 1 1"], std: Float[Tensor, "C 1 1"]):
         super().__init__()
         if len(mean) > 3:
             raise UserError(
@@ -95,7 +109,7 @@ class Colours(Tokens):
         self.register_buffer("mean", mean.flatten().clone(), persistent=False)
         self.register_buffer("std", std.flatten().clone(), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
         """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
         pixels: Tensor = patchify(images, self.patch).unflatten(-1, (-1, len(self.mean)))
         colour = pixels.mean(-2) * self.std + self.mean
@@ -103,7 +117,7 @@ class Colours(Tokens):
         place = 8 ** torch.arange(len(self.mean), device=images.device)
         return (level * place).sum(-1)
 
-    def codes(self) -> Tensor:
+    def codes(self) -> Float[Tensor, "{self.width} D"]:
         """What each class looks like: standardised patches (width, ph·pw·C)."""
         level = torch.arange(self.width, device=self.mean.device)[:, None] // 8 ** torch.arange(
             len(self.mean), device=self.mean.device
@@ -122,7 +136,7 @@ class KMeans(Tokens):
         self.patch, self.width = patch, width
         self.register_buffer("centroids", torch.zeros(width, math.prod(patch) * channels))
 
-    def fit(self, images: Tensor, seed: int) -> None:
+    def fit(self, images: Float[Tensor, "B C H W"], seed: int) -> None:
         """Find the centroids among the patches of standardised images (B, C, H, W), with faiss."""
         import faiss
 
@@ -137,10 +151,10 @@ class KMeans(Tokens):
         kmeans.train(patches.cpu().contiguous().numpy())
         self.centroids.copy_(torch.from_numpy(kmeans.centroids))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
         """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
         return torch.cdist(patchify(images, self.patch).float(), self.centroids.float()[None]).argmin(-1)
 
-    def codes(self) -> Tensor:
+    def codes(self) -> Float[Tensor, "{self.width} D"]:
         """What each class looks like: standardised patches (width, ph·pw·C)."""
         return self.centroids

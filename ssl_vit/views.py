@@ -8,12 +8,14 @@ waits for the device. Call these functions outside autocast: they are made of fl
 Photos of varied size are cropped where they are decoded, by `crop_photo` in the workers; `finish` does the rest here.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from torchvision.transforms.v2 import functional as per_sample
 
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import pair
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, UInt8
 
 Interpolation = Literal["bilinear", "bicubic"]  # both antialiased
 CROP_MODES = ("center", "squash")  # timm's
@@ -63,7 +68,7 @@ class Evaluation:
     interpolation: Interpolation = "bilinear"
     crop_mode: str = "center"  # or "squash": the whole image takes the shape of the view, whatever its own
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C {self.size[0]} {self.size[1]}"]:
         """uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]."""
         return whole(images, self.size, self.crop_pct, self.interpolation, self.crop_mode)
 
@@ -79,7 +84,7 @@ ViewSpec = dict[str, View]  # by name; the name is part of the address of the vi
 # --- the views of one batch -------------------------------------------------------------------------------------------
 
 
-def make(spec: ViewSpec, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+def make(spec: ViewSpec, images: UInt8[Tensor, "B C H W"], draw: Draw) -> dict[str, Float[Tensor, "B ... C _ _"]]:
     """All views of decoded images of one size. images: uint8 (B, C, H, W) on the device → float32 in [0, 1] there:
     (B, C, h, w), or (B, count, C, h, w) where the view has a count."""
     views = {}
@@ -95,7 +100,9 @@ def make(spec: ViewSpec, images: Tensor, draw: Draw) -> dict[str, Tensor]:
     return views
 
 
-def augment(spec: ViewSpec, images: Tensor, seed: int = 0, step: int = 0) -> dict[str, Tensor]:
+def augment(
+    spec: ViewSpec, images: UInt8[Tensor, "B C H W"], seed: int = 0, step: int = 0
+) -> dict[str, Float[Tensor, "B ... C _ _"]]:
     """`make` for a batch of its own: row r of step s of a seed always gets the same views.
 
     >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
@@ -105,7 +112,7 @@ def augment(spec: ViewSpec, images: Tensor, seed: int = 0, step: int = 0) -> dic
     return make(spec, images, Draw(seed, step, torch.arange(len(images)), images.device))
 
 
-def crop_photo(spec: ViewSpec, photo: Tensor, draw: Draw) -> dict[str, Tensor]:
+def crop_photo(spec: ViewSpec, photo: UInt8[Tensor, "C H W"], draw: Draw) -> dict[str, UInt8[Tensor, "_ C _ _"]]:
     """The crops of one photo at its original size, for a DataLoader worker. photo: uint8 (C, H, W); draw: of one row
     → uint8 (V, C, h, w) with V = count or 1, from the boxes `make` would take, not yet flipped."""
     height, width = photo.shape[-2:]
@@ -121,7 +128,9 @@ def crop_photo(spec: ViewSpec, photo: Tensor, draw: Draw) -> dict[str, Tensor]:
     return crops
 
 
-def finish(spec: ViewSpec, crops: dict[str, Tensor], draw: Draw) -> dict[str, Tensor]:
+def finish(
+    spec: ViewSpec, crops: dict[str, UInt8[Tensor, "B _ C _ _"]], draw: Draw
+) -> dict[str, Float[Tensor, "B ... C _ _"]]:
     """Flips and colours of `crop_photo`'s crops. crops: uint8 (B, V, C, h, w) on the device → as `make`."""
     views = {}
     for name, view in spec.items():
@@ -144,7 +153,7 @@ def _coloured(view: View, crops: Tensor, u: Tensor) -> Tensor:
 # --- where to crop, and how -------------------------------------------------------------------------------------------
 
 
-def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Tensor:
+def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Int[Tensor, "B V 4"]:
     """Random boxes in images of height × width pixels: int64 (B, V, 4) of top, left, height, width, on the CPU.
 
     The law of torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest central box whose
@@ -167,8 +176,12 @@ def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Tensor:
 
 
 def crop(
-    images: Tensor, boxes: Tensor, flip: Tensor, size: tuple[int, int], interpolation: Interpolation = "bilinear"
-) -> Tensor:
+    images: UInt8[Tensor, "B C H W"],
+    boxes: Int[Tensor, "B *V 4"],
+    flip: Bool[Tensor, " B *V"],
+    size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+) -> Float[Tensor, "B *V C {size[0]} {size[1]}"]:
     """Crop, resize with antialiasing and mirror, as torchvision's resized_crop(antialias=True) of the float image.
 
     images: uint8 (B, C, H, W); boxes: int64 (B, 4) of top, left, height, width, and flip: bool (B,)
@@ -184,12 +197,12 @@ def crop(
 
 
 def whole(
-    images: Tensor,
+    images: UInt8[Tensor, "B C H W"],
     size: tuple[int, int],
     crop_pct: float = 1.0,
     interpolation: Interpolation = "bilinear",
     crop_mode: str = "center",
-) -> Tensor:
+) -> Float[Tensor, "B C {size[0]} {size[1]}"]:
     """The evaluation view: antialiased resize until the image just covers size / crop_pct (for squares: its short side
     gets that long), or by "squash" to that shape, then the centre of that size.
 
@@ -274,7 +287,7 @@ _ORDERS = torch.tensor(list(permutations(range(4))))  # (24, 4)
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
 
-def colour(view: View, images: Tensor, u: Tensor) -> Tensor:
+def colour(view: View, images: Float[Tensor, "N C H W"], u: Float[Tensor, "N 11"]) -> Float[Tensor, "N C H W"]:
     """The colour operations of a view, each on the images that drew it.
 
     images: (N, C, H, W); u: uniform numbers (N, 11) on the CPU: whether to jitter, brightness, contrast, saturation,
@@ -310,7 +323,9 @@ def colour(view: View, images: Tensor, u: Tensor) -> Tensor:
     return images
 
 
-def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+def jitter(
+    images: Float[Tensor, "N C H W"], factors: Float[Tensor, "N 4"], order: Int[Tensor, "N 4"]
+) -> Float[Tensor, "N C H W"]:
     """torchvision's ColorJitter with an own order for every image.
 
     images: (N, C, H, W); on the CPU, factors: (N, 4) of brightness, contrast, saturation and hue (the shift, in turns);
@@ -338,7 +353,7 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     return images
 
 
-def hue(images: Tensor, shift: Tensor) -> Tensor:
+def hue(images: Float[Tensor, "N 3 H W"], shift: Float[Tensor, " N"]) -> Float[Tensor, "N 3 H W"]:
     """Turns the hue in HSV space, as torchvision's adjust_hue. images: RGB (N, 3, H, W); shift: (N,) in turns."""
     red, green, blue = images.unbind(1)
     high = images.amax(1)
@@ -355,13 +370,13 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def grey(images: Tensor) -> Tensor:
+def grey(images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
     """The luma in all three channels. images: RGB (N, 3, H, W)."""
     red, green, blue = images.unbind(1)
     return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None].expand_as(images)
 
 
-def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+def blur(images: Float[Tensor, "N C H W"], sigma: Float[Tensor, " N"], radius: int) -> Float[Tensor, "N C H W"]:
     """Gaussian blur with reflected borders, as torchvision's with kernel 2·radius + 1, at most 2·side - 1.
 
     images: (N, C, H, W); sigma: (N,) in pixels.
@@ -383,7 +398,7 @@ def _gaussian(n: int, sigma: Tensor, radius: int) -> Tensor:
     return kernel[:, distances.clamp(max=radius + 1)].sum(1)
 
 
-def solarize(images: Tensor) -> Tensor:
+def solarize(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
     """Inverts the values from 0.5 up."""
     return torch.minimum(images, 1 - images)
 
@@ -407,8 +422,13 @@ def _on(images: Tensor, index: Tensor, operation: Callable[[Tensor], Tensor]) ->
 
 
 def mix(
-    images: Tensor, targets: Tensor, draw: Draw, mixup: float, cutmix: float, prob: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    images: Float[Tensor, "B C H W"],
+    targets: Float[Tensor, "B K"],
+    draw: Draw,
+    mixup: float,
+    cutmix: float,
+    prob: float = 1.0,
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
     """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899, section 3.1), each of half the images if both alphas > 0.
 
     images: float (B, C, H, W); targets: float (B, K); mixup, cutmix: alpha of λ ~ Beta(alpha, alpha), 0 for never;
@@ -452,7 +472,7 @@ def _partners(rows: Tensor) -> Tensor:
     return pairs.flip(1).flatten(0, 1)
 
 
-def beta(name: str, alpha: Tensor, draw: Draw) -> Tensor:
+def beta(name: str, alpha: Float[Tensor, " B"], draw: Draw) -> Float[Tensor, " B"]:
     """Beta(alpha, alpha) numbers, float64 (B,), for alpha > 0, (B,). Jöhnk's rejection: of pairs x = u^(1/alpha),
     y = v^(1/alpha) the first with x + y ≤ 1 gives x / (x + y). Half of the pairs pass at alpha 1, few far above it."""
     values = torch.full((len(alpha),), torch.nan, dtype=torch.float64)

@@ -4,10 +4,12 @@ A backbone is a plain timm model behind one seam: plain timm weights in, plain t
 [0, 1]; the backbone applies its own mean and std, which travel with its weights.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import resolve_data_config
@@ -17,6 +19,9 @@ from ssl_vit import views
 from ssl_vit.backbones.timm_models import TimmModel, published_size
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Unsupported(Exception):
@@ -80,7 +85,7 @@ class Backbone(nn.Module):
                 )
         return views.Evaluation(self.input_size, **view)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Images in [0, 1] → standardised per channel."""
         return (images - self.mean) / self.std
 
@@ -90,7 +95,9 @@ class Backbone(nn.Module):
         m = self.model
         return bool(getattr(m, "has_class_token", getattr(m, "cls_token", None) is not None))
 
-    def features(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> list[tuple[Tensor, Tensor]]:
+    def features(
+        self, images: Float[Tensor, "B C H W"], blocks: Sequence[int] = (-1,)
+    ) -> list[tuple[Float[Tensor, "B _ _"], Float[Tensor, "B _ _ _"]]]:
         """[(prefix tokens (B, P, D), patch tokens (B, H, W, D))] after each of these blocks.
 
         Of the last block they are the model's own `forward_features`, its final norm included, if it has one there.
@@ -175,7 +182,7 @@ class Backbone(nn.Module):
         """
         self._give_head(classes)
 
-    def classify(self, images: Tensor, draw: Draw | None = None) -> Tensor:
+    def classify(self, images: Float[Tensor, "B C H W"], draw: Draw | None = None) -> Float[Tensor, "B K"]:
         """Logits (B, K) of the model's own head."""
         logits: Tensor = self.model(self.normalise(images))
         return logits

@@ -1,5 +1,9 @@
 """The plain Vision Transformer: patch_embed → add_positions → encode. Its tokens can be replaced, dropped or masked."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -10,6 +14,9 @@ from ssl_vit.backbones.timm_models import PlainViT
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import known
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 class TokenBackbone(Backbone):
@@ -36,12 +43,14 @@ class TokenBackbone(Backbone):
         """(H, W) in patches."""
         return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
 
-    def patch_embed(self, images: Tensor) -> Tensor:
+    def patch_embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         """Images in [0, 1] → patch tokens (B, N, D) without positions."""
         tokens: Tensor = self.model.patch_embed(self.normalise(images))
         return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # a map where timm resamples positions by itself
 
-    def add_positions(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+    def add_positions(
+        self, tokens: Float[Tensor, "B N D"], grid: tuple[int, int], keep: Int[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B L D"]:
         """Patch tokens (B, N, D) → prefix and positioned tokens (B, P + N, D); with keep, int64 (B, K), only those."""
         m = self.model
         own_prefix = 0 if m.no_embed_class else m.num_prefix_tokens
@@ -60,7 +69,9 @@ class TokenBackbone(Backbone):
             prefix = prefix + at[:, :own_prefix]
         return torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
 
-    def encode(self, tokens: Tensor, attn_mask: Tensor | None = None, draw: Draw | None = None) -> Tensor:
+    def encode(
+        self, tokens: Float[Tensor, "B L D"], attn_mask: Bool[Tensor, "B 1 L L"] | None = None, draw: Draw | None = None
+    ) -> Float[Tensor, "B L D"]:
         """Positioned tokens → normed output tokens, both (B, L, D).
 
         draw: addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one after another.
@@ -73,7 +84,7 @@ class TokenBackbone(Backbone):
         normed: Tensor = m.norm(x)
         return normed
 
-    def tokens(self, images: Tensor, draw: Draw | None = None) -> Tensor:
+    def tokens(self, images: Float[Tensor, "B C H W"], draw: Draw | None = None) -> Float[Tensor, "B L D"]:
         """The whole way: images in [0, 1] → normed output tokens (B, P + N, D)."""
         return self.encode(self.add_positions(self.patch_embed(images), self.grid(images)), draw=draw)
 
@@ -86,10 +97,10 @@ class TokenBackbone(Backbone):
             )
         self._give_head(classes, global_pool=pool, fc_norm=False)
 
-    def classify(self, images: Tensor, draw: Draw | None = None) -> Tensor:
+    def classify(self, images: Float[Tensor, "B C H W"], draw: Draw | None = None) -> Float[Tensor, "B K"]:
         return self.model.forward_head(self.tokens(images, draw))
 
-    def attention(self, images: Tensor) -> Tensor:
+    def attention(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads h w"]:
         """The last block's attention of the class token to the patches, for each head: (B, heads, H, W)."""
         m = self.model
         x = m.norm_pre(self.add_positions(self.patch_embed(images), self.grid(images)))
