@@ -241,7 +241,7 @@ def augmented(
     workers = min(system.cores(), 16)
     stream = data.chunks(images, spec, plan, probe.seed, state.device, workers)
     pooled = features.Piecewise(lambda part: features.pool(source, part, blocks))
-    truth = torch.from_numpy(probe.labels).to(state.device)
+    truth = torch.from_numpy(cli.labels_of(images)).to(state.device)
     for _ in tqdm(range(steps), desc=f"linear probe of {source.name}", leave=False, disable=not state.is_main_process):
         parts, labels = [], []
         for _ in cut:
