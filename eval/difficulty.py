@@ -1,4 +1,4 @@
-"""How hard the task of a run is, without any network: the error of guessing, and of a linear denoiser.
+"""How hard a run's pre-training task is, without any network: the errors of constants and of a linear denoiser.
 
     python eval/difficulty.py RUN [RUN …]
 
@@ -6,17 +6,18 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 
     python eval/difficulty.py runs/mae-digits-s0
 
-The run's objective is built again from RUN/recipe.yaml and spoils unaugmented training images as it did in training;
-weights do not matter, and test images are not touched. Whatever the run's own target, recovered are the clean
-standardised pixels of the patches over which its loss runs, so that all corruptions are on one scale: the squared error
-relative to the variance of these pixels. 1 is as bad as predicting one mean value per channel. Three predictions:
+The run's objective is built again from RUN/recipe.yaml and corrupts unaugmented training images as it did in training.
+Weights do not matter, and test images are not used. Whatever the run's own target, predictions are compared with the
+clean, standardised pixels of the patches over which its loss is averaged. So all corruptions are on one scale: the
+squared error relative to the variance of these pixels, where 1 is the error of one mean value per channel. There are
+three predictions:
 
     mean patch   the mean of all training patches
-    as given     what the encoder is given, the mean patch where it sees nothing
-    linear       ridge regression on the 3x3 patches around, as the encoder is given them, the same at all places
+    as given     the encoder's input, with the mean patch where a patch is removed
+    linear       ridge regression on the 3x3 patches around in the encoder's input, the same for all positions
 
-Up to 5,000 images take part. A fifth of them is scored, and another chooses the penalty before it joins the fit. Tasks
-that are not to recover a spoiled image, such as dino's, have no such figure. RUN/difficulty.json holds the figures.
+Up to 5,000 images are used. A fifth of them is scored; another fifth chooses the penalty, and then joins the fit. For
+tasks that do not recover a corrupted image, such as dino's, nothing is measured. RUN/difficulty.json holds the result.
 """
 
 import argparse
@@ -40,14 +41,14 @@ from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
 
 IMAGES = 5_000
-VALUES = 2**27  # of the ridge's inputs; with more, some counted patches are left out of its fit
+VALUES = 2**27  # the most input values of the ridge; beyond them, some patches are left out of its fit
 PENALTIES = [10.0**k for k in range(-6, 3)]  # relative to the mean square of an input
 
 
 def evaluate(run: Path) -> dict | None:
-    """The figures of a run, also written to its folder. None, said in a sentence, if it has none."""
+    """The errors for a run, also written to its folder; None, with a message, if its task has none."""
     if not (run / "recipe.yaml").exists():
-        say(f"{run} is no run of ours, so it has no task to measure.")
+        say(f"{run} was not pre-trained by this code, so it has no task to measure.")
         return None
     recipe = pretrain.read(str(run / "recipe.yaml"), [], None)
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -56,16 +57,18 @@ def evaluate(run: Path) -> dict | None:
     views = pretrain.fit_images(recipe, images, state.device)
     if objective.requires_fit:
         objective.fit(views, recipe.train.seed)
-    figures = measure(objective, views[:: math.ceil(len(views) / IMAGES)], recipe.train.seed)
-    if figures is None:
-        say(f"{run} has no such figure: its objective, {recipe.objective_name}, recovers no spoiled image.")
+    errors_of_run = measure(objective, views[:: math.ceil(len(views) / IMAGES)], recipe.train.seed)
+    if errors_of_run is None:
+        say(
+            f"{run} has nothing to measure: its objective, {recipe.objective_name}, does not recover a corrupted image."
+        )
         return None
-    files.write(run / "difficulty.json", json.dumps(figures | results.SURROUNDINGS, indent=1))
-    return figures
+    files.write(run / "difficulty.json", json.dumps(errors_of_run | results.SURROUNDINGS, indent=1))
+    return errors_of_run
 
 
 def refuse_missing(run: Path) -> None:
-    """Raises UserError for what is neither a run, nor a control or a foreign backbone or their folder of rows."""
+    """Raises UserError unless it is a run, a control, a foreign backbone, or a folder of their rows."""
     if str(run) in features.CONTROLS or str(run) in timm.list_models() + timm.list_models(pretrained=True):
         return
     if not any((run / file).exists() for file in ("recipe.yaml", "results.jsonl", "config.json")):
@@ -75,7 +78,7 @@ def refuse_missing(run: Path) -> None:
 
 @torch.no_grad()
 def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | None:
-    """The figures of an objective on clean images (n, C, H, W) in [0, 1]; None if it recovers no spoiled image."""
+    """The errors for an objective on clean images (n, C, H, W) in [0, 1]; None if it recovers no corrupted image."""
     device = images.device
     given = objective.encoder_inputs(images[:1], Draw(seed, 0, torch.arange(1), device))
     if given is None:
@@ -85,14 +88,14 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
     fitting, choosing, scored = (part.nonzero().flatten() for part in (fifth < 3, fifth == 3, fifth == 4))
     training = images[(fifth < 4).to(device)]
     mean = patchify(backbone.normalise(training.mean(0, keepdim=True)), backbone.patch_size).mean((0, 1))
-    values, counted = len(mean), int(given[2].sum())  # the same in every image
+    values, counted = len(mean), int(given[2].sum())  # the same for every image
     width = 9 * (values + 1) + 1
     share = min(1.0, VALUES / (width * counted * len(training)))
     zero = torch.zeros((), dtype=torch.float64)
 
     def rows(numbers: Tensor, share: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs (R, width), clean patches (R, D) less the mean patch) of this share of these images' counted patches,
-        float64 on the CPU, some images at a time."""
+        """(inputs (R, width), clean patches (R, D) minus the mean patch) for this share of the patches in these images'
+        loss, float64 on the CPU, some images at a time."""
         for part in numbers.split(64):
             clean, draw = images[part.to(device)], Draw(seed, 0, part, device)
             given = objective.encoder_inputs(clean, draw)
@@ -132,10 +135,10 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
 
 
 def neighbours(patches: Tensor, visible: Tensor, grid: tuple[int, int], taken: Tensor) -> Tensor:
-    """What the ridge reads, (R, 9·(D + 1) + 1): of each taken patch the 3x3 around it, row by row, each its values and
-    whether it is visible, both 0 where it is not or lies outside; and a 1.
+    """The ridge's inputs (R, 9·(D + 1) + 1): for each taken patch, the 3x3 patches around it, row by row, and a 1.
 
-    patches: (B, N, D) less the mean patch; visible, taken: bool (B, N).
+    Each of the nine is its values and whether it is visible, all 0 if it is not visible or is outside the image.
+    patches: (B, N, D) minus the mean patch; visible, taken: bool (B, N).
     """
     both = torch.cat([patches, torch.ones_like(patches[..., :1])], -1) * visible[..., None]
     padded = F.pad(both.unflatten(1, grid), (0, 0, 1, 1, 1, 1))
@@ -170,7 +173,7 @@ def main() -> None:
     for run in args.runs:
         refuse_missing(run)
     system.set_threads(args.threads or "auto")
-    rows = {run.name: figures for run in args.runs if (figures := evaluate(run)) is not None}
+    rows = {run.name: measured for run in args.runs if (measured := evaluate(run)) is not None}
     if rows:
         say(f"\nSquared error, relative to the variance of the clean pixels\n\n{table(rows)}")
 

@@ -7,14 +7,14 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `tr
 
     python eval/finetune.py --backbone runs/mae-digits-s0 runs/random
 
-A randomly initialised backbone is the control: the same budget of labels, from scratch. With several --lr each is
-tried on nine tenths of the labelled images and judged on the last tenth; the best is trained again on all of them, and
-only that one sees the report split. One label per class leaves nothing to choose on: the middle one is taken then.
---lr-of RUN takes what was chosen for another run, such as one of another seed.
-With few labels the recipe's epochs become 300 steps, if they are less. --extra-flops F trains for so much longer: the
-compute of a pre-training, for a control from scratch at equal compute in all.
+A randomly initialised backbone is the control: the same labels, from scratch. With several --lr, each is tried on nine
+tenths of the labelled images and evaluated on the last tenth. The best is trained again on all of them, and only that
+one is evaluated on the report split. With one label per class there is nothing to choose on: the middle one is used.
+--lr-of RUN uses the rate that was chosen for another run, such as one of another seed.
+With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:
+for the compute of a pre-training, so that a control from scratch has equal total compute.
 
-Each training is a run of the loop in RUN/finetune/: the same command goes on where it was stopped.
+Each training is a run of the loop in RUN/finetune/: the same command continues where it was stopped.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, say
 from ssl_vit.files import fingerprint
 
-STEPS = 300  # a training has at least so many steps, however few images it has
+STEPS = 300  # the fewest steps of a training, however few images it has
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What trainings and judgements took: images passed through the backbone, FLOPs, seconds."""
+    """The cost of trainings and evaluations: images passed through the backbone, FLOPs, seconds."""
 
     images: int = 0
     flops: float = 0.0
@@ -55,7 +55,7 @@ class Cost:
 
 
 def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedule) -> list[dict]:
-    """The rows of one backbone, one for each part of the labels. They are written to its folder."""
+    """The rows of one backbone, one for each label subset, written to its folder."""
     train, test = request.images(source)
     truth = cli.labels_of(test)
     rows = []
@@ -77,7 +77,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
                 best, choice, spent = choose(source, request, own, schedule.rates)
             else:
                 best, how = schedule.rates[len(schedule.rates) // 2], cli.UNCHOSEN
-                say(f"One label per class leaves nothing to choose on: lr {best:g}, the middle of --lr, is taken.")
+                say(f"One label per class leaves nothing to choose on: lr {best:g}, the middle of --lr, is used.")
             own.append(f"optim.lr={best}")
         recipe = make_recipe(source, request.config, own)
         path = tune(source, recipe, train)
@@ -100,7 +100,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
 
 
 def few(settings: list[str], images: int) -> list[str]:
-    """The recipe's epochs of few images are few steps: the settings that make them enough, unless the user set them."""
+    """The setting of STEPS, if the recipe's epochs are fewer steps on so few images and the user set no length."""
     train = pretrain.read("finetune", settings, None).train
     given = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
     short = train.epochs is not None and train.epochs * images < STEPS * train.batch_size
@@ -110,7 +110,7 @@ def few(settings: list[str], images: int) -> list[str]:
 def longer(
     source: features.Source, request: cli.EvalRequest, settings: list[str], images: int, extra: float
 ) -> list[str]:
-    """The setting that trains for so many FLOPs more than these settings on so many images."""
+    """The setting that trains for `extra` FLOPs more than these settings do on this many images."""
     recipe = make_recipe(source, request.config, settings)
     labelled, _ = request.images(source)
     objective = pretrain.build(recipe, labelled)
@@ -124,14 +124,14 @@ def longer(
 
 
 def chosen_by(run: Path, protocol: str, test: data.ImageSet, keys: dict) -> tuple[float, str, dict]:
-    """(the learning rate of another run, what it was chosen on, settings). Raises UserError if there is none."""
+    """(the learning rate chosen for another run, what it was chosen on, settings). Raises UserError without one."""
     same = dict(protocol=protocol, eval_data=test.name, split=test.split, label_fraction=keys["label_fraction"])
     rows = [row for row in results.read(run) if all(row.get(key) == value for key, value in same.items())]
-    rows.sort(key=lambda row: row["subset_seed"] != keys["subset_seed"])  # of the same labels, else of another draw
+    rows.sort(key=lambda row: row["subset_seed"] != keys["subset_seed"])  # the same labels first, else another subset
     if not rows:
         raise UserError(
             f"{run} was not fine-tuned by this protocol with {keys['train_n']:,} labels, so there is no choice "
-            "to take from it: fine-tune it first, or leave --lr-of out."
+            "to use: fine-tune it first, or leave --lr-of out."
         )
     return rows[0]["settings"]["lr"], rows[0]["chosen"], dict(lr_of=str(run))
 
@@ -139,7 +139,7 @@ def chosen_by(run: Path, protocol: str, test: data.ImageSet, keys: dict) -> tupl
 def choose(
     source: features.Source, request: cli.EvalRequest, settings: list[str], rates: list[float]
 ) -> tuple[float, dict, Cost]:
-    """(the best learning rate on held-out training images, what a row says of it, what that took)."""
+    """(the best learning rate on held-out training images, what a row records of it, the cost)."""
     accuracies, total = [], Cost()
     for rate in rates:
         recipe = make_recipe(source, request.config, [*settings, "data.hold_out=true", f"optim.lr={rate}"])
@@ -148,19 +148,19 @@ def choose(
         answer, judging = predict(path, held_out, request.state)
         accuracies.append(answer.metrics(cli.labels_of(held_out))["value"])
         total += trained(path) + judging
-        say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are right")
+        say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are correct")
     alike = [rate for rate, accuracy in zip(rates, accuracies, strict=True) if accuracy == max(accuracies)]
-    best = alike[len(alike) // 2]  # few held-out images make ties: their middle is the safest
+    best = alike[len(alike) // 2]  # few held-out images cause ties: the middle is the safest
     edge = best in (rates[0], rates[-1])
     if edge:
-        say(f"warning: lr {best:g} is the best, at the edge of the grid: pass --lr further out.")
+        say(f"warning: the best learning rate, {best:g}, is at the edge of the grid: extend --lr beyond it.")
     tried = {f"{rate:g}": accuracy for rate, accuracy in zip(rates, accuracies, strict=True)}
     return best, dict(tried=tried, validation=max(accuracies), at_the_edge=edge), total
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
-    """The recipe finetune for this backbone on these images; size, channels, mean, std and interpolation
-    are the backbone's."""
+    """The recipe finetune for this backbone on these images. Size, channels, mean, std and interpolation are the
+    backbone's."""
     recipe = pretrain.read("finetune", settings, images.name)
     asked, backbone = recipe.data, source.network
     recipe.data = dataclasses.replace(
@@ -180,10 +180,10 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
 
 
 def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
-    """The backbone's part of the recipe: a model of the same shape that starts from these weights."""
+    """The recipe's backbone section: a model of the same shape that starts from these weights."""
     start = str(Path(source.name).resolve()) if Path(source.name).exists() else source.name
     backbone = source.network
-    if not isinstance(backbone, TokenBackbone):  # no plain ViT: the name says all
+    if not isinstance(backbone, TokenBackbone):  # not a plain ViT: the name defines its shape
         return recipes.Backbone(name=backbone.name, init_from=start)
     if source.settings:
         own = recipes.Backbone(**source.settings["backbone"])
@@ -198,15 +198,15 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
             reg_tokens=backbone.model.num_reg_tokens,
             init_values=backbone.args.get("init_values"),
         )
-    # positions that pre-training kept fixed are trained too, as in MAE's fine-tuning, so that all are treated alike
+    # fixed position embeddings are trained too, as in MAE's fine-tuning, so that all backbones are treated alike
     return dataclasses.replace(own, pos_embed="learned", drop_path_rate=drop_path, init_from=start)
 
 
 def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
-    """Train by this recipe, or go on, or find it done; returns the run directory. Exits if it is told to stop."""
+    """Train by this recipe, unless that is done already; returns the run directory. Exits if told to stop."""
     engine.resolve_precision(recipe)
     identity = {k: v for k, v in recipe.as_dict().items() if k not in recipes.MAY_CHANGE}
-    # all that a run must not differ in when it goes on, and the weights: a folder may hold others by now
+    # all that must be the same when a run continues, and the weights: the folder may hold others by now
     recipe.tag = fingerprint([identity, train.fingerprint, weights.digest(source.network)])
     path = source.folder / "finetune" / recipe.run_name()
     code = pretrain.pretrain(recipe, path)
@@ -217,13 +217,13 @@ def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) 
 
 
 def trained(path: Path) -> Cost:
-    """What the training of a run took, interruptions left out."""
+    """The cost of a run's training, without interruptions."""
     return Cost(**results.spent(path))
 
 
 @torch.inference_mode()
 def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Predictions, Cost]:
-    """(what a fine-tuned run predicts for labelled images, on all processes; what that took)."""
+    """(predictions of a fine-tuned run for labelled images, the same on all processes; the cost)."""
     started = time.perf_counter()
     backbone = weights.load(str(path)).eval().to(state.device)
     mine = torch.arange(len(images))[state.process_index :: state.num_processes]
@@ -240,7 +240,7 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Pre
 
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
-    """Accuracy per backbone and number of labels, the mean over the label seeds, as Markdown."""
+    """Accuracy by backbone and number of labels, averaged over the label seeds, as Markdown."""
     found: list[tuple[tuple[str, ...], str, np.ndarray | str]] = []
     for row in rows:
         line = results.run_of(row), f"{row['train_n']:,}"
@@ -260,7 +260,7 @@ def main() -> None:
     facts = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
     request.config = dataclasses.replace(request.config, **{fact: getattr(given, fact) for fact in facts})
     rows = [row for source in request.sources for row in evaluate(source, request, schedule)]
-    if request.state.is_main_process:  # which wrote what the table is of
+    if request.state.is_main_process:  # it wrote the rows of the table
         cli.announce(rows)
         say(table(rows, request.folders))
         places = dict.fromkeys(str(source.folder / "results.jsonl") for source in request.sources)

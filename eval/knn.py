@@ -1,4 +1,4 @@
-"""k-NN accuracy of frozen features, beside the controls.
+"""k-NN accuracy of frozen features, compared with the controls.
 
     python eval/knn.py --backbone RUN [RUN|timm name|timm folder|pixels|pixels-pca64 …] [--data NAME|PATH|owner/name]
 
@@ -6,8 +6,9 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 
     python eval/knn.py --backbone runs/mae-digits-s0 pixels
 
-The neighbours are training images, the queries those of the report split. Primary protocol: features centred by the
-training mean, unit length, k = 20, weights exp(similarity / 0.07). DINO's protocol is the same without centring.
+The neighbours are training images, and the queries are the images of the report split. Primary protocol: features
+centred by the training mean and L2-normalised, k = 20, weights exp(similarity / 0.07). DINO's protocol is the same
+without centring.
 `accelerate launch` computes the features on all its processes.
 """
 
@@ -28,9 +29,9 @@ PRIMARY = 20
 
 
 def evaluate(source: features.Source, request: cli.EvalRequest, ks: list[int] | None) -> list[dict]:
-    """The rows of one backbone: for each part of the labels, pooling, centring and k. They are written to its folder.
+    """The rows of one backbone, written to its folder: for each label subset, pooling, centring and k.
 
-    ks: default all of KS that there are training images for. Only the first process gets rows.
+    ks: by default, all of KS up to the number of training images. Only the first process returns rows.
     """
     train, test, parts = request.labelled_images(source)
     bank, queries = features.extract_both(source, train, test, request.state)
@@ -47,7 +48,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, ks: list[int] | 
             pair = vectors[chosen], queries.poolings(-1)[pooling]
             for protocol, centre in (("knn", True), ("knn-uncentred", False)):
                 near, far = neighbours.prepare(*pair, centre=centre)
-                search = 2 * near.shape[1] * len(near) * len(far)  # every similarity; the vote is nothing beside it
+                search = 2 * near.shape[1] * len(near) * len(far)  # all similarities; the vote costs next to nothing
                 cost = dict(eval_images=images, eval_flops=bank.flops_per_image * images + search)
                 for k, answer in vote(near, labels[chosen], far, truth, choose(ks, len(chosen)), classes):
                     name = dict(protocol=f"{protocol}-k{k}", pooling=pooling)
@@ -63,17 +64,17 @@ def evaluate(source: features.Source, request: cli.EvalRequest, ks: list[int] | 
 
 
 def choose(ks: list[int] | None, count: int) -> list[int]:
-    """The k to vote with, of `count` neighbours. Raises UserError for one asked for that is more."""
+    """The values of k for `count` training images. Raises UserError if one of `ks` is not between 1 and `count`."""
     for k in ks or ():
         if not 1 <= k <= count:
-            raise UserError(f"--k must lie between 1 and the {count} training images, and {k} does not.")
+            raise UserError(f"--k must be between 1 and {count}, the number of training images, not {k}.")
     return sorted({k for k in (*(ks or KS), PRIMARY) if k <= count})
 
 
 def vote(
     near: np.ndarray, labels: np.ndarray, far: np.ndarray, truth: np.ndarray, ks: list[int], classes: int
 ) -> list[tuple[int, Predictions]]:
-    """(k, what it predicts for the queries far (m, D), whose classes are truth (m,)) for each k.
+    """(k, predictions for the queries far (m, D), whose classes are truth (m,)) for each k.
 
     near (n, D), labels (n,): the training images. The probability of a class is its share of the vote.
     """
@@ -87,7 +88,7 @@ def vote(
 
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
-    """Primary and uncentred accuracy per backbone, labels and pooling, as Markdown. folders: of the rows' runs."""
+    """Primary and uncentred accuracy by backbone, labels and pooling, as Markdown. folders: of the runs, by name."""
     titles = {f"knn-k{PRIMARY}": f"k-NN (k={PRIMARY})", f"knn-uncentred-k{PRIMARY}": "uncentred"}
     found = (
         (
@@ -114,11 +115,11 @@ def main() -> None:
     fewest = min(row["train_n"] for row in rows)
     skipped = [k for k in KS if k > fewest and not args.k]
     if skipped:
-        say(f"k = {', '.join(map(str, skipped))} left out where there are but {fewest} training images.")
+        say(f"k = {', '.join(map(str, skipped))} left out where there are only {fewest} training images.")
     if request.config.name == "digits" and any(row["recipe"] == "pixels" for row in rows):
         say(
-            "\nOn these 8x8 digits raw pixels win: this is a smoke test. The real comparison starts at natural images, "
-            "such as --data cifar10."
+            "\nOn these 8x8 digits raw pixels win: this is a smoke test. The real comparison starts with natural "
+            "images, such as --data cifar10."
         )
 
 

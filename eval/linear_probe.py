@@ -9,14 +9,14 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 
 Presets:
   sweep     learning rates × poolings (class token, mean of patches, both) × depths (last block, last four), trained
-            side by side in one pass over the features; chosen on a tenth of train (of fewer than 20,000 images on
-            several, in turns), then trained again on all of it. One label per class leaves nothing to choose on: the
-            last block, both poolings and learning rate 1 are taken then
-  logistic  scikit-learn's L2-penalised logistic regression on the last block; penalty chosen alike (or C = 1). For
-            small sets
-  mae       MAE's protocol: BatchNorm without weights, LARS, batch 16,384, 90 epochs of random crops and flips
-  dino      DINO's: class tokens of the last four blocks (from ViT-B on of the last, and the mean of its patches), SGD,
-            100 epochs of random crops and flips
+            side by side in one pass over the features. The best is chosen on a tenth of train (with fewer than 20,000
+            images, on several tenths in turn), then trained again on all of train. With one label per class there is
+            nothing to choose on: the last block, both poolings and learning rate 1 are used
+  logistic  scikit-learn's L2-penalised logistic regression on the last block; the penalty is chosen in the same way
+            (or C = 1). For small data sets
+  mae       MAE's protocol: BatchNorm without weights, LARS, batch size 16,384, 90 epochs of random crops and flips
+  dino      DINO's protocol: class tokens of the last four blocks (from ViT-B on, the class token and the mean of the
+            patches of the last block), SGD, 100 epochs of random crops and flips
 The last two pass the images through the backbone in every epoch.
 """
 
@@ -39,17 +39,17 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.randomness import Order
 
 PRESETS = ("sweep", "logistic", *linear_heads.PROBE_RECIPES)
-RATE, PENALTY = 1.0, 1.0  # where there is nothing to choose on; the latter is scikit-learn's default
+RATE, PENALTY = 1.0, 1.0  # if there is nothing to choose on; the latter is scikit-learn's default
 
 
 def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None:
-    """Rows for each pooling, and "chosen" for the best of all; per_block: one for each block and pooling instead."""
+    """Add a row for each pooling, and "chosen" for the best of all; per_block: for each block and pooling instead."""
     everything = np.arange(len(probe.test))
     sets = {name: combine(probe.bank, *name, chosen) for name in combinations(probe, per_block)}
     tests = {name: combine(probe.queries, *name, everything) for name in sets}
     labels = probe.labels[chosen]
     options = sweep_options(probe, len(chosen))
-    groups: dict[tuple, list] = {}  # the row's pooling and layer → the features that it may choose from
+    groups: dict[tuple, list] = {}  # a row's pooling and layer → the features that it chooses from
     for name in sets:
         groups.setdefault((name[0], name[1][0] if per_block else -1), []).append(name)
     if not per_block:
@@ -119,15 +119,15 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
 
 
 def highest(scores: dict[tuple, float], names: list[tuple]) -> tuple[tuple, float]:
-    """(features, rate) of the best score among these features; of rates that do equally well, the middle one."""
-    top = max(scores[name, rate] for name in names for rate in linear_heads.RATES) - 1e-9  # but for rounding
+    """(features, rate) of the best score among these features; of rates with equal scores, the middle one."""
+    top = max(scores[name, rate] for name in names for rate in linear_heads.RATES) - 1e-9  # up to rounding
     name = next(name for name in names if any(scores[name, rate] >= top for rate in linear_heads.RATES))
     alike = [rate for rate in linear_heads.RATES if scores[name, rate] >= top]
     return name, alike[len(alike) // 2]
 
 
 def unchosen(names: list[tuple[str, tuple[int, ...]]]) -> tuple[str, tuple[int, ...]]:
-    """The features that are taken where there is nothing to choose on: of the last block, both poolings if allowed."""
+    """The features used if there is nothing to choose on: the last block, with both poolings if there are two."""
     last = [name for name in names if len(name[1]) == 1]
     return next((name for name in last if name[0] == "concat"), last[0])
 
@@ -141,7 +141,7 @@ def where(folds: int) -> str:
 
 
 def combinations(probe: Probe, per_block: bool) -> list[tuple[str, tuple[int, ...]]]:
-    """(pooling, blocks) of the features that a sweep looks at."""
+    """(pooling, blocks) of the features that a sweep tries."""
     poolings = list(probe.queries.poolings(-1))
     if per_block:
         return [(pooling, (block,)) for block in probe.blocks for pooling in poolings]
@@ -152,11 +152,11 @@ def combinations(probe: Probe, per_block: bool) -> list[tuple[str, tuple[int, ..
 
 
 def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
-    """A row for each pooling of the last block."""
+    """Add a row for each pooling of the last block."""
     labels = probe.labels[chosen]
     folds = subsets.folds(labels)
     for pooling, values in probe.bank.poolings(-1).items():
-        values = values[chosen]  # scikit-learn wants all at once
+        values = values[chosen]  # scikit-learn needs all at once
         scores, flops = dict.fromkeys(linear_heads.PENALTIES, 0.0), 0
         for fold in range(folds):
             fit, rest = subsets.hold_out(labels, probe.seed, fold)
@@ -185,9 +185,9 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
 
 
 def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs: int | None) -> None:
-    """One row, of the preset's protocol. Every process computes its share of the features and trains the same head."""
+    """Add one row, by the preset's protocol. Every process computes its share of features and trains the same head."""
     protocol = linear_heads.PROBE_RECIPES[preset]
-    pooling = next(iter(probe.queries.poolings(-1)))  # the class token; the mean where a model has none
+    pooling = next(iter(probe.queries.poolings(-1)))  # the class token; the mean if a model has none
     blocks = probe.blocks[-protocol.blocks :]
     if preset == "dino" and probe.source.network.embed_dim >= linear_heads.DINO_WIDE:
         pooling, blocks = "concat", probe.blocks[-1:]
@@ -241,7 +241,7 @@ def augmented(
     workers = min(system.cores(), 16)
     stream = data.chunks(images, spec, plan, probe.seed, state.device, workers)
     pooled = features.Piecewise(lambda part: features.pool(source, part, blocks))
-    truth = torch.from_numpy(probe.labels).to(state.device)
+    truth = torch.from_numpy(cli.labels_of(images)).to(state.device)
     for _ in tqdm(range(steps), desc=f"linear probe of {source.name}", leave=False, disable=not state.is_main_process):
         parts, labels = [], []
         for _ in cut:
@@ -253,11 +253,11 @@ def augmented(
 
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
-    """Accuracy per backbone, labels and pooling, as Markdown. folders: of the rows' runs."""
+    """Accuracy by backbone, labels and pooling, as Markdown. folders: of the runs, by name."""
     found: list[tuple[tuple[str, ...], str, np.ndarray | str]] = []
     for row in rows:
         settings = ", ".join(f"{k} {v:g}" for k, v in row["settings"].items() if k in ("rate", "C", "lr"))
-        edge = " (at the edge of what was tried)" if row["settings"].get("at_the_edge") else ""
+        edge = " (at the edge of the range tried)" if row["settings"].get("at_the_edge") else ""
         fixed = f" ({cli.UNCHOSEN})" if row["chosen"] == cli.UNCHOSEN else ""
         block = "last" if row["layer"] == -1 else str(row["layer"])
         subset = "" if row["subset_seed"] is None else f" (seed {row['subset_seed']})"
@@ -272,12 +272,12 @@ def table(rows: list[dict], folders: dict[str, Path]) -> str:
 def evaluate(
     source: features.Source, request: cli.EvalRequest, preset: str, per_block: bool, epochs: int | None
 ) -> list[dict]:
-    """The rows of one backbone, written to its folder part by part; only the first process gets any."""
+    """The rows of one backbone, written to its folder after each label subset. Only the first process returns any."""
     depth = source.depth
     needed = {"logistic": 1} | {name: p.blocks for name, p in linear_heads.PROBE_RECIPES.items()}
     last = depth if per_block else min(needed.get(preset, 4), depth)
     if source.backbone is None and preset in linear_heads.PROBE_RECIPES:
-        raise UserError(f"--preset {preset} passes images through a backbone, and {source.name} is none: use sweep.")
+        raise UserError(f"--preset {preset} passes images through a backbone, and {source.name} has none: use sweep.")
     probe = Probe(source, request, list(range(depth - last, depth)), preset not in linear_heads.PROBE_RECIPES)
     main, rows, common = request.state.is_main_process, [], cli.row(source, probe.test)
     for part, chosen in probe.parts:
@@ -303,13 +303,15 @@ def main() -> None:
     parser = cli.parser(__doc__)
     cli.add_held_out(parser)
     parser.add_argument("--preset", choices=PRESETS, default="sweep")
-    parser.add_argument("--per-block", action="store_true", help="sweep: the accuracy after every block instead")
-    parser.add_argument("--epochs", type=int, help="mae, dino: instead of the protocol's; the rows are named after it")
+    parser.add_argument("--per-block", action="store_true", help="sweep: the accuracy of every block instead")
+    parser.add_argument(
+        "--epochs", type=int, help="mae, dino: instead of the protocol's epochs; named in the rows' protocol"
+    )
     args = parser.parse_args()
     if args.per_block and args.preset != "sweep":
-        raise UserError("--per-block belongs to --preset sweep.")
+        raise UserError("--per-block requires --preset sweep.")
     if args.epochs is not None and (args.preset not in linear_heads.PROBE_RECIPES or args.epochs < 1):
-        raise UserError("--epochs belongs to --preset mae or dino, and is 1 or more.")
+        raise UserError("--epochs requires --preset mae or dino, and must be 1 or more.")
     request = cli.EvalRequest(args)
     rows = [
         row for source in request.sources for row in evaluate(source, request, args.preset, args.per_block, args.epochs)

@@ -1,4 +1,4 @@
-"""One page that compares runs: tables with intervals, paired comparisons, charts, pictures and where it all comes from.
+"""One page that compares runs: tables with intervals, paired comparisons, charts, pictures and provenance.
 
     python eval/report.py RUN [RUN …] [--output DIR]
     python eval/report.py --study runs/PLAN-DATA     # what eval/study.py ran: arms by their names, and the verdict
@@ -7,11 +7,11 @@ On a laptop, after `./launch.sh`:
 
     python eval/report.py runs/*-digits*
 
-It writes DIR/report.html (one file that needs nothing else), DIR/report.md and its charts, DIR/*.svg, and all figures
-as a table, DIR/report.csv (its columns: eval/compare/tidy.py). It trains and evaluates nothing: all it reads are run
-directories, and the test images themselves where they are on this machine.
+It writes DIR/report.html (one self-contained file), DIR/report.md with its charts, DIR/*.svg, and all numbers as a
+table, DIR/report.csv (columns: eval/compare/tidy.py). It trains and evaluates nothing: it reads run directories, and
+the test images if they are on this machine.
 
-Runs that differ in nothing but their seed are one recipe.
+Runs that differ only in their seed are one recipe.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
     args = parser.parse_args()
     if bool(args.runs) == bool(args.study):
-        raise UserError("Name run directories, or a study with --study, and not both.")
+        raise UserError("Name either run directories or a study with --study, and not both.")
     command = shlex.join([*commands.documented("report"), *sys.argv[1:]])
     study = read_study(args.study) if args.study else None
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])

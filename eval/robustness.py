@@ -1,4 +1,4 @@
-"""How a linear probe of clean images fares on corrupted ones: noise and blur apart from other corruptions.
+"""Accuracy of a linear probe on corrupted test images: noise and blur separately from other corruptions.
 
     python eval/robustness.py --backbone RUN [RUN|timm name|timm folder|pixels …] [--data …] [--labels 1% 10% all]
 
@@ -7,10 +7,10 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
     python eval/linear_probe.py --backbone runs/mae-digits-s0 pixels
     python eval/robustness.py --backbone runs/mae-digits-s0 pixels
 
-The head is the one that the linear probe's sweep chose: its row is read, and the head trained again. All test images
-pass through the backbone once for every corruption and severity of eval/measure/common_corruptions.py, which come after
-the resizing: backbones of one input size see the same images. `accelerate launch` shares the images among its
-processes.
+The head is the one that the linear probe's sweep chose: its row is read, and the head is trained again on clean images.
+All test images pass through the backbone once for every corruption and severity (eval/measure/common_corruptions.py).
+Corruptions are applied after resizing: backbones of one input size see the same images. `accelerate launch` distributes
+the images over its processes.
 """
 
 import shlex
@@ -36,8 +36,8 @@ from ssl_vit.errors import UserError, say
 
 @dataclass
 class Sweep:
-    """What a sweep found on a part of the labels. part: row keys; images: as in EvalRequest.labelled_images; row: that
-    of the best; rates: all that it trained on that row's features, side by side with the row's own."""
+    """The result of a sweep on a label subset. part: row keys; images: as in EvalRequest.labelled_images; row: that of
+    the best; rates: all that were trained on that row's features, including its own."""
 
     part: dict
     images: np.ndarray
@@ -50,7 +50,7 @@ class Sweep:
 
 
 def read_sweeps(source: features.Source, request: cli.EvalRequest) -> list[Sweep]:
-    """Of each part of the labels asked for. Raises UserError if there is no row of it."""
+    """The sweep on each label subset asked for. Raises UserError if there is no row of it."""
     _, test, parts = request.labelled_images(source)
     found = []
     for part, chosen in parts:
@@ -71,15 +71,15 @@ def read_sweeps(source: features.Source, request: cli.EvalRequest) -> list[Sweep
 
 
 def _name(row: dict) -> tuple[str, tuple[int, ...]]:
-    """(pooling, blocks) of the features that a row of the sweep rests on."""
+    """(pooling, blocks) of the features that a row of the sweep uses."""
     return row["settings"]["pooling"], tuple(row["settings"]["blocks"])
 
 
 def retrain(probe: Probe, sweep: Sweep) -> Callable[[features.Features, np.ndarray], Predictions]:
-    """The sweep's best head as it was trained: what predicts from features of images and their true classes."""
+    """Train the sweep's best head again. Returns a function from features and true classes of images to predictions."""
     values = combine(probe.bank, *sweep.name, sweep.images)
     options = sweep_options(probe, len(sweep.images))
-    # with the other rates on these features: alone it would differ by rounding
+    # together with the other rates on these features: alone it would differ by rounding
     with tqdm(
         desc=f"head of {probe.source.name}, {len(sweep.images):,} labels",
         total=options["steps"],
@@ -100,16 +100,16 @@ def retrain(probe: Probe, sweep: Sweep) -> Callable[[features.Features, np.ndarr
 
 
 def corrupted(probe: Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[Predictions]]:
-    """What each predicts for the corrupted test images, by kind and severity.
+    """Each head's predictions for the corrupted test images, by kind and severity.
 
-    Every process passes its share through the backbone and returns all.
+    Every process passes its share through the backbone and returns all predictions.
     """
     source, state, images = probe.source, probe.state, probe.test
     kinds = [kind for _, kind in common_corruptions.kinds(images.channels)]
     plan = [(kind, severity) for kind in kinds for severity in common_corruptions.SEVERITIES]
     mine = torch.from_numpy(np.array_split(np.arange(len(images)), state.num_processes)[state.process_index])
     views = data.evaluation_views(images, features.view_of(source, images), state.device, mine)
-    answers: list[list[Predictions]] = []  # of each batch: corruption by corruption, predictor by predictor
+    answers: list[list[Predictions]] = []  # by batch, then by corruption and predictor
     description, at = f"robustness of {source.name}", 0
     arrays_of = features.pooled(source, probe.blocks)
     with tqdm(desc=description, total=len(mine), leave=False, disable=not state.is_main_process) as bar:
@@ -118,8 +118,7 @@ def corrupted(probe: Probe, predictors: list[Callable]) -> dict[tuple[str, int],
             at += len(view)
             answers.append([])
             for kind, severity in plan:
-                spoiled = common_corruptions.corrupt(view, kind, severity, index)
-                parts = list(arrays_of(spoiled))
+                parts = list(arrays_of(common_corruptions.corrupt(view, kind, severity, index)))
                 arrays = {key: probe.queries.project(np.concatenate([p[key] for p in parts])) for key in parts[0]}
                 truth = probe.truth[index.numpy()]
                 answers[-1] += [predict(features.Features(arrays, 0.0), truth) for predict in predictors]
@@ -130,7 +129,7 @@ def corrupted(probe: Probe, predictors: list[Callable]) -> dict[tuple[str, int],
 
 
 def evaluate(source: features.Source, request: cli.EvalRequest, sweeps: list[Sweep]) -> list[dict]:
-    """The rows of one backbone, written to its folder; only the first process gets any."""
+    """The rows of one backbone, written to its folder. Only the first process returns any."""
     blocks = sorted({block for sweep in sweeps for block in sweep.name[1]})
     probe = Probe(source, request, blocks, True)
     started = time.perf_counter()
@@ -169,7 +168,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, sweeps: list[Swe
 
 
 def table(clean: list[dict], rows: list[dict], folders: dict[str, Path]) -> str:
-    """Accuracy per backbone and labels, clean and the mean of each family of corruptions, as Markdown."""
+    """Accuracy by backbone and labels, on clean images and averaged over each family of corruptions, as Markdown."""
     columns = [(row, "clean") for row in clean] + [(row, row["settings"]["family"]) for row in rows]
     found = (
         ((results.run_of(row), f"{row['train_n']:,}"), column, results.correct(folders[row["run"]], row))

@@ -1,4 +1,4 @@
-"""Run a plan: tune its arms if it says so, pre-train them with several seeds, evaluate all alike, write the report.
+"""Run a plan: tune its arms if it says so, pre-train them with several seeds, evaluate all in the same way, and report.
 
     python eval/study.py PLAN [--data NAME|PATH|owner/name] [--seeds N] [key=value …]
 
@@ -6,9 +6,9 @@ On a laptop, in about half an hour, on scikit-learn's handwritten digits:
 
     python eval/study.py compare
 
-PLAN is a file in recipes/study/ or the path of your own. Each job is a command of its own, printed to its log; several
-run at a time. What is done is never done again: the same command goes on where it was stopped. How far it is,
-runs/PLAN-DATA[-HASH]/progress.txt tells. A key=value goes to the pre-training of every arm; an arm's own settings win.
+PLAN is a file in recipes/study/ or a path to your own. Each job is a command of its own with a log of its own; several
+run at a time. What is done is never run again: the same command continues where it was stopped. The progress is in
+runs/PLAN-DATA[-HASH]/progress.txt. A key=value applies to the pre-training of every arm; an arm's own settings win.
 """
 
 import argparse
@@ -36,29 +36,31 @@ def main() -> int:
     parser.add_argument(
         "--evaluators",
         metavar="NAME[,NAME]",
-        help="only these of the plan's, e.g. linear_probe,knn: fine-tuning costs most",
+        help="only these of the plan's, e.g. linear_probe,knn: fine-tuning costs the most",
     )
-    parser.add_argument("--arms", metavar="NAME[,NAME]", help="only these of the plan's, and what is not trained")
-    parser.add_argument("--no-tuning", action="store_true", help="without trials: the recipes' settings, first knobs")
+    parser.add_argument("--arms", metavar="NAME[,NAME]", help="only these of the plan's arms, and the untrained ones")
     parser.add_argument(
-        "--accept-failed", action="store_true", help="go on when trials have failed: they are not chosen"
+        "--no-tuning", action="store_true", help="no trials: the recipes' settings, and the first of each search_space"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, and run none")
+    parser.add_argument(
+        "--accept-failed", action="store_true", help="continue if trials have failed: they are not chosen"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, without running them")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
     plan = plans.read(args.plan)
     if any(number is not None and number < 1 for number in (args.seeds, args.jobs)):
-        raise UserError("--seeds and --jobs are 1 or more.")
+        raise UserError("--seeds and --jobs must be 1 or more.")
     if any(text.startswith("data.name=") for text in [*plan.settings, *args.settings]):
         raise UserError("Name the images with --data.")
     if plan.decides and args.data is None:
-        raise UserError(f"{plan.name} is no plan for the digits: name images with --data, such as --data cifar10.")
+        raise UserError(f"{plan.name} is not meant for the digits: name images with --data, such as --data cifar10.")
     decides = plan.decides
     given = plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
     given += [text for text in args.settings if not plans.may_change(text)]
     settings = plan.spend(args.settings)
     if decides and not plan.decides and not args.dry_run:
-        say(f"This is not {plan.name} as it stands, so that no verdict will be computed from it.")
+        say(f"This study does not follow {plan.name} in full, so no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or system.cores()
     study = Study(plan, args.data, settings, given, threads=max(1, system.cores() // at_once))
 
@@ -80,8 +82,8 @@ def run(study: Study, trials: list[Job], at_once: int, accept_failed: bool) -> i
     failed = work(trials, at_once, study.folder) if trials else []
     if failed and not accept_failed:
         say(
-            f"{len(failed)} of {len(trials)} jobs of the trials failed. Mend what is said above and start it again, or "
-            "pass --accept-failed to choose among the others."
+            f"{len(failed)} of {len(trials)} jobs of the trials failed. Fix the errors above and run the command "
+            "again, or pass --accept-failed to choose among the others."
         )
         return 1
     chosen = study.choose()
@@ -104,7 +106,7 @@ def run(study: Study, trials: list[Job], at_once: int, accept_failed: bool) -> i
         ]
         code = subprocess.run([sys.executable, *report], check=False).returncode or code
     if failed:
-        say(f"{len(failed)} of {len(everything)} jobs failed. Mend what is said above, then start it again.")
+        say(f"{len(failed)} of {len(everything)} jobs failed. Fix the errors above, then run the command again.")
     return code
 
 

@@ -2,8 +2,8 @@
 
     python eval/verdict.py runs/denoising-full-cifar10 runs/denoising-full-tiny-imagenet-100
 
-It reads what eval/study.py left there, of one data set or of both; what is not measured yet is named. The digits decide
-nothing, and are refused.
+It reads studies that eval/study.py ran, on one data set or on both, and names what is not measured yet. The digits
+decide nothing, and are refused.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="folders that eval/study.py wrote")
     args = parser.parse_args()
     if len(args.studies) > len(DATA):
-        raise UserError(f"A verdict is on {' and '.join(DATA)}: name a study of each.")
+        raise UserError(f"A verdict is on {' and '.join(DATA)}: name one study of each.")
     evidence = collect([read_study(folder) for folder in args.studies])
     runs = [run for e in evidence for group in e.study.groups for run in group.runs]
     said = several_origins(runs) + blocks(evidence)

@@ -165,7 +165,7 @@ def test_the_presets_train_on_views_of_the_chosen_images_mirrored_only_where_tha
     images = ramp(flips)
     images.images = images.images[:, :1]
     source = small_source(tmp_path)
-    source.size = SIZE
+    monkeypatch.setattr(type(source.backbone), "input_size", SIZE)
     seen = []
     monkeypatch.setattr(
         features, "pool", lambda source, view, blocks: seen.append(view) or {(1, "cls"): view.flatten(1)}

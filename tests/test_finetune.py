@@ -263,7 +263,7 @@ def test_one_label_per_class_takes_the_middle_of_the_rates(tune, capsys):
     assert row["settings"]["lr"] == 2e-3 and row["chosen"] == "fixed in advance: one label per class"
     assert "tried" not in row["settings"] and row["eval_images"] == 32 + 360
     said = capsys.readouterr().out
-    assert "One label per class leaves nothing to choose on: lr 0.002, the middle of --lr, is taken." in said
+    assert "One label per class leaves nothing to choose on: lr 0.002, the middle of --lr, is used." in said
 
 
 def test_a_class_of_one_image_does_not_stop_the_choice(tune, tmp_path, monkeypatch, capsys):
@@ -276,7 +276,7 @@ def test_a_class_of_one_image_does_not_stop_the_choice(tune, tmp_path, monkeypat
     seen = judged(monkeypatch, best=2e-3)
     [row] = tune("--data", str(folder), "--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
     assert (
-        "1 of 3 classes have only one labelled image (grey): they are fitted, but settings are"
+        "1 of 3 classes have only one labelled image (grey): they are used for fitting, but settings are"
         in capsys.readouterr().out
     )
     # of ten dark and ten bright images one each is held out; the grey one is in every fit

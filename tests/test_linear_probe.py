@@ -163,7 +163,7 @@ def test_a_sweep_chooses_on_train_alone(tmp_path, monkeypatch, backbone, capsys)
     [row] = [r for r in rows if (r["pooling"], r["train_n"]) == ("chosen", 1437)]
     shown = 100 * row["value"], 196 * np.sqrt(row["value"] * (1 - row["value"]) / 359)
     assert f"| {shown[0]:.1f} ± {shown[1]:.1f} |" in line
-    assert "Chance among 10 classes is 10.0; always naming the most frequent class scores 10.3." in said
+    assert "Chance among 10 classes is 10.0; always predicting the most frequent class gives 10.3." in said
 
     # other test images change no choice
     before = {results.row_id(r): r["settings"] for r in rows}
@@ -356,7 +356,10 @@ def test_classes_of_one_image_do_not_stop_a_probe(preset, tmp_path, monkeypatch,
     few(monkeypatch, singles=[0, 2, 3, 5, 6, 9])
     run(monkeypatch, tmp_path, "--backbone", "pixels", "--data", "digits", "--preset", preset, "--labels", "all", "1%")
     said = capsys.readouterr().out
-    assert said.count("6 of 10 classes have only one labelled image (0, 2, 3, 5, 6, …): they are fitted, but") == 1
+    assert (
+        said.count("6 of 10 classes have only one labelled image (0, 2, 3, 5, 6, …): they are used for fitting, but")
+        == 1
+    )
     rows = results.read(tmp_path / "runs/pixels-digits")
     assert {row["chosen"].split(" on ")[-1] for row in rows if row["label_fraction"] == 1.0} == {
         "5 tenths of train, in turns"

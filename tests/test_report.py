@@ -259,7 +259,7 @@ def test_the_summary_does_not_claim_what_is_not_there(tmp_path):
     shares = [write_run(tmp_path / "mae", "mae", 0.46, tree=settings("mae")), *controls(tmp_path)]
     lead, beside, single = summary(the_test(shares))
     assert lead.text.startswith(
-        "On cifar10 (test, 200 images; 1 seed per recipe), mae is by k-NN (k = 20), class token, at 46.0 ± 6.9 %."
+        "On cifar10 (test, 200 images; 1 seed per recipe), mae reaches 46.0 ± 6.9 % by k-NN (k = 20), class token."
     )
     [(by, said)] = beside.items
     assert by == "By k-NN (k = 20), class token"
@@ -267,7 +267,7 @@ def test_the_summary_does_not_claim_what_is_not_there(tmp_path):
     assert "it is not distinguishable from raw pixels at 45.0 % (difference +1.0 ± " in said
     assert single.text.startswith("One seed only: mae.")
     lead, beside = summary(the_test(many(tmp_path, "mae", 0.46) + many(tmp_path, "dino", 0.45)))
-    assert "mae is the highest by k-NN" in lead.text and "not distinguishable from dino" in beside.items[0][1]
+    assert "mae ranks first by k-NN" in lead.text and "not distinguishable from dino" in beside.items[0][1]
 
 
 def ranked_by(folder, **shares):
@@ -284,9 +284,9 @@ def ranked_by(folder, **shares):
 def test_the_lead_covers_every_evaluator_and_says_where_they_disagree(tmp_path):
     """As on the page of CIFAR-10 that named the highest by k-NN and not the other, ahead by linear probe."""
     lead = summary(ranked_by(tmp_path / "a", knn=(0.3, 0.6), linear=(0.7, 0.5), tuned=(0.9, 0.6)))[0].text
-    assert "dino is the highest by k-NN (k = 20), class token, at 60.0 ± " in lead
-    assert re.search(r"mae is the highest by linear probe, chosen on train, at 70.0 ± \S+ % and by fine-tuning,", lead)
-    assert "disagree about which recipe is the highest: " in lead
+    assert "dino ranks first by k-NN (k = 20), class token, with 60.0 ± " in lead
+    assert re.search(r"mae ranks first by linear probe, chosen on train, with 70.0 ± \S+ % and by fine-tuning,", lead)
+    assert "disagree about the best recipe: " in lead
     opposite = r"(dino|mae) is above (mae|dino) by (k-NN|linear probe).*, and below it by (k-NN|linear probe)"
     first, second, above, below = re.search(opposite, lead).groups()
     assert first != second and (first, above, below) in (
@@ -298,21 +298,21 @@ def test_the_lead_covers_every_evaluator_and_says_where_they_disagree(tmp_path):
     assert "The evaluators rank the recipes alike." in lead and "disagree" not in lead
 
     lead = summary(ranked_by(tmp_path / "c", knn=(0.49, 0.5), linear=(0.5, 0.49), tuned=(0.9, 0.6)))[0].text
-    assert "no two recipes are distinguishable in opposite order" in lead
+    assert "no two of them distinguish a pair of recipes in opposite order" in lead
 
 
 def test_what_is_below_the_most_frequent_class_is_said_to_be(tmp_path):
-    """Of 22 unbalanced classes, above raw pixels and below always naming the most frequent."""
+    """Of 22 unbalanced classes, above raw pixels and below always predicting the most frequent."""
     truth = np.where(np.arange(N) < 150, 0, 1 + np.arange(N) % 21)
     folders = [write_run(tmp_path / "mae", "mae", 0.5, tree=settings("mae"), truth=truth, classes=22)]
     folders.append(write_run(tmp_path / "pixels", "pixels", 0.1, truth=truth, flops=0.0, classes=22))
     test = the_test(folders)
     lead, beside, _ = summary(test)
-    assert "Chance is 4.5 % (22 classes); always naming the most frequent class is right for 75.0 %." in lead.text
+    assert "Chance is 4.5 % (22 classes); always predicting the most frequent class gives 75.0 %." in lead.text
     [(_, said)] = beside.items
     assert (
         re.match(r"mae is \S+ ± \S+ points above raw pixels", said)
-        and "it is below always naming the most frequent class (75.0 %)" in said
+        and "it is below always predicting the most frequent class (75.0 %)" in said
     )
     assert "balanced accuracy of" in said
     [row] = [cells for part in tables.main_table(test).parts for name, cells in part[1] if "frequent" in name.text]
@@ -321,7 +321,7 @@ def test_what_is_below_the_most_frequent_class_is_said_to_be(tmp_path):
 
 def test_chance_and_the_majority_stand_beside_every_table_and_chart(tmp_path, monkeypatch):
     _, text = write_report(everything(tmp_path), tmp_path / "out", monkeypatch)
-    floors = "Chance is 10.0 % (10 classes); always naming the most frequent class is right for 10.0 %."
+    floors = "Chance is 10.0 % (10 classes); always predicting the most frequent class gives 10.0 %."
     for section in ("Accuracy", "Against the controls", "With fewer labels", "Block by block", "Class by class"):
         assert floors in text[text.index(f"## {section}") :].split("\n## ")[0], section
 
@@ -347,7 +347,7 @@ def test_two_seeds_borrow_and_say_so(tmp_path, monkeypatch):
     alone = intervals.interval(frames["mae"].correct)
     assert frames["mae"].estimate.half_width < 0.4 * alone.half_width
     _, text = write_report(folders, tmp_path / "out", monkeypatch)
-    assert "With fewer than 4 seeds the variance between seeds is taken from all 4 arms" in text
+    assert "With fewer than 4 seeds, the variance between seeds is pooled over the 4 arms" in text
     several = [run for name in ("mae", "dino") for run in many(tmp_path / "four", name, 0.5, seeds=4)]
     _, text = write_report(several, tmp_path / "own", monkeypatch)
     assert "With fewer than 4 seeds" not in text
@@ -368,13 +368,13 @@ def test_all_right_is_no_certainty(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("nothing", "nothing is no run directory"),
+        ("nothing", "nothing is not a run directory"),
         ("unevaluated", "python eval/knn.py --backbone"),
         ("twice", "mae-s0 and .*again are the same recipe and have the same seed, 0"),
-        ("n", r"mae-s0 and .*short hold rows of different tests: cifar10 \(test\) .* 200 and 50"),
-        ("labels", "mae-s0 and .*other hold rows of different tests"),
+        ("n", r"mae-s0 and .*short were evaluated on different images of cifar10 \(test; n = 200 and 50\)"),
+        ("labels", "mae-s0 and .*other were evaluated on different images"),
         ("predictions", r"predictions/.*npz is missing; evaluate .*mae-s0 again"),
-        ("measured twice", "measures knn-k20 .* twice: delete the outdated one of the rows"),
+        ("measured twice", "has two rows for knn-k20 .*: delete the outdated one"),
     ],
 )
 def test_refusals(case, said, tmp_path, monkeypatch):
@@ -672,7 +672,9 @@ def test_the_arms_stand_beside_scratch_of_equal_compute(tmp_path, monkeypatch):
         ),
     ]
     _, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
-    assert "2 seeds per arm), mae is by linear probe, chosen on train, at 30.0" in markdown  # not by k-NN
+    assert re.search(
+        r"2 seeds per arm\), mae reaches 30\.0 ± \S+ % by linear probe, chosen on train", markdown
+    )  # not k-NN
     section = markdown[markdown.index("## The arms") :].split("##")[1]
     rows = [
         [cell.split("±")[0].strip() for cell in line.split("|")[1:5]] for line in section.splitlines() if "±" in line
@@ -693,7 +695,7 @@ def test_what_only_a_control_has_with_more_labels_does_not_push_the_others_out(t
     test = the_test(runs)
     assert test.labels == 0.1 and {g.recipe for g in test.by_group(test.main[0])} == {"mae", "random"}
     more = the_test(many(tmp_path / "more", "dino", 0.5, measures=[few, KNN]) + runs)
-    assert more.labels == 0.1 and "there are figures with more of dino." in str(summary(more))
+    assert more.labels == 0.1 and "there are results with more labels for dino." in str(summary(more))
     assert the_test(many(tmp_path / "alone", "random", 0.3, measures=[few, KNN], flops=0.0)).labels == 1.0
 
 
@@ -757,7 +759,7 @@ def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     study = write_study(tmp_path, [("mae", "masking", None, runs)], tuning=tuning, trials=dict(mae=trials))
     html, markdown = study_page(study, monkeypatch)
     assert "0.987" in markdown and "0.123" in markdown and "## How the arms were tuned" in markdown
-    assert "that a better one may lie beyond: mae." in markdown
+    assert "so that a better one may lie outside the range, for mae." in markdown
     assert "optim.lr=1" in html and "25.0" in html and "failed" in html and "a=1" not in html
 
 
@@ -786,7 +788,7 @@ def test_runs_or_a_study_are_named_not_both(arguments, monkeypatch):
 
 
 def test_what_is_no_study_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no study"):
+    with pytest.raises(UserError, match="is not a study"):
         read_study(tmp_path)
     with pytest.raises(UserError, match="None of the runs of .* was evaluated"):
         read_study(write_study(tmp_path, [("mae", "", None, [tmp_path / "none"])]))
@@ -857,7 +859,7 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
     by_place = [10 * j + c for c in range(10) for j in range(N // 10)]  # the brightness of each index
     assert [int(pixels.mean()) for pixels, _ in thumbs.pictures] == [by_place[i] for i in wrong]
     first = wrong[0]
-    said = f"kind {answers.true[first]}, taken for kind {answers.predicted[first]} at {100 * answers.p[first]:.0f} %"
+    said = f"kind {answers.true[first]}, predicted as kind {answers.predicted[first]} at {100 * answers.p[first]:.0f} %"
     assert thumbs.pictures[0][1] == f"{said} ({first}.png)"
     assert "ECE" in folded.summary and "balanced accuracy 50.0 %" in folded.summary
     assert not any("no pictures" in getattr(block, "text", "") for block in blocks)
@@ -867,11 +869,11 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
     other.rename(other.parent.parent / "kind 1" / "000.png")  # other images than were evaluated
     blocks = mistakes.by_class(test, "")
     said = " ".join(block.text for block in blocks if isinstance(block, document.Text))
-    assert "have no pictures: the images there now are not those that were evaluated." in said
+    assert "without pictures: the images found there are not those that were evaluated." in said
     config["name"] = str(tmp_path / "gone")
     (tmp_path / "set").rename(tmp_path / "moved")
     said = " ".join(block.text for block in mistakes.by_class(test, "") if isinstance(block, document.Text))
-    assert "The mistakes have no pictures: " in said
+    assert "The mistakes are shown without pictures: " in said
 
 
 def test_rows_without_probabilities_still_have_their_confusion(tmp_path):
@@ -879,7 +881,7 @@ def test_rows_without_probabilities_still_have_their_confusion(tmp_path):
     [folded] = [block for block in blocks if isinstance(block, document.Folded)]
     [matrix] = folded.blocks
     assert matrix.counts.sum() == 3 * N and matrix.images == [20] * 10
-    assert any("made before evaluators kept" in getattr(block, "text", "") for block in blocks)
+    assert any("made before evaluators stored" in getattr(block, "text", "") for block in blocks)
 
 
 def test_of_many_classes_the_pairs_confused_most_are_listed(tmp_path):
@@ -887,7 +889,7 @@ def test_of_many_classes_the_pairs_confused_most_are_listed(tmp_path):
     run = write_run(tmp_path / "mae", "mae", 0.5, tree=settings("mae"), truth=truth, classes=25)
     [folded] = [block for block in mistakes.by_class(the_test([run]), "") if isinstance(block, document.Folded)]
     classes, pairs = folded.blocks
-    assert len(classes.parts[0][1]) == 25 and pairs.head[0][1] == ["taken for", "in 100", "count"]
+    assert len(classes.parts[0][1]) == 25 and pairs.head[0][1] == ["predicted as", "%", "count"]
     with np.load(next((run / "predictions").iterdir())) as stored:
         wrong = metrics.confusion_matrix(stored["true"], stored["predicted"], labels=range(25))
     np.fill_diagonal(wrong, 0)

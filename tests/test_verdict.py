@@ -205,7 +205,7 @@ def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, 
     said = capsys.readouterr().out
     assert "H1: YES, by mae." in said and "H2: NO." in said and "H3: YES, by mae." in said
     assert "ViT of width 192 and 12 blocks; 1e+15 FLOPs" in said and "Not measured" not in said
-    assert said.count("| fine-tuned, 10 % of the labels, over scratch") == 2 * (
+    assert said.count("| fine-tuned, 10 % of the labels, against scratch") == 2 * (
         2 + 1 + 1
     )  # H1: two arms; H2: noise; H3: mae
 
@@ -215,12 +215,12 @@ def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, 
         rows.read_text().replace('"abc"', '"def"', 1).replace('"validation"', '"recipe": "x", "validation"', 1)
     )
     verdict.main()
-    assert "rows were made by 2 commits of this code and 2 states of the recipe finetune" in capsys.readouterr().out
+    assert "rows were made by 2 commits of this code and 2 versions of the recipe finetune" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["verdict.py", studies[0]])
     verdict.main()
     assert "Not measured: tiny-imagenet-100: all of it" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["verdict.py", studies[0], studies[0]])
-    with pytest.raises(UserError, match="of the same images"):
+    with pytest.raises(UserError, match="use the same images"):
         verdict.main()
 
 
@@ -247,7 +247,7 @@ def test_bounds_are_those_of_both_data_sets_also_with_one(tmp_path):
 @pytest.mark.parametrize(
     ("data", "changes", "said"),
     [
-        (rule.DATA, [{}, dict(plan="other")], "of other plans"),
+        (rule.DATA, [{}, dict(plan="other")], "follow different plans"),
         (rule.DATA, [{}, dict(decides=False)], "decides nothing"),
         (("digits",), [{}], "No verdict is computed on digits"),
     ],
@@ -263,7 +263,7 @@ def test_both_data_sets_are_decided_at_one_budget(tmp_path):
     studies = [write_study(tmp_path, d, {"mae": NULL["mae"]}, 1) for d in rule.DATA]
     said = (studies[1] / "study.json").read_text()
     (studies[1] / "study.json").write_text(said.replace('"budget": 1000000000000000.0', '"budget": 2e15'))
-    with pytest.raises(UserError, match="of other budgets"):
+    with pytest.raises(UserError, match="have different budgets"):
         rule.collect([read_study(study) for study in studies])
 
 

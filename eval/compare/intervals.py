@@ -1,19 +1,21 @@
-"""Intervals of accuracies and of their differences, over training seeds and test images.
+"""Confidence intervals of accuracies and of their differences, over training seeds and test images.
 
     from eval.compare.intervals import interval, paired
     paired(correct_mae, correct_dino).half_width     # correct_…: (S seeds, n test images), 1.0 where right
 
-The same test images serve every seed: they are crossed with the seeds, not nested in them. So an accuracy y(s, i) =
-mean + seed(s) + image(i) + residual(s, i) has two sources of error that more of the other does not remove, and
+The same test images serve every seed: they are crossed with the seeds, not nested in them. An accuracy is y(s, i) =
+mean + seed(s) + image(i) + residual(s, i). It has two sources of error: more seeds do not reduce the error over images,
+nor do more images reduce the error over seeds. Therefore
 
     half-width = hypot(t(freedom) · SE over seeds, 1.96 · SE over images).
 
-The residual is in both parts: the interval is a little wide, never narrow.
+The residual contributes to both terms, so the interval is slightly too wide, never too narrow.
 
-**Few seeds.** Alone, two seeds have one degree of freedom, and t(1) = 12.7: an interval as wide as the axis. Below OWN
-seeds an arm therefore borrows: its variance between seeds is the larger of its own and of that pooled over the arms
-measured in the same way (`Spread`), and t has the degrees of freedom of the pool. Taking the larger protects arms that
-vary more than the others. Simulated for normal seeds alone, without the images' part, 95 % intervals hold the truth in:
+**Few seeds.** Two seeds have one degree of freedom, and t(1) = 12.7: an interval as wide as the axis. An arm with fewer
+than OWN seeds therefore borrows. Its variance between seeds is the larger of its own and the one pooled over the arms
+measured in the same way (`Spread`), and t has the pool's degrees of freedom. Taking the larger protects arms that vary
+more than the others. In a simulation of normally distributed seeds, without an error over images, 95 % intervals
+contain the truth in:
 
     standard deviations of the arms        2 seeds: mean over arms, widest arm     3 seeds
     equal (2 to 7 arms)                    96 %, 96 %                              96 %, 96 %
@@ -21,15 +23,16 @@ vary more than the others. Simulated for normal seeds alone, without the images'
     1, 2, 3, 4                             95 %, 89 %                              96 %, 90 %
     1, 1, 1, 1, 1, 1, 3                    96 %, 81 %                              97 %, 85 %
 
-(without "the larger", the widest of 1, 1, 3 had 81 % and 79 %.) That is what borrowing costs: of an arm that is far
-less stable than all the others, one interval in six misses. Differences of these arms hold it in 94 % or more of the
-pairs, and in 86 % of the worst pair. If one arm alone varies between seeds, and the others not at all, differences
-fall to 90 %. From OWN seeds on, each arm and each difference has its own variance alone, and of one seed nothing is
-known. A claim that decides something does not borrow (eval/verdict.py).
+(Without "the larger", the widest arm of 1, 1, 3 had 81 % and 79 %.) This is the cost of borrowing: if an arm is far
+less stable than all the others, one of its intervals in six misses the truth. Intervals of differences between these
+arms contain it in 94 % or more over the pairs, and in 86 % for the worst pair. If only one arm varies between seeds,
+the intervals of differences contain it in 90 %. From OWN seeds on, each arm and each difference uses its own variance
+alone. With one seed, the variance between seeds is unknown. A claim that decides something does not borrow
+(eval/verdict.py).
 
-**Near 0 and 100 %.** mean ± half-width is shown where it lies between the bounds of what is possible. Else, and where
-all or none are right, an accuracy has Wilson's interval: the p with (mean - p)² <= (t · SE over seeds)² + 1.96² · SE² ·
-p(1 - p) / mean(1 - mean), cut at 0 and 1; a difference is cut at -1 and 1.
+**Near 0 and 100 %.** mean ± half-width is shown where it lies within the possible range. Otherwise, and where all or no
+images are classified correctly, an accuracy has Wilson's interval: the p with (mean - p)² <= (t · SE over seeds)² +
+1.96² · SE² · p(1 - p) / mean(1 - mean), clipped to [0, 1]. A difference is clipped to [-1, 1].
 """
 
 import dataclasses
@@ -44,7 +47,7 @@ from scipy import optimize, stats
 LEVEL = 0.95  # of the intervals; differences are tested two-sidedly at 1 - LEVEL
 POWER = 0.80  # with which the smallest detectable difference is detected
 POINT = 0.01
-OWN = 4  # seeds from which on an arm's variance between seeds is estimated from its own alone
+OWN = 4  # from this many seeds on, an arm's variance between seeds is estimated from its own seeds alone
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class Spread:
 class Estimate:
     """A mean over S seeds and n test images, as a fraction, with its standard errors.
 
-    se_seeds is 0 for one seed: the interval then speaks of the test images only, and says nothing of another seed.
+    se_seeds is 0 for one seed: the interval then covers the test images only, and says nothing about another seed.
     se_limit is the standard error that would remain with these images and infinitely many seeds. freedom: the degrees
-    of freedom of se_seeds; pooled: over how many arms it was pooled, 0 if it is their own. least: the smallest value
-    that is possible, 0 of an accuracy and -1 of a difference.
+    of freedom of se_seeds. pooled: the number of arms over which se_seeds was pooled, 0 if it is the arm's own. least:
+    the smallest possible value, 0 for an accuracy and -1 for a difference.
     """
 
     mean: float
@@ -83,16 +86,16 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval."""
+        """The half-width of the 95 % interval."""
         return self.half_width_at(LEVEL)
 
     def half_width_at(self, level: float) -> float:
-        """Of the two-sided interval of this level."""
+        """The half-width of the two-sided interval at this level."""
         return math.hypot(_quantile(self.freedom, level) * self.se_seeds, _quantile(0, level) * self.se_images)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Of the 95 % interval, as it is shown: never below `least` or above 1."""
+        """The bounds of the 95 % interval as it is shown: never below `least` or above 1."""
         low, high = self.mean - self.half_width, self.mean + self.half_width
         at_an_end = self.least == 0 and self.mean in (0.0, 1.0)
         if self.least <= low and high <= 1 and not at_an_end:
@@ -121,10 +124,9 @@ class Estimate:
 
     @property
     def seeds_for_a_point(self) -> int | None:
-        """How many seeds would detect a difference of one point, each with its own variance. None: no number would on
-        these images.
+        """How many seeds would detect a difference of one point, each arm with its own variance.
 
-        Of one seed it cannot be told, so it is None there too.
+        None if no number of seeds would on these images, or if there is one seed, from which it cannot be computed.
         """
         if self.images_only or _shift(0) * self.se_limit >= POINT:
             return None
@@ -147,7 +149,7 @@ class Estimate:
 
 
 def interval(correct: np.ndarray, pool: Spread | None = None) -> Estimate:
-    """The mean of correct (S, n), or of differences of such. pool: the arms' spread, borrowed by 2 to OWN - 1 seeds."""
+    """The mean of correct (S, n), or of a difference of two. pool: the arms' spread, borrowed by 2 to OWN - 1 seeds."""
     correct = np.asarray(correct, dtype=np.float64)
     seeds, images = correct.shape
     mean, by_seed, by_image = correct.mean(), correct.mean(1), correct.mean(0)
@@ -174,15 +176,18 @@ def interval(correct: np.ndarray, pool: Spread | None = None) -> Estimate:
 
 
 def paired(a: np.ndarray, b: np.ndarray, pool: Spread | None = None) -> Estimate:
-    """The mean of a - b, both (S, n) with rows of the same seeds; a control without seeds is (1, n) and constant.
+    """The mean of a - b, both (S, n) with the same seeds as rows; a control without seeds is (1, n) and constant.
 
-    pool: spread_of_differences, or against such a control the spread of the arms.
+    pool: spread_of_differences, or the spread of the arms if b is such a control.
     """
     return dataclasses.replace(interval(np.subtract(a, b, dtype=np.float64), pool), least=-1.0)
 
 
 def spread(arms: Iterable[np.ndarray]) -> Spread | None:
-    """Of accuracies by seed, (S,) of each arm; arms of one seed tell nothing. None if no arm has two."""
+    """The pooled variance of accuracies by seed, (S,) for each arm. Arms with one seed do not contribute.
+
+    None if no arm has two seeds.
+    """
     several = [values for values in arms if len(values) > 1]
     freedom = sum(len(values) - 1 for values in several)
     if not freedom:
@@ -191,10 +196,11 @@ def spread(arms: Iterable[np.ndarray]) -> Spread | None:
 
 
 def spread_of_differences(arms: np.ndarray) -> Spread | None:
-    """Of the differences between any two of the arms, from accuracies (A, S) with columns of the same seeds.
+    """The variance of the difference between any two arms, from accuracies (A, S) with the same seeds as columns.
 
-    What a seed does to all arms alike cancels in a difference: so twice the mean square of what is left of a two-way
-    table without the means of its rows and columns, with (A - 1)(S - 1) degrees of freedom. None for one seed.
+    The effect of a seed on all arms cancels in a difference. The variance is therefore twice the mean square of the
+    residuals of a two-way table, without the means of rows and columns, with (A - 1)(S - 1) degrees of freedom. None
+    for one seed.
     """
     count, seeds = arms.shape
     freedom = (count - 1) * (seeds - 1)
@@ -219,7 +225,7 @@ def bootstrap(difference: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple
 
 @functools.lru_cache
 def _quantile(freedom: int, level: float) -> float:
-    """The two-sided quantile of Student's t; with no degree of freedom of the normal distribution."""
+    """The two-sided quantile of Student's t; of the normal distribution for 0 degrees of freedom."""
     part = (1 + level) / 2
     return float(stats.t.ppf(part, freedom) if freedom else stats.norm.ppf(part))
 
@@ -231,6 +237,6 @@ def _shift(freedom: int) -> float:
     if freedom == 0 or freedom > 1000:
         return normal
     critical = _quantile(freedom, LEVEL)
-    # the chance to end below -critical is left out: with this power it is under 1e-5
+    # the probability of a value below -critical is neglected: at this power it is under 1e-5
     found = optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - POWER, normal / 2, 20 * critical)
     return float(found)

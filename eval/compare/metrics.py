@@ -26,7 +26,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to measure. Only rows of one column are compared."""
+    """A way to measure accuracy. Only rows of the same metric are compared."""
 
     protocol: str
     pooling: str
@@ -56,7 +56,7 @@ class Metric:
 
     @property
     def corrupted(self) -> bool:
-        """Whether it is of corrupted test images: those have tables of their own."""
+        """Whether it is measured on corrupted test images: those metrics have tables of their own."""
         return self.protocol.startswith("robust-")
 
     @property
@@ -65,7 +65,7 @@ class Metric:
 
     @property
     def order(self) -> tuple:
-        """Sorts columns as they stand in the tables."""
+        """Sorts metrics in the order of the tables' columns."""
         starts = [i for i, start in enumerate(MAIN) if self.protocol.startswith(start)]
         rank = -1 if self.protocol == PRIMARY else min(starts, default=len(MAIN))
         k = [int(digits) for digits in re.findall(r"k(\d+)$", self.protocol)]
@@ -75,7 +75,7 @@ class Metric:
 
 
 def most(parts: set[float | str]) -> float | str:
-    """The largest of label_fractions: a share is more than so many per class."""
+    """The largest of these label fractions: a share counts as more than any number per class."""
     shares = [part for part in parts if not isinstance(part, str)]
     if shares:
         return max(shares)

@@ -1,4 +1,4 @@
-"""The rule of the denoising study (docs/denoising-study.md): from what was measured to YES, NO or undecided.
+"""The decision rule of the denoising study (docs/denoising-study.md): from measurements to YES, NO or undecided.
 
 from eval.compare import rule
 rule.decide(rule.collect([read_study(folder)]))        # verdicts on H1, H2 and H3
@@ -16,34 +16,34 @@ from eval.compare.scores import Scores
 from eval.compare.studies import StudyResults
 from ssl_vit.errors import UserError
 
-DATA = ("cifar10", "tiny-imagenet-100")  # what decides; both are needed
+DATA = ("cifar10", "tiny-imagenet-100")  # a verdict needs both
 ELIGIBLE = ("noise", "masking", "other")  # roles of the arms that H1 judges
-SEEDS = 5  # fewer decide nothing
+SEEDS = 5  # with fewer nothing is decided
 ALPHA = 0.05
-YES, NO, OPEN, LACKING = "YES", "NO", "inconclusive at this scale", "not decided: not all is measured"
+YES, NO, OPEN, LACKING = "YES", "NO", "inconclusive at this scale", "not decided: measurements are missing"
 CLAIMS = dict(
-    H1="Some objective that spoils an image and recovers it beats no pre-training at equal total compute, and plain "
-    "autoencoding.",
+    H1="Some objective that corrupts an image and recovers it beats no pre-training at equal total compute, and beats "
+    "plain autoencoding.",
     H2="Additive noise with all tokens visible does so too, and is not inferior to MAE.",
-    H3="It helps more than noise or dropped patches as augmentation in supervised training.",
+    H3="It helps more than noise or dropped patches used as augmentation in supervised training.",
 )
 LINEAR = Metric("linear-sweep", "chosen", -1, 1.0)
 METRICS = dict(FT10="fine-tuned, 10 % of the labels", FT100="fine-tuned, all labels", LP="linear probe")
 LABELS = dict(FT10=0.1, FT100=1.0)
 MARGINS = dict(FT10=0.01, FT100=-0.005, LP=0.05)  # of H1, over the opponent, and over random features and autoencoding
-TO_MASKING = -0.015  # the margin of H2, by each metric
+TO_MASKING = -0.015  # the margin of H2, for each metric
 AUGMENTATIONS = {
     "objective.noise_sigma": "noise",
     "objective.patch_drop_rate": "dropped patches",
 }  # settings of a fine-tuning
 Tuned = list[
     tuple[dict, Scores | None]
-]  # what each fine-tuning changes of its recipe, and what it reached if it is there
+]  # what each fine-tuning changes in its recipe, and its scores if it was measured
 
 
 @dataclass(frozen=True)
 class Condition:
-    """That an arm is above something by a margin, on one data set. difference: (S, n), or None with the reason."""
+    """That an arm beats an opponent by a margin, on one data set. difference: (S, n), or None with the reason."""
 
     data: str
     arm: str
@@ -54,7 +54,7 @@ class Condition:
     lacking: str = ""
 
     def state(self, level: float) -> str:
-        """Whether both bounds at this level lie above the margin ("holds"), below ("fails"), or neither ("open")."""
+        """Whether the interval at this level is above the margin ("holds"), below ("fails"), or around it ("open")."""
         estimate = self.estimate
         if estimate is None:
             return "not measured"
@@ -71,8 +71,8 @@ class Condition:
 
 @dataclass
 class Verdict:
-    """answer: one of YES, NO, OPEN, LACKING. level: of each bound, so that all hold together; arms: the conditions of
-    each arm judged; winners: the arms of a YES."""
+    """answer: one of YES, NO, OPEN, LACKING. level: of each interval, so that all hold simultaneously; arms: the
+    conditions of each arm judged; winners: the arms that a YES rests on."""
 
     claim: str
     answer: str
@@ -82,7 +82,7 @@ class Verdict:
 
 
 class Evidence:
-    """What a study measured with one budget, as the rule asks for it: by the plan's own protocols alone."""
+    """What a study measured at one budget, as the rule needs it: by the plan's own protocols alone."""
 
     def __init__(self, study: StudyResults, budget: float | None):
         self.study, self.budget = study, budget
@@ -92,21 +92,21 @@ class Evidence:
         return [name for name, arm in self.study.manifest["arms"].items() if arm["role"] in roles]
 
     def scores_of(self, arm: str, metric: str) -> Scores | None:
-        """What an arm reached by a metric."""
+        """An arm's scores by a metric."""
         return self.linear(arm) if metric == "LP" else next((scores for _, scores in self.tuned(arm, metric)), None)
 
     def held_out(self, arm: str) -> float | None:
-        """What an arm, fine-tuned with 10 % of the labels, reached on held-out training images."""
+        """An arm's accuracy on held-out training images, fine-tuned with 10 % of the labels."""
         scores = self.scores_of(arm, "FT10")
         return validation(scores) if scores else None
 
     def linear(self, arm: str) -> Scores | None:
-        """The linear probe's figures of an arm."""
+        """An arm's scores by linear probe."""
         group, eval_set = self.study.group(arm, self.budget), self.study.eval_set
         return eval_set.scores.get(LINEAR, {}).get(group) if eval_set and group else None
 
     def tuned(self, arm: str, metric: str) -> Tuned:
-        """The fine-tunings of an arm that its plan has."""
+        """The fine-tunings that the plan has for an arm."""
         group, eval_set = self.study.group(arm, self.budget), self.study.eval_set
         found: Tuned = []
         arms = self.study.manifest["arms"]
@@ -117,29 +117,28 @@ class Evidence:
         return found
 
     def scratch(self, metric: str, augmented: bool) -> Tuned:
-        """The fine-tunings from scratch, with corruption as augmentation or without."""
+        """The fine-tunings from scratch, with or without corruption as augmentation."""
         every = [found for arm in self.arms("scratch") for found in self.tuned(arm, metric)]
         return [
             (changed, scores) for changed, scores in every if augmented == bool(AUGMENTATIONS.keys() & changed.keys())
         ]
 
     def opponent(self, metric: str) -> tuple[Scores | None, str]:
-        """(the best of all fine-tunings from scratch, at fine-tuning's length and at equal total compute, by held-out
-        training images; its name), or (None, what is lacking)."""
+        """(scores, name) of the best fine-tuning from scratch, or (None, what is missing). The candidates are those of
+        fine-tuning's length and those at equal total compute; held-out training images choose among them."""
         found = self.scratch(metric, augmented=False)
         if {"extra_flops" in changed for changed, _ in found} != {False, True}:
             return None, f"scratch and scratch-long with {SEEDS} seeds"
         return best(found, "scratch and scratch-long", lambda c: "scratch-long" if "extra_flops" in c else "scratch")
 
     def augmentation(self) -> tuple[Scores | None, str]:
-        """(the best of those at equal total compute with a corruption as augmentation, likewise), or (None, what is
-        lacking)."""
+        """The same for the fine-tunings from scratch at equal total compute with a corruption as augmentation."""
         found = [(changed, scores) for changed, scores in self.scratch("FT10", True) if "extra_flops" in changed]
         return best(found, "scratch-long with augmentation", lambda c: f"scratch-long with {_augmented(c)}")
 
 
 def best(found: Tuned, names: str, name: Callable[[dict], str]) -> tuple[Scores | None, str]:
-    """(the figures of the best by held-out images, its name), or (None, what is lacking)."""
+    """(scores, name) of the fine-tuning that is best on held-out images, or (None, what is missing)."""
     measured = [(changed, scores) for changed, scores in found if scores and len(scores.seeds) >= SEEDS]
     if not found or len(measured) < len(found):
         return None, f"{names} with {SEEDS} seeds"
@@ -163,7 +162,7 @@ def validation(scores: Scores) -> float | None:
 def condition(
     data: str, arm: str, metric: str, margin: float, mine: Scores | None, other: Scores | None, than: str
 ) -> Condition:
-    """The condition that `mine` is above `other` by a margin; than: its name, or what is lacking of it."""
+    """The condition that `mine` beats `other` by a margin. than: the other's name, or what is missing of it."""
     if mine is None or other is None:
         return Condition(data, arm, metric, than, margin, None, f"{arm}: {metric}" if mine is None else than)
     difference = mine.minus(other)
@@ -198,18 +197,19 @@ def against_masking(evidence: Evidence, arm: str) -> list[Condition]:
 
 
 def against_augmentation(evidence: Evidence, arm: str) -> list[Condition]:
-    """The condition of H3 on one data set: above the corruptions as augmentation, with equal labels and compute."""
+    """The condition of H3 on one data set: better than the corruptions as augmentation, at equal labels and compute."""
     other, than = evidence.augmentation()
     return [condition(evidence.data, arm, "FT10", 0.0, evidence.scores_of(arm, "FT10"), other, than)]
 
 
-def judge(claim: str, conditions: dict[str, list[Condition]], sets: int, of: int = 1) -> Verdict:
-    """YES if all conditions of one arm hold; NO if of every arm one fails; else open. All bounds hold together at 95 %.
+def judge(claim: str, conditions: dict[str, list[Condition]], sets: int, candidates: int = 1) -> Verdict:
+    """YES if all conditions of one arm hold; NO if every arm has a condition that fails; else open.
 
-    sets: how many of the data sets are there. Bounds are always those of all sets; without one of them, or with a
-    condition that is not measured, nothing is decided. of: among how many arms the test images chose those judged.
+    All intervals hold simultaneously at 95 %. sets: how many of the data sets were measured. The level always counts
+    the conditions of all data sets; if a data set or a condition is not measured, nothing is decided. candidates: the
+    number of arms from which the test images chose those judged.
     """
-    count = sum(map(len, conditions.values())) * of * len(DATA) // sets
+    count = sum(map(len, conditions.values())) * candidates * len(DATA) // sets
     level = 1 - ALPHA / max(1, count)
     states = {arm: [c.state(level) for c in own] for arm, own in conditions.items()}
     if not conditions or sets < len(DATA) or any("not measured" in own for own in states.values()):
@@ -228,34 +228,32 @@ def decide(evidence: list[Evidence]) -> list[Verdict]:
     both = {arm: [c for e in evidence for c in against_nothing(e, arm) + against_masking(e, arm)] for arm in noise}
     first = judge("H1", {arm: [c for e in evidence for c in against_nothing(e, arm)] for arm in names}, len(evidence))
     second = judge("H2", both, len(evidence))
-    third = Verdict("H3", OPEN if first.answer in (NO, OPEN) else LACKING, 1 - ALPHA, {})  # no arm to ask it of
+    third = Verdict("H3", OPEN if first.answer in (NO, OPEN) else LACKING, 1 - ALPHA, {})  # there is no arm to test
     if first.winners:
-        # of several the best by held-out images; that it is one of them the test images said, which its level counts
+        # the winner that is best on held-out images; test images chose the winners, and the level accounts for that
         held_out = {a: float(np.mean([e.held_out(a) or 0.0 for e in evidence])) for a in first.winners}
         arm = max(held_out, key=held_out.__getitem__)
         asked = {arm: [c for e in evidence for c in against_augmentation(e, arm)]}
-        third = judge("H3", asked, len(evidence), of=len(names))
+        third = judge("H3", asked, len(evidence), candidates=len(names))
     return [first, second, third]
 
 
 def collect(studies: list[StudyResults]) -> list[Evidence]:
-    """The evidence of these studies at their largest budget. Raises UserError if they decide nothing, or do not belong
-    together."""
+    """The evidence of these studies at their largest budget. Raises UserError if a study decides nothing, or if two do
+    not belong together."""
     for study in studies:
         if study.manifest["data"] not in DATA:
-            raise UserError(
-                f"No verdict is computed on {study.manifest['data']}: what decides is {' and '.join(DATA)}."
-            )
+            raise UserError(f"No verdict is computed on {study.manifest['data']}: it takes {' and '.join(DATA)}.")
         if not study.manifest["decides"]:
             raise UserError(
-                f"{study.folder} decides nothing: its plan says so, or it is a part of one (--arms, --no-tuning), or "
-                "with other settings."
+                f"{study.folder} decides nothing: its plan is not meant to, or was run in part (--arms, "
+                "--no-tuning) or with other settings."
             )
     for what, found in (
-        ("of the same images", [study.manifest["data"] for study in studies]),
-        ("of other plans", [study.manifest["plan"] for study in studies]),
-        ("of other budgets", [study.budgets[-1:] for study in studies]),
+        ("use the same images", [study.manifest["data"] for study in studies]),
+        ("follow different plans", [study.manifest["plan"] for study in studies]),
+        ("have different budgets", [study.budgets[-1:] for study in studies]),
     ):
-        if len(studies) == 2 and (found[0] == found[1]) == (what == "of the same images"):
-            raise UserError(f"{studies[0].folder} and {studies[1].folder} are {what}: there is no verdict on the two.")
+        if len(studies) == 2 and (found[0] == found[1]) == (what == "use the same images"):
+            raise UserError(f"{studies[0].folder} and {studies[1].folder} {what}: there is no joint verdict.")
     return [Evidence(study, study.budgets[-1] if study.budgets else None) for study in studies]

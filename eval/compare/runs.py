@@ -1,4 +1,4 @@
-"""Run directories with their rows, and groups of runs that differ in nothing but their seed.
+"""Run directories with their rows, and groups of runs that differ only in their seed.
 
 from eval.compare.runs import group_runs, read_run
 groups = group_runs([read_run(Path("runs/mae-digits-s0")), read_run(Path("runs/dino-digits-s0"))])
@@ -20,14 +20,14 @@ from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
 from ssl_vit.recipe import read_settings
 
-FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between the runs of one recipe, beside the seed
+FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between runs of one recipe, besides the seed
 CONTROLS = ("autoencoder", "scratch", "control")  # roles in a study
 BUDGET = ("train.flops", "train.epochs", "train.steps")
 
 
 @dataclass
 class Run:
-    """A run directory. settings: its recipe.yaml, or {} for a foreign backbone and for raw pixels."""
+    """A run directory. settings: its recipe.yaml, or {} for a foreign backbone or raw pixels."""
 
     folder: Path
     settings: dict
@@ -41,14 +41,14 @@ class Run:
 
 @dataclass(eq=False)
 class Group:
-    """Runs that differ in nothing but their seed: a row of the tables."""
+    """Runs that differ only in their seed: a row of the tables."""
 
     recipe: str
     runs: list[Run]
     label: str = ""
-    family: str = ""  # the label without what concerns the budget
-    role: str = ""  # of a study's arm (eval/schedule/plans.py)
-    superseded: bool = False  # whether the study has it with a larger budget too, which is the one that counts
+    family: str = ""  # the label without the budget
+    role: str = ""  # of its arm in a study (eval/schedule/plans.py)
+    superseded: bool = False  # whether the study also has it with a larger budget, which is the one that counts
     colour: int | None = None
 
     @property
@@ -58,20 +58,20 @@ class Group:
     @property
     def control(self) -> bool:
         run = self.runs[0]
-        supervised = run.rows[0]["objective"] == "supervised"  # runs that began before recipe.yaml said it
+        supervised = run.rows[0]["objective"] == "supervised"  # for runs whose recipe.yaml does not say it yet
         labelled = run.settings.get("resolved", {}).get("labelled", supervised)
         return self.pixels or self.recipe == "random" or labelled or self.role in CONTROLS
 
     @property
     def foreign(self) -> bool:
-        """Whether it was trained elsewhere, so that its cost is not known."""
+        """Whether it was trained elsewhere, so that its cost is unknown."""
         return not self.runs[0].settings and not self.pixels
 
     def label_in(self, metric: Metric) -> str:
         return self.label.replace(NAMES["random"], "from scratch") if metric.finetunes else self.label
 
     def mean(self, key: str) -> float:
-        """train_flops or images_seen of its rows, the mean of the seeds."""
+        """The mean of train_flops or images_seen over the seeds."""
         return float(np.mean([run.rows[0][key] for run in self.runs]))
 
     @property
@@ -80,22 +80,22 @@ class Group:
 
 
 def read_run(folder: Path) -> Run:
-    """A run directory with its rows. Raises UserError if it is none, or was not evaluated."""
+    """A run directory with its rows. Raises UserError if it is not one, or was not evaluated."""
     recipe, log = folder / "recipe.yaml", folder / "log.jsonl"
     rows = results.read(folder)
     if not rows and not recipe.exists():
-        raise UserError(f"{folder} is no run directory: it holds neither recipe.yaml nor results.jsonl.")
+        raise UserError(f"{folder} is not a run directory: it has neither recipe.yaml nor results.jsonl.")
     if not rows:
         command = shlex.join([*commands.typed("knn"), "--backbone", str(folder)])
-        raise UserError(f"{folder} was not evaluated; run `{command}`.")
+        raise UserError(f"{folder} has not been evaluated: run `{command}`.")
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return Run(folder, read_settings(recipe) if recipe.exists() else {}, lines, rows)
 
 
 def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list[Group]:
-    """Runs of identical settings but for the seed together. arms: those of a study.json, after which groups are named.
+    """Group the runs whose settings are identical except for the seed. arms: of a study.json; they name the groups.
 
-    Raises UserError if a seed is there twice.
+    Raises UserError if two runs of a group have the same seed.
     """
     by_key: dict[str, dict[int | None, Run]] = {}
     for run in runs:
@@ -129,7 +129,7 @@ def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list
 
 
 def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:
-    """{section.key: value} of the settings that make the recipe; what is null is as if it were not known yet."""
+    """{section.key: value} of the settings that define the recipe, without those that are null, or not yet known."""
     flat = {"recipe": run.settings.get("recipe")}
     for section, values in run.settings.items():
         if section not in FREE and section != "recipe":
@@ -143,7 +143,7 @@ def _key(run: Run, without: tuple[str, ...] = ()) -> str:
 
 
 def _name(groups: list[Group], without: tuple[str, ...] = ()) -> None:
-    """Label the groups by recipe, with what differs where two share it; without the budget, name their families."""
+    """Label the groups by recipe and, where two share it, by what differs. With `without`, name their families so."""
     for group in groups:
         key = _key(group.runs[0], without)
         alike = [g for g in groups if g.recipe == group.recipe and (not g.pixels or g.eval_sets & group.eval_sets)]
@@ -158,7 +158,7 @@ def _name(groups: list[Group], without: tuple[str, ...] = ()) -> None:
 
 
 def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> str:
-    """What sets a group apart from others of its recipe, in at most two settings; '' if that takes more."""
+    """What distinguishes a group from others of its recipe, in at most two settings; '' if that takes more."""
     mine, theirs = _flat(group.runs[0], without), [_flat(g.runs[0], without) for g in others]
     keys = [k for k in mine if any(other.get(k) != mine[k] for other in theirs)]
     if not keys:

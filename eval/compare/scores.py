@@ -1,10 +1,10 @@
-"""What groups of runs reached: which test images each has right, by metric, and how two groups differ.
+"""The scores of groups of runs: which test images each classifies correctly, by metric, and how two groups differ.
 
     from eval.compare.scores import read_eval_sets
     [eval_set] = read_eval_sets(groups)               # groups: eval.compare.runs.group_runs
     contrast(eval_set.by_group(eval_set.primary[0]), *groups[:2])
 
-An EvalSet is the images that rows were measured on. Rows of different eval sets are never put beside each other.
+An EvalSet holds the images that rows were measured on. Rows of different eval sets are never compared.
 """
 
 import collections
@@ -25,9 +25,9 @@ from ssl_vit.errors import UserError
 
 @dataclass
 class Scores:
-    """What a group reached in a column. correct (S, n): in [0, 1], the mean over the subsets of labels of a seed.
+    """The scores of a group by one metric. correct (S, n): in [0, 1], the mean over the label subsets of a seed.
 
-    files: the predictions of each row. pool: how much the groups of the column vary between seeds (pool_seeds).
+    files: the predictions of each row. pool: the variance between seeds, pooled over the groups (pool_seeds).
     """
 
     seeds: list[int | None]
@@ -45,11 +45,11 @@ class Scores:
         return [(row["run"], results.row_id(row)) for row in self.rows]
 
     def at(self, seeds: list[int | None]) -> np.ndarray:
-        """correct of these seeds."""
+        """The rows of `correct` for these seeds."""
         return self.correct[[self.seeds.index(seed) for seed in seeds]]
 
     def minus(self, other: "Scores") -> np.ndarray | None:
-        """The difference (S, n), paired by seed; None where they have no seed in common."""
+        """The difference (S, n), paired by seed; None if they have no seed in common."""
         pair = self._paired(other)
         return None if pair is None else np.subtract(*pair, dtype=np.float64)
 
@@ -61,19 +61,19 @@ class Scores:
 
 
 def pool_seeds(by_group: dict[Group, Scores]) -> None:
-    """Let the groups of one column borrow from one another how much they vary between seeds."""
+    """Let groups with few seeds borrow the variance between seeds that is pooled over all groups of one metric."""
     pool = intervals.spread(scores.correct.mean(1) for scores in by_group.values())
     for scores in by_group.values():
         scores.pool = pool
 
 
 def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> intervals.Estimate | None:
-    """The difference of two groups of a column, paired by seed; None where they have no seed in common."""
+    """The difference of two groups by one metric, paired by seed; None if they have no seed in common."""
     a, b = by_group[one], by_group[other]
     pair = a._paired(b)
     if pair is None:
         return None
-    if [None] in (a.seeds, b.seeds):  # one is constant: the difference varies as the other does
+    if [None] in (a.seeds, b.seeds):  # one is constant: the difference has the other's variance
         return intervals.paired(*pair, a.pool)
     common = [seed for seed in a.seeds if seed in b.seeds]
     alike = [scores.at(common).mean(1) for scores in by_group.values() if set(common) <= set(scores.seeds)]
@@ -82,31 +82,31 @@ def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> interva
 
 @dataclass
 class EvalSet:
-    """The images and labels that a set of rows was measured on, and what each group reached in each column."""
+    """The images and labels that a set of rows was measured on, and the scores of each group by each metric."""
 
     data: str
     split: str
     truth: np.ndarray
-    first: Run  # that the others must agree with
+    first: Run  # the run that `truth` was read from, with which the others must agree
     groups: list[Group] = field(default_factory=list)
     scores: dict[Metric, dict[Group, Scores]] = field(default_factory=dict)
-    place: str = ""  # before the names of its charts, where there are several tests
+    place: str = ""  # the prefix of its charts' names, if there are several eval sets
 
     def metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
-        """Those wanted, in order. A column that raw pixels alone have is left out where the others have one."""
+        """The metrics wanted, in order. Those that only raw pixels have are left out if other groups have any."""
         found = [metric for metric in self.scores if wanted(metric) and not metric.corrupted]
         common = [c for c in found if not all(group.pixels for group in self.scores[c])]
         return sorted(common or found, key=lambda metric: metric.order)
 
     @functools.cached_property
     def classes(self) -> int:
-        """How many there are: as the rows say or, where they were made before they did, of those in the test."""
+        """The number of classes: as the rows say; for older rows, the number of distinct labels in the eval set."""
         rows = [row for by_group in self.scores.values() for scores in by_group.values() for row in scores.rows]
         return next((row["classes"] for row in rows if "classes" in row), len(np.unique(self.truth)))
 
     @functools.cached_property
     def majority(self) -> Scores:
-        """What always naming the most frequent class of these test images comes to."""
+        """The scores of always predicting the most frequent class of these test images."""
         found, counts = np.unique(self.truth, return_counts=True)
         return Scores([None], (self.truth == found[counts.argmax()])[None].astype(float), [])
 
@@ -121,11 +121,11 @@ class EvalSet:
 
     @property
     def unbalanced(self) -> bool:
-        """Whether the most frequent class is more than one and a half times as frequent as the mean class."""
+        """Whether the most frequent class is more than one and a half times as frequent as the average class."""
         return bool(self.majority.correct.mean() * self.classes > 1.5)
 
     def balanced(self, scores: Scores) -> float:
-        """The mean over the classes of the share of their images that is right, over all seeds."""
+        """The balanced accuracy, the mean recall over the classes, over all seeds."""
         counts = np.bincount(self.truth)
         right = np.bincount(self.truth, weights=scores.correct.mean(0))
         return float((right[counts > 0] / counts[counts > 0]).mean())
@@ -137,26 +137,26 @@ class EvalSet:
 
     @functools.cached_property
     def labels(self) -> float | str:
-        """The largest part of the labels that is there of all but the controls, or of any: 1.0 is all."""
+        """The largest label fraction that all groups except the controls have, or else that any has: 1.0 is all."""
         common = [self.parts(group) for group in self.groups if not group.control] or [set()]
         return most(set.intersection(*common) or set().union(*map(self.parts, self.groups)))
 
     def parts(self, group: Group) -> set[float | str]:
-        """The parts of the labels that a group has figures with."""
+        """The label fractions that a group has scores for."""
         return {metric.labels for metric, found in self.scores.items() if group in found}
 
     def whole(self, metric: Metric) -> bool:
-        """Whether it is of the last blocks, or of the whole model, with the most labels."""
+        """Whether it measures the last blocks, or the whole model, with the most labels."""
         return metric.of_last and metric.labels == self.labels
 
     @property
     def primary(self) -> list[Metric]:
-        """The columns that conclusions rest on: the pooling is fixed, or chosen on train, never the best on test."""
+        """The metrics that conclusions rest on: the pooling is fixed, or chosen on train, never the best on test."""
         sweep = {c.protocol for c in self.main if c.pooling == "chosen"}
         return [c for c in self.main if c.pooling == "chosen" or c.protocol not in sweep]
 
     def scores_of(self, group: Group, metric: Metric) -> Scores | None:
-        """Raw pixels have no pooling: their one figure of a protocol stands in each of its columns."""
+        """A group's scores by a metric. Raw pixels have no pooling: they have the same scores for every pooling."""
         found = self.scores.get(metric, {}).get(group)
         if found is None and group.pixels:
             alike = [c for c, of in self.scores.items() if group in of and _alike(c, metric)]
@@ -164,7 +164,7 @@ class EvalSet:
         return found
 
     def reached(self, group: Group | None, protocol: str, labels: float | str) -> Scores | None:
-        """What a group reached by this protocol with this part of the labels, by any pooling; None if not there."""
+        """A group's scores by this protocol with this label fraction, for any pooling; None if there are none."""
         alike = [self.scores[c] for c in self.scores if (c.protocol, c.labels) == (protocol, labels)]
         return next((of[group] for of in alike if group in of), None)
 
@@ -177,7 +177,7 @@ def _alike(pixels: Metric, metric: Metric) -> bool:
 
 
 def read_eval_sets(groups: list[Group]) -> list[EvalSet]:
-    """The rows of all groups by what they were measured on. Raises UserError for rows of different tests."""
+    """The rows of all groups by the images they were measured on. Raises UserError if the images of one name differ."""
     eval_sets: dict[tuple, EvalSet] = {}
     cells: dict[tuple, dict] = collections.defaultdict(dict)
     for group in groups:
@@ -188,9 +188,9 @@ def read_eval_sets(groups: list[Group]) -> list[EvalSet]:
                 eval_set = eval_sets.setdefault(key, EvalSet(*key, answers["true"], run))
                 if not np.array_equal(eval_set.truth, answers["true"]):
                     raise UserError(
-                        f"{eval_set.first.folder} and {run.folder} hold rows of different tests: {row['eval_data']} "
-                        f"({row['split']}) has other images there (n = {len(eval_set.truth)} and "
-                        f"{len(answers['true'])}); evaluate both on the same images."
+                        f"{eval_set.first.folder} and {run.folder} were evaluated on different images of "
+                        f"{row['eval_data']} ({row['split']}; n = {len(eval_set.truth)} and {len(answers['true'])}): "
+                        "evaluate both on the same images."
                     )
                 eval_set.groups += [] if group in eval_set.groups else [group]
                 metric = Metric(row["protocol"], row["pooling"], row["layer"], row["label_fraction"])
@@ -198,8 +198,8 @@ def read_eval_sets(groups: list[Group]) -> list[EvalSet]:
                 if row["subset_seed"] in cell:
                     twice = results.row_id(cell[row["subset_seed"]][0]), results.row_id(row)
                     raise UserError(
-                        f"{run.folder / 'results.jsonl'} measures {metric.protocol} ({metric.pooling}) twice: delete "
-                        f"the outdated one of the rows {twice[0]} and {twice[1]}."
+                        f"{run.folder / 'results.jsonl'} has two rows for {metric.protocol} ({metric.pooling}), "
+                        f"{twice[0]} and {twice[1]}: delete the outdated one."
                     )
                 file = run.folder / row["predictions"]
                 cell[row["subset_seed"]] = row, answers["predicted"] == answers["true"], file
@@ -228,13 +228,13 @@ def _answers(run: Run, row: dict) -> dict[str, np.ndarray]:
 
 
 def ranked(by_group: dict[Group, Scores], controls: bool) -> list[Group]:
-    """The controls, or the others, the best first; of a study only with the largest budget."""
+    """The controls, or the other groups, best first; in a study, only those with the largest budget."""
     return sorted(
         (g for g in by_group if g.control == controls and not g.superseded), key=lambda g: -by_group[g].estimate.mean
     )
 
 
 def spent_on(scores: Scores, key: str) -> float | None:
-    """eval_flops, eval_images or seconds of a measurement: the mean of its rows, None if one does not say."""
+    """The mean of eval_flops, eval_images or seconds over the rows of a measurement; None if a row lacks it."""
     values = [row[key] for row in scores.rows if row.get(key) is not None]
     return float(np.mean(values)) if len(values) == len(scores.rows) else None

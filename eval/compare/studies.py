@@ -26,31 +26,31 @@ class StudyResults:
 
     @property
     def budgets(self) -> list[float]:
-        """In FLOPs, rising; [] if each recipe has its own."""
+        """The pre-training budgets in FLOPs, ascending; [] if each recipe has its own."""
         found = {t["budget"] for arm in self.manifest["arms"].values() for t in arm["runs"]}
         return sorted(budget for budget in found if budget is not None)
 
     @property
     def eval_set(self) -> EvalSet | None:
-        """The figures on the report split of its own images, if there are any."""
+        """The scores on the report split of its own images; None if there are none."""
         mine = [
             t for t in self.eval_sets if short(t.data) == self.manifest["data"] and not t.split.startswith("held out")
         ]
         return mine[0] if mine else None
 
     def group(self, arm: str, budget: float | None) -> Group | None:
-        """The runs of an arm with this budget, or if it is not trained with any; None if they were not evaluated."""
+        """The runs of an arm with this budget, or of an untrained arm; None if they were not evaluated."""
         runs = self.manifest["arms"][arm]["runs"] if arm in self.manifest["arms"] else []
         folders = {Path(t["run"]) for t in runs if t["budget"] == budget or t["steps"] == 0}
         return next((g for g in self.groups if g.runs[0].folder in folders), None)
 
 
 def read_study(folder: Path) -> StudyResults:
-    """A study's folder, as it stands. Raises UserError if it is none, or nothing of it was evaluated."""
+    """Read a study's folder in its present state. Raises UserError if it is not a study, or no run was evaluated."""
     file = folder / "study.json"
     if not file.exists():
         raise UserError(
-            f"{folder} is no study: {file} is missing. `{shlex.join(commands.typed('study'))} PLAN` writes it."
+            f"{folder} is not a study: {file} is missing. `{shlex.join(commands.typed('study'))} PLAN` creates one."
         )
     manifest: Manifest = json.loads(file.read_text())
     root = folder.parent.parent  # where the study was started
@@ -60,7 +60,7 @@ def read_study(folder: Path) -> StudyResults:
     places = [Path(t["run"]) for arm in manifest["arms"].values() for t in arm["runs"]]
     places += [root / place for place in manifest["controls"].values()]
     runs = [read_run(place) for place in places if results.read(place)]
-    if manifest.get("labels_by_seed"):  # other draws, of another plan or made by hand, would be averaged with these
+    if manifest.get("labels_by_seed"):  # label subsets drawn for another plan, or by hand, would be averaged too
         seeds = {training["seed"] for arm in manifest["arms"].values() for training in arm["runs"]}
         for run in runs:
             drawn = {None, run.seed} if run.settings else {None, *seeds}
@@ -69,15 +69,15 @@ def read_study(folder: Path) -> StudyResults:
     if not runs:
         command = shlex.join([*commands.typed("study"), manifest["plan"]])
         raise UserError(
-            f"None of the runs of {folder} was evaluated, or they are not beside it: start `{command}` again."
+            f"None of the runs of {folder} was evaluated, or they are not where they were: run `{command}` again."
         )
     groups = group_runs(runs, manifest["arms"])
     return StudyResults(folder, manifest, groups, read_eval_sets(groups))
 
 
 def at_the_edge(trials: list[tuple[Sequence[str], float | None]]) -> bool:
-    """Whether the best of (settings, accuracy), of equals the first, has the largest or smallest learning rate of
-    several: then a better one may lie beyond."""
+    """Whether the best of these trials (settings, accuracy) has the largest or smallest of several learning rates, so
+    that a better one may lie outside the range. Of equally good trials the first counts."""
     done = [(accuracy, _rate(settings)) for settings, accuracy in trials if accuracy is not None]
     tried = {_rate(settings) for settings, _ in trials}
     return len(tried) > 1 and bool(done) and max(done, key=lambda trial: trial[0])[1] in (min(tried), max(tried))

@@ -1,26 +1,26 @@
-"""report.csv: every figure of a report in long form, so that any program can draw it.
+"""report.csv: every number of a report in long form, so that any program can plot it.
 
     import pandas
     table = pandas.read_csv("runs/report/report.csv")
     table[(table.quantity == "accuracy") & (table.protocol == "knn-k20")].plot.barh("group", "mean", xerr="half_width")
 
-A line is one figure: an accuracy of a group (a recipe with all its seeds) in a way to measure, or its difference to a
-control. Fractions, not percent. Columns:
+A line holds one number: the accuracy of a group (a recipe with all its seeds) by a metric, or its difference from a
+control. Numbers are fractions, not percentages. Columns:
 
-    data, split, n             the test images, and how many they are
-    classes, chance, majority  how many classes; 1 / classes; the share of the most frequent class of these images
-    group, recipe, control     as the page names it; the recipe; 1 of a control
-    protocol, pooling, layer, labels    the way to measure, as in results.jsonl (labels: label_fraction)
-    labelled_images            how many training images had their labels used; empty where the rows do not say
-    quantity, against          "accuracy"; or "difference" to the control named in `against`, paired by image and seed
-    mean, low, high            with the bounds of the 95 % interval
+    data, split, n             the eval set, and its number of images
+    classes, chance, majority  the number of classes; 1 / classes; the share of the most frequent class of these images
+    group, recipe, control     its name on the page; the recipe; 1 for a control
+    protocol, pooling, layer, labels    the metric, as in results.jsonl (labels: label_fraction)
+    labelled_images            the number of training images whose labels were used; empty if the rows lack it
+    quantity, against          "accuracy"; or "difference" from the control named in `against`, paired by image and seed
+    mean, low, high            the mean and the bounds of its 95 % interval
     half_width                 (high - low) / 2
-    seeds, pooled_arms         seeds behind it (1: the interval is of the images only); over how many arms the variance
-                               between seeds was pooled, 0 if it is their own (eval/compare/intervals.py)
-    balanced_accuracy          of an accuracy: the mean over the classes of what is right of each
-    pretrain_flops, pretrain_images, eval_flops, eval_images, eval_seconds    the mean of the seeds; empty if not known
+    seeds, pooled_arms         the number of seeds (1: the interval covers the images only); the number of arms whose
+                               variance between seeds was pooled, 0 if it is its own (eval/compare/intervals.py)
+    balanced_accuracy          for an accuracy: the mean recall over the classes
+    pretrain_flops, pretrain_images, eval_flops, eval_images, eval_seconds    means over the seeds; empty if unknown
 
-Training curves are not in it: they are in log.jsonl of each run.
+Training curves are in log.jsonl of each run.
 """
 
 import csv
@@ -49,13 +49,13 @@ def tidy(eval_sets: list[EvalSet]) -> str:
             for group, scores in by_group.items():
                 own = dict(_of(eval_set, metric, group, scores), quantity="accuracy", against="")
                 writer.writerow(
-                    own | _figures(scores.estimate) | dict(balanced_accuracy=f"{eval_set.balanced(scores):.6g}")
+                    own | _numbers(scores.estimate) | dict(balanced_accuracy=f"{eval_set.balanced(scores):.6g}")
                 )
                 for other in [g for g in by_group if g.control and g is not group]:
                     difference = contrast(by_group, group, other)
                     if difference is not None:
                         name = other.label_in(metric)
-                        writer.writerow(own | dict(quantity="difference", against=name) | _figures(difference))
+                        writer.writerow(own | dict(quantity="difference", against=name) | _numbers(difference))
     return text.getvalue()
 
 
@@ -85,8 +85,8 @@ def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict
     )
 
 
-def _figures(estimate: Estimate) -> dict:
+def _numbers(estimate: Estimate) -> dict:
     low, high = estimate.bounds
-    figures = dict(mean=estimate.mean, low=low, high=high, half_width=(high - low) / 2)
-    words = {name: f"{value:.6g}" for name, value in figures.items()}
+    numbers = dict(mean=estimate.mean, low=low, high=high, half_width=(high - low) / 2)
+    words = {name: f"{value:.6g}" for name, value in numbers.items()}
     return words | dict(seeds=estimate.seeds, pooled_arms=estimate.pooled)

@@ -1,4 +1,4 @@
-"""Numbers and their intervals as a page shows them, in words."""
+"""Numbers and their intervals as text, as a page shows them."""
 
 from collections.abc import Iterable
 
@@ -16,14 +16,14 @@ def with_interval(estimate: Estimate, sign: str = "") -> str:
 
 
 def between(mean: float, low: float, high: float, sign: str = "") -> str:
-    """ "57.2 ± 3.1", or "98.9 (95.2 to 99.7)" where the bounds are not as far to both sides."""
+    """ "57.2 ± 3.1", or "98.9 (95.2 to 99.7)" where the bounds are not symmetric."""
     if abs((high - mean) - (mean - low)) < 5e-5:
         return f"{percent(mean, sign)} ± {percent((high - low) / 2)}"
     return f"{percent(mean, sign)} ({percent(low, sign)} to {percent(high, sign)})"
 
 
 def number(value: float, power: bool = False) -> str:
-    """2·10¹², 1,500 or 0.25. power: as a multiple of a power of ten in any case."""
+    """2·10¹², 1,500 or 0.25. power: always as a multiple of a power of ten."""
     if value and (power or not 1e-3 <= abs(value) < 1e6):
         mantissa, exponent = f"{value:.1e}".split("e")
         mantissa = mantissa.removesuffix(".0")
@@ -39,20 +39,20 @@ def labels_in_words(part: float | str) -> str:
 
 
 def floors(classes: int, majority: float) -> str:
-    """What is reached without looking at the image."""
+    """The accuracies that need no look at the image."""
     return (
-        f"Chance is {percent(1 / classes)} % ({classes:,} classes); always naming the most frequent class is right for "
+        f"Chance is {percent(1 / classes)} % ({classes:,} classes); always predicting the most frequent class gives "
         f"{percent(majority)} %."
     )
 
 
 def borrowed(estimates: Iterable[Estimate]) -> str:
-    """What a page says where few seeds borrow their variance from one another; '' where none do."""
+    """The note on groups with few seeds, which borrow a pooled variance; '' if there are none."""
     arms = sorted({estimate.pooled for estimate in estimates if estimate.pooled})
     if not arms:
         return ""
     over = f"{arms[0]}" if len(arms) == 1 else f"{arms[0]} to {arms[-1]}"
     return (
-        f"With fewer than {OWN} seeds the variance between seeds is taken from all {over} arms of a column with "
-        "several seeds together, or their own where that is larger."
+        f"With fewer than {OWN} seeds, the variance between seeds is pooled over the {over} arms that have several "
+        "seeds by the same metric; an arm's own variance is used where it is larger."
     )

@@ -1,1 +1,1 @@
-"""How one figure is made: features, heads, predictions, rows."""
+"""How one accuracy is measured: features, linear heads, predictions, rows."""

@@ -1,4 +1,4 @@
-"""What every evaluator is asked: which backbones, on which images, with how many labels."""
+"""The arguments that all evaluators share: which backbones, on which images, with how many labels."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, say, say_once
 
-UNCHOSEN = "fixed in advance: one label per class"  # a row's chosen where labels leave nothing to choose on
+UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
         nargs="+",
         default=[None],
         metavar="PART",
-        help="labelled training images: all, a share such as 1%%, or so many of each class; parts are nested",
+        help="labelled training images: all, a share such as 1%%, or a number per class; smaller subsets are nested",
     )
     parser.add_argument(
         "--label-seeds",
@@ -41,27 +41,27 @@ def parser(doc: str) -> argparse.ArgumentParser:
         nargs="+",
         default=[0],
         metavar="SEED",
-        help="which images a part holds (default: 0)",
+        help="seeds that draw these subsets (default: 0)",
     )
     parser.add_argument("--threads", type=positive, help="CPU threads; default: cores / local processes")
     return parser
 
 
 def add_held_out(parser: argparse.ArgumentParser) -> None:
-    """The argument of evaluators that can judge settings of a pre-training."""
+    """The argument of evaluators that can compare settings of a pre-training."""
     parser.add_argument(
         "--held-out",
         action="store_true",
-        help="judge on the tenth of train that data.hold_out=true left out, not on the report split",
+        help="evaluate on the tenth of train that data.hold_out=true left out, not on the report split",
     )
 
 
 class EvalRequest:
-    """The backbones to evaluate, and the images to evaluate them on. Raises UserError for what is not there."""
+    """The backbones to evaluate, and the images to evaluate them on. Raises UserError for those that do not exist."""
 
     def __init__(self, args: argparse.Namespace):
         system.set_threads(args.threads or "auto")
-        # the first process votes and fits alone, and the others may wait for it long
+        # the first process votes and fits alone, and the others may wait long for it
         self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
         config, size = None, None
         if args.data and (Path(args.data) / "recipe.yaml").exists():
@@ -83,7 +83,7 @@ class EvalRequest:
         self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
 
     def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
-        """(training images, those to judge on), with as many channels as the backbone takes."""
+        """(training images, images to evaluate on), with as many channels as the backbone takes."""
         saw = source.settings.get("data", {})
         left_out = saw.get("hold_out") and saw["subset"] is None and saw["subset_seed"] == self.config.subset_seed
         if self.held_out and saw and not left_out:
@@ -102,19 +102,17 @@ class EvalRequest:
             if train.labels is None or test.labels is None:
                 raise _unlabelled(config.name, train, test)
             if len(set(train.labels.tolist())) < 2:
-                raise UserError(
-                    f"All training images of {config.name} are of one class: there is nothing to tell apart."
-                )
+                raise UserError(f"All training images of {config.name} are of one class: there is nothing to classify.")
             self._loaded[channels] = train, test
         return self._loaded[channels]
 
     def labelled_images(
         self, source: features.Source
     ) -> tuple[data.ImageSet, data.ImageSet, list[tuple[dict, np.ndarray]]]:
-        """(training images whose labels are used, those to judge on, labelled() as indices of the former).
+        """(training images whose labels are used, images to evaluate on, labelled() as indices into the former).
 
-        So features are computed of no others: 1 % of ImageNet's labels need 1 % of its images. Raw pixels keep all,
-        since the principal components of pixels-pca64 are those of all training images.
+        Features are computed for these images alone: 1 % of ImageNet's labels need 1 % of its images. Raw pixels keep
+        all, because the principal components of pixels-pca64 are those of all training images.
         """
         train, test = self.images(source)
         parts = list(self.labelled(train))
@@ -125,7 +123,7 @@ class EvalRequest:
         return train.part(torch.from_numpy(used)), test, here
 
     def labelled(self, train: data.ImageSet) -> Iterator[tuple[dict, np.ndarray]]:
-        """(row keys, indices of the training images whose labels are used), for each part asked for."""
+        """(row keys, indices of the training images whose labels are used), for each subset of --labels."""
         labels = labels_of(train)
         for part, seed in self.parts:
             all_of_them = np.arange(len(labels))
@@ -134,7 +132,7 @@ class EvalRequest:
 
 
 def with_labels(images: data.ImageSet) -> data.ImageSet:
-    """Those that have a label: a label below 0 is none. Said once where some have none."""
+    """The images that have a label: a label below 0 means none. Tells once that some have none."""
     if images.labels is None or bool((images.labels >= 0).all()):
         return images
     chosen = (images.labels >= 0).nonzero().flatten()
@@ -159,19 +157,19 @@ def classes_of(images: data.ImageSet) -> list[str]:
 
 
 def tell_singles(labels: np.ndarray, classes: list[str]) -> None:
-    """Say which classes have one labelled image, so that no setting is chosen on them. labels: int (n,)."""
+    """Tell which classes have a single labelled image, so that no setting is chosen on them. labels: int (n,)."""
     alone = subsets.singletons(labels)
     present = len(np.unique(labels))
     if 0 < len(alone) < present:
         names = ", ".join(classes[i] for i in alone[:5]) + (", …" if len(alone) > 5 else "")
         say_once(
-            f"{len(alone)} of {present} classes have only one labelled image ({names}): they are fitted, but settings "
-            "are chosen on the others."
+            f"{len(alone)} of {present} classes have only one labelled image ({names}): they are used for fitting, "
+            "but settings are chosen on the other classes."
         )
 
 
 def _unlabelled(name: str, train: data.ImageSet, test: data.ImageSet) -> UserError:
-    """What to do where the training images, those to judge on, or both have no labels."""
+    """The error if the training images, those to evaluate on, or both have no labels, with the remedy."""
     if train.labels is None and test.labels is None:
         what, setting, why = f"images of {name} have", "data.label_column=COLUMN", "If another column holds them, train"
     else:
@@ -184,7 +182,7 @@ def _unlabelled(name: str, train: data.ImageSet, test: data.ImageSet) -> UserErr
 
 
 def natural(text: str) -> int:
-    """A whole number from 0."""
+    """An integer from 0."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
@@ -192,7 +190,7 @@ def natural(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """An integer from 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
@@ -200,13 +198,13 @@ def positive(text: str) -> int:
 
 
 def part(text: str) -> float | None:
-    """How many labelled images: "all" → None, "1%" → 0.01, "5" of each class → 5.0."""
+    """The number of labelled images: "all" → None, "1%" → 0.01, "5" per class → 5.0."""
     if text == "all":
         return None
     number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    whole = number >= 1 and text.isdigit()  # "1.0" is refused: it looks like all
+    whole = number >= 1 and text.isdigit()  # "1.0" is refused, because it could mean all
     if not whole and not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"write all, a share such as 1%, or a number of each class, not {text}")
+        raise argparse.ArgumentTypeError(f"write all, a share such as 1%, or a number per class, not {text}")
     return number
 
 
@@ -216,7 +214,7 @@ def describe_part(part: float | None) -> float | str:
 
 
 def row(source: features.Source, test: data.ImageSet) -> dict:
-    """What all rows of a backbone on these test images have in common."""
+    """The keys that all rows of a backbone on these test images share."""
     said = results.describe_run(source.folder, source.settings)
     classes, frequencies = len(classes_of(test)), np.bincount(labels_of(test))
     if source.backbone is None:
@@ -237,10 +235,10 @@ def row(source: features.Source, test: data.ImageSet) -> dict:
 
 
 def announce(rows: list[dict]) -> None:
-    """Say on what the figures were obtained, and what they are to be held against."""
+    """Tell which images the accuracies were measured on, and the levels to compare them with."""
     test = rows[0]
     say(
         f"\n{test['eval_data']} ({test['split']}, n = {test['n']:,}): accuracy in %, ± the 95 % interval over test "
-        f"images. Chance among {test['classes']:,} classes is {100 * test['chance']:.1f}; always naming the most "
-        f"frequent class scores {100 * test['majority']:.1f}.\n"
+        f"images. Chance among {test['classes']:,} classes is {100 * test['chance']:.1f}; always predicting the "
+        f"most frequent class gives {100 * test['majority']:.1f}.\n"
     )

@@ -1,10 +1,10 @@
-"""What may befall a test image: noise, blur and other common corruptions, at three severities.
+"""Common corruptions of test images, as in CIFAR-10-C and ImageNet-C: noise, blur and others, at three severities.
 
-Hendrycks and Dietterich 2019, arXiv 1903.12261. Definitions are theirs; so are the parameters: those of CIFAR-10-C for
-images up to 64 px, of ImageNet-C above (make_cifar_c.py and make_imagenet_c.py of github.com/hendrycks/robustness).
-Ten of their nineteen kinds are here; without speckle noise, the blurs by glass, motion and zoom, the weather and the
-elastic transform. Theirs differ a little: values are cut off to 8 bits, not rounded; pixelate rounds along each axis;
-the widest disk is cut at its rim; and the files of ImageNet-C are compressed once more.
+Hendrycks and Dietterich 2019, arXiv 1903.12261. Definitions and parameters are theirs: those of CIFAR-10-C for images
+up to 64 px, those of ImageNet-C above (make_cifar_c.py and make_imagenet_c.py of github.com/hendrycks/robustness). Ten
+of their nineteen kinds are implemented. Speckle noise, glass, motion and zoom blur, the weather and the elastic
+transform are not. Their images differ slightly: values are truncated to 8 bits, not rounded; pixelate rounds along each
+axis; the widest disk is cropped at its rim; and the files of ImageNet-C are compressed once more.
 """
 
 import functools
@@ -28,7 +28,7 @@ FAMILIES = dict(
     blur=("gaussian-blur", "defocus-blur"),
     other=("brightness", "contrast", "saturate", "pixelate", "jpeg"),
 )
-# by severity, of CIFAR-10-C and of ImageNet-C
+# by severity, for CIFAR-10-C and for ImageNet-C
 PARAMETERS = {
     "gaussian-noise": ((0.04, 0.08, 0.1), (0.08, 0.18, 0.38)),  # standard deviation
     "shot-noise": ((500, 100, 50), (60, 12, 3)),  # photons of a white pixel
@@ -44,19 +44,19 @@ PARAMETERS = {
 
 
 def kinds(channels: int) -> list[tuple[str, str]]:
-    """(family, kind) of all corruptions of such images. Only RGB has saturation."""
+    """(family, kind) of all corruptions of images with this many channels. Only RGB has saturation."""
     return [(f, kind) for f, of in FAMILIES.items() for kind in of if kind != "saturate" or channels == 3]
 
 
 def benchmark(size: Sequence[int]) -> str:
-    """Whose parameters images of this size (H, W) get."""
+    """The benchmark whose parameters apply to images of this size (H, W)."""
     return "CIFAR-10-C" if max(size) <= SMALL else "ImageNet-C"
 
 
 def corrupt(images: Tensor, kind: str, severity: int, index: Tensor) -> Tensor:
     """Images (B, C, H, W) in [0, 1], corrupted, in 8 bits before and after.
 
-    index: int64 (B,) on the CPU, which images of their split these are. Random numbers depend on it, the kind and the
+    index: int64 (B,) on the CPU, the index of each image in its split. Random numbers depend on it, the kind and the
     severity alone.
     """
     place = ("CIFAR-10-C", "ImageNet-C").index(benchmark(images.shape[-2:]))
@@ -70,7 +70,7 @@ def _eight_bits(images: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """The whole numbers from 0 to 255, int64, of images in 8 bits. Their sums are exact."""
+    """The levels from 0 to 255 of images in 8 bits, int64, so that sums are exact."""
     return (images * 255).round().long()
 
 
@@ -91,8 +91,9 @@ def _shot_noise(images: Tensor, photons: int, draw: Draw) -> Tensor:
 
 @functools.cache
 def _poisson_limits(photons: int) -> Tensor:
-    """The 32-bit words from which a Poisson number is more than 0, 1, …, photons - 1, for each level: int64
-    (256, photons), with the level in the bits above, so that all rise. More than `photons` are white anyway."""
+    """The 32-bit words from which on a Poisson count exceeds 0, 1, …, photons - 1, by level: int64 (256, photons).
+
+    The level is in the bits above, so that the flattened table is sorted. Counts above `photons` are white anyway."""
     level = torch.arange(256)[:, None]
     counts = torch.arange(1, photons + 1).double()
     at_most: Tensor = torch.special.gammaincc(counts, level.double() * photons / 255)
@@ -108,18 +109,18 @@ def _impulse_noise(images: Tensor, share: float, draw: Draw) -> Tensor:
 
 
 def _gaussian_blur(images: Tensor, sigma: float, draw: Draw) -> Tensor:
-    """Borders repeat their last pixel; the kernel ends at four sigma, as scikit-image's."""
+    """Borders repeat the last pixel; the kernel is truncated at four sigma, as in scikit-image."""
     kernel = _gaussian(sigma, int(4 * sigma + 0.5))
     return _filter(_filter(images, kernel[:, None], "replicate"), kernel[None], "replicate")
 
 
 def _defocus_blur(images: Tensor, disk: tuple[float, float], draw: Draw) -> Tensor:
-    """Borders are mirrored, as OpenCV's."""
+    """Borders are reflected, as in OpenCV."""
     return _filter(images, _disk(*disk), "reflect")
 
 
 def _disk(radius: float, softness: float) -> Tensor:
-    """A disk, float64 (2r + 1, 2r + 1), whose rim is blurred by a gaussian of that sigma; its sum is 1."""
+    """A disk, float64 (2r + 1, 2r + 1), whose rim is blurred by a Gaussian of that sigma; it sums to 1."""
     soft = _gaussian(softness, 1 if radius <= 8 else 2)
     reach = math.floor(radius) + len(soft) // 2
     place = torch.arange(-reach, reach + 1)
@@ -134,9 +135,9 @@ def _gaussian(sigma: float, radius: int) -> Tensor:
 
 
 def _filter(images: Tensor, kernel: Tensor, border: str) -> Tensor:
-    """Images weighted by a symmetric kernel (h, w) of odd sides. border: as for torch's pad.
+    """Images filtered by a symmetric kernel (h, w) of odd sides. border: the mode of torch's pad.
 
-    Its places are added one after the other: a convolution's bits depend on the batch.
+    The kernel's entries are added one by one, because the rounding of a convolution depends on the batch.
     """
     height, width = images.shape[-2:]
     down, right = (side // 2 for side in kernel.shape)
@@ -151,7 +152,7 @@ def _filter(images: Tensor, kernel: Tensor, border: str) -> Tensor:
 
 
 def _brightness(images: Tensor, amount: float, draw: Draw) -> Tensor:
-    """Adds to the value of HSV, the highest channel; the others keep their proportion to it."""
+    """Adds to the value of HSV, the highest channel; the others keep their ratio to it."""
     value = images.amax(1, keepdim=True)
     raised = (value + amount).clamp(max=1)
     return torch.where(value > 0, images * (raised / value.clamp(min=1 / 255)), raised)
@@ -163,20 +164,20 @@ def _contrast(images: Tensor, factor: float, draw: Draw) -> Tensor:
 
 
 def _saturate(images: Tensor, change: tuple[float, float], draw: Draw) -> Tensor:
-    """Changes the saturation of HSV. images: RGB. What is added to a grey pixel's makes it red, as in scikit-image."""
+    """Changes the saturation of HSV. images: RGB. Adding saturation turns a grey pixel red, as in scikit-image."""
     factor, plus = change
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
     saturation = (factor * chroma / value.clamp(min=1 / 255) + plus).clamp(max=1)
     red = torch.tensor([0.0, 1.0, 1.0], device=images.device)[:, None, None]
-    below = torch.where(chroma > 0, (value - images) / chroma.clamp(min=1 / 255), red)  # the highest, in chromas
+    below = torch.where(chroma > 0, (value - images) / chroma.clamp(min=1 / 255), red)  # the value, in chromas
     return value * (1 - saturation * below)
 
 
 def _pixelate(images: Tensor, factor: float, draw: Draw) -> Tensor:
     height, width = images.shape[-2:]
     rows, columns = (_boxes(side, int(side * factor)).to(images.device) for side in (height, width))
-    total = rows @ _levels(images).float() @ columns.T  # whole numbers: exact
+    total = rows @ _levels(images).float() @ columns.T  # integers: exact
     small = _eight_bits(total / (255 * rows.sum(1)[:, None] * columns.sum(1)))
     return F.interpolate(small, (height, width), mode="nearest-exact")
 
@@ -188,7 +189,7 @@ def _boxes(n: int, out: int) -> Tensor:
 
 
 def _jpeg(images: Tensor, quality: int, draw: Draw) -> Tensor:
-    """Other than one or three channels are compressed each on its own."""
+    """Images of other than one or three channels are compressed channel by channel."""
     levels = _levels(images).byte().cpu()
     colours = images.shape[1] if images.shape[1] in (1, 3) else 1
     pixels = levels.reshape(-1, colours, *images.shape[-2:]).permute(0, 2, 3, 1).numpy()
@@ -197,7 +198,7 @@ def _jpeg(images: Tensor, quality: int, draw: Draw) -> Tensor:
 
 
 def _compressed(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """uint8 (H, W, 1 or 3), written as JPEG and read again."""
+    """uint8 (H, W, 1 or 3), written as JPEG and read back."""
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file)).reshape(pixels.shape)

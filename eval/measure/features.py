@@ -1,6 +1,6 @@
 """Frozen features of a backbone: a run, a timm model, or raw pixels as the control.
 
-They are computed once per backbone and images, on all processes, and kept in SOURCE/features/ as .npy files.
+They are computed once per backbone and images, on all processes, and stored in SOURCE/features/ as .npy files.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.flops import count
 
 CONTROLS = ("pixels", "pixels-pca64")
-VERSION = 2  # raise it when other code would make other features of the same weights and images
+VERSION = 2  # to be raised when the code computes different features from the same weights and images
 
 
 @dataclass
 class Source:
-    """What is evaluated. folder: where its rows go; settings: a run's recipe.yaml, or {}."""
+    """What is evaluated. folder: where its rows are stored; settings: a run's recipe.yaml, or {}."""
 
     name: str
     folder: Path
@@ -54,25 +54,26 @@ class Source:
 
 
 def data_of(settings: dict) -> recipes.Data:
-    """The images of a pre-training, as its recipe.yaml names them: all, where it saw a part, with their own facts, but
-    mirrored only where the recipe allows it, as that is what the user knows of the labels."""
+    """The images of a pre-training, as its recipe.yaml names them: all of them even if it was trained on a subset, with
+    their own size, channels, mean and std. hflip stays as in the recipe, because only the user knows the labels.
+    """
     facts = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
     return recipes.Data(**settings["data"] | facts | dict(hold_out=False))
 
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
-    """A run directory, a timm folder or model, or a control. data, size: those of the figures beside it."""
+    """A run directory, a timm folder or model, or a control. data, size: those of the backbones it is compared with."""
     path = Path(name)
     backbone = None if name in CONTROLS else weights.load(name).eval()
     if backbone and (path / "recipe.yaml").exists():
         return Source(name, path, recipes.read_settings(path / "recipe.yaml"), backbone, backbone.input_size)
     if data is None:
-        raise UserError("Which images? Pass --data, or name a run first: its own images are taken then.")
+        raise UserError("Which images? Pass --data, or name a run first, whose images are then used.")
     return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size)
 
 
 def folder_of(name: str, data: str) -> Path:
-    """Where the rows of a backbone go that is no run. Folders of the same name are told apart."""
+    """The folder for the rows of a backbone that is not a run. Folders of the same name are distinguished by a hash."""
     path = Path(name)
     own = f"-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}" if path.exists() else ""
     return Path("runs") / f"{path.name}{own}-{recipes.short(data)}"
@@ -80,15 +81,15 @@ def folder_of(name: str, data: str) -> Path:
 
 @dataclass
 class Features:
-    """Of all images of a split, in their order: float32 (n, D), mapped from disk, by (block, pooling).
+    """The features of all images of a split, in order: float32 (n, D), memory-mapped, by (block, pooling).
 
-    Blocks count from 0. Poolings are "cls" (if there is a class token) and "mean" (of the patches), as
-    `Backbone.features` gives them: of the last block, the model's own features; of raw pixels "raw HxW".
+    Blocks count from 0. Poolings are "cls" (if there is a class token) and "mean" (of the patches) of what
+    `Backbone.features` returns: for the last block, the model's own features. Raw pixels have "raw HxW".
     """
 
     arrays: dict[tuple[int, str], np.ndarray]
     flops_per_image: float
-    project: Callable[[np.ndarray], np.ndarray] = lambda values: values  # what was done to all of them, after pooling
+    project: Callable[[np.ndarray], np.ndarray] = lambda values: values  # what was applied to all of them after pooling
 
     def poolings(self, block: int) -> dict[str, np.ndarray]:
         """{pooling: (n, D)} of one block; -1 is the last."""
@@ -97,7 +98,7 @@ class Features:
 
 
 def extract(source: Source, images: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)) -> Features:
-    """The features after these blocks. Every process computes its share and returns all.
+    """The features after these blocks. Every process computes its share, and returns all of them.
 
     Raises UserError, naming the image, if a feature is not a finite number.
     """
@@ -112,8 +113,8 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
     folder = source.folder / "features"
     key = _key(source, images, view)
     arrays = {k: folder / f"{key}-block{k[0]}-{k[1].replace(' ', '-')}.npy" for k in shapes}
-    lock = files.Lock(folder / ".lock", remedy="Features are kept beside the run: make room there.")
-    with lock if state.is_main_process else nullcontext():  # against another evaluator of the same backbone
+    lock = files.Lock(folder / ".lock", remedy="Features are stored with the run: free space there.")
+    with lock if state.is_main_process else nullcontext():  # against other evaluators of the same backbone
         state.wait_for_everyone()
         missing = {k: file for k, file in arrays.items() if not file.exists()}
         if missing:
@@ -122,19 +123,20 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
 
 
 def view_of(source: Source, images: ImageSet) -> views.Evaluation:
-    """What features are computed of: the backbone's own view of an image, or for its pixels the view of our runs."""
+    """The view that features are computed from: the backbone's own, or for raw pixels that of our runs."""
     if source.backbone is not None:
         return source.backbone.evaluation_view
     size = source.size or images.size
     if size is None or max(size) > 64:
-        size = (64, 64)  # a photo's pixels are no feature
+        size = (64, 64)  # the pixels of a photo are too many for a feature
     return views.evaluation(size)
 
 
 def extract_both(
     source: Source, train: ImageSet, test: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)
 ) -> tuple[Features, Features]:
-    """Features of the training images and of the others; those of pixels-pca64 in the former's principal components."""
+    """Features of the training images and of the test images. pixels-pca64 projects both onto the principal components
+    of the training images."""
     bank, others = (extract(source, images, state, blocks) for images in (train, test))
     if source.name == "pixels-pca64":
         for key, values in bank.arrays.items():
@@ -152,7 +154,7 @@ def _compute(
     wanted: dict[tuple[int, str], Path],
     shapes: dict[tuple[int, str], int],
 ) -> None:
-    """Write the arrays of these files, each process its share of the rows."""
+    """Compute these files of features; each process writes its share of the rows."""
     partial = {k: file.with_suffix(".partial.npy") for k, file in wanted.items()}
     if state.is_main_process:
         gigabytes = 4e-9 * len(images) * sum(shapes[k] for k in wanted)
@@ -181,7 +183,7 @@ def _compute(
     if bad is not None:
         for file in partial.values() if state.is_main_process else ():
             file.unlink()
-        raise UserError(f"{source.name} gives features that are not finite, first for image {bad}: it is broken.")
+        raise UserError(f"{source.name} has features that are not finite, first for image {bad}: the model is broken.")
     state.wait_for_everyone()
     if state.is_main_process:
         for k, file in partial.items():
@@ -190,14 +192,14 @@ def _compute(
 
 
 class Piecewise:
-    """compute() of batches, with as many images at a time as fit into memory: half as many whenever it runs out."""
+    """compute() on batches, with as many images at a time as fit into memory: halved whenever memory runs out."""
 
     def __init__(self, compute: Callable):
         self.compute = compute
         self.most: int | None = None  # images at a time; None: the whole batch
 
     def __call__(self, view: Tensor) -> Iterator:
-        """What compute gives for the parts of a batch (B, C, H, W). Raises UserError if not one image fits."""
+        """The results of compute for consecutive parts of a batch (B, C, H, W). Raises UserError if no image fits."""
         at = 0
         while at < len(view):
             part, found = view[at:][: self.most], None
@@ -206,7 +208,7 @@ class Piecewise:
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise UserError(
-                        "Not even one image at a time fits into the memory of the GPU: free it, or compute on the CPU "
+                        "Not even one image at a time fits into GPU memory: free some, or compute on the CPU "
                         "(CUDA_VISIBLE_DEVICES=-1)."
                     ) from None
             if found is None:  # outside of `except`, which would keep the tensors alive
@@ -224,19 +226,19 @@ def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str
         return {(0, f"raw {view.shape[-2]}x{view.shape[-1]}"): view.flatten(1)}
     found = {}
     for block, (prefix, patches) in zip(blocks, source.backbone.features(view, blocks), strict=True):
-        if prefix.shape[1] and source.backbone.has_class_token:  # registers are no features
+        if prefix.shape[1] and source.backbone.has_class_token:  # register tokens are not features
             found[block, "cls"] = prefix[:, 0]
         found[block, "mean"] = patches.flatten(1, 2).mean(1)
     return found
 
 
 def pooled(source: Source, blocks: list[int]) -> Piecewise:
-    """pool() of the parts of batches, as float32 arrays."""
+    """pool() on parts of batches, as float32 arrays."""
     return Piecewise(lambda part: {k: v.float().cpu().numpy() for k, v in pool(source, part, blocks).items()})
 
 
 def pca(train: np.ndarray, dimensions: int = 64) -> Callable[[np.ndarray], np.ndarray]:
-    """The projection of features (m, D) on the first principal components of these."""
+    """The projection of features (m, D) onto the first principal components of `train` (n, D)."""
     from sklearn.decomposition import PCA
 
     fitted = PCA(min(dimensions, *train.shape), svd_solver="covariance_eigh").fit(train)
@@ -247,15 +249,15 @@ def _key(source: Source, images: ImageSet, view: views.Evaluation) -> str:
     """What the features depend on, in 16 hex digits: weights, mean, std, images, their view, and the code."""
     about = [images.fingerprint, images.split, list(view.size), VERSION, str(torch.__version__), timm.__version__]
     about.append("pixels" if source.backbone is None else weights.digest(source.backbone))
-    if view != views.evaluation(view.size) or view.size[0] != view.size[1]:  # older code knew no other view than ours
-        about.append(asdict(view))  # and rounded those that are not square otherwise
+    if view != views.evaluation(view.size) or view.size[0] != view.size[1]:  # older code had no other view than ours
+        about.append(asdict(view))  # and rounded views that are not square differently
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def _allocate(file: Path, shape: tuple[int, int]) -> None:
-    """An empty float32 .npy file of this shape, its disk space reserved: a mapped file that lacks it kills the process.
+    """Create an empty float32 .npy file of this shape and reserve its disk space.
 
-    Raises UserError if there is no room.
+    Writing to a memory map when the disk is full would kill the process. Raises UserError if there is no space.
     """
     try:
         open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
@@ -264,11 +266,11 @@ def _allocate(file: Path, shape: tuple[int, int]) -> None:
                 os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
     except OSError as error:
         file.unlink(missing_ok=True)
-        raise files.cannot_write(file, error, "Features are kept beside the run: make room there.") from None
+        raise files.cannot_write(file, error, "Features are stored with the run: free space there.") from None
 
 
 def _not_finite(array: np.ndarray) -> Iterator[int]:
-    """The first row that holds a value that is not finite, if any."""
+    """The index of the first row with a value that is not finite, if any."""
     for start in range(0, len(array), 4096):
         bad = np.flatnonzero(~np.isfinite(array[start : start + 4096]).all(1))
         if len(bad):

@@ -1,4 +1,4 @@
-"""What a fine-tuning is asked to do: settings of the recipe finetune, learning rates to choose from, and its name.
+"""The arguments of a fine-tuning: settings of the recipe finetune, learning rates to choose from, and its name.
 
 from eval.measure import fine_tuning
 args, schedule = fine_tuning.parse(["--backbone", "runs/mae-digits-s0", "--lr", "1e-3", "2e-3"])
@@ -16,7 +16,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
 
-# settings that are not the user's here, and why
+# settings that cannot be set here, and why
 ELSEWHERE = {
     "objective.name": "fine-tuning is supervised",
     "train.seed": "it is that of the pre-training",
@@ -24,7 +24,7 @@ ELSEWHERE = {
     "data.subset": "pass --labels",
     "data.subset_seed": "pass --label-seeds",
     "data.hold_out": "pass several --lr, and the best is chosen on held-out images",
-    **dict.fromkeys(("data.in_chans", "data.mean", "data.std"), "the backbone's weights are made for their own"),
+    **dict.fromkeys(("data.in_chans", "data.mean", "data.std"), "it belongs to the backbone's weights"),
     **{
         f"backbone.{f.name}": "it belongs to the backbone that is fine-tuned"
         for f in dataclasses.fields(recipes.Backbone)
@@ -36,7 +36,7 @@ ELSEWHERE = {
 @dataclass
 class Schedule:
     """How to fine-tune. settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for
-    the recipe's; lr_of: a run whose choice is taken; extra: FLOPs to train beyond the recipe's epochs."""
+    the recipe's; lr_of: a run whose chosen rate is used; extra: FLOPs to train beyond the recipe's epochs."""
 
     settings: list[str]
     rates: list[float]
@@ -45,7 +45,7 @@ class Schedule:
 
     @property
     def changed(self) -> dict:
-        """What differs from the recipe, by key."""
+        """The settings that differ from the recipe, by key."""
         base = pretrain.read("finetune", [], None).as_dict()
         recipe = pretrain.read("finetune", self.settings, None).as_dict()
         keys = [
@@ -62,26 +62,26 @@ class Schedule:
 
     @property
     def recipe(self) -> str:
-        """A hash of the recipe as its file has it, so that a report can tell when that has changed in between."""
+        """A hash of the recipe's file, so that a report can tell whether it changed between rows."""
         base = pretrain.read("finetune", [], None).as_dict()
         return fingerprint({key: value for key, value in base.items() if key not in recipes.MAY_CHANGE})
 
     @property
     def protocol(self) -> str:
-        """Its name: "finetune", with a hash of what differs from the recipe, so that no two share it."""
+        """The protocol's name: "finetune", with a hash of what differs from the recipe, so that no two share a name."""
         return f"finetune-{fingerprint(self.changed)}" if self.changed else "finetune"
 
 
 def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule]:
-    """The command line. Raises UserError for settings that are wrong, or not the user's here."""
+    """The command line. Raises UserError for settings that are wrong or cannot be set here."""
     parser = cli.parser(doc)
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
     )
-    parser.add_argument("--lr-of", type=Path, metavar="RUN", help="take the one of --lr that was chosen for this run")
-    parser.add_argument("--extra-flops", type=float, default=0.0, metavar="F", help="train for so many FLOPs more")
+    parser.add_argument("--lr-of", type=Path, metavar="RUN", help="use the one of --lr that was chosen for this run")
+    parser.add_argument("--extra-flops", type=float, default=0.0, metavar="F", help="train for this many more FLOPs")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of recipes/finetune.yaml")
-    # settings may stand anywhere, also behind an option that takes several values
+    # settings may stand anywhere, even after an option that takes several values
     settings = [a for a in words if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
     args = parser.parse_args([a for a in words if a not in settings] + ["--", *settings])
     for key in (text.partition("=")[0] for text in settings):
@@ -94,7 +94,7 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
     if len(rates) == 1:
         settings, rates = [*settings, f"optim.lr={rates[0]}"], []
     if args.lr_of and not rates:
-        raise UserError("--lr-of takes what was chosen of several --lr: give those too, or leave it out.")
+        raise UserError("--lr-of uses a choice among several --lr: give those too, or leave it out.")
     if not 0 <= args.extra_flops < float("inf"):
         raise UserError(f"--extra-flops must be 0 or more, not {args.extra_flops:g}.")
     pretrain.read("finetune", settings, None)

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features: many at once for a sweep, one by a published protocol, one by convex means."""
+"""Linear heads on frozen features: many at once for a sweep, one by a published protocol, or logistic regression."""
 
 import math
 from collections.abc import Callable, Hashable, Iterator
@@ -15,7 +15,7 @@ from eval.measure.predictions import Predictions
 from ssl_vit.schedules import cosine
 from ssl_vit.views import Interpolation
 
-# for features of unit expected length: few images ask for the low ones, features that hardly differ for the high ones
+# for features of unit expected norm: few images need low rates, features with little variation high ones
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 PENALTIES = tuple(10.0**e for e in range(-4, 4))  # scikit-learn's C
 MOMENTUM = 0.9
@@ -23,7 +23,7 @@ MOMENTUM = 0.9
 
 @dataclass
 class FeatureMatrix:
-    """Features side by side: some rows of arrays (n, D) that may lie on disk; nothing is read until it is taken."""
+    """Features side by side: some rows of arrays (n, D), which may be on disk. Nothing is read before `take`."""
 
     arrays: list[np.ndarray]
     rows: np.ndarray
@@ -49,7 +49,7 @@ class FeatureMatrix:
 
 class Standardizer:
     """Standardises features by the mean and standard deviation of the training features, per dimension, then divides
-    by the root of their number, so that one learning rate means the same for every width."""
+    by the square root of the width, so that a learning rate means the same for every width."""
 
     def __init__(self, features: FeatureMatrix):
         total = squares = np.zeros(features.width)
@@ -84,7 +84,7 @@ class LinearProbes:
     rates: tuple[float, ...]
 
     def __call__(self, features: np.ndarray) -> dict[float, np.ndarray]:
-        """The probabilities, float32 (m, classes), that they give for features (m, D), by rate."""
+        """The predicted probabilities, float32 (m, classes), for features (m, D), by rate."""
         x = _with_one(self.standardizer(features), self.weight.device)
         found = (x @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]).softmax(-1).cpu().numpy()
         return {rate: found[:, i] for i, rate in enumerate(self.rates)}
@@ -103,8 +103,8 @@ def fit(
 ) -> dict[Hashable, LinearProbes]:
     """Softmax regression for each of the named features and each of its learning rates.
 
-    All are trained side by side by SGD with momentum 0.9 and a cosine from the rate to 0, on the same batches, without
-    weight decay, from zero. tick is called after every step.
+    All start from zero and are trained side by side on the same batches, by SGD with momentum 0.9, a cosine from the
+    rate to 0 and no weight decay. tick is called after every step.
     """
     standardizers = {name: Standardizer(values) for name, values in features.items()}
     weights = {n: torch.zeros(v.width + 1, len(rates[n]), classes, device=device) for n, v in features.items()}
@@ -133,7 +133,7 @@ def sweep(
     tick: Callable[[], object] = lambda: None,
     **options: Unpack[FitOptions],
 ) -> dict[tuple[Hashable, float], Predictions]:
-    """What fit's heads predict for the others, whose classes are truth (m,), by (name of the features, rate)."""
+    """The predictions of fit's heads for the others, whose classes are truth (m,), by (name of the features, rate)."""
     answers: dict[tuple[Hashable, float], Predictions] = {}
     for name, head in fit(features, labels, rates=rates, tick=tick, **options).items():
         parts: dict[float, list[Predictions]] = {rate: [] for rate in head.rates}
@@ -160,7 +160,7 @@ def logistic(
     model = LogisticRegression(C=penalty, max_iter=1000).fit(scaler.transform(features), labels)
     probabilities = np.zeros((len(others), classes))
     probabilities[:, model.classes_] = model.predict_proba(scaler.transform(others))
-    # a product forward and one for the gradient in each iteration of L-BFGS, which seldom asks for a second
+    # each iteration of L-BFGS has a forward product and one for the gradient, and seldom evaluates twice
     flops = (4 * int(model.n_iter_.max()) * len(features) + 2 * len(others)) * (
         model.coef_.size + len(model.intercept_)
     )
@@ -179,7 +179,7 @@ class ProbeRecipe:
     batch_norm: bool
     warmup: int  # epochs
     interpolation: Interpolation  # of the crops
-    scale: tuple[float, float] = (0.08, 1.0)  # of the random crop; a flip comes with it
+    scale: tuple[float, float] = (0.08, 1.0)  # of the random crop, which is followed by a flip
 
 
 PROBE_RECIPES = {
@@ -188,7 +188,7 @@ PROBE_RECIPES = {
     # Caron et al. 2021, arXiv 2104.14294, appendix F.1; official eval_linear.py
     "dino": ProbeRecipe(4, 100, 1024, 0.001, "sgd", False, 0, "bilinear"),
 }
-DINO_WIDE = 768  # from ViT-B on, DINO reads the last block alone: class token and mean of the patches
+DINO_WIDE = 768  # from ViT-B on, DINO uses the last block alone: class token and mean of the patches
 
 
 def train(
@@ -202,17 +202,19 @@ def train(
     seed: int,
     device: torch.device,
 ) -> Callable[[FeatureMatrix, np.ndarray], Predictions]:
-    """Train a head on `steps` batches of features (B, width) and labels (B,); returns what predicts from features of
-    images and their true classes.
+    """Train a head on `steps` batches of features (B, width) and labels (B,).
 
-    Weights start normal with deviation 0.01. Linear warm-up, then half a cosine to 0.
+    Returns a function from features of images and their true classes to predictions.
+
+    Weights are initialised from a normal distribution with standard deviation 0.01. The learning rate has a linear
+    warm-up, then follows half a cosine to 0.
     """
     norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if protocol.batch_norm else nn.Identity()
     linear = nn.Linear(width, classes)
     nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(linear.bias)
     head = nn.Sequential(norm, linear).to(device).train()
-    if protocol.optimizer == "lars":  # weights adapt, biases do not: official util/lars.py
+    if protocol.optimizer == "lars":  # LARS adapts weights, not biases: official util/lars.py
         groups = [dict(params=[linear.weight], always_adapt=True), dict(params=[linear.bias], always_adapt=False)]
         optimizer: torch.optim.Optimizer = Lars(groups, lr=lr, momentum=MOMENTUM, weight_decay=0.0, trust_coeff=0.001)
     else:
@@ -235,7 +237,7 @@ def train(
 
 
 def _batches(rng: np.random.Generator, n: int, size: int) -> Iterator[np.ndarray]:
-    """Indices of batch after batch, in a new order each epoch; what does not fill a batch goes into the next."""
+    """Indices of one batch after another, in a new order each epoch; the last batch is filled from the next epoch."""
     left = np.empty(0, dtype=np.int64)
     while True:
         while len(left) < size:

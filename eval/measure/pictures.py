@@ -1,4 +1,4 @@
-"""Pictures of what a backbone sees in a few test images, written beside those of pre-training."""
+"""Pictures of a backbone's features of a few test images, saved beside those of pre-training."""
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ SHOWN, NEAREST = 6, 6
 def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queries: Features) -> None:
     """SOURCE/pictures/DATA-neighbours.png and DATA-patches.png, with a row for each of the same few test images.
 
-    neighbours: itself, then the training images nearest to it by the class token, or the mean of the patches where
-    there is none (centred cosine). patches: itself, and the first three principal components of the patch features of
-    all these images as red, green and blue.
+    neighbours: the image, then its nearest training images by the class token, or by the mean of the patches if there
+    is none (centred cosine). patches: the image, then the first three principal components of the patch features of all
+    these images as red, green and blue.
     """
     device = next(source.network.parameters()).device
     chosen = pictures.spread(len(test), test.labels, SHOWN)

@@ -1,4 +1,4 @@
-"""What an evaluator answers for each test image, and the metrics of that."""
+"""An evaluator's predictions for the test images, and the accuracies computed from them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass
 class Predictions:
-    """Of n images. predicted: classes, int64 (n,); p_predicted, p_true: float32 (n,), the probability of the predicted
+    """For n images. predicted: classes, int64 (n,); p_predicted, p_true: float32 (n,), the probability of the predicted
     and of the true class, or None where only the classes are known."""
 
     predicted: np.ndarray
@@ -17,9 +17,9 @@ class Predictions:
 
     @classmethod
     def of(cls, chunks: Iterable[np.ndarray], truth: np.ndarray) -> "Predictions":
-        """From the probabilities of all classes, or weights in proportion to them, (m, K) of image after image.
+        """From chunks of consecutive images: the probabilities of all classes (m, K), or weights proportional to them.
 
-        Only three numbers per image are kept: with 50,000 images of 1,000 classes all would be 200 MB for each row.
+        Only three numbers per image are kept: for 50,000 images of 1,000 classes, all would be 200 MB per row.
         """
         parts, at = [(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))], 0
         for weights in chunks:
@@ -34,16 +34,16 @@ class Predictions:
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
-        """Of image after image, all with probabilities."""
+        """The predictions of consecutive images, all with probabilities."""
         return cls(*(np.concatenate([getattr(part, key) for part in parts]) for key in vars(parts[0])))
 
     def part(self, chosen: np.ndarray) -> "Predictions":
-        """Of these images, in this order."""
+        """The predictions for these images, in this order."""
         return Predictions(*(values[chosen] for values in vars(self).values()))
 
     def metrics(self, truth: np.ndarray) -> dict[str, float]:
-        """A row's value, the accuracy, and its balanced accuracy: the mean over the classes in truth of the share of
-        their images that are right (scikit-learn's balanced_accuracy_score)."""
+        """A row's value, the accuracy, and its balanced accuracy: the mean recall over the classes in truth
+        (scikit-learn's balanced_accuracy_score)."""
         right = self.predicted == truth
         of_class = np.bincount(truth)
         recall = np.bincount(truth, right)[of_class > 0] / of_class[of_class > 0]

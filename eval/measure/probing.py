@@ -1,4 +1,4 @@
-"""A backbone's features as a linear probe uses them, and the rows that come of it."""
+"""A backbone's features as a linear probe uses them, and the rows that result."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ import numpy as np
 from eval.measure import cli, features, linear_heads
 from eval.measure.predictions import Predictions
 
-STEPS, EPOCHS = 1000, 10  # a sweep's length: so many steps, or epochs if that is more
+STEPS, EPOCHS = 1000, 10  # a sweep's length: this many steps, or this many epochs if they are longer
 
 
 class Probe:
-    """A backbone's features of training and test images, and the rows that come of them."""
+    """A backbone's features of training and test images, and the rows that result."""
 
     def __init__(self, source: features.Source, request: cli.EvalRequest, blocks: list[int], train_features: bool):
         self.source, self.state = source, request.state
@@ -28,14 +28,14 @@ class Probe:
         self.predictions: list[Predictions] = []
 
     def add(self, answer: Predictions, images: int, flops: float, **keys: object) -> None:
-        """A row. images: passed through the backbone for it; flops: of fitting, to which those of the images come."""
+        """Add a row. images: the number passed through the backbone; flops: of fitting, without those of the images."""
         cost = dict(eval_images=images, eval_flops=self.queries.flops_per_image * images + flops)
         self.rows.append(answer.metrics(self.truth) | cost | keys)
         self.predictions.append(answer)
 
 
 def sweep_options(probe: Probe, images: int) -> linear_heads.FitOptions:
-    """How a sweep trains its heads on so many images: the options of linear_heads.fit."""
+    """How a sweep trains its heads on this many images: the options of linear_heads.fit."""
     batch = min(max(images // 8, 16), 1024)
     steps = max(STEPS, EPOCHS * images // batch)
     return linear_heads.FitOptions(
@@ -44,14 +44,14 @@ def sweep_options(probe: Probe, images: int) -> linear_heads.FitOptions:
 
 
 def head_flops(options: linear_heads.FitOptions, width: int, times: int, images: int) -> int:
-    """Of one learning rate's head on features of this width: trained so often, it predicts for so many images in all.
-    A step is a product forward and one for the gradient."""
+    """The FLOPs of one learning rate's head on features of this width, trained `times` times, with predictions for
+    `images` images in all. A step is a forward product and one for the gradient."""
     return (4 * times * options["steps"] * options["batch"] + 2 * images) * (width + 1) * options["classes"]
 
 
 def combine(
     found: features.Features, pooling: str, blocks: Sequence[int], rows: np.ndarray
 ) -> linear_heads.FeatureMatrix:
-    """These blocks' features of these images, one beside the other; "concat" is all poolings."""
+    """These blocks' features of these images, side by side; "concat" is all poolings."""
     arrays = [values for b in blocks for p, values in found.poolings(b).items() if pooling in (p, "concat")]
     return linear_heads.FeatureMatrix(arrays, rows)

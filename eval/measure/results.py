@@ -1,8 +1,9 @@
-"""Result rows: one JSON line per figure in RUN/results.jsonl, and the predictions behind it.
+"""Result rows: one JSON line per measurement in RUN/results.jsonl, and the predictions behind it.
 
-What a row cost stands in eval_images (passed through the backbone, those of trainings included), eval_flops and
-seconds. Images and FLOPs are those of this row alone, as if features were kept for no other. Seconds are measured, of
-fitting and judging all rows that were made together, without the features of unaugmented images, which are kept.
+The cost of a row is in eval_images (images passed through the backbone, including those of training), eval_flops and
+seconds. Images and FLOPs are those of this row alone, as if features were not shared with other rows. Seconds are
+measured: the time to fit and evaluate all rows that were made together, without the features of unaugmented images,
+which are stored.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from ssl_vit.commands import ROOT
 from ssl_vit.data import ImageSet
 from ssl_vit.recipe import short
 
-# what identifies a measurement; the rest of a row is what came of it
+# what identifies a measurement; the other keys of a row are its outcome
 IDENTITY = (
     "run recipe objective backbone data eval_data split protocol pooling layer label_fraction subset_seed seed chosen "
     "n metric"
@@ -53,10 +54,11 @@ def write(
     truth: np.ndarray,
     images: ImageSet | None = None,
 ) -> None:
-    """Add rows to folder/results.jsonl, and their predictions (arrays: classes whose probabilities are not known). Each
-    replaces the row of the same identity, also if that was obtained on another number of test images: the images of
-    that name have changed since. images: those that they are of; once for all rows, a file beside the predictions has
-    the names of their classes and files."""
+    """Add rows to folder/results.jsonl, with their predictions (arrays: classes whose probabilities are unknown).
+
+    A row replaces an earlier one of the same identity, even if that was measured on another number of test images: the
+    images of that name have changed since. images: the test images; the names of their classes and files are stored in
+    one file beside the predictions."""
     if images is not None:
         names = dict(images=f"predictions/images-{images.fingerprint}.json")
         about = dict(
@@ -92,13 +94,13 @@ def read(folder: Path) -> list[dict]:
 
 
 def correct(folder: Path, row: dict) -> np.ndarray:
-    """Which test images a row of this run directory has right, bool (n,)."""
+    """Which test images a row of this run directory classifies correctly, bool (n,)."""
     with np.load(folder / row["predictions"]) as stored:
         return np.asarray(stored["predicted"] == stored["true"])
 
 
 def spent(folder: Path) -> dict:
-    """images, flops and seconds of a run's training so far."""
+    """The images, FLOPs and seconds of a run's training so far."""
     log = folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     last: dict[str, float] = next((line for line in reversed(lines) if "images" in line), {})
@@ -106,7 +108,7 @@ def spent(folder: Path) -> dict:
 
 
 def describe_run(folder: Path, settings: dict) -> dict:
-    """The part of a row that says what was trained; settings: the run's recipe.yaml, or {} for a foreign backbone."""
+    """The keys of a row that say what was trained. settings: the run's recipe.yaml, or {} for a foreign backbone."""
     last = spent(folder)
     return dict(
         run=folder.name,
@@ -120,23 +122,23 @@ def describe_run(folder: Path, settings: dict) -> dict:
 
 
 def run_of(row: dict) -> str:
-    """The run of a row, as printed tables name it."""
+    """The name of a row's run in printed tables."""
     return f"{row['run']}{' (random init)' if row['recipe'] == 'random' else ''}"
 
 
 def _untrained(settings: dict, last: dict) -> bool:
-    """Whether a run holds weights as they were drawn."""
+    """Whether a run holds its random initialisation."""
     return bool(settings) and not last["images"] and not settings["backbone"].get("init_from")
 
 
 def _surroundings() -> dict:
-    """Package versions and the commit of this code, if it stands in a checkout."""
+    """Package versions, and the commit of this code if it is in a checkout."""
     versions = {"ssl_vit": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
     commit = None
-    if (ROOT / ".git").exists() and shutil.which("git"):  # an installed package may lie in another project's checkout
+    if (ROOT / ".git").exists() and shutil.which("git"):  # an installed package may be in another project's checkout
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
     return dict(versions=versions, commit=commit)
 
 
-SURROUNDINGS = _surroundings()  # of what was loaded: the files may change before a row is written
+SURROUNDINGS = _surroundings()  # read when the code is loaded: the files may change before a row is written

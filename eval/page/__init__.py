@@ -1,1 +1,1 @@
-"""How figures are shown: tables, charts and pages."""
+"""How results are shown: tables, charts and pages."""

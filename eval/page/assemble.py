@@ -22,7 +22,7 @@ from eval.page.tables import comparisons, details, main_table
 def report(
     groups: list[Group], eval_sets: list[EvalSet], command: str, study: StudyResults | None = None
 ) -> tuple[str, list[Block], list[Table]]:
-    """Title, content, and the main tables. study: what the runs are the arms of."""
+    """Title, content, and the main tables. study: the study whose arms the runs are."""
     runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in eval_sets))
@@ -55,5 +55,5 @@ def report(
 
 
 def charts_in(blocks: Iterable[Block]) -> dict[str, str]:
-    """{file name without .svg: SVG text} of the charts that are not folded away."""
+    """{file name without .svg: SVG text} of the charts outside collapsed parts."""
     return {name: svg for block in blocks if isinstance(block, Figure) for name, svg in block.charts}

@@ -1,7 +1,7 @@
-"""The charts of a report: which series each shows, of which rows.
+"""The charts of a report: the series that each shows, and the rows they come from.
 
 from eval.page import charts
-charts.compute(test, "")     # blocks of eval.pages, for a Test of eval.scores
+charts.compute(eval_set, "")     # blocks of eval.page.document, for an EvalSet of eval.compare.scores
 """
 
 import re
@@ -19,8 +19,8 @@ from eval.page import plots
 from eval.page.document import Block, Cell, Figure, Heading, Table, named
 
 CURVES = {
-    "Loss. Those of different objectives cannot be compared.": {"loss": "loss"},
-    "On a slice of the training images: a trend to watch, not a result.": {
+    "Training loss. Losses of different objectives are not comparable.": {"loss": "loss"},
+    "Measured on a slice of the training images: a trend to monitor, not a result.": {
         "knn": "k-NN, mean of patches, %",
         "knn_cls": "k-NN, class token, %",
         "rank": "effective rank",
@@ -29,7 +29,7 @@ CURVES = {
 
 
 def at_a_glance(eval_set: EvalSet) -> Figure:
-    """A row of dots for each recipe, controls below, for each primary column."""
+    """A dot chart for each primary metric, with a row for each recipe and the controls below."""
     charts, sources = [], []
     for metric in eval_set.primary:
         by_group, rows = eval_set.by_group(metric), []
@@ -49,13 +49,13 @@ def at_a_glance(eval_set: EvalSet) -> Figure:
 
 
 def against(control: str, differences: dict[Group, intervals.Estimate], metric: Metric) -> str:
-    """The SVG of a row of dots for each recipe's difference to a control."""
+    """The SVG of a dot chart with a row for each recipe's difference from a control."""
     rows = [plots.Dot(g.label, e.mean, e.bounds, g.colour) for g, e in differences.items()]
     return plots.dots(rows, f"against {control}", f"{metric.name}, points", zero=True)
 
 
 def compute(eval_set: EvalSet, suffix: str) -> list[Block]:
-    """What pre-training and evaluation cost, and accuracy against FLOPs and images; what cost nothing is a line."""
+    """The cost of pre-training and evaluation, and accuracy against FLOPs and images. No cost: a horizontal line."""
     known = [group for group in eval_set.groups if not group.foreign]
     charts, sources = [], []
     for metric in eval_set.primary:
@@ -66,7 +66,7 @@ def compute(eval_set: EvalSet, suffix: str) -> list[Block]:
             if metric.finetunes:
                 spent = {g: cost for g, scores in by_group.items() if (cost := spent_on(scores, own)) is not None}
                 if len(spent) < len(by_group):
-                    continue  # rows from before fine-tuning's images were counted
+                    continue  # some rows are older than the count of fine-tuning's images
                 costs = {group: costs[group] + spent[group] for group in by_group}
             if any(costs.values()):
                 svg = plots.lines(
@@ -80,15 +80,15 @@ def compute(eval_set: EvalSet, suffix: str) -> list[Block]:
                 sources += sources_of(by_group.values())
     if not charts and not any(spent_on(f, "eval_flops") for c in eval_set.main for f in eval_set.by_group(c).values()):
         return []
-    caption = "A recipe trained with several budgets is joined by a line; each point is a full schedule of its own. "
+    caption = "A line joins the budgets of one recipe; each point is a full schedule of its own. "
     if any(group.foreign for group in eval_set.groups):
-        caption += "Backbones trained elsewhere are left out, as the cost of their pre-training is not known. "
+        caption += "Backbones trained elsewhere are left out because the cost of their pre-training is unknown. "
     figure = [Figure(charts, caption + counted(sources), sources)] if charts else []
     return [Heading(f"What it costs{suffix}"), *figure, costs_table(eval_set, known)]
 
 
 def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
-    """Pre-training apart from each evaluation, the means of the seeds."""
+    """The cost of pre-training and, separately, of each evaluation, as means over the seeds."""
     metrics = list({metric.protocol: metric for metric in eval_set.main}.values())  # poolings share the features
     kinds = {"FLOPs": "eval_flops", "images": "eval_images", "seconds": "seconds"}
     parts: dict[bool, list] = {False: [], True: []}
@@ -107,17 +107,17 @@ def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
     head = [("pre-training", list(kinds))] + [(metric.evaluator, list(kinds)) for metric in metrics]
     lacking = any(spent_on(scores, "eval_images") is None for scores in used)
     caption = (
-        "What one seed costs. Pre-training and evaluation apart: what is trained from scratch costs nothing before "
-        "fine-tuning, and as much as the others in it. FLOPs of an evaluation are those of the features or of the "
-        "training with labels, with the choice of settings where one is made; its images are those shown to the "
-        "backbone. Seconds are of the machine that ran it, and features computed before are not counted again."
+        "The cost of one seed. Pre-training and evaluation are listed separately: training from scratch costs nothing "
+        "before fine-tuning, and as much as the others during it. The FLOPs of an evaluation are those of computing "
+        "features or of training with labels, including the choice of settings; its images are those passed through "
+        "the backbone. Seconds depend on the machine, and do not include features that were computed earlier."
     )
-    caption += " Empty: the rows do not say, or it was not measured." if lacking else ""
+    caption += " Empty: not recorded in the rows, or not measured." if lacking else ""
     return Table(head, filled, caption, sources_of(used))
 
 
 def cost_of(group: Group) -> list[str]:
-    """FLOPs, images and seconds of pre-training, the means of the seeds."""
+    """FLOPs, images and seconds of pre-training, as means over the seeds."""
     if group.foreign:
         return ["unknown"] * 3
     seconds = [next((line["seconds"] for line in reversed(run.log) if "seconds" in line), 0) for run in group.runs]
@@ -126,7 +126,7 @@ def cost_of(group: Group) -> list[str]:
 
 
 def _series(by_group: dict[Group, Scores], costs: dict[Group, float], metric: Metric) -> list[plots.Series]:
-    """A series for each family of recipes over what they cost, and a level for each that cost nothing."""
+    """A series for each family of recipes over their costs, and a horizontal line for each recipe that cost nothing."""
     families: dict[str, list[Group]] = {}
     for group, cost in costs.items():
         name = group.family if cost and group.recipe != "random" else group.label_in(metric)
@@ -162,12 +162,12 @@ def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
         charts.append((file_name(eval_set, "labels", some), svg))
     if not charts:
         return []
-    caption = f"{eval_set.floors} Several subsets of labels are averaged within a seed before the interval is taken. "
+    caption = f"{eval_set.floors} Label subsets are averaged within a seed before the interval is computed. "
     return [Heading(f"With fewer labels{suffix}"), Figure(charts, caption + counted(sources), sources)]
 
 
 def by_block(eval_set: EvalSet, suffix: str) -> list[Block]:
-    """Accuracy of each block's features, where there are such rows; raw pixels are a level."""
+    """Accuracy of each block's features, where there are such rows; raw pixels are a horizontal line."""
     charts, sources = [], []
     per_block = _variants(
         eval_set, lambda c: not c.of_last and c.labels == eval_set.labels, lambda c: replace(c, layer=-1)
@@ -185,13 +185,13 @@ def by_block(eval_set: EvalSet, suffix: str) -> list[Block]:
             }
             if points:
                 line = _line(points, group, some)
-                series.append(replace(line, x=[]) if group.pixels else line)  # pixels have no blocks: a level
+                series.append(replace(line, x=[]) if group.pixels else line)  # pixels have no blocks: a horizontal line
             sources += sources_of(points.values())
         svg = plots.lines(series, some.evaluator, f"{some.features}, %", "block")
         charts.append((file_name(eval_set, "blocks", some), svg))
     if not charts:
         return []
-    caption = f"{eval_set.floors} To pick a block by this chart would be to choose on the test images. "
+    caption = f"{eval_set.floors} Choosing a block from this chart would mean choosing on the test images. "
     return [Heading(f"Block by block{suffix}"), Figure(charts, caption + counted(sources), sources)]
 
 
@@ -217,12 +217,12 @@ def curves(groups: list[Group]) -> list[Block]:
         for group in sorted(groups, key=lambda g: (g.control, g.label)):
             charts += [(f"{key}-{slug(group.label)}", svg) for key in keys if (svg := _curve(group, key, keys[key]))]
         if charts:
-            blocks.append(Figure(charts, f"{caption} From log.jsonl of each run, a line for each seed.", small=True))
+            blocks.append(Figure(charts, f"{caption} From log.jsonl of each run, with one line per seed.", small=True))
     return [Heading("While training"), *blocks] if blocks else []
 
 
 def _curve(group: Group, key: str, words: str) -> str:
-    """The SVG of what a group's runs logged under this key, or '' if they did not."""
+    """The SVG of the values that a group's runs logged under this key; '' if there are none."""
     series = []
     for run in group.runs:
         points = _thinned([(line["step"], line[key]) for line in run.log if key in line])
@@ -235,13 +235,13 @@ def _curve(group: Group, key: str, words: str) -> str:
 
 
 def _thinned(points: list, most: int = 300) -> list:
-    """At most so many of the points, evenly spaced, with the first and the last."""
+    """At most this many of the points, evenly spaced, including the first and the last."""
     kept = np.unique(np.linspace(0, len(points) - 1, min(most, len(points))).round().astype(int))
     return [points[i] for i in kept]
 
 
 def sources_of(by_group: Iterable[Scores]) -> list[tuple[str, str]]:
-    """(run, row id) of all rows of these frames."""
+    """(run, row id) of all rows behind these scores."""
     return [source for scores in by_group for source in scores.sources]
 
 

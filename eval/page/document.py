@@ -3,8 +3,8 @@
     from eval.page.document import Heading, Text, html, markdown
     html("Title", [Heading("One"), Text("Words.")])
 
-The page stands alone: no script, nothing loaded from elsewhere. All text is escaped here, so blocks hold it as it is.
-Markdown leaves out what the page folds away, and shows the charts from files beside it.
+The page is self-contained: no script, nothing loaded from elsewhere. All text is escaped here, so blocks hold plain
+text. Markdown leaves out the collapsible parts, and links to the charts as files beside it.
 """
 
 import base64
@@ -24,7 +24,7 @@ from eval.page.text_tables import aligned
 
 @dataclass
 class Heading:
-    """Of a section; level 2 has an entry in the page's contents."""
+    """The heading of a section; level 2 has an entry in the page's contents."""
 
     text: str
     level: int = 2
@@ -32,7 +32,7 @@ class Heading:
 
 @dataclass
 class Text:
-    """A paragraph. kind: "", "lead", or "warning" for one that must be seen."""
+    """A paragraph. kind: "", "lead", or "warning" for one that must not be overlooked."""
 
     text: str
     kind: str = ""
@@ -52,7 +52,7 @@ class Items:
 
 @dataclass
 class Cell:
-    """text, with a small note under it; best: marked as the best of its column, or one of those not told from it."""
+    """text, with a small note under it; best: marked as the best of its column, or not distinguishable from it."""
 
     text: str = ""
     note: str = ""
@@ -61,9 +61,9 @@ class Cell:
 
 @dataclass
 class Table:
-    """head: names over columns, and the columns' own; parts: (title, rows), each row a name and its cells.
+    """head: names over groups of columns, and the columns' names; parts: (title, rows), each row a name and its cells.
 
-    sources: (run, row id) of every figure in it, folded away under the caption.
+    sources: (run, row id) of every number in it, in a collapsible part under the caption.
     """
 
     head: list[tuple[str, list[str]]]
@@ -84,16 +84,16 @@ class Figure:
 
 @dataclass
 class Gallery:
-    """Pictures side by side, with what they show."""
+    """Pictures side by side, with captions."""
 
     pictures: list[tuple[Path, str]]
 
 
 @dataclass
 class Confusion:
-    """How often images of each class (row) were said to be of which (column), as shares of the row in shades.
+    """A confusion matrix: how often images of each class (row) were predicted as each class (column).
 
-    counts: (K, K); images: how many of each class there are.
+    Shades show the share of the row. counts: (K, K); images: the number of images of each class.
     """
 
     names: list[str]
@@ -104,7 +104,7 @@ class Confusion:
 
 @dataclass
 class Thumbnails:
-    """Small pictures, uint8 (H, W, 3), with what they show; of None the words alone."""
+    """Small pictures, uint8 (H, W, 3), with captions; for None the caption alone."""
 
     pictures: list[tuple[np.ndarray | None, str]]
     caption: str
@@ -119,7 +119,7 @@ class Folded:
 
 
 def named(label: str, note: str = "") -> Cell:
-    """A row's name, with what stands in brackets in the small line under it."""
+    """A row's name; the part in brackets goes into the small line under it."""
     name, _, rest = label.partition(" (")
     return Cell(name, "; ".join(filter(None, (rest.removesuffix(")"), note))))
 
@@ -127,7 +127,7 @@ def named(label: str, note: str = "") -> Cell:
 Block = Heading | Text | Code | Items | Table | Figure | Gallery | Confusion | Thumbnails | Folded
 
 STYLE = (Path(__file__).parent / "page.css").read_text()
-WIDE = 7  # columns, from which on a table is cut at the right of a screen too
+WIDE = 7  # columns; a table with more may not fit a desktop screen either
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:
@@ -145,18 +145,18 @@ def html(title: str, blocks: Sequence[Block]) -> str:
 
 
 def markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
-    """The same without what is folded away. folder: where it will lie; pictures beneath it are linked."""
+    """The same without the collapsible parts. folder: where the file will be; pictures beneath it are linked."""
     parts = [_markdown(block, folder) for block in blocks]
     return "\n\n".join([f"# {plain(title)}", *filter(None, parts)]) + "\n"
 
 
 def plain(text: str) -> str:
-    """Text as Markdown that shows it literally, in one line."""
+    """Text escaped for Markdown, in one line."""
     return re.sub(r"([\\`*<>\[\]|#])", r"\\\1", " ".join(text.split()))
 
 
 def markdown_table(table: Table) -> str:
-    """With a column as wide as its widest cell, to be read in a terminal too."""
+    """With aligned columns, so that it reads well in a terminal too."""
     names = [", ".join(filter(None, (over, below))) for over, columns in table.head for below in columns]
     rows = [["", *names]]
     for title, part in table.parts:
@@ -167,7 +167,7 @@ def markdown_table(table: Table) -> str:
 
 
 def terminal(table: Table, width: int = 100) -> str:
-    """The same for a terminal: a table for each name over columns, of as many columns as fit into so many letters."""
+    """The same for a terminal of this width in characters: one or more tables for each group of columns."""
     parts, start = [], 0
     for over, columns in table.head:
         while columns:
@@ -181,7 +181,7 @@ def terminal(table: Table, width: int = 100) -> str:
 
 
 def _columns(table: Table, names: list[str], start: int) -> str:
-    """The columns of these names from start on as Markdown, without the rows that hold nothing there."""
+    """The columns of these names from `start` on as Markdown, without the rows that are empty there."""
     rows = [(title, [(name, cells[start : start + len(names)]) for name, cells in part]) for title, part in table.parts]
     rows = [(title, [row for row in part if any(cell.text for cell in row[1])]) for title, part in rows]
     return markdown_table(Table([("", names)], [(title, part) for title, part in rows if part], ""))
@@ -209,7 +209,7 @@ def _markdown(block: Block, folder: Path) -> str:
         case Gallery(pictures):
             beneath = [(path, words) for path, words in pictures if path.resolve().is_relative_to(folder.resolve())]
             lines = [f"- [{plain(words)}](<{p.resolve().relative_to(folder.resolve())}>)" for p, words in beneath]
-            return "\n".join(lines) or "They are shown on the HTML page."
+            return "\n".join(lines) or "The pictures are on the HTML page."
         case Confusion() | Thumbnails() | Folded():
             return ""
 
@@ -270,7 +270,7 @@ def _html_table(table: Table) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Text in which no figure is torn from its interval or its unit."""
+    """Text with no line break between a number and its interval or unit."""
     return re.sub(r" (?=[±%=])|(?<=[±=]) ", "&nbsp;", escape(text))
 
 
@@ -279,7 +279,7 @@ def _words(cell: Cell) -> str:
 
 
 def _rows(sources: list[tuple[str, str]]) -> str:
-    """The ids of the rows behind a figure, by run, folded away."""
+    """The ids of the rows behind a table or chart, by run, in a collapsible part."""
     if not sources:
         return ""
     of_run: dict[str, list[str]] = {}
@@ -291,7 +291,7 @@ def _rows(sources: list[tuple[str, str]]) -> str:
 
 
 def _html_confusion(block: Confusion) -> str:
-    """The shade of a cell is its share of the row, in tenths; empty cells hold nothing."""
+    """The shade of a cell shows its share of the row, in tenths; cells with a count of 0 are empty."""
     head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in block.names)
     lines = []
     for row, (name, counts) in enumerate(zip(block.names, block.counts, strict=True)):
@@ -310,7 +310,7 @@ def _html_confusion(block: Confusion) -> str:
 
 def _caption(text: str, more: str = "") -> str:
     """Under a table, with the hint that it scrolls, shown where the screen is narrow."""
-    hint = '<span class="hint">Where it is cut, the table scrolls sideways. </span>'
+    hint = '<span class="hint">If the table is cut off, scroll it sideways. </span>'
     return f'<div class="caption">{hint}{escape(text)}{more}</div>'
 
 

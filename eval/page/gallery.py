@@ -1,4 +1,4 @@
-"""The pictures that runs wrote, side by side."""
+"""The pictures that runs saved, side by side."""
 
 from pathlib import Path
 
@@ -19,21 +19,20 @@ PICTURES = dict(
 
 
 def gallery(groups: list[Group]) -> list[Block]:
-    """The pictures of each recipe's first seed, those of one kind side by side; of a study's arm those with the largest
-    budget."""
+    """The pictures of each recipe's first seed, grouped by kind; of a study's arm, those with the largest budget."""
     kinds: dict[str, list[tuple[Path, str]]] = {}
     for group in sorted((g for g in groups if not g.superseded), key=lambda g: (g.control, g.label)):
         for file in sorted((group.runs[0].folder / "pictures").glob("*.png")):
             kind, task = _shows(file.stem)
             kinds.setdefault(kind, []).append((file, f"{group.label}{task}: {kind}"))
-    blocks: list[Block] = [Heading("Pictures"), Text("Of the first seed of each recipe.")] if kinds else []
+    blocks: list[Block] = [Heading("Pictures"), Text("From the first seed of each recipe.")] if kinds else []
     for kind, pictures in sorted(kinds.items()):
         blocks += [Heading(kind[0].upper() + kind[1:], 3), Gallery(pictures)]
     return blocks
 
 
 def _shows(stem: str) -> tuple[str, str]:
-    """(what a picture of this name shows, of which task of several)."""
+    """(what a picture of this name shows, its task if there are several)."""
     data, _, kind = stem.rpartition("-")
     if data and kind in PICTURES:
         return f"{data}: {PICTURES[kind]}", ""

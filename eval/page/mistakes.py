@@ -1,10 +1,10 @@
-"""Class by class: what is confused with what, the most confident mistakes, and whether confidence can be believed.
+"""Class by class: confusions, the most confident mistakes, and calibration.
 
     from eval.page import mistakes
-    mistakes.by_class(test, "")     # blocks of eval.pages, for a Test of eval.scores
+    mistakes.by_class(eval_set, "")     # blocks of eval.page.document, for an EvalSet of eval.compare.scores
 
-Probabilities are those that the evaluator gave to the class it predicted (`p_predicted` of a row's predictions). The
-pictures are loaded as the run's recipe names them, where they are on this machine: nothing is downloaded.
+Probabilities are those that the evaluator assigned to the predicted class (`p_predicted` in a row's predictions). The
+test images are loaded by the data settings of a run's recipe, if they are on this machine: nothing is downloaded.
 """
 
 import json
@@ -28,22 +28,22 @@ from ssl_vit.errors import UserError
 from ssl_vit.recipe import short
 from ssl_vit.views import Evaluation
 
-MATRIX = 20  # classes up to which the whole matrix is shown
-LISTED = 40  # classes up to which each has a line
+MATRIX = 20  # with more classes, the confusion matrix is not shown
+LISTED = 40  # with more classes, not every class has a line
 CONFUSED, SHOWN = 10, 6  # pairs of classes, and pictures
 BINS = 15  # of confidence: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 5
 SIZE = 64  # pixels of a picture
 
 CALIBRATION = (
-    "Calibration: of the test images predicted with a confidence of 80 %, 80 % should be right. The expected "
+    "Calibration: of the test images predicted with a confidence of 80 %, 80 % should be correct. The expected "
     "calibration error (ECE) is the mean gap between confidence and accuracy over "
-    f"{BINS} bins of equal width, weighted by their images (Guo et al. 2017, arXiv 1706.04599, section 2)."
+    f"{BINS} bins of equal width, weighted by their number of images (Guo et al. 2017, arXiv 1706.04599, section 2)."
 )
 
 
 @dataclass
 class Answers:
-    """What was answered over all seeds of a group, one after another: each (rows · n,). p: None in old files."""
+    """The predictions of all seeds of a group, concatenated: each (rows · n,). p: None in old files."""
 
     predicted: np.ndarray
     true: np.ndarray
@@ -56,7 +56,7 @@ class Answers:
 
 
 def read_answers(files: list[Path]) -> Answers:
-    """Of these files of predictions; with probabilities if all have them."""
+    """Read these files of predictions; with probabilities if all files have them."""
     parts = []
     for file in files:
         with np.load(file) as stored:
@@ -76,7 +76,7 @@ def confusion(answers: Answers, classes: int) -> np.ndarray:
 def calibration(
     confidence: np.ndarray, right: np.ndarray, bins: int = BINS
 ) -> tuple[float, list[tuple[float, float, int]]]:
-    """(expected calibration error, [(mean confidence, share right, count)] of the bins that are not empty).
+    """(expected calibration error, [(mean confidence, accuracy, count)] of the bins that are not empty).
 
     Bin m of M holds the confidences in ((m - 1) / M, m / M]: equations 2, 3 and 5 of Guo et al. 2017.
     """
@@ -90,7 +90,7 @@ def calibration(
 
 
 def by_class(eval_set: EvalSet, suffix: str) -> list[Block]:
-    """A section with a part for each primary column, and in it a folded one for each group, the best first."""
+    """A section with a part for each primary metric and, within it, a collapsible part for each group, best first."""
     blocks: list[Block] = []
     names, files = _names(eval_set)
     images = _Images(eval_set)
@@ -110,8 +110,8 @@ def by_class(eval_set: EvalSet, suffix: str) -> list[Block]:
 
 
 _OLD = (
-    "Calibration and the most confident mistakes are not shown: these rows were made before evaluators kept the "
-    "probabilities. Evaluate again."
+    "Calibration and the most confident mistakes are not shown: these rows were made before evaluators stored "
+    "probabilities. Evaluate again to see them."
 )
 
 
@@ -141,22 +141,21 @@ def _group(
 
 
 def _classes(counts: np.ndarray, names: list[str], rows: int) -> Block:
-    """The matrix or, of more classes, a line for each, or for the lowest and the highest."""
+    """The confusion matrix; with many classes, the accuracy of each class, or of the lowest and the highest."""
     totals, right = counts.sum(1), counts.diagonal()
     shares = np.divide(right, totals, out=np.full(len(counts), np.nan), where=totals > 0)
     images = totals // rows
     if len(names) <= MATRIX:
-        words = "Of the images of each class (row), how many in 100 were said to be of which (column)."
+        words = "The percentage of the images of each class (row) that were predicted as each class (column)."
         return Confusion(names, counts, images.tolist(), words)
     there = [int(c) for c in np.argsort(shares, kind="stable") if totals[c]]
-    caption = "Of the images of each class, how many in 100 were right, the lowest first."
+    caption = "The accuracy on the images of each class, lowest first."
     if len(there) > LISTED:
         half = LISTED // 2
-        caption = f"The {half} classes with the lowest share of right images and the {half} with the highest, of "
-        caption += f"{len(there):,}: how many in 100 of their images."
+        caption = f"The accuracy on the images of the {half} lowest and the {half} highest of {len(there):,} classes."
         there = there[:half] + there[-half:]
     lines = [(Cell(names[c]), [Cell(percent(shares[c])), Cell(f"{images[c]:,}")]) for c in there]
-    return Table([("", ["right, %", "images"])], [("", lines)], caption)
+    return Table([("", ["accuracy, %", "images"])], [("", lines)], caption)
 
 
 def _pairs(counts: np.ndarray, names: list[str]) -> list[Block]:
@@ -168,8 +167,8 @@ def _pairs(counts: np.ndarray, names: list[str]) -> list[Block]:
         share = wrong[true, predicted] / counts[true].sum()
         cells = [Cell(names[predicted]), Cell(percent(share)), Cell(f"{wrong[true, predicted]:,}")]
         lines.append((Cell(names[true]), cells))
-    caption = "The pairs confused most often: of the images of the first, how many in 100, and how many over all seeds."
-    return [Table([("", ["taken for", "in 100", "count"])], [("", lines)], caption)] if lines else []
+    caption = "The most frequent confusions: the percentage of the true class's images, and the count over all seeds."
+    return [Table([("", ["predicted as", "%", "count"])], [("", lines)], caption)] if lines else []
 
 
 def _reliability(group: Group, metric: Metric, error: float, bins: list[tuple[float, float, int]]) -> Figure:
@@ -178,15 +177,15 @@ def _reliability(group: Group, metric: Metric, error: float, bins: list[tuple[fl
         plots.Series("ideal", [0, 100], [0.0, 1.0]),
         plots.Series("measured", [100 * b[0] for b in bins], [b[1] for b in bins], colour=colour),
     ]
-    subtitle = f"ECE {percent(error)} %; right, %"
+    subtitle = f"ECE {percent(error)} %; accuracy, %"
     svg = plots.lines(series, group.label_in(metric), subtitle, "confidence, %", width=plots.SMALL)
-    return Figure([("", svg)], "Reliability: the share right of the images in each bin of confidence.", small=True)
+    return Figure([("", svg)], "Reliability diagram: the accuracy of the images in each confidence bin.", small=True)
 
 
 def _mistakes(
     answers: Answers, p: np.ndarray, names: list[str], files: list[str] | None, images: "_Images"
 ) -> list[Block]:
-    """Of the first seed: the wrong answers with the highest probability."""
+    """The wrong predictions of the first seed that have the highest probability."""
     order = np.argsort(-np.where(answers.right, -1.0, p), kind="stable")
     worst = [int(i) for i in order[:SHOWN] if not answers.right[i]]
     pictures = images.show([int(answers.index[i]) for i in worst])
@@ -194,9 +193,9 @@ def _mistakes(
     for i in worst:
         file = f" ({files[answers.index[i]]})" if files else f" (image {answers.index[i]})"
         true, predicted = names[answers.true[i]], names[answers.predicted[i]]
-        told.append(f"{true}, taken for {predicted} at {100 * p[i]:.0f} %{file}")
+        told.append(f"{true}, predicted as {predicted} at {100 * p[i]:.0f} %{file}")
     if not worst:
-        return [Text("No mistakes: all test images are right.")]
+        return [Text("No mistakes: all test images are classified correctly.")]
     return [Thumbnails(list(zip(pictures, told, strict=True)), "The most confident mistakes of the first seed.")]
 
 
@@ -221,7 +220,7 @@ def _trained_on(settings: dict, eval_set: EvalSet) -> bool:
 
 
 class _Images:
-    """The test images as some run's recipe names them, loaded when one is asked for. missing: why there are none."""
+    """The test images that the runs' recipes name, loaded when the first is needed. missing: why there are none."""
 
     def __init__(self, eval_set: EvalSet):
         self.eval_set, self.missing, self.asked = eval_set, "", False
@@ -229,7 +228,7 @@ class _Images:
         self.shown: dict[int, np.ndarray] = {}
 
     def show(self, chosen: list[int]) -> list[np.ndarray | None]:
-        """Of each an image uint8 (H, W, 3), or None where they are not there any more."""
+        """Each image as uint8 (H, W, 3), or None if the images are not available."""
         if not self.asked:
             self.asked = True
             self._load()
@@ -247,7 +246,7 @@ class _Images:
     def _load(self) -> None:
         eval_set = self.eval_set
         settings = [r.settings for group in eval_set.groups for r in group.runs if _trained_on(r.settings, eval_set)]
-        why = "no run here was trained on these images, so that nothing says where they are"
+        why = "no run in this report was trained on these images, so their location is unknown"
         if settings:
             # a report downloads nothing
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -258,8 +257,8 @@ class _Images:
                 found = data.load(config, role, settings[0].get("images", {}).get("classes"))
                 same = found.labels is not None and np.array_equal(found.labels.numpy(), eval_set.truth)
                 self.found = found if same else None
-                why = "the images there now are not those that were evaluated"
+                why = "the images found there are not those that were evaluated"
             except UserError as error:
                 why = str(error).rstrip(".")
         if self.found is None:
-            self.missing = f"The mistakes have no pictures: {why}."
+            self.missing = f"The mistakes are shown without pictures: {why}."

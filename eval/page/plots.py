@@ -4,8 +4,8 @@
     mae = Series("mae", x=[1e12, 1e13], y=[0.31, 0.42], bounds=[(0.29, 0.33), (0.41, 0.43)], colour=0)
     svg = lines([mae], "k-NN", "class token, %", "training FLOPs", log=True)
 
-A chart stands alone, as a file or within a page. It is light or dark as the reader's screen is, fits a phone, and each
-mark tells its figures when pointed at. Values are fractions and are shown in %.
+A chart is self-contained, as a file or within a page. It follows the reader's light or dark mode and fits a phone, and
+each mark shows its values on hover. Values are fractions and are shown in %.
 """
 
 import math
@@ -18,10 +18,10 @@ from scipy import optimize
 
 from eval.compare.words import between, number
 
-WIDTH = 400  # units; type is then not under 11 px on a phone of 360
+WIDTH = 400  # units; text is then at least 11 px high on a phone 360 px wide
 SMALL = 300  # the width of a chart that is one of many
-TEXT, MINOR = 14, 13  # sizes of type
-LETTER = 0.53  # mean width of a letter, in units of the size of its type
+TEXT, MINOR = 14, 13  # font sizes
+LETTER = 0.53  # mean width of a letter, relative to the font size
 LIGHT = ("#0b6fb3", "#cf4f05", "#008060", "#b0508c", "#5a4fc0", "#9a6b00", "#2b8fa8", "#a33b3b")
 DARK = ("#5cb3f0", "#ff8f52", "#35c79e", "#ec9dc9", "#a9a0ff", "#e8b53c", "#66cde3", "#ff8a8a")
 
@@ -43,10 +43,10 @@ STYLE = (
 
 @dataclass
 class Series:
-    """Points (x, y) with the bounds (low, high) of each y, if there are any; or with no x a level: a dashed line over
+    """Points (x, y), with bounds (low, high) of each y if there are any. Without x it is a dashed horizontal line over
     the whole axis, for a control.
 
-    colour: the number of a colour, or None for a control. Hover texts name the series by `name`.
+    colour: the index of a colour, or None for a control. Hover texts show `name`.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Series:
 
 @dataclass
 class Dot:
-    """A row of a dot chart: a value with its bounds (low, high). A row with no value is a heading."""
+    """A row of a dot chart: a value with its bounds (low, high). A row without a value is a heading."""
 
     name: str
     value: float | None = None
@@ -77,7 +77,7 @@ def lines(
     marks: bool = True,
     width: int = WIDTH,
 ) -> str:
-    """A chart of series over one axis. marks: points, with a name at each end; without, bare thin curves."""
+    """A chart of series over one axis. marks: draw points, and a name at each end; otherwise thin curves alone."""
     ends = [_split(s.name) for s in series] if marks else []
     right = 22 + max((_length(end) for end in ends), default=-12)
     left, top, height = 46, 62, 300 if width == WIDTH else 230
@@ -93,7 +93,7 @@ def lines(
         y = scale_y(tick)
         parts.append(_line(left, y, width - right + 8, y, "rule"))
         parts.append(_text(left - 8, y + 4.5, f"{100 * tick:g}" if percent else f"{tick:g}", "soft", MINOR, "end"))
-    for tick, label in _apart([(scale_x(t), _figure(t, log, max(x_ticks))) for t in x_ticks]):
+    for tick, label in _apart([(scale_x(t), _tick_label(t, log, max(x_ticks))) for t in x_ticks]):
         parts.append(_line(tick, bottom, tick, bottom + 4, "soft"))
         parts.append(_text(tick, bottom + 18, label, "soft", MINOR, "middle"))
     parts.append(_line(left, bottom, width - right + 8, bottom, "soft"))
@@ -115,12 +115,13 @@ def lines(
 
 
 def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
-    """A chart with a row for each value and its interval. zero: of differences; hollow where they may be none."""
+    """A chart with a row for each value and its interval. zero: values are differences, hollow if not distinguishable
+    from zero."""
     names = [_split(row.name) for row in rows]
     measured = [row for row in rows if row.value is not None]
-    figures = [between(row.value, *row.bounds, "+" if zero else "") for row in rows if row.value is not None]
+    numbers = [between(row.value, *row.bounds, "+" if zero else "") for row in rows if row.value is not None]
     left = 14 + max(_length(name) for name, row in zip(names, rows, strict=True) if row.value is not None)
-    right = 14 + max(len(f) for f in figures) * MINOR * 0.56
+    right = 14 + max(map(len, numbers)) * MINOR * 0.56
     ends = [end for row in measured for end in row.bounds] + ([0.0] if zero else [])
     top, height = 56, 56 + sum(12 + 16 * len(name) for name in names) + 30
     scale, ticks = _axis(ends, left + 8, WIDTH - right - 8, False, *((None,) if zero else (0.0, 1.0)))
@@ -129,7 +130,7 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
     parts += [_text(x, height - 8, label, "soft", MINOR, "middle") for x, label in places]
     if zero:
         parts.append(_line(scale(0), top, scale(0), height - 26, "ink", 1.2))
-    y, figure = top + 0.0, iter(figures)
+    y, remaining = top + 0.0, iter(numbers)
     for row, name in zip(rows, names, strict=True):
         tall = 12 + 16 * len(name)
         middle = y + tall / 2
@@ -138,7 +139,7 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
             kind = ("soft", MINOR, 600) if row.value is None else ("ink", TEXT if i == 0 else MINOR, 400)
             parts.append(_text(0, middle + 4.5 + 16 * (i - (len(name) - 1) / 2), words, *kind[:2], weight=kind[2]))
         if row.value is not None:
-            words = next(figure)
+            words = next(remaining)
             low, high = map(scale, row.bounds)
             fill = "ground" if zero and row.bounds[0] <= 0 <= row.bounds[1] else colour
             parts.append(
@@ -153,7 +154,7 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers that span low to high."""
+    """About `count` round numbers that span the range from low to high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
@@ -162,7 +163,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from low to high; also twice and five times them where few decades are spanned."""
+    """Powers of ten from low to high, and twice and five times each where the range spans few decades."""
     factors = (1,) if high / low > 300 else (1, 2, 5)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
@@ -171,10 +172,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _axis(
     values: list[float], start: float, end: float, log: bool, floor: float | None = None, ceiling: float = math.inf
 ) -> tuple[Callable[[float], float], list[float]]:
-    """The map of values to places from start to end, and its ticks. The axis goes no lower and no higher than asked."""
+    """The map from values to positions between start and end, and its ticks, both within floor and ceiling."""
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     if log:
-        margin = max((high / low) ** 0.06, 1.3, (10 * low / high) ** 0.5)  # so that it spans a power of ten at least
+        margin = max((high / low) ** 0.06, 1.3, (10 * low / high) ** 0.5)  # so that it spans at least a power of ten
         low, high = low / margin, high * margin
         marks = log_ticks(low, high)
         return lambda v: start + (end - start) * math.log(v / low) / math.log(high / low), marks
@@ -191,7 +192,7 @@ def _axis(
 
 
 def _apart(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Those of the labels (place of the middle, text) that do not run into the one before."""
+    """Those of the labels (position of the middle, text) that do not overlap the one before."""
     kept: list[tuple[float, str]] = []
     for place, text in sorted(labels):
         if not kept or place - kept[-1][0] > (len(text) + len(kept[-1][1])) / 2 * MINOR * 0.56 + 10:
@@ -200,11 +201,11 @@ def _apart(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def _spread(targets: list[float], heights: list[float], low: float, high: float) -> list[float]:
-    """The places nearest to the targets at which labels of these heights do not overlap, within low to high."""
+    """The positions nearest to the targets at which labels of these heights do not overlap, between low and high."""
     order = np.argsort(targets, kind="stable")
     tall = np.array(heights)[order]
-    middles = np.cumsum(tall) - tall / 2  # where they would stand if stacked from 0
-    shifts = optimize.isotonic_regression(np.array(targets)[order] - middles).x  # least squares, and none overlaps
+    middles = np.cumsum(tall) - tall / 2  # their positions if stacked from 0
+    shifts = optimize.isotonic_regression(np.array(targets)[order] - middles).x  # least squares without overlaps
     places = np.empty(len(targets))
     places[order] = middles + shifts.clip(low, max(low, high - tall.sum()))
     return places.tolist()
@@ -271,7 +272,7 @@ def _colour(mark: Series | Dot) -> str:
 
 
 def _split(name: str) -> list[str]:
-    """A name in one line or, with something in brackets, two, each of at most 22 letters."""
+    """A name in one line, or in two if it has a part in brackets, each of at most 22 letters."""
     head, bracket, rest = name.partition(" (")
     return [part if len(part) <= 22 else part[:21] + "…" for part in ([head, f"({rest}"] if bracket else [head])]
 
@@ -281,8 +282,8 @@ def _length(words: list[str]) -> float:
     return max(len(line) * (TEXT if i == 0 else MINOR) * LETTER for i, line in enumerate(words)) + 4
 
 
-def _figure(value: float, log: bool, largest: float) -> str:
-    """A number on an axis that goes up to the largest."""
+def _tick_label(value: float, log: bool, largest: float) -> str:
+    """The label of a tick on an axis with this largest tick."""
     if log:
         return number(value, power=largest >= 1e6)
     return number(value) if largest < 10_000 else f"{value / 1000:,g}k"

@@ -1,4 +1,4 @@
-"""Where a page comes from: the command, the protocols, the intervals and the code behind the rows."""
+"""The provenance of a page: the command, the protocols, the intervals and the code that made the rows."""
 
 import json
 
@@ -17,31 +17,32 @@ DEFINITIONS = {
     "knn-k": "k nearest training images by cosine of features centred by the training mean, weights exp(similarity / "
     "0.07). k = 20 is the primary protocol.",
     "knn-uncentred": "The same without centring: DINO's protocol.",
-    "linear-sweep": "A linear classifier on frozen features; its settings, and in the column “chosen on train” the "
-    "pooling too, are chosen on a held-out slice of the training images.",
+    "linear-sweep": "A linear classifier on frozen features. Its settings are chosen on a held-out slice of the "
+    "training images, and so is the pooling in the column “chosen on train”.",
     "linear-block": "The same for each block alone; the learning rate is chosen on the held-out slice.",
     "linear-mae": "A linear classifier on frozen features, trained as in the MAE paper.",
     "linear-dino": "A linear classifier on frozen features, trained as in the DINO paper.",
     "logistic": "Logistic regression on frozen features; its regularisation is chosen on a held-out slice of train.",
     "robust-": "The linear probe, trained on clean features, on corrupted test images.",
-    "finetune": "All weights are trained on with labels. The random initialisation under this protocol is training "
-    "from scratch. A code behind the name stands for other settings, which are never put into one column.",
+    "finetune": "All weights are trained further, with labels. For the random initialisation, this is training from "
+    "scratch. A code after the name stands for other settings; different settings never share a column.",
 }
 INTERVALS = (
-    "The same test images serve every seed: seeds and images are crossed. The half-width of a 95 % interval is the "
-    "hypotenuse of t times the standard error over the S seeds and 1.96 times that over the test images; a "
-    "difference is taken image by image and paired by seed first. From four seeds on each arm and each difference has "
-    "its own variance between seeds, and t has S − 1 degrees of freedom. Two or three seeds say too little of it (t(1) "
-    "is 12.7): there it is the larger of their own and of that pooled over all arms of the column, with the pool’s "
-    "degrees of freedom; an arm that is far less stable than the others then has an interval that is too narrow. With "
-    "one seed only the images’ part exists. Where ± would cross 0 or 100 %, or all or none are right, the bounds are "
-    "shown instead: of an accuracy Wilson’s with the seeds’ part in it, cut at 0 and 100 %. The "
-    "bootstrap beside it resamples seeds and images independently, 1,000 times; with few seeds it is too narrow."
+    "The same test images serve every seed: seeds and images are crossed. The half-width of a 95 % interval is "
+    "hypot(t · SE over the S seeds, 1.96 · SE over the test images), where SE is the standard error. A difference is "
+    "first paired by image and seed. With four or more seeds, each arm and each difference has its own variance "
+    "between seeds, and t has S − 1 degrees of freedom. Two or three seeds say too little about this variance (t(1) "
+    "is 12.7): it is then the larger of their own and the one pooled over all arms by the same metric, with the "
+    "pool’s degrees of freedom; the interval of an arm that is far less stable than the others is then too narrow. "
+    "With one seed, the interval covers the test images only. Where ± would cross 0 or 100 %, or where all or no "
+    "images are classified correctly, the bounds are shown instead: for an accuracy, those of Wilson’s interval with "
+    "the seeds’ term added, clipped to 0 and 100 %. The bootstrap beside it resamples seeds and images independently, "
+    "1,000 times; with few seeds it is too narrow."
 )
 
 
 def several_origins(runs: list[Run]) -> list[Block]:
-    """A warning where the rows come from several states of the code, its packages or the recipe of fine-tuning."""
+    """A warning if the rows come from several versions of the code, its packages, the recipe finetune or a sweep."""
     rows = [row for run in runs for row in run.rows]
     recipes = {row.get("settings", {}).get("recipe") for row in rows if row["protocol"].startswith("finetune")}
     swept = [row.get("settings", {}) for row in rows if row["protocol"] in ("linear-sweep", "linear-block")]
@@ -51,20 +52,20 @@ def several_origins(runs: list[Run]) -> list[Block]:
         for name, found in (
             ("commits of this code", {row["commit"] for row in rows}),
             ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
-            ("states of the recipe finetune", recipes),
-            ("grids of learning rates of the linear sweep", grids),
+            ("versions of the recipe finetune", recipes),
+            ("learning-rate grids of the linear sweep", grids),
         )
         if len(found) > 1
     ]
     if not several:
         return []
-    return [Text(f"These rows were made by {' and '.join(several)}; results.jsonl of each run tells which.", "warning")]
+    return [Text(f"These rows were made by {' and '.join(several)}: see results.jsonl of each run.", "warning")]
 
 
 def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[Block]:
-    """How to make the page again, what the protocols are, and which code made the rows."""
+    """How to reproduce the page, what the protocols are, and which code made the rows."""
     protocols = {metric.protocol for eval_set in eval_sets for metric in eval_set.scores}
-    # the longest name that a protocol begins with defines it
+    # a protocol is defined by the longest of these names that it starts with
     used = {max((start for start in DEFINITIONS if p.startswith(start)), key=len, default=None) for p in protocols}
     definitions = [(_defined(start), words) for start, words in DEFINITIONS.items() if start in used]
     for eval_set in eval_sets:
@@ -80,12 +81,12 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
             made.setdefault((row["commit"] or "no commit recorded", versions), set()).add(run.folder.name)
     return [
         Heading("Where it comes from"),
-        Text("This page is made by the command"),
+        Text("This page was made by the command"),
         Code(command),
         Text(
             "from the rows in results.jsonl of these run directories and the predictions beside them. The HTML page "
-            "lists under each table and chart the rows behind it. A figure is the share of test images whose class was "
-            "predicted."
+            "lists the rows behind each table and chart under it. An accuracy is the share of test images whose class "
+            "was predicted correctly."
         ),
         Heading("The protocols", 3),
         Items(definitions),

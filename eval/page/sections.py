@@ -16,7 +16,7 @@ FAMILIES = dict(noise="noise", blur="blur", other="others")
 
 
 def robustness(eval_set: EvalSet, suffix: str) -> list[Block]:
-    """The linear probe on corrupted test images: noise and blur apart, as some arms are trained on them."""
+    """The linear probe on corrupted test images: noise and blur separately, because some arms are trained on them."""
     every = [c for c in eval_set.scores if c.corrupted]
     if not every:
         return []
@@ -31,7 +31,7 @@ def robustness(eval_set: EvalSet, suffix: str) -> list[Block]:
     caption = (
         f"Accuracy in % ± half-width of the 95 % interval of the linear probe ({labels_in_words(clean.labels)}) "
         "on corrupted test images: the mean over kinds and severities 1, 3 and 5 of Hendrycks and Dietterich "
-        "(arXiv 1903.12261). An arm that was trained on noise or blur is no surprise where it is robust to that. "
+        "(arXiv 1903.12261). It is no surprise if an arm that was trained on noise or blur is robust to it. "
         f"{eval_set.floors}"
     )
     return [
@@ -62,7 +62,7 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
 
 
 def difficulty(groups: list[Group]) -> list[Block]:
-    """How hard the tasks are, where eval/difficulty.py has measured it."""
+    """How hard the tasks are, for the runs that eval/difficulty.py has measured."""
     rows = []
     for group in sorted(
         (g for g in groups if not g.superseded), key=lambda g: g.label
@@ -70,24 +70,25 @@ def difficulty(groups: list[Group]) -> list[Block]:
         files = [file for run in group.runs if (file := run.folder / "difficulty.json").exists()]
         if files:
             said = json.loads(files[0].read_text())
-            figures = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
-            rows.append((named(group.label), [Cell(text) for text in figures]))
+            errors = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
+            rows.append((named(group.label), [Cell(text) for text in errors]))
     if not rows:
         return []
     caption = (
-        "Mean squared error over the patches that the loss counts, against the clean pixels whatever the run's target, "
-        "as a share of the pixels' variance: of what the encoder is given (hidden patches as the mean patch), of the "
-        "mean patch everywhere, and of a linear (ridge) denoiser that sees 3×3 patches. On training images. What is "
-        "left below the last column is what a network can learn and a linear filter cannot."
+        "Mean squared error on training images, over the patches that enter the loss, relative to the variance of the "
+        "clean pixels; the error is measured against the clean pixels, whatever the run's target. The predictions are "
+        "the encoder's input (with the mean patch for masked patches), the mean patch everywhere, and a linear (ridge) "
+        "denoiser that sees 3×3 patches. The error in the last column is what a network can still reduce and a linear "
+        "filter cannot."
     )
     return [
         Heading("How hard each corruption is"),
-        Table([("", ["given", "mean patch", "linear"])], [("", rows)], caption),
+        Table([("", ["input", "mean patch", "linear"])], [("", rows)], caption),
     ]
 
 
 def rates(eval_set: EvalSet) -> list[Block]:
-    """What each learning rate of fine-tuning reached on held-out training images, where one was chosen."""
+    """The accuracy on held-out training images for each learning rate of fine-tuning, where one was chosen."""
     lines = []
     for metric in eval_set.metrics(lambda c: c.finetunes):
         for group, scores in eval_set.scores[metric].items():
@@ -99,5 +100,5 @@ def rates(eval_set: EvalSet) -> list[Block]:
                     lines.append((named(about, f"seed {row['seed']}"), [Cell(words)]))
     if not lines:
         return []
-    caption = "Accuracy in % on a tenth of the labelled training images, by learning rate; the best was taken."
+    caption = "Accuracy in % on a tenth of the labelled training images, by learning rate; the best was used."
     return [Folded("Fine-tuning's learning rates", [Table([("", ["on held-out images"])], [("", lines)], caption)])]

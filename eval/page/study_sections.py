@@ -9,8 +9,9 @@ from eval.compare.studies import StudyResults, at_the_edge
 from eval.compare.words import borrowed, labels_in_words, number, percent, with_interval
 from eval.page import charts
 from eval.page.document import Block, Cell, Folded, Heading, Table, Text, named
+from ssl_vit.errors import listed
 
-CHANGES = {  # what a plan's fine-tunings of one arm differ in
+CHANGES = {  # settings in which a plan's fine-tunings of one arm differ
     "optim.layer_decay": "layer decay",
     "backbone.drop_path_rate": "drop path",
     "objective.noise_sigma": "noise as augmentation",
@@ -19,9 +20,10 @@ CHANGES = {  # what a plan's fine-tunings of one arm differ in
 
 
 def deciding_metrics(study: StudyResults) -> list[Metric]:
-    """The primary columns that a study's arms are compared by with their controls, one by one.
+    """The primary metrics by which a study's arms are compared with each of their controls.
 
-    Not fine-tuning where there are several from scratch: the best of those is the opponent, which the verdict finds.
+    Fine-tuning is left out if there are several from scratch: the opponent is the best of those, and the verdict finds
+    it.
     """
     arms = study.manifest["arms"].values()
     if study.eval_set is None or not any(arm["role"] for arm in arms):
@@ -31,7 +33,7 @@ def deciding_metrics(study: StudyResults) -> list[Metric]:
 
 
 def primary(study: StudyResults) -> list[Block]:
-    """The metrics that a study decides by, for each arm, with what is trained from scratch for as long beside it."""
+    """The metrics that a study decides by, for each arm, beside training from scratch for as long."""
     eval_set = study.eval_set
     if eval_set is None:
         return []
@@ -61,14 +63,14 @@ def primary(study: StudyResults) -> list[Block]:
     caption = (caption + borrowed(f.estimate for f in used)).strip()
     if there != [2]:
         caption += (
-            " From scratch is the random initialisation, fine-tuned alike; with the compute of pre-training on top it "
-            "is trained for so many FLOPs more."
+            " “From scratch” is the random initialisation, fine-tuned in the same way; “with the compute of "
+            "pre-training on top”, it is trained for that many more FLOPs."
         )
     return [Heading("The arms"), Table(head, filled, caption, charts.sources_of(used))]
 
 
 def _lines(eval_set: EvalSet, group: Group, finetuned: list[FineTuningEntry]) -> dict[str, list[Scores | None]]:
-    """What an arm reached: [fine-tuned with 10 %, with all, linear], by what sets its way of fine-tuning apart."""
+    """An arm's scores [fine-tuned with 10 %, with all, linear], by what distinguishes its fine-tunings."""
     lines: dict[str, list[Scores | None]] = {}
     for place, part in enumerate((0.1, 1.0)):
         for what in finetuned:
@@ -83,7 +85,7 @@ def _lines(eval_set: EvalSet, group: Group, finetuned: list[FineTuningEntry]) ->
 
 
 def _schedule(changed: dict, scratch: bool) -> str:
-    """What sets a fine-tuning apart from others of its arm, in words."""
+    """What distinguishes a fine-tuning from others of its arm, in words."""
     words = ["from scratch"] if scratch else []
     words += ["with the compute of pre-training on top"] if "extra_flops" in changed else []
     words += [f"{name} {changed[key]}" for key, name in CHANGES.items() if key in changed]
@@ -92,7 +94,7 @@ def _schedule(changed: dict, scratch: bool) -> str:
 
 
 def budgets(study: StudyResults) -> list[Block]:
-    """What each arm gains over its controls at each budget, where there are several."""
+    """What each arm gains over its controls at each budget, if there are several."""
     eval_set, spent, arms = study.eval_set, study.budgets, study.manifest["arms"]
     if eval_set is None or len(spent) < 2:
         return []
@@ -135,10 +137,12 @@ def _gain(estimate: intervals.Estimate) -> Cell:
 
 
 def trials(study: StudyResults) -> list[Block]:
-    """Every trial of the arms' tuning, with what it reached on held-out training images."""
+    """Every trial of the arms' tuning, with its accuracy on held-out training images."""
     tuning, trials_of = study.manifest["tuning"], study.manifest["trials"]
     if tuning is None or not trials_of:
         return []
+    lengths = {len(tried) for tried in trials_of.values()}
+    counts = sorted({min(lengths), max(lengths)})
     parts = []
     for arm, tried in trials_of.items():
         common = set.intersection(*(set(trial["settings"]) for trial in tried))
@@ -148,8 +152,9 @@ def trials(study: StudyResults) -> list[Block]:
             rows.append((Cell(own), [Cell("failed" if trial["accuracy"] is None else percent(trial["accuracy"]))]))
         parts.append((arm, rows))
     words = (
-        f"Each arm had as many trials, at {tuning['flops']:.3g} FLOPs and seed 0, on nine tenths of the training "
-        f"images; {' '.join(tuning['judge'])} judged them on the last tenth. The arm is trained with the best."
+        f"Each arm was tuned by {' to '.join(map(str, counts))} trial{'s' * (counts[-1] > 1)} at "
+        f"{tuning['flops']:.3g} FLOPs and seed 0, trained on nine tenths of the training images and scored on the last "
+        f"tenth by {' '.join(tuning['judge'])}. The arm is then trained with the best settings."
     )
     edge = [
         arm
@@ -157,6 +162,9 @@ def trials(study: StudyResults) -> list[Block]:
         if at_the_edge([(trial["settings"], trial["accuracy"]) for trial in tried])
     ]
     if edge:
-        words += f" At the edge of the learning rates tried, so that a better one may lie beyond: {', '.join(edge)}."
+        words += (
+            " The best learning rate is the largest or smallest that was tried, so that a better one may lie outside "
+            f"the range, for {listed(edge)}."
+        )
     table = Table([("", ["accuracy, %"])], parts, "On held-out training images.")
     return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]

@@ -1,7 +1,7 @@
 """The opening paragraphs of a report: what each evaluator says, and whether the evaluators agree.
 
 from eval.page.summary import summary
-summary(test)     # blocks of eval.pages, for a Test of eval.scores
+summary(eval_set)     # blocks of eval.page.document, for an EvalSet of eval.compare.scores
 """
 
 import itertools
@@ -15,14 +15,13 @@ from eval.compare.words import labels_in_words, percent, with_interval
 from eval.page.document import Block, Items, Text
 from ssl_vit.errors import listed
 
-PAIRS = 3  # contradictions between evaluators that are named
+PAIRS = 3  # contradictions between evaluators that are listed
 
 
 def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
-    """Which recipe is the highest by each evaluator, where they disagree, and what it is above.
+    """Which recipe is the best by each evaluator, where the evaluators disagree, and what it beats.
 
-    metrics: those that a study decides by, which come first; how it is fine-tuned from scratch for comparison is then
-    of the arms' table, not of one column.
+    metrics: those that a study decides by, which come first. Other fine-tuning is then left to the table of arms.
     """
     blocks: list[Block] = []
     if eval_set.data == "digits":
@@ -42,35 +41,35 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
         blocks += [Items(said)] if (said := [(term, words) for term, words in beside if words]) else []
     more = [g.label for g in eval_set.groups if not g.control and most(eval_set.parts(g)) != eval_set.labels]
     if more:
-        words = f"The tables show {labels_in_words(eval_set.labels)}, which all have; there are figures with more of"
-        blocks.append(Text(f"{words} {listed(more)}."))
+        words = f"The tables show results with {labels_in_words(eval_set.labels)}, which all recipes have"
+        blocks.append(Text(f"{words}; there are results with more labels for {listed(more)}."))
     single = [g.label for g in eval_set.groups if not g.control and len(g.runs) == 1]
     if single:
-        words = f"One seed only: {listed(single)}. The interval then is of these test images, not of another training."
+        words = f"One seed only: {listed(single)}. Such an interval covers the test images, not another training run."
         blocks.append(Text(words))
     return blocks
 
 
 def means(metric: Metric) -> str:
-    """An evaluator as a sentence has it after "by"."""
+    """An evaluator's name for use in a sentence after "by"."""
     return metric.name.replace("fine-tuned", "fine-tuning", 1).replace("linear,", "linear probe,", 1)
 
 
 def _highest(by: dict[Metric, dict[Group, Scores]]) -> str:
-    """ "mae is the highest by k-NN, at 57.2 ± 3.1 %, and by fine-tuning, at …; dino is the highest by …"."""
+    """ "mae ranks first by k-NN, with 57.2 ± 3.1 %, and by fine-tuning, with …; dino ranks first by …"."""
     reached: dict[Group, list[str]] = {}
-    several = False
+    several = any(len(ranked(by_group, controls=False)) > 1 for by_group in by.values())
     for metric, by_group in by.items():
-        recipes = ranked(by_group, controls=False)
-        several |= len(recipes) > 1
-        words = f"by {means(metric)}, at {with_interval(by_group[recipes[0]].estimate)} %"
-        reached.setdefault(recipes[0], []).append(words)
-    parts = [f"{group.label} is {'the highest ' if several else ''}{listed(words)}" for group, words in reached.items()]
-    return "; ".join(parts)
+        best = ranked(by_group, controls=False)[0]
+        accuracy = f"{with_interval(by_group[best].estimate)} %"
+        words = f"by {means(metric)}, with {accuracy}" if several else f"{accuracy} by {means(metric)}"
+        reached.setdefault(best, []).append(words)
+    verb = "ranks first" if several else "reaches"
+    return "; ".join(f"{group.label} {verb} {listed(words)}" for group, words in reached.items())
 
 
 def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
-    """Whether the evaluators rank the recipes alike; pairs that two of them rank against each other distinguishably."""
+    """Whether the evaluators rank the recipes alike; pairs that two of them distinguish in opposite order."""
     first = ranked(next(iter(by.values())), controls=False)
     common = [group for group in first if all(group in by_group for by_group in by.values())]
     if len(by) < 2 or len(common) < 2:
@@ -79,9 +78,9 @@ def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
     if len({tuple(map(id, order)) for order in orders.values()}) == 1:
         return "The evaluators rank the recipes alike. "
     if len({id(order[0]) for order in orders.values()}) > 1:
-        words = "The evaluators disagree about which recipe is the highest"
+        words = "The evaluators disagree about the best recipe"
     else:
-        words = "The evaluators agree on the highest recipe, and disagree about the order of the others"
+        words = "The evaluators agree on the best recipe, and disagree about the order of the others"
     against = []
     for one, other in itertools.combinations(common, 2):
         above: dict[bool, Metric] = {}
@@ -94,13 +93,14 @@ def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
                 f"{one.label} is above {other.label} by {means(above[True])}, and below it by {means(above[False])}"
             )
     if not against:
-        return f"{words}; no two recipes are distinguishable in opposite order by two of them. "
+        return f"{words}, but no two of them distinguish a pair of recipes in opposite order. "
     more = f"; and {len(against) - PAIRS} more pairs" if len(against) > PAIRS else ""
     return f"{words}: {'; '.join(against[:PAIRS])}{more}. "
 
 
 def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) -> str:
-    """The best recipe beside the second, the controls and the most frequent class; what is not distinct apart."""
+    """The best recipe compared with the second, the controls and the most frequent class; what is not distinguishable
+    from it is listed separately."""
     recipes = ranked(by_group, controls=False)
     best, clear, unclear = recipes[0], [], []
     for other in recipes[1:2] + ranked(by_group, controls=True):
@@ -122,7 +122,7 @@ def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) ->
     majority = intervals.paired(by_group[best].correct, eval_set.majority.correct, by_group[best].pool)
     if majority.mean <= majority.half_width:
         is_below = majority.mean < -majority.half_width
-        naming = f"always naming the most frequent class ({percent(eval_set.majority.estimate.mean)} %)"
+        naming = f"always predicting the most frequent class ({percent(eval_set.majority.estimate.mean)} %)"
         said.append(f"is {'below' if is_below else 'not distinguishable from'} {naming}")
     if eval_set.unbalanced:
         said.append(f"has a balanced accuracy of {percent(eval_set.balanced(by_group[best]))} %")

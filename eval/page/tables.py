@@ -21,15 +21,16 @@ from eval.page.document import (
 
 COMPARED = (
     "Differences on the same test images, paired by seed. “Detectable” is the smallest true difference that such a "
-    "comparison finds in 80 of 100 cases; what is smaller may exist unseen. “Seeds for 1 point”: how many would find a "
-    "difference of one point; “images” means that no number would, as the test images are too few. Each interval is of "
-    "one comparison: of twenty true zeros about one is excluded by chance."
+    "comparison detects in 80 of 100 cases; a smaller one may exist and go unnoticed. “Seeds for 1 point” is the "
+    "number of seeds that would detect a difference of one point; “images” means that no number would, because there "
+    "are too few test images. Intervals are not corrected for multiple comparisons: of twenty true zeros, about one is "
+    "excluded by chance."
 )
 ONE_SEED = "one seed: images only"
 
 
 def best_of(by_group: dict[Group, Scores]) -> set[Group]:
-    """The best recipe beside the controls, and all that are not distinguishable from it; none if there is only one."""
+    """The best recipe, controls aside, and all that are not distinguishable from it; none if there is only one."""
     recipes = ranked(by_group, controls=False)
     if len(recipes) < 2:
         return set()
@@ -39,7 +40,7 @@ def best_of(by_group: dict[Group, Scores]) -> set[Group]:
 
 
 def table_rows(eval_set: EvalSet, metrics: list[Metric]) -> list[tuple[str, Group, list[Scores | None]]]:
-    """(label, group, frames) of each row; the random initialisation has one more row, as what starts from scratch."""
+    """(label, group, scores) of each row; the random initialisation has a second row, for training from scratch."""
     lines = []
     for group in eval_set.groups:
         by_label: dict[str, list[Scores | None]] = {}
@@ -51,7 +52,7 @@ def table_rows(eval_set: EvalSet, metrics: list[Metric]) -> list[tuple[str, Grou
 
 
 def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[str, list[str]] | None = None) -> Table:
-    """Recipes × columns, controls under the others."""
+    """Recipes × metrics, controls under the others."""
     best = [best_of(eval_set.by_group(metric)) for metric in metrics]
     parts: dict[bool, list] = {False: [], True: []}
     used: list[Scores] = []
@@ -75,7 +76,7 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
             head.append((metric.evaluator, []))
         head[-1][1].append(metric.features)
     majority = [Cell(percent(eval_set.majority.estimate.mean))] * len(metrics) + [Cell("0")] * (3 if extra else 0)
-    parts[True].append((Cell("most frequent class", "always named"), majority))
+    parts[True].append((Cell("most frequent class", "always predicted"), majority))
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
     caption = f"{caption} {eval_set.floors} {borrowed(scores.estimate for scores in used)}".strip()
     return Table(head + ([extra] if extra else []), filled, caption, charts.sources_of(used))
@@ -87,15 +88,15 @@ def main_table(eval_set: EvalSet) -> Table:
         eval_set.main,
         f"Accuracy in % ± half-width of the 95 % interval on {eval_set.data} ({eval_set.split}, "
         f"{len(eval_set.truth):,} images), {labels_in_words(eval_set.labels)}, last blocks. Marked in each column: the "
-        "best recipe beside the controls, and all that are not distinguishable from it; between single seeds the test "
-        "images alone decide. Raw pixels have no pooling: their figure is repeated. The cost of evaluation, above all "
-        "of fine-tuning, is under “What it costs”.",
+        "best recipe, controls aside, and all that are not distinguishable from it; between single seeds the test "
+        "images alone decide. Raw pixels have no pooling: their accuracy is repeated. The cost of evaluation, above "
+        "all of fine-tuning, is under “What it costs”.",
         ("pre-training", ["FLOPs", "images seen", "seconds"]),
     )
 
 
 def details(eval_set: EvalSet) -> list[Block]:
-    """The other ways to measure the last blocks with the most labels: more k, uncentred, what is not above."""
+    """The other metrics of the last blocks with the most labels: more k, uncentred, what is not above."""
     metrics = eval_set.metrics(lambda c: eval_set.whole(c) and c not in eval_set.main)
     if not metrics:
         return []
@@ -104,7 +105,7 @@ def details(eval_set: EvalSet) -> list[Block]:
 
 
 def comparisons(eval_set: EvalSet, suffix: str) -> list[Block]:
-    """Each recipe against each control, paired, by the primary columns."""
+    """Each recipe against each control, paired, by the primary metrics."""
     blocks: list[Block] = []
     for metric in eval_set.primary:
         by_group = eval_set.by_group(metric)

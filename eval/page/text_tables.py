@@ -1,4 +1,4 @@
-"""Tables in Markdown whose columns are aligned, so that they read well in a terminal too."""
+"""Markdown tables with aligned columns, so that they read well in a terminal too."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from eval.compare.intervals import interval
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
-    """The first row is the head; so many columns are flush left, the others right."""
+    """The first row is the header; the first `left` columns are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: list[str]) -> str:
@@ -24,8 +24,9 @@ def accuracies(
 ) -> str:
     """Accuracies in percent ± the half-width of the 95 % interval over test images.
 
-    head: names of the cells that a line begins with; columns: of the others. found: (those cells of a line, column,
-    what was measured): correct (n,), or a text. What falls into one place is averaged image by image, or listed.
+    head: the names of the first columns, which identify a line; columns: the names of the others. found: (the first
+    cells of the line, column, what was measured). What was measured is correct (n,), or a text; several for one cell
+    are averaged image by image, or listed.
     """
     lines: dict[tuple[str, ...], dict[str, list]] = {}
     for line, column, measured in found:

@@ -1,11 +1,11 @@
-"""The verdict as a part of a page: answers, scope, and every condition with its interval."""
+"""The verdict's section of a page: answers, scope, and every condition with its interval."""
 
 from eval.compare.rule import ALPHA, CLAIMS, DATA, METRICS, Evidence, Verdict, decide
 from eval.page.document import Block, Cell, Heading, Table, Text
 
 
 def blocks(evidence: list[Evidence]) -> list[Block]:
-    """The verdict as a part of a page: answers, their scope, and every condition."""
+    """The verdict's section of a page: answers, their scope, and every condition."""
     verdicts = decide(evidence)
     found: list[Block] = [Heading("Verdict")]
     for verdict in verdicts:
@@ -21,7 +21,7 @@ def blocks(evidence: list[Evidence]) -> list[Block]:
 
 
 def scope(evidence: list[Evidence]) -> str:
-    """What a verdict speaks of, as its runs tell."""
+    """What a verdict covers: data, model and budget of its runs."""
     said = []
     for e in evidence:
         runs = [run for group in e.study.groups for run in group.runs if run.settings]
@@ -31,15 +31,15 @@ def scope(evidence: list[Evidence]) -> str:
             images, values = settings["images"], settings["data"]["in_chans"] * b["patch_size"] ** 2
             said.append(
                 f"{e.data} ({images['count']:,} images of {size[0]}×{size[1]} px, fingerprint {images['fingerprint']}, "
-                f"in patches of {b['patch_size']}, of {values} values), ViT of width {b['embed_dim']} and "
+                f"patch size {b['patch_size']}, {values} values per patch), ViT of width {b['embed_dim']} with "
                 f"{b['depth']} blocks"
             )
     budget = f"{evidence[0].budget:.2g} FLOPs of pre-training" if evidence[0].budget else "each recipe's own budget"
-    return f"Scope: {'; '.join(said)}; {budget}. Nothing follows for larger images, models or budgets."
+    return f"Scope: {'; '.join(said)}; {budget}. It implies nothing for larger images, models or budgets."
 
 
 def table(verdict: Verdict) -> Table:
-    """A row for each condition: difference, its simultaneous interval, the margin, and what follows."""
+    """A row for each condition: the difference with its simultaneous interval, the margin, and whether it holds."""
     parts = []
     for arm, conditions in verdict.arms.items():
         rows = []
@@ -50,13 +50,13 @@ def table(verdict: Verdict) -> Table:
                 words = [f"{100 * c.estimate.mean:+.1f} ± {half:.1f}", str(c.estimate.seeds)]
             words += [f"{100 * c.margin:+.1f}", c.state(verdict.level)]
             rows.append(
-                (Cell(f"{METRICS[c.metric]}, over {c.than}", c.data), [Cell(w.replace("-", "−")) for w in words])
+                (Cell(f"{METRICS[c.metric]}, against {c.than}", c.data), [Cell(w.replace("-", "−")) for w in words])
             )
         parts.append((arm, rows))
     count = round(ALPHA / (1 - verdict.level))
     return Table(
-        [("", ["difference", "seeds", "at least", "it"])],
+        [("", ["difference", "seeds", "margin", "condition"])],
         parts,
-        f"{verdict.claim}, in points: two-sided intervals at {100 * verdict.level:.2f} %, so that the {count} that "
-        "both data sets can ask for hold together at 95 %.",
+        f"{verdict.claim}, in points: two-sided intervals at {100 * verdict.level:.2f} %, so that all {count} "
+        "intervals of both data sets hold simultaneously at 95 %.",
     )

@@ -1,9 +1,9 @@
-"""Commands that wait for one another, several at a time: the machine under eval/study.py.
+"""Run commands that depend on one another, several at a time: the scheduler of eval/study.py.
 
     from eval.schedule.jobs import Job, work
     failed = work([Job("train", "training", ["python", …], mark=Path("runs/x/done"))], at_once=2, folder=Path("runs/s"))
 
-A job is done when its mark exists. Done jobs are never done again, so a stopped study goes on where it was.
+A job is done when its mark exists. Jobs that are done are never run again, so a stopped study continues where it was.
 """
 
 import json
@@ -23,21 +23,21 @@ from ssl_vit import files, system
 from ssl_vit.commands import ROOT
 from ssl_vit.errors import say
 
-SHOWN = 30  # seconds after which progress.txt is written anew
+SHOWN = 30  # seconds between updates of progress.txt
 
 
 @dataclass(eq=False)
 class Job:
-    """One command: the interpreter, a script of ours, its arguments. It is done when `mark` exists, which lies in the
-    run it belongs to and goes with it."""
+    """One command: the interpreter, a script of ours, its arguments. It is done when `mark` exists, a file in the run
+    that it belongs to, with which it is deleted."""
 
     name: str
-    kind: str  # jobs of one kind take about as long
+    kind: str  # jobs of one kind take about equally long
     command: list[str]
     mark: Path
-    needs: list["Job"] = field(default_factory=list)  # must be done
-    after: "Job | None" = None  # must have ended
-    marks: bool = False  # whether its command leaves the mark itself
+    needs: list["Job"] = field(default_factory=list)  # must be done first
+    after: "Job | None" = None  # must have ended first, done or failed
+    marks: bool = False  # whether its command writes the mark itself
     started: float = 0.0
     device: str = ""
     failed: bool = False
@@ -56,7 +56,7 @@ class Job:
 
 
 def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
-    """Run all jobs, so many at once; returns those that failed. When told to stop, it tells the running ones.
+    """Run all jobs, this many at once; returns those that failed. When told to stop, it stops the running ones.
 
     folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
     SHOWN seconds.
@@ -72,7 +72,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
         say(f"{minutes:3d}:{seconds:02d}  {word:7}  {job.name}{more}")
         files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
 
-    asked: list[int] = []  # to stop, by these signals
+    asked: list[int] = []  # the signals to stop that have arrived
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in system.heeded()}
     while True:
         waiting = [job for job in jobs if not job.ended and job not in running]
@@ -89,7 +89,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
             for command in running.values():
                 command.wait()
             files.write(folder / "progress.txt", progress(jobs, (), times, at_once))
-            say("\nStopped. The same command goes on from there.")
+            say("\nStopped. The same command continues from there.")
             sys.exit(128 + asked[0])
         if not running:
             break
@@ -107,7 +107,7 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
             job.failed = code != 0 or not job.done
             if job.failed:
                 last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
-                tell("FAILED", job, f": {last} (all of it: {_log(folder, job)})")
+                tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
             else:
                 times.add(job.kind, seconds)
                 tell("done", job, f", {seconds:.0f} s")
@@ -117,26 +117,26 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
 
 
 class Times:
-    """How long jobs of each kind took, also in earlier calls."""
+    """How long jobs of each kind took, including earlier calls."""
 
     def __init__(self, file: Path):
         self.file = file
-        self.of: dict[str, list[float]] = {}
+        self.seconds: dict[str, list[float]] = {}
         for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
-            self.of.setdefault(line["kind"], []).append(line["seconds"])
+            self.seconds.setdefault(line["kind"], []).append(line["seconds"])
 
     def add(self, kind: str, seconds: float) -> None:
-        self.of.setdefault(kind, []).append(seconds)
+        self.seconds.setdefault(kind, []).append(seconds)
         files.append(self.file, json.dumps(dict(kind=kind, seconds=round(seconds, 1))) + "\n")
 
     def mean(self, kind: str) -> float | None:
-        """Seconds; None if none has been done."""
-        values = self.of.get(kind)
+        """The mean in seconds; None if no job of this kind is done."""
+        values = self.seconds.get(kind)
         return sum(values) / len(values) if values else None
 
 
 def summary(jobs: list[Job], running: Collection[Job], times: Times, at_once: int) -> str:
-    """How many are done, running and left, and the time that needs, from how long like jobs took."""
+    """How many jobs are done, running and left, and the time left, estimated from jobs of the same kinds."""
     left = [job for job in jobs if not job.ended and job not in running]
     text = f"{sum(job.done for job in jobs)} done, {len(running)} running, {len(left)} left"
     means = [seconds for job in left if (seconds := times.mean(job.kind)) is not None]
@@ -146,7 +146,7 @@ def summary(jobs: list[Job], running: Collection[Job], times: Times, at_once: in
 
 
 def progress(jobs: list[Job], running: Collection[Job], times: Times, at_once: int) -> str:
-    """The same with a line for each kind, as text."""
+    """The same, with a line for each kind."""
     kinds = dict.fromkeys(job.kind for job in jobs)
     wide = max(map(len, kinds))
     lines = [f"{summary(jobs, running, times, at_once)} ({time.strftime('%H:%M')})", ""]
@@ -163,14 +163,14 @@ def progress(jobs: list[Job], running: Collection[Job], times: Times, at_once: i
 
 
 def _how_far(job: Job) -> str:
-    """For how long a job has run, and of a pre-training the last step that it logged."""
+    """How long a job has been running and, for a pre-training, the last step that it logged."""
     words = f", {(time.monotonic() - job.started) / 60:.0f} min"
     log = job.mark.parent.parent / "log.jsonl"
     if job.marks and log.exists():
         for line in reversed(log.read_text().splitlines()):
             try:
                 return f"{words}, step {json.loads(line)['step']:,}"
-            except (ValueError, KeyError):  # it is being written
+            except (ValueError, KeyError):  # the line is being written
                 continue
     return words
 
@@ -189,7 +189,7 @@ def _log(folder: Path, job: Job) -> Path:
 
 
 def _devices(at_once: int) -> list[str]:
-    """A GPU for each of so many jobs, of those that this process may use; [] without any."""
+    """A GPU for each of the jobs at once, among those that this process may use; [] if there are none."""
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:count] if visible else list(map(str, range(count)))

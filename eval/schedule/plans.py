@@ -1,10 +1,10 @@
-"""What a study is to do: the arms of a plan, their settings, budgets, seeds, and how each is tuned and evaluated.
+"""The plan of a study: its arms, their settings, budgets and seeds, and how they are tuned and evaluated.
 
     from eval.schedule import plans
     plan = plans.read("denoising")          # a file in recipes/study/, or a path
     plan.arms["mae"].settings
 
-A plan names recipes and settings; recipes/study/compare.yaml is a short one, denoising-full.yaml has everything.
+A plan names recipes and settings; recipes/study/compare.yaml is a short example, denoising-full.yaml a full one.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from ssl_vit.errors import UserError, nearest
 
 PLANS = recipes.RECIPES / "study"
 EVALUATORS = ("linear_probe", "knn", "finetune", "robustness", "difficulty")
-JUDGES = ("linear_probe", "knn")  # of trials: those that can judge on held-out images
-# what an arm is to the verdict (eval/verdict.py); control: shown among the controls
+JUDGES = ("linear_probe", "knn")  # evaluators of trials: those that can use held-out images
+# an arm's role in the verdict (eval/verdict.py); control: shown among the controls
 ROLES = ("", "noise", "masking", "other", "autoencoder", "scratch", "control")
 
 
@@ -27,7 +27,7 @@ ROLES = ("", "noise", "masking", "other", "autoencoder", "scratch", "control")
 class Arm:
     """One way to pre-train: a recipe with settings.
 
-    search_space: settings to choose one from when the plan is tuned; seeds, evaluators: its own, instead of the plan's.
+    search_space: settings of which tuning chooses one; seeds, evaluators: its own, instead of the plan's.
     """
 
     recipe: str
@@ -40,9 +40,9 @@ class Arm:
 
 @dataclass
 class Tuning:
-    """Trials of every trained arm, at seed 0: each factor of its learning rate × each of its search_space's settings.
+    """Trials of every trained arm, at seed 0: each factor of its learning rate × each setting of its search_space.
 
-    They train on nine tenths of the images, and `judge`, an evaluator with its arguments, on the last tenth.
+    They train on nine tenths of the images. `judge`, an evaluator with its arguments, scores them on the last tenth.
     """
 
     flops: float
@@ -52,9 +52,9 @@ class Tuning:
 
 @dataclass
 class Plan:
-    """evaluators: each its name, then its arguments, of which `budget` stands for the largest of the budgets.
+    """evaluators: each a name and its arguments, where `budget` stands for the largest of the budgets.
 
-    budgets: training FLOPs; every arm is trained with each, by a full schedule of its own. decides: whether the
+    budgets: training FLOPs; every arm is trained at each of them, with a full schedule of its own. decides: whether the
     verdict's rule (docs/denoising-study.md) is meant to be applied.
     """
 
@@ -76,10 +76,10 @@ class Plan:
         return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
 
     def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
-        """Keep a part of the plan, of names with commas between, or give it more seeds; returns what is lacking.
+        """Keep a part of the plan, by comma-separated names, or change its number of seeds; returns what was changed.
 
-        The untrained stays beside any arms. With fewer arms, or none tuned, it decides nothing. Raises UserError for a
-        name that is not there.
+        Untrained arms are always kept. With fewer arms, or without tuning, the plan decides nothing. Raises UserError
+        for an unknown name.
         """
         changed = []
         if arms is not None:
@@ -116,10 +116,10 @@ class Plan:
         return changed
 
     def spend(self, settings: list[str]) -> list[str]:
-        """Take a length given on the command line instead of the budgets; returns the other settings.
+        """Replace the budgets by a training length from the command line; returns the other settings.
 
-        Trials keep their share of the largest budget. With a budget that is not its own, or with settings of the
-        training, the plan decides nothing. Raises UserError if it needs a budget in FLOPs.
+        Trials keep their fraction of the largest budget. With a budget that is not its own, or with settings that
+        change the training, the plan decides nothing. Raises UserError if it needs a budget in FLOPs.
         """
         lengths = [text for text in settings if text.startswith(("train.flops=", "train.steps=", "train.epochs="))]
         others = [text for text in settings if text not in lengths and not may_change(text)]
@@ -145,12 +145,12 @@ class Plan:
 
 
 def names() -> list[str]:
-    """Of the plans that come with the project."""
+    """The names of the plans that come with the project."""
     return sorted(p.stem for p in PLANS.glob("*.yaml"))
 
 
 def read(name: str) -> Plan:
-    """The plan of that name or file. Raises UserError for what is wrong in it."""
+    """The plan of that name or file. Raises UserError for a mistake in it."""
     known = names()
     path = next((p for p in (PLANS / f"{name}.yaml", Path(name)) if p.is_file()), None)
     if path is None:
@@ -160,7 +160,7 @@ def read(name: str) -> Plan:
         plan = Plan(name=path.stem, **stated)
     except (yaml.YAMLError, TypeError) as error:
         keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")
-        raise UserError(f"{path} is no plan ({' '.join(str(error).split())}): it has the keys {keys}.") from None
+        raise UserError(f"{path} is not a plan ({' '.join(str(error).split())}): a plan has the keys {keys}.") from None
     kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list, budgets=list, decides=bool)
     _check(plan, kinds, str(path))
     plan.arms = {name: _arm(name, what, path) for name, what in stated["arms"].items()}
@@ -168,12 +168,12 @@ def read(name: str) -> Plan:
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
     plan.tuning = None if plan.tuning is None else _tuning(stated["tuning"], path)
     if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
-        raise UserError(f"An evaluator of {path} has the word budget, and there are none: add budgets.")
+        raise UserError(f"An evaluator of {path} uses the word budget, but the plan has no budgets: add them.")
     return plan
 
 
 def may_change(setting: str) -> bool:
-    """Whether a key=value changes how a run is carried out, and not what comes of it."""
+    """Whether a key=value changes only how a run is carried out, not its result."""
     return setting.split(".")[0] in recipes.MAY_CHANGE
 
 
@@ -198,7 +198,7 @@ def _arm(name: str, what: dict, path: Path) -> Arm:
 
 
 def _check(what: Plan | Arm | Tuning, kinds: dict[str, type], where: str) -> None:
-    """Raises UserError if a field is not of its kind: an empty `arms`, a number below 1, a list of other than words."""
+    """Raises UserError if a field has the wrong type, is an empty dict or below 1, or lists anything but words."""
     for key, kind in kinds.items():
         value = getattr(what, key)
         empty, below_1 = kind is dict and not value, kind is int and isinstance(value, int) and value < 1
@@ -213,7 +213,9 @@ def _check(what: Plan | Arm | Tuning, kinds: dict[str, type], where: str) -> Non
 def _evaluators(lines: list, path: Path) -> list[list[str]]:
     for line in lines:
         if not isinstance(line, list) or not line or line[0] not in EVALUATORS:
-            raise UserError(f"{line} in {path} is no evaluator: write [NAME, ARGUMENT, …], of {', '.join(EVALUATORS)}.")
+            raise UserError(
+                f"{line} in {path} is not an evaluator: write [NAME, ARGUMENT, …], of {', '.join(EVALUATORS)}."
+            )
     return [list(map(str, line)) for line in lines]
 
 
@@ -233,7 +235,7 @@ def _tuning(what: dict, path: Path) -> Tuning:
 
 
 def _number(value: str | float, key: str, path: Path) -> float:
-    """A positive number, also as YAML 1.1 reads 1e13: as a word. It has the six digits that commands print."""
+    """A positive number, also from a string: YAML 1.1 reads 1e13 as one. It has the six digits that commands print."""
     try:
         number = float(f"{float(value):g}")
     except (TypeError, ValueError):

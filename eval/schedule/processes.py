@@ -1,12 +1,12 @@
-"""Start our scripts without the seconds that their imports take.
+"""Start our scripts without the seconds that imports take.
 
     from eval.schedule.processes import Command
     command = Command("eval.knn", ["eval/knn.py", "--backbone", "runs/x"], log=Path("log.txt"), environment={})
 
-Each is a process of its own, forked from multiprocessing's fork server, which has imported what they import and done
-nothing else: it has computed nothing, holds no lock and has not touched a GPU. So all commands of a study run the
-library that was there when it began. On macOS, where a process with these libraries must not be forked, each starts
-anew.
+Each is a process of its own, forked from multiprocessing's fork server. The server has imported what the scripts import
+and done nothing else: it has computed nothing, holds no lock and has not touched a GPU. So all commands of a study run
+the code that was there when it began. On macOS, where a process with these libraries must not be forked, each command
+starts from scratch.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from pathlib import Path
 from ssl_vit import errors, system
 from ssl_vit.commands import ROOT
 
-OBJECTIVES = ROOT / "ssl_vit" / "objectives"  # which the loop imports by name
+OBJECTIVES = ROOT / "ssl_vit" / "objectives"  # the loop imports them by name
 PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{file.stem}" for file in sorted(OBJECTIVES.glob("[a-z]*.py")))]
 PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
 PREPARED += ["sklearn.linear_model"]
@@ -33,17 +33,17 @@ _context.set_forkserver_preload(PREPARED)
 
 
 class Command:
-    """The main of a module that runs, in a session of its own: what is typed in the terminal does not reach it.
+    """A running main() of a module, in a session of its own: what is typed in the terminal does not reach it.
 
-    words: the script and its arguments. log: what it says is added there. environment: variables beside this
-    process's own.
+    words: the script and its arguments. log: the file that its output is appended to. environment: variables added to
+    this process's own.
     """
 
     def __init__(self, module: str, words: list[str], log: Path, environment: dict[str, str]):
         variables = os.environ | environment
         self._process = _context.Process(target=_run, args=(module, words, log.resolve(), Path.cwd(), variables))
-        # The server is deaf to signals to stop, which may be sent to both: from it, one learns how the commands end.
-        resource_tracker.ensure_running()  # multiprocessing's; its start would make this process listen again
+        # The server ignores signals to stop, which may be sent to both: it is what reports how the commands end.
+        resource_tracker.ensure_running()  # multiprocessing's: started later, it would unblock the signals here
         before = signal.pthread_sigmask(signal.SIG_BLOCK, system.STOPPING)
         if _context.get_start_method() == "forkserver":
             forkserver.ensure_running()
@@ -70,7 +70,7 @@ def _run(module: str, words: list[str], log: Path, folder: Path, variables: dict
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, system.STOPPING)
-    multiprocessing.set_start_method(None, force=True)  # its own processes are started as if it were from the terminal
+    multiprocessing.set_start_method(None, force=True)  # it starts processes as if run from the terminal
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)

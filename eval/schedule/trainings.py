@@ -32,23 +32,23 @@ class Training:
     settings: tuple[str, ...]
     run: Path
     steps: int | None  # 0: it holds the random initialisation
-    identity: str  # of what its settings come to, however they are written
+    identity: str  # a hash of its resolved settings
     accuracy: float | None = None  # of a trial, on held-out training images
 
 
 class Study:
-    """A plan on certain images. Raises UserError if a recipe refuses its settings, or a run of that name is another."""
+    """A plan on certain images. Raises UserError if a recipe rejects its settings, or a run of that name has others."""
 
     def __init__(self, plan: Plan, images: str | None, settings: list[str], given: list[str], threads: int):
-        """given: all that the command line changes of the plan, after which the study's folder is named.
+        """given: everything that the command line changes in the plan; the study's folder is named after it.
 
-        So a part of a plan does not take the place of the whole one; what both train is trained once.
+        So a part of a plan does not replace the whole plan, and runs that both need are trained once.
         """
         self.plan, self.images, self.settings, self.threads = plan, images, settings, threads
         own = [f"-{fingerprint(sorted(given))}"] if given else []  # as in the names of runs
         self.folder = Path("runs") / "".join([f"{plan.name}-{recipes.short(images or 'digits')}", *own])
         self.trials = self._trials(plan.tuning) if plan.tuning else {}
-        self.trainings({})  # all is checked before anything runs
+        self.trainings({})  # everything is checked before anything runs
 
     def _training(self, arm: str, budget: float | None, more: list[str]) -> Training:
         own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
@@ -76,12 +76,12 @@ class Study:
                 ).optim.lr
                 for factor in tuning.lr_factors:
                     tried = [*own, f"optim.lr={factor * lr:g}", "data.hold_out=true", "train.seed=0"]
-                    tried += [f"train.flops={tuning.flops:g}"]  # last: whatever length the arm has
+                    tried += [f"train.flops={tuning.flops:g}"]  # last, so that it overrides the arm's own length
                     found[name].append(self._training(name, tuning.flops, tried))
         return found
 
     def choose(self) -> dict[str, list[str]]:
-        """The settings of each arm's best trial; of equals the first. Trials that failed are not chosen."""
+        """The settings of each arm's best trial, the first if several are equal. Failed trials are not chosen."""
         chosen: dict[str, list[str]] = {}
         if self.plan.tuning is None:
             return chosen
@@ -110,7 +110,7 @@ class Study:
                     same = [other.arm for other in found if other.identity == training.identity]
                     if same and same != [arm]:
                         raise UserError(f"Arm {arm!r} is the same as {same[0]!r}: leave one of them out.")
-                    if not same:  # what is not trained is the same with every budget
+                    if not same:  # an untrained arm is the same at every budget
                         found.append(training)
         return found
 
@@ -134,7 +134,7 @@ class Study:
     def jobs(self, trainings: list[Training]) -> list[Job]:
         """The commands that train and evaluate."""
         found: list[Job] = []
-        first: dict[tuple, tuple[Job, Path]] = {}  # of each arm and budget, by evaluator: the job of its first seed
+        first: dict[tuple, tuple[Job, Path]] = {}  # the first seed's job, by arm, budget and evaluator
         for training in trainings:
             budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
             job = self._pretraining(training, f"pre-training {training.arm}{budget}")
@@ -156,7 +156,7 @@ class Study:
             after = None
             for number, line in enumerate(self.plan.evaluators):
                 if line[0] in ("finetune", "difficulty"):
-                    continue  # there are no weights
+                    continue  # they need weights
                 more = ["--data", str(trainings[0].run)]
                 more += labelled(line, sorted({training.seed for training in trainings}))
                 evaluation = self._evaluation(control, rows, line, more, [start], after, number)
@@ -182,7 +182,7 @@ class Study:
         number: int = 0,
     ) -> Job:
         name, *arguments = line
-        named = [backbone] if name == "difficulty" else ["--backbone", backbone]  # that one asks for no weights
+        named = [backbone] if name == "difficulty" else ["--backbone", backbone]  # difficulty takes runs, not backbones
         command = [
             str(commands.script(name.replace("_", "-"))),
             *more,
@@ -196,7 +196,7 @@ class Study:
         return Job(f"{rows.name} {name}-{number}", kind, [sys.executable, *command], mark, needs, after)
 
     def describe(self, trainings: list[Training]) -> None:
-        """Write study.json: what is run, for the report and the verdict."""
+        """Write study.json, the manifest for the report and the verdict."""
         arms: dict[str, ArmEntry] = {}
         for training in trainings:
             arm = self.plan.arms[training.arm]
@@ -221,7 +221,7 @@ class Study:
 
 
 def judged(run: Path, judge: list[str]) -> float | None:
-    """What a trial reached on the held-out images, by the judge's primary row with the most labels it asks for."""
+    """A trial's accuracy on the held-out images: the judge's primary row with the most labels."""
     parts = {cli.describe_part(cli.part(word)) for word in _labels(judge) or ["all"]}
     by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
     wanted: dict[str, object] = by[judge[0]] | dict(label_fraction=most(parts))
@@ -230,12 +230,12 @@ def judged(run: Path, judge: list[str]) -> float | None:
 
 
 def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
-    """Raises UserError if there is a run of that name whose recipe says otherwise."""
+    """Raises UserError if there is a run of that name with other settings."""
     if not (run / "recipe.yaml").exists():
         return
     old, new = recipes.read_settings(run / "recipe.yaml"), recipe.as_dict()
-    old.pop("images", None)  # those of the new one are not loaded yet: the same name must do
-    for section, values in new.items():  # what is open was resolved there, from the images
+    old.pop("images", None)  # the new run's are not loaded yet: comparing the name must suffice
+    for section, values in new.items():  # what the recipe leaves open was resolved there
         if isinstance(values, dict):
             new[section] = old.get(section, {}) | {k: v for k, v in values.items() if v not in (None, "auto")}
     if isinstance(new["data"]["img_size"], int):
@@ -248,25 +248,25 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
 
 
 def labelled(line: list[str], seeds: list[int]) -> list[str]:
-    """The argument that makes an evaluator draw a part of the labels anew for each seed; [] where it takes all."""
+    """The argument that makes an evaluator draw another label subset for each seed; [] if it uses all labels."""
     if "--label-seeds" in line or set(_labels(line)) <= {"all"}:
         return []
     return ["--label-seeds", *map(str, seeds)]
 
 
 def _labels(line: list[str]) -> list[str]:
-    """The parts of the labels that an evaluator is asked for; [] where it is not asked."""
+    """The values of --labels in an evaluator's arguments; [] if it is not given."""
     at = line.index("--labels") + 1 if "--labels" in line else len(line)
     return list(takewhile(lambda word: not word.startswith("-"), line[at:]))
 
 
 def schedule_of(line: list[str]) -> tuple[argparse.Namespace, fine_tuning.Schedule]:
-    """What a plan's line of the evaluator finetune asks for."""
+    """The arguments in a plan's line of the evaluator finetune."""
     return fine_tuning.parse(["--backbone", "RUN", *line[1:]])
 
 
 def _finetuned(line: list[str]) -> FineTuningEntry:
-    """The rows that this line makes: protocol and label_fraction, and what is changed of the recipe."""
+    """The rows that this line makes: protocol and label fractions, and the settings that differ from the recipe."""
     args, schedule = schedule_of(line)
     labels = [cli.describe_part(part) for part in args.labels]
     return FineTuningEntry(protocol=schedule.protocol, labels=labels, changed=schedule.changed)
