@@ -118,7 +118,7 @@ def test_all_trackers_get_the_run_s_name_and_settings():
         trackers=[Tracker(name) for name in ("wandb", "comet_ml", "aim")],
         init_trackers=lambda project, init_kwargs: opened.update(init_kwargs, project=project),
     )
-    settings = dict(train=dict(steps=3, flops=None), optim=dict(betas=[0.9, 0.95]), data=dict(hhflip=True))
+    settings = dict(train=dict(steps=3, flops=None), optim=dict(betas=[0.9, 0.95]), data=dict(hflip=True))
     settings |= dict(recipe="mae", images=dict(count=7, classes=["a"] * 1000))
     monitor.start_trackers(accelerator, Path("runs/mae-digits-s0"), settings)
     names = "wandb name, trackio name, swanlab experiment_name, mlflow run_name, clearml task_name".split(", ")

@@ -342,7 +342,7 @@ def test_three_augment_is_exactly_one_of_three_then_jitter():
 def test_the_order_is_jitter_grey_blur_solarize(monkeypatch):
     called = []
     for name in ("jitter", "grey", "blur", "solarize"):
-        monkeypatch.setattr(views, name, lambda x, *_, name=name: called.append(name) or x)
+        monkeypatch.setattr(views, name, lambda x, name=name, **_: called.append(name) or x)
     view = View((4, 4), jitter=1.0, grey=1.0, blur=1.0, solarize=1.0)
     views.make({"v": view}, photos(4, 3, 4, 4), rows(4))
     assert called == ["jitter", "grey", "blur", "solarize"]
