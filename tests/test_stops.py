@@ -14,6 +14,8 @@ from PIL import Image
 from test_loop import ROOT, TINY, log_of, steps_done, until
 from test_scripts import environment
 
+from ssl_vit import system
+
 PHOTOS = [
     "--data",
     "photos",
@@ -38,10 +40,18 @@ def place(tmp_path_factory):
 
 
 def launch(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
-    """A script in a process group of its own."""
+    """A script in a process group of its own, which heeds every signal even if the tests run under nohup."""
     said = open(folder / "said.txt", "w")
     command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment(), stdout=said, stderr=said, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=said,
+        stderr=said,
+        start_new_session=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in system.STOPPING],
+    )
 
 
 def stop(process: subprocess.Popen, number: int, folder: Path) -> tuple[int, str]:
