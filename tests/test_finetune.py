@@ -287,7 +287,7 @@ def test_a_class_of_one_image_does_not_stop_the_choice(tune, tmp_path, monkeypat
 def test_the_best_at_the_edge_of_the_grid_is_said(tune, monkeypatch, capsys):
     judged(monkeypatch, best=4e-3)
     [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
-    assert row["settings"]["at_the_edge"] and "warning: lr 0.004" in capsys.readouterr().out
+    assert row["settings"]["at_the_edge"] and "warning: the best learning rate, 0.004," in capsys.readouterr().out
 
 
 def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch, capsys):
@@ -301,7 +301,7 @@ def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch
 
 def test_another_run_takes_the_rate_that_was_chosen_for_the_first(tune, tmp_path, monkeypatch):
     rates = ["--lr", "2e-3", "1e-3", "4e-3", "--labels", "20"]
-    with pytest.raises(UserError, match="no choice to take"):
+    with pytest.raises(UserError, match="no choice to use"):
         tune(*rates, "--lr-of", "runs/mae", backbones=("runs/random",))
     seen = judged(monkeypatch, best=1e-3)
     [first] = tune(*rates)
@@ -453,7 +453,7 @@ def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):
         (["epochs=3"], "Did you mean 'train.epochs'"),
         (["--lr", "0"], "optim.lr in the command line must be above 0"),
         (["--lr", "1e-3", "2e-3", "optim.lr=1e-3"], "given twice"),
-        (["--lr", "1e-3", "--lr-of", "runs/mae"], "--lr-of takes what was chosen of several --lr"),
+        (["--lr", "1e-3", "--lr-of", "runs/mae"], "--lr-of uses a choice among several --lr"),
         (["--extra-flops", "-1"], "--extra-flops must be 0 or more"),
         (["--labels", "5000"], "There are no 5000 labelled images"),
         (["--data", "nowhere"], "Unknown data 'nowhere'"),

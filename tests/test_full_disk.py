@@ -25,7 +25,7 @@ WRITES = [  # what is written, by which script, and the remedy it names
     ("step-00000008.pt", pretrain.main, PRETRAIN, "step 4 is intact. Make room"),
     ("reconstruction.png", pretrain.main, PRETRAIN, ROOM),
     ("backbone", pretrain.main, PRETRAIN, ROOM),
-    ("*-cls.partial.npy", knn.main, EVALUATE, "make room"),
+    ("*-cls.partial.npy", knn.main, EVALUATE, "free space"),
     ("*.npz", knn.main, EVALUATE, ROOM),
     ("images-*.json", knn.main, EVALUATE, ROOM),
     ("results.jsonl", knn.main, EVALUATE, ROOM),

@@ -178,7 +178,10 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
         (["--backbone", "nowhere"], "nowhere"),
         (["--backbone", "pixels"], "--data"),
         (["--backbone", "pixels", "--data", "digits", "--k", "5000"], "1437"),
-        (["--backbone", "pixels", "--data", "digits", "--k", "30", "--labels", "2"], "20 training images"),
+        (
+            ["--backbone", "pixels", "--data", "digits", "--k", "30", "--labels", "2"],
+            "between 1 and 20, the number of training images, not 30",
+        ),
         (["--backbone", "pixels", "--data", "digits", "--labels", "500"], "one has"),
     ],
 )
@@ -222,7 +225,7 @@ def test_fewer_labels_are_rows_of_their_own(tmp_path, monkeypatch, capsys):
     }
     by_size = {n: np.mean([r["value"] for r in rows if r["train_n"] == n]) for n in (10, 100, 1437)}
     assert by_size[10] < by_size[100] < by_size[1437]
-    assert "left out where there are but 10" in capsys.readouterr().out
+    assert "left out where there are only 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "200%", "1.0", "2.5", "some"])

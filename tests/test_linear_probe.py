@@ -457,8 +457,8 @@ def test_the_backbone_is_left_as_it_was(tmp_path, monkeypatch, backbone):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "mae", "--per-block"], "--per-block belongs"),
-        (["--epochs", "3"], "--epochs belongs"),
+        (["--preset", "mae", "--per-block"], "--per-block requires"),
+        (["--epochs", "3"], "--epochs requires"),
     ],
 )
 def test_bad_input_is_refused(arguments, said, tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def test_the_command_prints_answers_scope_and_conditions(tmp_path, monkeypatch, 
     verdict.main()
     said = capsys.readouterr().out
     assert "H1: YES, by mae." in said and "H2: NO." in said and "H3: YES, by mae." in said
-    assert "ViT of width 192 and 12 blocks; 1e+15 FLOPs" in said and "Not measured" not in said
+    assert "ViT of width 192 with 12 blocks; 1e+15 FLOPs" in said and "Not measured" not in said
     assert said.count("| fine-tuned, 10 % of the labels, against scratch") == 2 * (
         2 + 1 + 1
     )  # H1: two arms; H2: noise; H3: mae
