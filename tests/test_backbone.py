@@ -47,7 +47,7 @@ def test_the_seam_equals_timm_s_forward(settings):
             torch.nn.init.normal_(token)
     with torch.no_grad():
         expected = b.model.forward_features(standardised(images))
-        torch.testing.assert_close(b.tokens(images), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(b(images), expected, rtol=0, atol=1e-6)
         [(prefix, patches)] = b.features(images)
     p = b.num_prefix_tokens
     torch.testing.assert_close(prefix, expected[:, :p], rtol=0, atol=1e-6)
@@ -247,7 +247,7 @@ def test_the_tokens_of_a_model_that_timm_built_by_itself():
     b = backbones.wrap(model, [0.5, 0.45, 0.4], [0.25, 0.2, 0.3], {}).eval()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(b.tokens(images), model.forward_features(standardised(images)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(b(images), model.forward_features(standardised(images)), rtol=0, atol=1e-6)
 
 
 def test_features_of_several_blocks_come_in_the_order_asked_for():
@@ -277,7 +277,7 @@ def test_attention_is_the_last_block_s():
     b.model.blocks[-1].attn.fused_attn = False
     b.model.blocks[-1].attn.attn_drop.register_forward_hook(lambda m, i, o: seen.append(o))
     with torch.no_grad():
-        b.tokens(IMAGES)
+        b(IMAGES)
         torch.testing.assert_close(b.attention(IMAGES).flatten(2), seen[0][:, :, 0, 1:], rtol=0, atol=1e-6)
 
 
@@ -287,9 +287,9 @@ def test_stochastic_depth_is_addressed_and_has_its_rate():
     images = torch.rand(6, 3, 16, 16)
     state = torch.get_rng_state()
     with torch.no_grad():
-        whole = b.tokens(images, Draw(0, 1, rows))
-        parts = [b.tokens(images[i], Draw(0, 1, rows[i])) for i in (slice(0, 2), slice(2, 6))]
-        other = b.tokens(images, Draw(0, 2, rows))
+        whole = b(images, draw=Draw(0, 1, rows))
+        parts = [b(images[i], draw=Draw(0, 1, rows[i])) for i in (slice(0, 2), slice(2, 6))]
+        other = b(images, draw=Draw(0, 2, rows))
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
     assert not torch.allclose(other, whole)
@@ -389,7 +389,7 @@ def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
         backbones.build(recipe.backbone, recipe.data, seed=0)
     deit = build("backbone.name=deit_tiny_patch16_224", "backbone.patch_size=2")
     assert isinstance(deit, backbones.TokenBackbone) and deit.embed_dim == 16 and deit.input_size == (16, 16)
-    assert deit.tokens(IMAGES).shape == (2, 65, 16)
+    assert deit(IMAGES).shape == (2, 65, 16)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "vit_tiny_patch16_22"])

@@ -135,7 +135,7 @@ def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
     given = []
     add = type(objective.backbone).add_positions
     monkeypatch.setattr(
-        type(objective.backbone), "add_positions", lambda self, t, grid: given.append(t) or add(self, t, grid)
+        type(objective.backbone), "add_positions", lambda self, t, *more: given.append(t) or add(self, t, *more)
     )
     _, hidden, _, _ = objective.predict(images, Draw(0, 0, torch.arange(6)))
     masked = (given[0] == objective.mask_token).all(-1)
@@ -215,7 +215,7 @@ def test_the_noise_is_what_was_added():
 def test_the_teacher_of_features_follows_and_is_not_trained():
     objective = small("features")
     batch = make_batch(objective, torch.arange(4))
-    clean = objective.teacher.tokens(batch.views["image"])[:, 1:]
+    clean = objective.teacher(batch.views["image"])[:, 1:]
     prediction, hidden, *_ = objective.predict(batch.views["image"], batch.draw)
     target = (clean - clean.mean(-1, keepdim=True)) / (clean.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     expected = ((prediction - target) ** 2).mean(-1)[hidden].mean()

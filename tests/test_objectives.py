@@ -13,6 +13,7 @@ import torch
 from conftest import SMALL, make_batch, small_objective
 
 from ssl_vit import corruption, objectives, reference
+from ssl_vit.backbones import Backbone
 from ssl_vit.errors import UserError
 
 
@@ -64,6 +65,38 @@ def test_the_loss_falls_and_nothing_global_is_drawn(name):
     if name != "dino":  # whose loss follows its teacher, up and down
         assert sum(losses[-4:]) < sum(losses[:4])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+WAYS = {  # into the encoder
+    **{name: [name] for name in SMALL},
+    "next patch": ["mae", "objective.mask=prefix", "objective.encoder_input=corrupted"],
+    "features": ["mae", "objective.target=features"],
+    "dropped patches": ["supervised", "objective.patch_drop_rate=0.5"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_backbone_s_weights_are_used_inside_its_forward_alone(way):
+    """As where they are sharded: outside of it there is nothing of them. A classifier is read behind it."""
+    objective = small_objective(*WAYS[way])
+    batch = make_batch(objective, torch.arange(4))
+    expected = objective(batch)["loss"]
+    for backbone in (m for m in objective.modules() if isinstance(m, Backbone)):
+        weights = {p: p.data for name, p in backbone.named_parameters() if "head." not in name}
+
+        def gather(*_, weights=weights):
+            for p, value in weights.items():
+                p.data = value
+
+        def scatter(*_, weights=weights):
+            for p, value in weights.items():
+                p.data = torch.full_like(value, torch.nan)
+
+        scatter()
+        backbone.register_forward_pre_hook(gather)
+        backbone.register_forward_hook(scatter)
+    with torch.no_grad():
+        assert torch.equal(objective(batch)["loss"], expected)
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "beit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class TokenBackbone(Backbone):
-    """A plain ViT, whose tokens an objective may replace (before positions) or drop (with them)."""
+    """A plain ViT, whose tokens an objective may replace (before positions), drop (with them) or mask in attention.
+
+    Objectives call it as a module, `backbone(images, …)`, never its parts: hooks that gather sharded weights run only
+    then.
+    """
 
     model: PlainViT
 
@@ -42,6 +47,26 @@ class TokenBackbone(Backbone):
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(H, W) in patches."""
         return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        replace: Callable[[Tensor], Tensor] | None = None,
+        keep: Int[Tensor, "B K"] | None = None,
+        attend: Bool[Tensor, "B 1 L L"] | None = None,
+        draw: Draw | None = None,
+    ) -> Float[Tensor, "B L D"]:
+        """Images in [0, 1] → normed output tokens (B, L, D), L = P + N.
+
+        replace: given the patch tokens (B, N, D), returns those to use instead, before positions are added.
+        keep: int64 (B, K), the patches that are encoded; L is then P + K. attend: which token attends to which, if not
+        all to all. draw: addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one
+        after another.
+        """
+        tokens = self.patch_embed(images)
+        if replace is not None:
+            tokens = replace(tokens)
+        return self.encode(self.add_positions(tokens, self.grid(images), keep), attend, draw)
 
     def patch_embed(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         """Images in [0, 1] → patch tokens (B, N, D) without positions."""
@@ -72,10 +97,7 @@ class TokenBackbone(Backbone):
     def encode(
         self, tokens: Float[Tensor, "B L D"], attn_mask: Bool[Tensor, "B 1 L L"] | None = None, draw: Draw | None = None
     ) -> Float[Tensor, "B L D"]:
-        """Positioned tokens → normed output tokens, both (B, L, D).
-
-        draw: addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one after another.
-        """
+        """Positioned tokens → normed output tokens, both (B, L, D)."""
         m = self.model
         self._draw_depth(draw, len(tokens))
         x = m.norm_pre(tokens)
@@ -83,10 +105,6 @@ class TokenBackbone(Backbone):
             x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
         normed: Tensor = m.norm(x)
         return normed
-
-    def tokens(self, images: Float[Tensor, "B C H W"], draw: Draw | None = None) -> Float[Tensor, "B L D"]:
-        """The whole way: images in [0, 1] → normed output tokens (B, P + N, D)."""
-        return self.encode(self.add_positions(self.patch_embed(images), self.grid(images)), draw=draw)
 
     def add_classifier(self, classes: int, pool: str = "token") -> None:
         """As above. pool: "token" (class token) or "avg" (mean of the patches); the final norm stays before it."""
@@ -97,8 +115,11 @@ class TokenBackbone(Backbone):
             )
         self._give_head(classes, global_pool=pool, fc_norm=False)
 
-    def classify(self, images: Float[Tensor, "B C H W"], draw: Draw | None = None) -> Float[Tensor, "B K"]:
-        return self.model.forward_head(self.tokens(images, draw))
+    def classify(
+        self, images: Float[Tensor, "B C H W"], draw: Draw | None = None, keep: Int[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B K"]:
+        """As in `Backbone`. keep: int64 (B, N), the patches that are encoded."""
+        return self.model.forward_head(self(images, keep=keep, draw=draw))
 
     def attention(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads h w"]:
         """The last block's attention of the class token to the patches, for each head: (B, heads, H, W)."""

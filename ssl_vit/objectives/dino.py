@@ -130,11 +130,11 @@ class DINO(Objective):
         rows = len(batch.draw.rows)
         two = torch.cat([batch.views["global1"], batch.views["global2"]])
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher.tokens(two)[:, 0])
-        seen = self.backbone.tokens(two, batch.draw)[:, 0]
+            teacher = self.teacher_head(self.teacher(two)[:, 0])
+        seen = self.backbone(two, draw=batch.draw)[:, 0]
         if "local" in batch.views:
             local = batch.views["local"].transpose(0, 1).flatten(0, 1)
-            seen = torch.cat([seen, self.backbone.tokens(local, batch.draw.fold_in("local"))[:, 0]])
+            seen = torch.cat([seen, self.backbone(local, draw=batch.draw.fold_in("local"))[:, 0]])
         student = self.head(seen)  # all crops at once, as BatchNorm's statistics are over them
         with torch.autocast(two.device.type, enabled=False):
             temperature = self.teacher_temp(batch.step, batch.total)

@@ -148,7 +148,7 @@ class Reconstruct(Objective):
         with torch.no_grad():
             clean = noise if self.config.target == "noise" else self.backbone.normalise(images)
             if self.teacher is not None:
-                clean = self.teacher.tokens(images)[:, self.backbone.num_prefix_tokens :]
+                clean = self.teacher(images)[:, self.backbone.num_prefix_tokens :]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             target = self.target(clean)
         with torch.autocast(images.device.type, enabled=False):
@@ -164,20 +164,15 @@ class Reconstruct(Objective):
         if c.mask in NEXT:
             start = draw.uniform("prefix", 1) * (c.mask == "prefix")
             mask, attn_mask = corruption.next_patch(start, self.grid, b.num_prefix_tokens)
-            latent = b.encode(b.add_positions(b.patch_embed(images), self.grid), attn_mask, draw)
+            latent = b(images, attend=attn_mask, draw=draw)
             return self.decoder(latent, attn_mask=attn_mask).roll(1, 1), mask, None, None
         order = self.mask_order(draw)
         ids_keep, mask = corruption.split(order, self.num_masked)
         corrupted, noise, level = self.corrupt(images, order, mask, draw)
-        tokens = b.patch_embed(corrupted)
         if c.encoder_input == "visible":
-            latent = b.encode(b.add_positions(tokens, self.grid, ids_keep), draw=draw)
-            return self.decoder(latent, ids_keep), mask, noise, level
-        if c.encoder_input == "mask_token":
-            removed = self.removed(order)[..., None]
-            tokens = torch.where(removed, self.mask_token.to(tokens.dtype), self.replace_patches(tokens, order))
-        latent = b.encode(b.add_positions(tokens, self.grid), draw=draw)
-        return self.decoder(latent), mask, noise, level
+            return self.decoder(b(corrupted, keep=ids_keep, draw=draw), ids_keep), mask, noise, level
+        replace = partial(self.replace_tokens, order) if c.encoder_input == "mask_token" else None
+        return self.decoder(b(corrupted, replace=replace, draw=draw)), mask, noise, level
 
     @torch.no_grad()
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -192,6 +187,11 @@ class Reconstruct(Objective):
         if self.config.mask == "none" and self.config.corruption != "shuffle":  # any will do
             return torch.arange(self.num_masked, device=draw.device).expand(len(draw.rows), -1)
         return corruption.random_order(draw.uniform("mask", math.prod(self.grid)))
+
+    def replace_tokens(self, order: Tensor, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, N, D), the masked ones replaced by mask tokens, or by those of other patches, or kept."""
+        removed = self.removed(order)[..., None]
+        return torch.where(removed, self.mask_token.to(tokens.dtype), self.replace_patches(tokens, order))
 
     def replace_patches(self, patches: Tensor, order: Tensor) -> Tensor:
         """`corruption.replace_patches` of a fraction replace_ratio of the masked ones."""

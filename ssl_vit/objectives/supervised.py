@@ -98,8 +98,7 @@ class Supervised(Objective):
         backbone = self.need_tokens("drop")
         grid = backbone.grid(images)
         keep, _ = corruption.random_masking(draw.uniform("mask", math.prod(grid)), self.config.patch_drop_rate)
-        tokens = backbone.add_positions(backbone.patch_embed(images), grid, keep)
-        return backbone.model.forward_head(backbone.encode(tokens, draw=draw))
+        return backbone.classify(images, draw, keep)
 
     @torch.no_grad()
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
