@@ -282,11 +282,14 @@ run_recipe() {
   shift
   ready ""
 
-  launch=(accelerate launch -q)  # -q: when the run fails, its own message is the last, not the launcher's stack
+  # when the run fails, its own message is the last, not the launcher's stack: -q for one process, launcher.py for several
+  launch=(accelerate launch -q)
   config=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/accelerate/default_config
   if [ ! -f "$config.yaml" ] && [ ! -f "$config.json" ]; then  # what is left open here, it warns about
     launch+=(--num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no)
-    [ "$processes" -eq 1 ] || launch+=(--multi_gpu)
+    [ "$processes" -eq 1 ] || launch=(python "${here}ssl_vit/launcher.py" "${launch[@]:2}" --multi_gpu)
+  else
+    launch=(python "${here}ssl_vit/launcher.py" -q)
   fi
 
   # The control is the same but for what would keep it from being random init in a place of its own.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from ssl_vit import commands, files
 from ssl_vit import recipe as recipes
@@ -133,20 +132,20 @@ class Run:
 class Saver:
     """Saves the state of training when it is due. All processes call it, and the first one writes.
 
-    check: raises UserError if the state after so many steps is not worth saving.
+    state: gives it, in the form of one process. check: raises UserError if the state after so many steps is not worth
+    saving.
     """
 
     def __init__(
         self,
         run: Run,
-        objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        state: Callable[[], dict[str, Any]],
         runtime: recipes.Runtime,
         check: Callable[[int], None],
         done: int,
         writes: bool,
     ):
-        self.run, self.objective, self.optimizer, self.runtime = run, objective, optimizer, runtime
+        self.run, self.state, self.runtime = run, state, runtime
         self.check, self.writes = check, writes
         self.saved, self._at = done, time.monotonic()  # the last checkpoint: after so many steps; when
 
@@ -159,6 +158,7 @@ class Saver:
     def save(self, step: int) -> None:
         """Save the state after `step` steps. Raises UserError if it is worthless, or cannot be written."""
         self.check(step)
+        state = self.state()
         if self.writes:
-            self.run.save(step, dict(objective=self.objective.state_dict(), optimizer=self.optimizer.state_dict()))
+            self.run.save(step, state)
         self.saved, self._at = step, time.monotonic()

@@ -1,34 +1,41 @@
-"""The only file of the loop that knows on how many devices it runs, and how much fits on one.
+"""The only file of the loop that knows how many devices there are.
 
-    accelerator = engine.start(recipe, path)                           # the processes as a group
-    gradients = engine.Gradients(accelerator, recipe, objective, images, print)
-    scalars, asked = gradients(step, total, chunks, Asked(stop=False, save=False))   # of the global batch
+    accelerator = engine.start(recipe, path)                     # the processes as a group
+    devices = engine.Engine(accelerator, recipe, objective)      # the objective on all of them
+    with devices.micro_batch(last=True):
+        devices.model(batch)["loss"].backward()                  # the last one averages the gradients of all processes
 
-One process with a batch of 256, four micro-batches of 64 and two processes with 128 each compute the same gradients,
-but for rounding.
+Accelerate starts the processes and replicates the model (DDP); torch's fully_shard shards it, so that each process
+holds a part of the weights, gradients and optimizer state. One process works on the objective itself.
 """
 
-import gc
-import math
+import copy
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import data, monitor
+from ssl_vit import flops, monitor
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, say
-from ssl_vit.objectives.base import Batch, Objective
-from ssl_vit.randomness import Order
-from ssl_vit.settings import known
+from ssl_vit.objectives.base import Objective
+
+Kind = Literal["plain", "ddp", "fsdp2"]
 
 # -- starting ---------------------------------------------------------------------------------------------------------
 
@@ -36,6 +43,7 @@ from ssl_vit.settings import known
 def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
     """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
     resolve_precision(recipe)
+    resolve_engine(recipe)
     names = monitor.trackers(recipe.monitor.trackers)
     try:
         accelerator = Accelerator(
@@ -51,9 +59,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
         raise UserError(f"monitor.trackers names {absent[0]}, which is not installed: install it, or leave it out.")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise UserError(
-            f"Accelerate is configured for {kind}; this loop is data-parallel: choose multi-GPU, CPU or no."
-        )
+        raise UserError(f"Accelerate is configured for {kind}, which this loop does not run: {SUPPORTED}.")
     if "WORLD_SIZE" not in os.environ and told_to_use_cpu() and "MASTER_PORT" in os.environ:
         say(
             "warning: accelerate launch --cpu started one process, whatever --num_processes says. For more: "
@@ -67,6 +73,24 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
     return accelerator
 
 
+SUPPORTED = "choose --multi_gpu, or --use_fsdp --fsdp_version 2 for a model that does not fit on one GPU"
+
+
+def resolve_engine(recipe: recipes.Recipe) -> None:
+    """Take runtime.engine from `accelerate launch`, if that names one. Raises UserError for one that we do not run."""
+    if told("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(f"Accelerate is configured for DeepSpeed, which this loop does not run: {SUPPORTED}.")
+    if not told("ACCELERATE_USE_FSDP"):
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"Accelerate is configured for FSDP version {version}; this loop runs 2: add --fsdp_version 2.")
+    if recipe.runtime.engine == "ddp":
+        raise UserError("accelerate launch says --use_fsdp, and runtime.engine=ddp: leave out one of them.")
+    recipe.runtime.engine = "fsdp2"
+    del os.environ["ACCELERATE_USE_FSDP"]  # Accelerate would shard by its own plugin, which does nothing on a CPU
+
+
 def resolve_precision(recipe: recipes.Recipe) -> None:
     """Replace train.precision=auto by what this device can do."""
     if recipe.train.precision == "auto":
@@ -76,10 +100,14 @@ def resolve_precision(recipe: recipes.Recipe) -> None:
 
 def told_to_use_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return told("ACCELERATE_USE_CPU")
 
 
-# -- a step's gradients -----------------------------------------------------------------------------------------------
+def told(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
+
+
+# -- the objective on all devices -------------------------------------------------------------------------------------
 
 
 class Asked(NamedTuple):
@@ -89,154 +117,164 @@ class Asked(NamedTuple):
     save: bool
 
 
-class Gradients:
-    """Gradients of the global batch, accumulated here over micro-batches and averaged over processes.
+class Engine:
+    """The objective on all devices. Every process calls every method.
 
-    They are averaged by one explicit all-reduce, not by DDP's hooks: a process that runs out of memory can then say so
-    in the same message, and all of them repeat the step with half as many images at a time.
+    model: the objective, to be called in training. kind: how it lies on the devices.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        recipe: recipes.Recipe,
-        objective: Objective,
-        images: data.ImageSet,
-        tell: Callable[[str], None],
-    ):
-        self.accelerator, self.recipe, self.objective, self.images = accelerator, recipe, objective, images
-        self.tell = tell
-        self.local_batch_size = recipe.train.batch_size // accelerator.num_processes  # images of a step on this process
-        # images at a time: as they come from the data, and on the device, where they may have to become fewer
-        self.chunk = self.micro_batch_size = choose_micro_batch_size(
-            recipe, objective, self.local_batch_size, accelerator.device
-        )
-        self.chunks = math.ceil(self.local_batch_size / self.chunk)  # of a step
-        check_full_batch(objective, self.micro_batch_size, recipe.train.batch_size, accelerator.num_processes)
+    def __init__(self, accelerator: Accelerator, recipe: recipes.Recipe, objective: Objective):
+        self.accelerator, self.objective = accelerator, objective
+        self.device, self.processes = accelerator.device, accelerator.num_processes
+        self.index, self.first = accelerator.process_index, accelerator.is_main_process
+        self.kind = kind(recipe, accelerator)
+        self.model: nn.Module = objective
+        self._copy: Objective | None = None
+        if self.kind == "ddp":
+            self.model = replicate(accelerator, objective, len(objective.backbone.mean))
+        elif self.kind == "fsdp2":
+            self._copy = copy.deepcopy(objective).cpu() if self.first else None
+            shard(objective, self.device)
+        # flags travel here: on the device's own group they would wait for what the device computes
+        self._flags: dist.ProcessGroup | None = None
+        if self.processes > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self._flags = group
+        self._asked: tuple[Tensor, dist.Work] | None = None
 
-    def plan(self, order: Order, steps: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(step, rows, image indices) of every chunk that this process works on."""
-        first = self.accelerator.process_index * self.local_batch_size
-        for step in steps:
-            for begin in range(first, first + self.local_batch_size, self.chunk):
-                rows = np.arange(begin, min(begin + self.chunk, first + self.local_batch_size))
-                yield step, rows, order.indices(step, rows)
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of a micro-batch: gradients are averaged over processes in the last."""
+        if self.kind == "fsdp2":
+            self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]  # of FSDPModule
+        if self.kind == "ddp" and not last:
+            with self.accelerator.no_sync(self.model):
+                yield
+        else:
+            yield
 
-    def __call__(
-        self, step: int, total: int, chunks: list[data.Chunk], asked: Asked
-    ) -> tuple[dict[str, Tensor], Asked]:
-        """Leaves the gradients in the objective's parameters. Returns (logged scalars, what any process was asked).
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        return self.accelerator.reduce(tensor, "sum") if self.processes > 1 else tensor
 
-        Raises UserError if not even the least number of images fits.
-        """
-        while True:
-            scalars, in_memory = self._accumulate(step, total, chunks)
-            if not in_memory:
-                self.objective.zero_grad()
-                gc.collect()
-                torch.cuda.empty_cache()
-            if self.accelerator.num_processes > 1:
-                in_memory, asked = average(self.accelerator, self.objective, in_memory, asked)
-            if in_memory:
-                return scalars, asked
-            self.micro_batch_size = halve(self.micro_batch_size, self.recipe, self.objective, self.tell)
-            check_full_batch(
-                self.objective, self.micro_batch_size, self.recipe.train.batch_size, self.accelerator.num_processes
-            )
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self._flags is None:
+            return flag
+        found = torch.tensor(flag, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, self._flags)
+        return bool(found)
 
-    def _accumulate(self, step: int, total: int, chunks: list[data.Chunk]) -> tuple[dict[str, Tensor], bool]:
-        """(logged scalars, whether it fitted) on this process. If not, the graph is freed when this returns."""
-        objective, images = self.objective, self.images
-        scalars: dict[str, Tensor] = {}
-        objective.zero_grad()
-        objective.begin_step()
-        try:
-            for chunk in chunks:
-                for begin in range(0, len(chunk), self.micro_batch_size):
-                    part = chunk.part(begin, min(begin + self.micro_batch_size, len(chunk)))
-                    labels = None
-                    if objective.labelled:
-                        every = known(images.labels)
-                        labels = every[part.indices.to(every.device, non_blocking=True)]
-                    batch = Batch(part.views(images, objective.views), labels, part.draw, step, total)
-                    with self.accelerator.autocast():
-                        result = objective(batch)
-                    weight = len(part) / self.local_batch_size
-                    (result["loss"] * weight).backward()
-                    for name, value in result.items():
-                        scalars[name] = scalars.get(name, 0) + value.detach() * weight
-        except torch.OutOfMemoryError:
-            return scalars, False
-        return scalars, True
+    def agree(self, asked: Asked) -> Asked:
+        """What any process was asked: one step before, where there are several, so that none waits for the answer."""
+        if self._flags is None:
+            return asked
+        before = self.settle()
+        flags = torch.tensor(asked, dtype=torch.int32)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, self._flags, async_op=True)
+        assert work is not None
+        self._asked = flags, work
+        return before
 
+    def settle(self) -> Asked:
+        """Wait for the flags that are on their way."""
+        if self._asked is None:
+            return Asked(False, False)
+        flags, work = self._asked
+        work.wait()
+        self._asked = None
+        stop, save = flags.tolist()
+        return Asked(bool(stop), bool(save))
 
-def average(accelerator: Accelerator, objective: Objective, in_memory: bool, asked: Asked) -> tuple[bool, Asked]:
-    """Average all gradients over the processes, and agree whether the step fitted, and on what was asked of any."""
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    flags = [not in_memory, *asked, *(p.grad is not None for p in parameters)]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(flags, dtype=grads[0].dtype, device=grads[0].device)])
-    *means, flags = accelerator.reduce(flat, "mean").split([p.numel() for p in parameters] + [len(flags)])
-    missed, stop, save, *used = flags.tolist()
-    for parameter, mean, anywhere in zip(parameters, means, used, strict=True):
-        # what no process used stays without a gradient, or weight decay would move it
-        parameter.grad = mean.view_as(parameter) if anywhere else None
-    return not missed, Asked(bool(stop), bool(save))
+    # -- whole, as one process holds it -------------------------------------------------------------------------------
 
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of training as one process would have it, which any number of processes can load; whole on the
+        first process alone."""
+        return self._gathered(dict(objective=self.objective.state_dict(), optimizer=optimizer.state_dict()))
 
-# -- how many images at a time ----------------------------------------------------------------------------------------
+    def load(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Raises RuntimeError, ValueError or KeyError if it is of another model."""
+        weights, moments = state["objective"], state["optimizer"]
+        if self.kind == "fsdp2":
+            own = self.objective.state_dict()
+            weights = {key: like(value, own[key]) for key, value in weights.items()}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments["state"] = {
+                place: {key: like(value, parameters[place]) for key, value in entry.items()}
+                for place, entry in moments["state"].items()
+            }
+        self.objective.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
 
+    @contextmanager
+    def whole(self) -> Iterator[Objective]:
+        """The objective with all its weights, to be used on the first process alone, without the others."""
+        if self.kind != "fsdp2":
+            yield self.objective
+            return
+        state = self._gathered(self.objective.state_dict())
+        if self._copy is None:
+            yield self.objective
+            return
+        self._copy.load_state_dict(state)
+        yield self._copy.to(self.device)
+        self._copy.cpu()
 
-def choose_micro_batch_size(
-    recipe: recipes.Recipe, objective: Objective, local_batch_size: int, device: torch.device
-) -> int:
-    """Rows at a time on this device: as asked, in whole groups of rows that must stay together."""
-    asked = recipe.runtime.per_device_batch_size
-    if asked == "auto":
-        asked = local_batch_size if device.type == "cuda" else 256
-    together = objective.micro_batch_multiple
-    if local_batch_size % together:
-        raise UserError(
-            f"This recipe works on groups of {together} images (mixup pairs them, tasks take turns), and a process has "
-            f"{local_batch_size}: set train.batch_size to a multiple of "
-            f"{together * recipe.train.batch_size // local_batch_size}."
-        )
-    return max(min(asked, local_batch_size) // together, 1) * together
+    def _gathered(self, value: Any) -> Any:
+        """The same with whole tensors instead of shards; those of the first process on the CPU, and of others none."""
+        if isinstance(value, dict):
+            return {key: self._gathered(part) for key, part in value.items()}
+        if isinstance(value, DTensor):
+            full = value.full_tensor()
+            return full.cpu() if self.first else None
+        return value
 
 
-def check_full_batch(objective: Objective, micro_batch_size: int, batch_size: int, processes: int) -> None:
-    """Raises UserError if the loss needs the whole batch at once and gets less."""
-    tie = objective.requires_full_batch
-    if not tie or micro_batch_size >= batch_size:
-        return
-    without = ""
-    if "BatchNorm in" in tie:
-        without = ", or take a backbone without it"
-    if "objective.use_bn_in_head" in tie:
-        without = ", or set objective.use_bn_in_head=false (see recipes/dino.yaml)"
-    if processes > 1:
-        raise UserError(
-            f"{tie} needs the whole batch of {batch_size} at once, and it is shared by {processes} processes: run one "
-            f"process on one GPU (CUDA_VISIBLE_DEVICES=0){without}."
-        )
-    raise UserError(
-        f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro_batch_size} at a time: set "
-        f"runtime.per_device_batch_size={batch_size} if so many fit, or lower train.batch_size{without}."
+def kind(recipe: recipes.Recipe, accelerator: Accelerator) -> Kind:
+    """How the objective lies on the devices: one process has nothing to share."""
+    if accelerator.num_processes == 1:
+        return "plain"
+    return "fsdp2" if recipe.runtime.engine == "fsdp2" else "ddp"
+
+
+def replicate(accelerator: Accelerator, objective: Objective, channels: int) -> nn.Module:
+    """The objective in torch's DistributedDataParallel."""
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        broadcast_buffers=False,  # statistics are of each process's rows, until the objective sums them once per step
+        gradient_as_bucket_view=True,
+        find_unused_parameters=bool(unused(objective, channels)),  # costs a walk over the graph at every micro-batch
     )
+    with warnings.catch_warnings():  # Accelerate passes on the name that torch 2.15 deprecates
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        model: nn.Module = accelerator.prepare_model(objective)
+    return model
 
 
-def halve(micro_batch_size: int, recipe: recipes.Recipe, objective: Objective, tell: Callable[[str], None]) -> int:
-    """Half as many rows at a time, after a step that did not fit."""
-    together = objective.micro_batch_multiple
-    if micro_batch_size == together:
-        raise UserError(
-            f"Out of memory with {micro_batch_size} image(s) at a time: take a smaller backbone or data.img_size."
-        )
-    if recipe.runtime.per_device_batch_size != "auto":
-        raise UserError(
-            f"Out of memory with {micro_batch_size} images at a time: set runtime.per_device_batch_size to auto or "
-            "to fewer."
-        )
-    half = math.ceil(micro_batch_size / together / 2) * together
-    tell(f"Out of memory with {micro_batch_size} images at a time: trying {half}.")
-    return half
+def unused(objective: Objective, channels: int) -> list[str]:
+    """The trainable parameters that a training step leaves without a gradient, found on a copy."""
+    twin = copy.deepcopy(objective).cpu().train()
+    twin(flops.grey(twin, channels, twin.labelled))["loss"].backward()
+    return [name for name, weight in twin.named_parameters() if weight.requires_grad and weight.grad is None]
+
+
+def shard(objective: Objective, device: torch.device) -> None:
+    """Shard the objective over the processes, in place: each transformer block gathers its own weights when it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for name, module in objective.named_modules():
+        if re.search(r"(^|\.)blocks\.\d+$", name):
+            fully_shard(module, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+
+
+def like(value: Any, own: Any) -> Any:
+    """A whole tensor in the shards of one of ours; what we do not shard as it is."""
+    if isinstance(own, DTensor) and isinstance(value, Tensor) and value.shape == own.shape:
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return value
+
+
+def plain(value: Tensor) -> Tensor:
+    """A tensor that was computed from shards, such as the norm of all gradients, as a tensor of this process."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+from ssl_vit import peers
+
 
 class UserError(Exception):
     """Something only the user can mend. The message names the thing and the remedy.
@@ -52,17 +54,31 @@ def listed(words: list[str]) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2."""
+    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2.
+
+    Of several processes the first that fails speaks for all, and each ends at once: what is left undone may wait for
+    one that has gone.
+    """
+    message = ""
     try:
-        code = main()
+        code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        message, code = f"error: {error}", 2
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         code = 141
+    except Exception as error:
+        if not peers.several():
+            raise
+        message, code = peers.message(error), 1
+    if message and peers.failed_first():
+        print(f"\n{message}" if peers.several() else message, file=sys.stderr)  # below the first one's progress bar
+    if code in (1, 2) and peers.several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

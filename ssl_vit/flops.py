@@ -24,15 +24,17 @@ def per_image(objective: Objective, channels: int, labelled: bool) -> float:
     return count(objective, lambda twin: twin.train()(batch)["loss"].backward()) / len(batch.draw.rows)
 
 
-def grey(objective: Objective, channels: int, labelled: bool) -> Batch:
-    """The smallest batch that the objective takes, of grey images."""
-    rows = 2 * objective.micro_batch_multiple
+def grey(
+    objective: Objective, channels: int, labelled: bool, rows: int | None = None, device: torch.device | None = None
+) -> Batch:
+    """A batch of so many grey images on the device; by default the smallest that the objective takes, on the CPU."""
+    rows = rows or 2 * objective.micro_batch_multiple
     views = {
-        name: torch.full((rows, *([view.count] if view.count else []), channels, *view.size), 0.5)
+        name: torch.full((rows, *([view.count] if view.count else []), channels, *view.size), 0.5, device=device)
         for name, view in objective.views.items()
     }
-    labels = torch.zeros(rows, dtype=torch.long) if labelled else None
-    return Batch(views, labels, Draw(0, 0, torch.arange(rows)), step=0, total=1)
+    labels = torch.zeros(rows, dtype=torch.long, device=device) if labelled else None
+    return Batch(views, labels, Draw(0, 0, torch.arange(rows), device or "cpu"), step=0, total=1)
 
 
 def count(module: Module, call: Callable[[Module], object]) -> float:

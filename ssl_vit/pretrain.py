@@ -44,6 +44,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit.commands import typed
 from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
+from ssl_vit.gradients import Gradients
 from ssl_vit.objectives.base import DatasetInfo, Objective
 from ssl_vit.randomness import Draw, Order
 from ssl_vit.reference import WIDTH, help_text, json_schema
@@ -70,9 +71,6 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     total, flops_per_image = budget(recipe, objective, images)
     recipe.train.steps = total
     lr, _ = recipe.learning_rate()
-    optimizer = optim.build(objective, recipe.optim, lr)
-
-    # -- resume --
     run = checkpoint.Run(path)
     settings = resolved(recipe, images, objective, accelerator, flops_per_image)
     if first:
@@ -83,28 +81,34 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     if finished:
         say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")
         return 0
-    done = resume(run, objective, optimizer, total)
+    overview.describe(recipe, path, images, objective, accelerator, flops_per_image)
+    if total and not run.checkpoints():
+        overview.advise(recipe, path, images, objective, accelerator)
+
+    # -- onto the devices --
+    if recipe.runtime.compile:
+        compile_blocks(objective)
+    devices = engine.Engine(accelerator, recipe, objective)
+    optimizer = optim.build(objective, recipe.optim, lr)
+    done = resume(run, devices, optimizer, total)
     if total and not done and objective.requires_fit:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
         for buffer in objective.buffers():  # fitted alike everywhere, but for rounding
             buffer.copy_(broadcast(buffer))
 
     # -- train --
-    overview.describe(recipe, path, images, objective, accelerator, flops_per_image)
-    if total and not done:
-        overview.advise(recipe, path, images, objective, accelerator)
-    if recipe.runtime.compile:
-        compile_blocks(objective)
     monitor.start_trackers(accelerator, path, settings)
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
-    saver = checkpoint.Saver(run, objective, optimizer, recipe.runtime, watch.check, done, writes=first)
-    gradients = engine.Gradients(accelerator, recipe, objective, images, watch.say)
+    saver = checkpoint.Saver(run, lambda: devices.state(optimizer), recipe.runtime, watch.check, done, writes=first)
+    gradients = Gradients(devices, recipe, objective, images, path, watch.say)
     plan = gradients.plan(Order(recipe.train.seed, len(images), recipe.train.batch_size), range(done, total))
     decoding = system.workers(recipe.runtime.num_workers)
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, decoding)
     objective.train()
-    with stop, watch:
+    if done < total:
+        gradients.probe(optimizer)
+    with stop, watch, gradients.out_of_memory_ends_all():
         for step in range(done, total):
             try:
                 with watch.waiting():
@@ -114,31 +118,37 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                     saver.save(step)
                     say(f"Saved after step {step} of {total}.")
                 raise
-            scalars, asked = gradients(step, total, chunks, Asked(stop.requested, saver.overdue))
+            scalars = gradients(step, total, chunks)
             now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
             objective.before_optimizer_step(step, total)
             norm = optim.clip(objective.parameters(), recipe.optim)
             optimizer.step()
-            objective.on_optimizer_step(step, total, lambda t: accelerator.reduce(t, "sum") if processes > 1 else t)
+            objective.on_optimizer_step(step, total, devices.sum)
+            asked = devices.agree(Asked(stop.requested, saver.overdue))
 
-            scalars |= dict(grad_norm=norm) if norm is not None else {}
+            scalars |= dict(grad_norm=engine.plain(norm)) if norm is not None else {}
             watch.step(step, scalars, now)
             at = step + 1
             if knn and at % recipe.monitor.knn_every == 0:
-                with watch.paused():
-                    figures = knn(objective.exported)
+                with watch.paused(), devices.whole() as whole:
+                    figures = knn(whole.exported) if first else {}
                 watch.knn(at, figures)
             if at % recipe.runtime.save_every == 0 or at == total or asked.stop or asked.save:
                 saver.save(at)
-            if first and recipe.runtime.keep_every and at % recipe.runtime.keep_every == 0:
-                weights.save(objective.exported, path / "backbones" / f"step-{at:08d}")
+            if recipe.runtime.keep_every and at % recipe.runtime.keep_every == 0:
+                with devices.whole() as whole:
+                    if first:
+                        weights.save(whole.exported, path / "backbones" / f"step-{at:08d}")
             if asked.stop and at < total:
+                devices.settle()
                 say(f"Stopped after step {at} of {total}, saved. The same command goes on from there.")
                 return stop.code
 
     # -- finish --
-    if first:
-        watch.pictures(total, finish(run, recipe, objective, images, device))
+    devices.settle()
+    with devices.whole() as whole:
+        if first:
+            watch.pictures(total, finish(run, recipe, whole, images, device))
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -218,6 +228,7 @@ def resolved(
         threads_used=torch.get_num_threads(),
         processes=accelerator.num_processes,
         device=accelerator.device.type,
+        engine_used=engine.kind(recipe, accelerator),
         torch=str(torch.__version__),
     )
     return settings | dict(
@@ -232,7 +243,7 @@ def resolved(
     )
 
 
-def resume(run: checkpoint.Run, objective: Objective, optimizer: torch.optim.Optimizer, total: int) -> int:
+def resume(run: checkpoint.Run, devices: engine.Engine, optimizer: torch.optim.Optimizer, total: int) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done. Raises UserError if it is of no use."""
     done, state = run.load() or (0, None)
     [first] = broadcast_object_list([done])
@@ -243,8 +254,7 @@ def resume(run: checkpoint.Run, objective: Objective, optimizer: torch.optim.Opt
         )
     if state is not None:
         try:
-            objective.load_state_dict(state["objective"])
-            optimizer.load_state_dict(state["optimizer"])
+            devices.load(state, optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoint of step {done} in {run.path} is of another model "

@@ -142,6 +142,10 @@ class Runtime:
     save_minutes: float | None = setting(10.0, "minutes between checkpoints, whichever comes first", above=0)
     keep_every: int = setting(0, "steps between backbones that are kept, for the evaluators; 0: the last", at_least=0)
     compile: bool = setting(False, "torch.compile the transformer blocks")
+    engine: Literal["auto", "ddp", "fsdp2"] = setting(
+        "auto",
+        "several processes: replicate the model (ddp) or shard it (fsdp2); auto: ddp, or as accelerate launch says",
+    )
 
 
 SECTIONS = dict(train=Train, optim=Optim, data=Data, views=Views, backbone=Backbone, monitor=Monitor, runtime=Runtime)

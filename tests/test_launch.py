@@ -18,6 +18,7 @@ case "$*" in
     case "$*" in *train.steps=0*) echo runs/random ;; *) echo runs/trained ;; esac ;;
   "-m pip --version" | *"import torchvision"*) ;;
   "-m pytest"*) echo "pytest ${{*:3}} threads=${{OMP_NUM_THREADS:-}}" >>"$LOG" ;;
+  *launcher.py*) echo "python $*" >>"$LOG"; exit "${{TRAIN_EXIT:-0}}" ;;
   *knn.py* | *study.py*) echo "python $*" >>"$LOG"; echo TABLE; exit "${{STUDY_EXIT:-0}}" ;;
   *) PYTHONPATH="$MODULES" exec "{sys.executable}" -S "$@" ;;  # -S: without the packages installed here
 esac
@@ -150,7 +151,7 @@ def test_a_recipe_of_ones_own(project, tmp_path):
 
 def test_a_configured_accelerate_is_respected(project, tmp_path):
     script(tmp_path / "hf/accelerate/default_config.yaml", "")
-    assert project.launch("mae")[1][1] == "accelerate launch -q ssl_vit/pretrain.py --recipe mae"
+    assert project.launch("mae")[1][1] == "python ssl_vit/launcher.py -q ssl_vit/pretrain.py --recipe mae"
 
 
 def test_a_failing_run_passes_its_exit_code_on_and_stops(project):
@@ -255,7 +256,8 @@ cuda.get_device_properties = lambda i: types.SimpleNamespace(total_memory=139 * 
     script(tmp_path / "modules/torch.py", TORCH + gpus)
     done, ran = project.launch("mae")
     assert "Device: 2 × NVIDIA H200 (139 GiB each)\n" in done.stdout
-    assert ran[1].startswith(f"accelerate launch -q {FLAGS.replace('1', '2', 1)} --multi_gpu ssl_vit/pretrain.py")
+    flags = FLAGS.replace("1", "2", 1)
+    assert ran[1].startswith(f"python ssl_vit/launcher.py -q {flags} --multi_gpu ssl_vit/pretrain.py")
 
 
 def test_a_gpu_that_torch_cannot_use_is_a_warning_with_the_remedy(project):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eval import knn
 from eval.measure import results
-from ssl_vit import checkpoint, data, engine, errors, monitor, overview, pretrain, weights
+from ssl_vit import checkpoint, data, errors, gradients, monitor, overview, pretrain, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -514,9 +514,9 @@ def test_a_batch_that_must_not_be_cut_is_refused(tmp_path):
 def test_a_batch_that_must_not_be_cut_names_both_ways_out_of_several_processes(name, settings, instead):
     objective = small_objective(name, "backbone.drop_path_rate=0", *settings)
     with pytest.raises(errors.UserError, match="shared by 2 processes") as error:
-        engine.check_full_batch(objective, 16, 32, 2)
+        gradients.check_full_batch(objective, 16, 32, 2)
     assert "one process on one GPU (CUDA_VISIBLE_DEVICES=0)" in str(error.value) and instead in str(error.value)
-    engine.check_full_batch(objective, 32, 32, 1)
+    gradients.check_full_batch(objective, 32, 32, 1)
 
 
 def test_the_device_is_named():

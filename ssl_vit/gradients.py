@@ -1,0 +1,236 @@
+"""A step's gradients, summed over micro-batches, and how many images fit on a device at a time.
+
+    gradients = Gradients(devices, recipe, objective, images, path, print)
+    scalars = gradients(step, total, chunks)                     # of the global batch, averaged over processes
+
+One process with a batch of 256, four micro-batches of 64 and two processes with 128 each compute the same gradients,
+but for rounding.
+
+One process that runs out of memory repeats the step with half as many images at a time. Several cannot: the others are
+in the middle of a collective. They try a step's memory together before the first one; if it runs out later, all end,
+and the same command goes on from the last checkpoint with half as many.
+"""
+
+import gc
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from ssl_vit import data, files, flops, overview
+from ssl_vit import recipe as recipes
+from ssl_vit.engine import Engine
+from ssl_vit.errors import UserError
+from ssl_vit.objectives.base import Batch, Objective
+from ssl_vit.randomness import Order
+from ssl_vit.settings import known
+
+
+class Gradients:
+    """Gradients of the global batch, left in the objective's parameters. tell: says something to the user."""
+
+    def __init__(
+        self,
+        devices: Engine,
+        recipe: recipes.Recipe,
+        objective: Objective,
+        images: data.ImageSet,
+        path: Path,
+        tell: Callable[[str], None],
+    ):
+        self.devices, self.recipe, self.objective, self.images = devices, recipe, objective, images
+        self.path, self.tell = path, tell
+        self.local_batch_size = recipe.train.batch_size // devices.processes  # images of a step on this process
+        # images at a time: as they come from the data, and on the device, where they may have to become fewer
+        self.chunk = self.micro_batch_size = choose_micro_batch_size(
+            recipe, objective, self.local_batch_size, devices.device, path
+        )
+        self.chunks = math.ceil(self.local_batch_size / self.chunk)  # of a step
+        self._check()
+
+    def plan(self, order: Order, steps: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(step, rows, image indices) of every chunk that this process works on."""
+        first = self.devices.index * self.local_batch_size
+        for step in steps:
+            for begin in range(first, first + self.local_batch_size, self.chunk):
+                rows = np.arange(begin, min(begin + self.chunk, first + self.local_batch_size))
+                yield step, rows, order.indices(step, rows)
+
+    def __call__(self, step: int, total: int, chunks: list[data.Chunk]) -> dict[str, Tensor]:
+        """Returns the scalars to log. Raises UserError if not even the least number of images fits."""
+        while (scalars := self._accumulate(step, total, chunks)) is None:
+            self._free()
+            self._halve()
+        return scalars
+
+    def _accumulate(self, step: int, total: int, chunks: list[data.Chunk]) -> dict[str, Tensor] | None:
+        """The scalars, or None if one process, alone, ran out of memory; the graph is freed when this returns."""
+        objective, images, size = self.objective, self.images, self.micro_batch_size
+        scalars: dict[str, Tensor] = {}
+        objective.zero_grad()
+        objective.begin_step()
+        parts = [c.part(b, min(b + size, len(c))) for c in chunks for b in range(0, len(c), size)]
+        try:
+            for place, part in enumerate(parts, 1):
+                labels = None
+                if objective.labelled:
+                    every = known(images.labels)
+                    labels = every[part.indices.to(every.device, non_blocking=True)]
+                batch = Batch(part.views(images, objective.views), labels, part.draw, step, total)
+                weight = len(part) / self.local_batch_size
+                with self.devices.micro_batch(last=place == len(parts)):
+                    for name, value in self._backward(batch, weight).items():
+                        scalars[name] = scalars.get(name, 0) + value.detach() * weight
+        except RuntimeError as error:
+            if self.devices.processes > 1 or not out_of_memory(error):
+                raise
+            return None
+        return scalars
+
+    def _backward(self, batch: Batch, weight: float) -> dict[str, Tensor]:
+        with self.devices.accelerator.autocast():
+            result: dict[str, Tensor] = self.devices.model(batch)
+        (result["loss"] * weight).backward()
+        return result
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def probe(self, optimizer: torch.optim.Optimizer) -> None:
+        """Where several processes hold the model each, find the micro-batch that fits on all of them.
+
+        A forward and backward pass of grey images, with room for what the optimizer has not allocated yet. A sharded
+        model cannot be tried so: a process that fails would leave the others in its collectives.
+        """
+        if self.devices.kind != "ddp":
+            return
+        while self.devices.any(not self._fits(optimizer)):
+            self._halve()
+
+    def _fits(self, optimizer: torch.optim.Optimizer) -> bool:
+        objective = self.objective
+        buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+        try:
+            trained = [] if optimizer.state else [p for p in objective.parameters() if p.requires_grad]
+            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+            channels, rows = len(objective.backbone.mean), self.micro_batch_size
+            with self.devices.micro_batch(last=False):
+                self._backward(flops.grey(objective, channels, objective.labelled, rows, self.devices.device), 1.0)
+            del moments
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            fits = False
+        else:
+            fits = True
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        if fits:
+            objective.zero_grad()
+        else:
+            self._free()
+        return fits
+
+    @contextmanager
+    def out_of_memory_ends_all(self) -> Iterator[None]:
+        """Around the steps: memory that runs out where the step cannot be repeated is one message, and the next start
+        takes half as many images at a time."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            size, half = self.micro_batch_size, self._half()
+        else:
+            return
+        found = {overview.name_of(self.devices.device): half}
+        files.write(self.path / f"memory-{self.devices.index}.json", json.dumps(found))
+        raise UserError(
+            f"Out of memory with {size} images at a time. The same command goes on from the last checkpoint, with "
+            f"{half} at a time."
+        )
+
+    def _free(self) -> None:
+        self.objective.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _halve(self) -> None:
+        half = self._half()
+        self.tell(f"Out of memory with {self.micro_batch_size} images at a time: trying {half}.")
+        self.micro_batch_size = half
+        self._check()
+
+    def _half(self) -> int:
+        """Half as many rows at a time. Raises UserError if there is no half."""
+        together, size = self.objective.micro_batch_multiple, self.micro_batch_size
+        if size == together:
+            raise UserError(f"Out of memory with {size} image(s) at a time: take a smaller backbone or data.img_size.")
+        if self.recipe.runtime.per_device_batch_size != "auto":
+            raise UserError(
+                f"Out of memory with {size} images at a time: set runtime.per_device_batch_size to auto or to fewer."
+            )
+        return math.ceil(size / together / 2) * together
+
+    def _check(self) -> None:
+        check_full_batch(self.objective, self.micro_batch_size, self.recipe.train.batch_size, self.devices.processes)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error means that memory ran out, be it told by torch, cuBLAS or cuDNN."""
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or any(sign in str(error) for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"))
+    )
+
+
+def choose_micro_batch_size(
+    recipe: recipes.Recipe, objective: Objective, local_batch_size: int, device: torch.device, path: Path
+) -> int:
+    """Rows at a time on this device: as asked, in whole groups of rows that must stay together.
+
+    With auto no more than what an earlier start of the run in `path` left as too many for such a device.
+    """
+    asked = recipe.runtime.per_device_batch_size
+    if asked == "auto":
+        name = overview.name_of(device)
+        found: list[dict[str, int]] = [json.loads(file.read_text()) for file in path.glob("memory-*.json")]
+        limits = [limit[name] for limit in found if name in limit]
+        at_most = min([local_batch_size if device.type == "cuda" else 256, *limits])
+    else:
+        at_most = asked
+    together = objective.micro_batch_multiple
+    if local_batch_size % together:
+        raise UserError(
+            f"This recipe works on groups of {together} images (mixup pairs them, tasks take turns), and a process has "
+            f"{local_batch_size}: set train.batch_size to a multiple of "
+            f"{together * recipe.train.batch_size // local_batch_size}."
+        )
+    return max(min(at_most, local_batch_size) // together, 1) * together
+
+
+def check_full_batch(objective: Objective, micro_batch_size: int, batch_size: int, processes: int) -> None:
+    """Raises UserError if the loss needs the whole batch at once and gets less."""
+    tie = objective.requires_full_batch
+    if not tie or micro_batch_size >= batch_size:
+        return
+    without = ""
+    if "BatchNorm in" in tie:
+        without = ", or take a backbone without it"
+    if "objective.use_bn_in_head" in tie:
+        without = ", or set objective.use_bn_in_head=false (see recipes/dino.yaml)"
+    if processes > 1:
+        raise UserError(
+            f"{tie} needs the whole batch of {batch_size} at once, and it is shared by {processes} processes: run one "
+            f"process on one GPU (CUDA_VISIBLE_DEVICES=0){without}."
+        )
+    raise UserError(
+        f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro_batch_size} at a time: set "
+        f"runtime.per_device_batch_size={batch_size} if so many fit, or lower train.batch_size{without}."
+    )
