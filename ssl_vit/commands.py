@@ -55,7 +55,7 @@ def typed(name: str) -> list[str]:
 
 
 def documented(name: str) -> list[str]:
-    """The words that start a command as the documents have it: those of a checkout, or of an installed package."""
+    """The words that start a command in the documents: those of a checkout, or of an installed package."""
     if (ROOT / "pyproject.toml").exists():
         return ["python", COMMANDS[name].replace(".", "/") + ".py"]
     return ["ssl-vit", name]
@@ -73,7 +73,7 @@ def summary(name: str) -> str:
 
 
 def own_words(text: str) -> str:
-    """A docstring's commands as they are typed where this one was started by `ssl-vit`."""
+    """A docstring with its commands rewritten for a user of `ssl-vit`."""
     for name, module in COMMANDS.items():
         path = re.escape(module.replace(".", "/")) + r"\.py\b"
         text = re.sub(f"python {path}", f"ssl-vit {name}", text)

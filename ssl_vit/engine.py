@@ -1,4 +1,4 @@
-"""The only file of the loop that knows on how many devices it runs, and how much fits on one.
+"""The only file of the loop that knows how many devices there are, and how many images fit on one.
 
     accelerator = engine.start(recipe, path)                           # the processes as a group
     gradients = engine.Gradients(accelerator, recipe, objective, images, print)
@@ -45,7 +45,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
             project_dir=path,
         )
     except ValueError as error:
-        raise UserError(f"Accelerate refuses: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"Accelerator() failed: {' '.join(str(error).split())[:300]}") from None
     absent = [name for name in names if name not in map(str, accelerator.log_with)]
     if absent:
         raise UserError(f"monitor.trackers names {absent[0]}, which is not installed: install it, or leave it out.")
@@ -83,7 +83,7 @@ def told_to_use_cpu() -> bool:
 
 
 class Asked(NamedTuple):
-    """What is to happen after this step, on all processes if one is asked: stop; save."""
+    """What happens after this step, on all processes as soon as one of them asks for it: stop; save."""
 
     stop: bool
     save: bool
@@ -107,7 +107,7 @@ class Gradients:
         self.accelerator, self.recipe, self.objective, self.images = accelerator, recipe, objective, images
         self.tell = tell
         self.local_batch_size = recipe.train.batch_size // accelerator.num_processes  # images of a step on this process
-        # images at a time: as they come from the data, and on the device, where they may have to become fewer
+        # images per chunk of the data, and per micro-batch on the device, which shrinks if memory runs out
         self.chunk = self.micro_batch_size = choose_micro_batch_size(
             recipe, objective, self.local_batch_size, accelerator.device
         )
@@ -127,7 +127,7 @@ class Gradients:
     ) -> tuple[dict[str, Tensor], Asked]:
         """Leaves the gradients in the objective's parameters. Returns (logged scalars, what any process was asked).
 
-        Raises UserError if not even the least number of images fits.
+        Raises UserError if not even the smallest micro-batch fits into memory.
         """
         while True:
             scalars, in_memory = self._accumulate(step, total, chunks)
@@ -145,7 +145,7 @@ class Gradients:
             )
 
     def _accumulate(self, step: int, total: int, chunks: list[data.Chunk]) -> tuple[dict[str, Tensor], bool]:
-        """(logged scalars, whether it fitted) on this process. If not, the graph is freed when this returns."""
+        """(logged scalars, whether they fitted into memory). If not, the graph is freed when this returns."""
         objective, images = self.objective, self.images
         scalars: dict[str, Tensor] = {}
         objective.zero_grad()
@@ -171,7 +171,7 @@ class Gradients:
 
 
 def average(accelerator: Accelerator, objective: Objective, in_memory: bool, asked: Asked) -> tuple[bool, Asked]:
-    """Average all gradients over the processes, and agree whether the step fitted, and on what was asked of any."""
+    """Average all gradients over the processes. Agree whether the step fitted, and on what any process asks."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
     flags = [not in_memory, *asked, *(p.grad is not None for p in parameters)]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -190,7 +190,7 @@ def average(accelerator: Accelerator, objective: Objective, in_memory: bool, ask
 def choose_micro_batch_size(
     recipe: recipes.Recipe, objective: Objective, local_batch_size: int, device: torch.device
 ) -> int:
-    """Rows at a time on this device: as asked, in whole groups of rows that must stay together."""
+    """Images per micro-batch on this device: as set, in whole groups of rows that must stay together."""
     asked = recipe.runtime.per_device_batch_size
     if asked == "auto":
         asked = local_batch_size if device.type == "cuda" else 256
@@ -226,7 +226,7 @@ def check_full_batch(objective: Objective, micro_batch_size: int, batch_size: in
 
 
 def halve(micro_batch_size: int, recipe: recipes.Recipe, objective: Objective, tell: Callable[[str], None]) -> int:
-    """Half as many rows at a time, after a step that did not fit."""
+    """Half the micro-batch size, after a step that did not fit. Raises UserError if it cannot be halved."""
     together = objective.micro_batch_multiple
     if micro_batch_size == together:
         raise UserError(

@@ -62,8 +62,8 @@ def mae_loss(
         target     = patches of the image, each normalised by its mean and variance
         loss       = mean over masked patches of mean((prediction - target)²)
 
-    model: (images, mask) → predictions (B, N, ph·pw·C). images: standardised, (B, C, H, W). mask: bool (B, N), as many
-    True in every row.
+    model: (images, mask) → predictions (B, N, ph·pw·C). images: standardised, (B, C, H, W). mask: bool (B, N),
+    with the same number of True in every row.
 
     >>> images, mask = torch.randn(2, 3, 8, 8), torch.tensor([[True, True, True, False]]).expand(2, -1)
     >>> perfect = lambda images, mask: pixel_targets(images, (4, 4))

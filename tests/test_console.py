@@ -114,4 +114,7 @@ def test_another_package_called_eval_is_met_with_a_sentence(tmp_path, foreign, s
     command = [sys.executable, *start, "--backbone", "pixels"]
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: Python finds another eval ({file}) before") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"error: Python finds another package eval ({file}) before")
+        and done.stderr.count("\n") == 1
+    )

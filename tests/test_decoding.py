@@ -386,5 +386,5 @@ def test_a_set_that_shows_one_image_only_is_refused(tmp_path):
 
 
 def test_the_range_is_checked():
-    with pytest.raises(UserError, match=r"data.range must be two rising numbers"):
+    with pytest.raises(UserError, match=r"data.range must be two increasing numbers"):
         recipes.read("mae", ["data.range=[5, 5]"], "digits", lambda name: objectives.find(name).Config)

@@ -424,7 +424,7 @@ def test_it_stops_when_told_and_goes_on(pretrained, tmp_path):
         said = (tmp_path / "said.txt").read_text()
         assert child.exitcode == (130 if stop else 0), said
         assert len(results.read(tmp_path / "runs/mae")) == (0 if stop else 2)
-    assert "Stopped after step" in said and "Going on from step" in said
+    assert "Stopped after step" in said and "Resuming from step" in said
 
 
 def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):

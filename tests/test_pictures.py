@@ -243,7 +243,7 @@ def test_without_a_report_split_that_can_be_read_training_images_are_shown_and_s
     train(tmp_path / "run", "train.steps=0")
     [(sheet, title)] = drawn
     assert "training split" in title and (tmp_path / "run/backbone/model.safetensors").exists()
-    assert "training images, for want of others: There is no split 'test'." in capsys.readouterr().out
+    assert "training images, since no others can be read: There is no split 'test'." in capsys.readouterr().out
     images = load(recipes.Data(), "train")
     assert torch.allclose(sheet.panels[:, 0], images.images[pictures.spread(1437, images.labels, 8)] / 255, atol=1e-5)
 

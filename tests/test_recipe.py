@@ -178,7 +178,7 @@ def test_a_part_written_with_a_point_is_refused_but_in_a_run(file, of_run):
 
 def test_another_objective_is_another_recipe(file):
     with pytest.raises(
-        UserError, match=r"mae.yaml is a recipe of the objective reconstruct, not dino: .*\(dino, dino-photos\)"
+        UserError, match=r"mae.yaml is a recipe for the objective reconstruct, not dino: .*\(dino, dino-photos\)"
     ):
         read("objective.name=dino")
     assert read("objective.name=reconstruct").objective_name == "reconstruct"
@@ -291,7 +291,7 @@ def test_all_mistakes_are_named_at_once(file):
         (f"Unknown key 'objective.decoder_dept' in {path}. Did you mean 'objective.decoder_depth'?",),
         (f"optim.clip_grad in {command_line} must be above 0, not -1.0.",),
         (f"Unknown key 'colours' in {command_line}.",),
-        ("views.scale must be two rising fractions such as [0.2, 1], not [0.9, 0.1].",),
+        ("views.scale must be two increasing fractions such as [0.2, 1], not [0.9, 0.1].",),
     ]
     assert len(said) == len(expected)
     for (words,) in expected:

@@ -105,7 +105,7 @@ def test_a_stopped_study_goes_on(tmp_path, run):
     settings.write_text(settings.read_text().replace("steps: 1001", "steps: 1000"))
     assert run()[0] == 0
     [log] = tmp_path.glob("runs/tiny-digits/logs/*.txt")
-    assert "Going on from step" in log.read_text()
+    assert "Resuming from step" in log.read_text()
 
 
 def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
