@@ -102,7 +102,7 @@ def retrain(probe: Probe, sweep: Sweep) -> Callable[[features.Features, np.ndarr
 def corrupted(probe: Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[Predictions]]:
     """Each head's predictions for the corrupted test images, by kind and severity.
 
-    Every process passes its share through the backbone and returns all predictions.
+    Every process passes some of the images through the backbone and returns all predictions.
     """
     source, state, images = probe.source, probe.state, probe.test
     kinds = [kind for _, kind in common_corruptions.kinds(images.channels)]

@@ -33,7 +33,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
         nargs="+",
         default=[None],
         metavar="PART",
-        help="labelled training images: all, a share such as 1%%, or a number per class; smaller subsets are nested",
+        help="labelled training images: all, a fraction such as 1%%, or a number per class; smaller subsets are nested",
     )
     parser.add_argument(
         "--label-seeds",
@@ -204,7 +204,7 @@ def part(text: str) -> float | None:
     number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     whole = number >= 1 and text.isdigit()  # "1.0" is refused, because it could mean all
     if not whole and not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"write all, a share such as 1%, or a number per class, not {text}")
+        raise argparse.ArgumentTypeError(f"write all, a fraction such as 1%, or a number per class, not {text}")
     return number
 
 

@@ -57,8 +57,8 @@ def data_of(settings: dict) -> recipes.Data:
     """The images of a pre-training, as its recipe.yaml names them: all of them even if it was trained on a subset, with
     their own size, channels, mean and std. hflip stays as in the recipe, because only the user knows the labels.
     """
-    facts = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
-    return recipes.Data(**settings["data"] | facts | dict(hold_out=False))
+    info = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
+    return recipes.Data(**settings["data"] | info | dict(hold_out=False))
 
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
@@ -98,7 +98,7 @@ class Features:
 
 
 def extract(source: Source, images: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)) -> Features:
-    """The features after these blocks. Every process computes its share, and returns all of them.
+    """The features after these blocks. Every process computes some of the rows and returns all.
 
     Raises UserError, naming the image, if a feature is not a finite number.
     """
@@ -154,7 +154,7 @@ def _compute(
     wanted: dict[tuple[int, str], Path],
     shapes: dict[tuple[int, str], int],
 ) -> None:
-    """Compute these files of features; each process writes its share of the rows."""
+    """Compute these files of features; each process writes its own rows."""
     partial = {k: file.with_suffix(".partial.npy") for k, file in wanted.items()}
     if state.is_main_process:
         gigabytes = 4e-9 * len(images) * sum(shapes[k] for k in wanted)
