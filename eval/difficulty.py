@@ -94,7 +94,7 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
     zero = torch.zeros((), dtype=torch.float64)
 
     def rows(numbers: Tensor, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs (R, width), clean patches (R, D) minus the mean patch) for this fraction of the patches in the loss of
+        """(inputs (R, width), clean patches (R, D) minus the mean patch) for a fraction of the patches in the loss of
         these images, float64 on the CPU, some images at a time."""
         for part in numbers.split(64):
             clean, draw = images[part.to(device)], Draw(seed, 0, part, device)
