@@ -36,6 +36,7 @@ import ssl_vit.own_eval  # noqa: F401  or another package called eval is importe
 from eval.measure import cli, features, results
 from eval.page import text_tables
 from ssl_vit import data, errors, files, pretrain, system
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -166,7 +167,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()

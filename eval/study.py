@@ -24,11 +24,12 @@ from eval.schedule import plans
 from eval.schedule.jobs import Job, work
 from eval.schedule.trainings import Study
 from ssl_vit import commands, errors, files, system
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("plan", help=f"{', '.join(plans.names())}, or a YAML file")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
     parser.add_argument("--seeds", type=int, help="pre-trainings of every arm; default: the plan's")

@@ -17,11 +17,12 @@ from eval.page.document import markdown
 from eval.page.provenance import several_origins
 from eval.page.verdict_section import blocks
 from ssl_vit import errors
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="folders that eval/study.py wrote")
     args = parser.parse_args()
     if len(args.studies) > len(DATA):

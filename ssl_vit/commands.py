@@ -1,5 +1,5 @@
 """The command `ssl-vit`: `ssl-vit pretrain --recipe mae` is `python ssl_vit/pretrain.py --recipe mae`, wherever it is
-installed. Also the names of our commands, and how to start each of them.
+installed. Also the names of our commands, how to start each of them, and the form of their --help.
 """
 
 import argparse
@@ -8,11 +8,13 @@ import importlib
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from ssl_vit import __version__, errors
 from ssl_vit.errors import UserError, nearest
 
+WIDTH = 80  # columns of a --help
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, or the site-packages that hold the wheel
 COMMANDS = {
     "pretrain": "ssl_vit.pretrain",
@@ -81,6 +83,41 @@ def own_words(text: str) -> str:
     return text
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """--help in 80 columns, with a docstring as the description: its commands and lists keep their lines."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, width=WIDTH)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return folded(text)
+
+
+def folded(text: str) -> str:
+    """The text in lines of at most 80 columns. Paragraphs are filled anew. An indented line and the lines below it that
+    are indented deeper are one item, whose further lines start at its second column, or four columns in."""
+    items: list[str] = []
+    for line in text.splitlines():
+        depth, before = _depth(line), _depth(items[-1]) if items and items[-1].strip() else None
+        if line.strip() and before is not None and (depth > before > 0 or depth == before == 0):
+            items[-1] += f" {line.strip()}"
+        else:
+            items.append(line)
+    lines = []
+    for item in items:
+        column = re.match(r" +\S+( \S+)* {2,}(?=\S)", item)
+        hanging = column.end() if column and column.end() <= WIDTH // 2 else _depth(item) and _depth(item) + 4
+        wrapped = textwrap.wrap(
+            item, WIDTH, subsequent_indent=" " * hanging, break_long_words=False, break_on_hyphens=False
+        )
+        lines += wrapped or [""]
+    return "\n".join(lines)
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
 def main() -> None:
     """Run the sub-command that sys.argv names, as if its module were the script; then exit."""
     errors.run(_main)
@@ -94,7 +131,7 @@ def _main() -> int | None:
         description="Pre-train Vision Transformers by interchangeable objectives, and compare them.",
         epilog="commands, each of which has a --help:\n"
         + "\n".join(f"  {name:{width}}{summary(name)}" for name in COMMANDS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="help", help="print this")

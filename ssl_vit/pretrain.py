@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import shlex
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +40,12 @@ from ssl_vit import (
     weights,
 )
 from ssl_vit import recipe as recipes
-from ssl_vit.commands import typed
+from ssl_vit.commands import HelpFormatter, typed
 from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
 from ssl_vit.objectives.base import DatasetInfo, Objective
 from ssl_vit.randomness import Draw, Order
-from ssl_vit.reference import WIDTH, help_text, json_schema
+from ssl_vit.reference import help_text, json_schema
 from ssl_vit.settings import known
 
 SHOWN = 8  # images in the pictures of a run
@@ -312,7 +311,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         usage=f"{shlex.join(typed('pretrain'))} --recipe RECIPE [options] [key=value ...]",
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=WIDTH),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )

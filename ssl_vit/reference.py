@@ -11,10 +11,10 @@ from typing import Any
 
 from ssl_vit import objectives
 from ssl_vit import recipe as recipes
+from ssl_vit.commands import WIDTH
 from ssl_vit.settings import Setting, argument, settings_of, write
 
-WIDTH = 80  # columns of a terminal
-LEFT = 32  # of these for key=value
+LEFT = 32  # columns for key=value
 
 
 # -- --help -----------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def _of_all() -> Iterator[str]:
     for path in recipes.shipped():
         yield from _columns(f"  {path.stem}", [headline(path)], 16)
     yield ""
-    yield "settings: key=default and the allowed values, to be typed as key=value (zsh: quote [ ])"
+    yield "settings: key=default and allowed values, typed as key=value (zsh: quote [ ])"
     for section, cls in recipes.SECTIONS.items():
         yield from ("", f"{section}:")
         yield from _rows(settings_of(section, cls), {})

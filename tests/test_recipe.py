@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_vit import objectives
+from ssl_vit import objectives, settings
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -361,6 +361,14 @@ def test_a_renamed_key_is_refused_with_its_new_name(file, of_run, monkeypatch):
         with pytest.raises(UserError) as error:
             reader()
         assert str(error.value) == f"optim.rate is now called optim.lr; rename it in {run}."
+
+
+def test_the_new_name_of_a_renamed_key_is_a_setting_and_the_old_one_is_not():
+    known = {key for section, cls in recipes.SECTIONS.items() for key in settings.settings_of(section, cls)}
+    for name in objectives.names():
+        known |= settings.settings_of("objective", objectives.find(name).Config).keys()
+    assert recipes.RENAMED and {new.split()[0] for new in recipes.RENAMED.values()} <= known
+    assert not recipes.RENAMED.keys() & known
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from eval.measure import features, results
 from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say, say_once
 
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
@@ -20,7 +21,7 @@ UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """The arguments that all evaluators share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument(
         "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
     )
