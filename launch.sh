@@ -11,9 +11,9 @@ usage() {
 ./launch.sh [RECIPE] [ARGUMENTS]   pre-train, then compare the result by k-NN
 ./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike
                                    beside their controls, write a report
-./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight arms
-                                   at equal compute, on the digits
-./launch.sh study --full [ARGS]    the whole study, tuned, with a verdict: for
+./launch.sh study [ARGUMENTS]      the denoising study in miniature: its arms,
+                                   tuned, at equal compute, on the digits
+./launch.sh study --full [ARGS]    the study at its largest, with a verdict: for
                                    GPUs, with --data cifar10
 ./launch.sh check                  ruff, codespell, mypy, the examples in the
                                    docstrings, the commands in the documents
@@ -36,10 +36,12 @@ For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
 compare and study take --data and key=value too, and --seeds N; all options are
 in 'python eval/study.py --help'. On the digits and two cores compare takes half
-an hour, study 50 minutes. Both may be stopped and started again: finished work
+an hour, study 40 minutes. Both may be stopped and started again: finished work
 is not repeated, and runs/PLAN-DATA[-HASH]/progress.txt says how far they are.
 The report is report/report.html in the same folder. PLAN is compare, denoising
-or denoising-full; 'python eval/study.py PLAN' runs the others of recipes/study.
+or denoising-full; 'python eval/study.py PLAN' runs the others of recipes/study,
+such as denoising-small for two cores and denoising-gpu for one GPU. --plan says
+what a plan costs here, and does nothing.
 
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact

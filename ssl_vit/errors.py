@@ -19,6 +19,10 @@ class UserError(Exception):
         self.sentences = sentences
 
 
+class Diverged(UserError):
+    """A training whose loss or weights are no longer finite numbers."""
+
+
 class Mistakes:
     """Collects mistakes, so that all are reported at once: `with mistakes: …` continues after a UserError."""
 
