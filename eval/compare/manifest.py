@@ -29,6 +29,9 @@ class ArmEntry(TypedDict):
 
     recipe: str
     role: str
+    budget: float  # its share of the study's budget
+    seeds: int  # planned
+    like: str | None  # the arm whose settings and choices it takes
     finetuned: list[FineTuningEntry]
     runs: list[TrainingEntry]
 
@@ -47,6 +50,8 @@ class Manifest(TypedDict):
     plan: str
     data: str
     decides: bool
+    seeds: int  # of the arms that decide: 0 to seeds - 1
+    budget: float  # FLOPs, the largest of the plan's
     labels_by_seed: NotRequired[bool]  # whether each seed drew its own labels; absent in old files
     arms: dict[str, ArmEntry]
     controls: dict[str, str]  # the folder of each control's rows
