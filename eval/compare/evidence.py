@@ -53,7 +53,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class FromScratch:
-    """A training from scratch that the plan has. long: for as many FLOPs more as the others were pre-trained."""
+    """A training from scratch that the plan has. long: for as many FLOPs more as the others were pre-trained.
+
+    Its name says "longer" then, and with which noise or share of dropped patches as augmentation.
+    """
 
     name: str
     long: bool
@@ -94,22 +97,21 @@ class Evidence:
             extra = entry["changed"].get("extra_flops")
             if LABELS in entry["labels"] and extra in (None, self.budget):
                 corruption = next((key for key in AUGMENTATIONS if key in entry["changed"]), None)
-                name = "from scratch" + (", as much compute" if extra else "")
+                name = "scratch, longer" if extra else "scratch"
                 if corruption:
-                    name += f", {'noise' if corruption == NOISE else 'dropped patches'} as augmentation"
-                    name += f" ({entry['changed'][corruption]})"
+                    name += f", {'noise' if corruption == NOISE else 'drop'} {entry['changed'][corruption]}"
                 scores = self._reached(arm, entry["protocol"])
                 found.append(FromScratch(name, bool(extra), corruption, scores))
         return found
 
-    def _group(self, arm: str) -> Group | None:
+    def group(self, arm: str) -> Group | None:
         """The runs of an arm at its largest budget."""
         runs = self.manifest["arms"][arm]["runs"]
         budgets = [run["budget"] for run in runs if run["budget"] is not None]
         return self.study.group(arm, max(budgets, default=None))
 
     def _linear(self, role: str) -> Scores | None:
-        eval_set, group = self.study.eval_set, self._group(self.arms[role])
+        eval_set, group = self.study.eval_set, self.group(self.arms[role])
         return eval_set.scores.get(LINEAR, {}).get(group) if eval_set and group else None
 
     def _side(self, role: str) -> tuple[str, Scores | None]:
@@ -125,7 +127,7 @@ class Evidence:
 
     def _reached(self, arm: str, protocol: str) -> Scores | None:
         eval_set = self.study.eval_set
-        return eval_set.reached(self._group(arm), protocol, LABELS) if eval_set else None
+        return eval_set.reached(self.group(arm), protocol, LABELS) if eval_set else None
 
 
 def _contrast(

@@ -30,10 +30,10 @@ LACKING, OUT = "not decided", "out of reach of this plan"
 BETTER, WORSE, EQUIVALENT, UNSIZED = "BETTER", "WORSE", "EQUIVALENT", "size open"
 CLAIMS = dict(
     C1="MAE pre-trains",
-    C2="Additive noise pre-trains",
-    C3="Noise against MAE",
-    C4a="Recovering from noise teaches more than autoencoding",
-    C4b="Noise to pre-train on is worth more than noise as augmentation",
+    C2="noise pre-trains",
+    C3="noise against MAE",
+    C4a="noise is worth more than autoencoding",
+    C4b="noise is worth more than as augmentation",
 )
 ASKED = {  # of a check's arm, against another role, by the mean over its seeds: two seeds have no useful interval
     "positive-check": ("supervised pre-training", "5 points above random features", "scratch"),
