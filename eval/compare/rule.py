@@ -52,11 +52,13 @@ class Answer:
     features: bool = False
     unplanned: str = ""
 
-    @property
-    def weakest(self) -> tuple[Contrast, float]:
-        """The condition that could have been detected least, and the smallest true difference it would have been."""
-        found = [(c, power.detected_by(c.estimate, self.alpha)) for c in self.conditions]
-        return max(found, key=lambda pair: pair[1])
+    def bounds(self, contrast: Contrast) -> tuple[float, float]:
+        """What decides: the lower bound for a YES, and the upper bound for a NO."""
+        return contrast.estimate.lower(self.alpha), contrast.estimate.upper(ALPHA / len(self.conditions))
+
+    def detectable(self, contrast: Contrast) -> float:
+        """The smallest true gain for which the lower bound would have been above zero with a power of 80 %."""
+        return power.detected_by(contrast.estimate, self.alpha)
 
 
 @dataclass
@@ -65,6 +67,11 @@ class Size:
 
     said: str
     contrast: Contrast
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        return self.contrast.estimate.lower(ALPHA / 2), self.contrast.estimate.upper(ALPHA / 2)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from eval.compare import power, rule
+from eval.compare import rule
 from eval.compare.evidence import FT10, LP10, METRICS, Contrast, Evidence
 from eval.compare.rule import ALPHA, CLAIMS, MARGIN, Answer, Size, Verdict
 from eval.compare.scope import Scope, scope
@@ -57,27 +57,23 @@ def _said(answer: Answer) -> str:
 
 def _against(verdict: Verdict) -> str:
     """How noise compares with MAE, at equal FLOPs and at equal images."""
-    words = f"{verdict.noise.said} ({_interval(verdict.noise.contrast)} points by linear probe)"
+    words = f"{verdict.noise.said} ({_interval(verdict.noise)} points by linear probe)"
     each = verdict.noise_per_image
-    if verdict.noise.said == rule.WORSE and each:
-        low, high = each.contrast.estimate.lower(ALPHA / 2), each.contrast.estimate.upper(ALPHA / 2)
-        if low > -MARGIN:
-            words += f", per FLOP, not per image ({_interval(each.contrast)})"
-        elif high < -MARGIN:
-            words += f", per FLOP and per image ({_interval(each.contrast)})"
-        else:
-            words += f", per FLOP; per image the size is open ({_interval(each.contrast)})"
-    return words
+    if verdict.noise.said != rule.WORSE or each is None:
+        return words
+    low, high = each.bounds
+    per_image = (
+        "not per image" if low > -MARGIN else "and per image" if high < -MARGIN else "per image the size is open"
+    )
+    return f"{words}, per FLOP, {per_image} ({_interval(each)})"
 
 
-def _interval(contrast: Contrast) -> str:
-    estimate = contrast.estimate
-    return f"{percent(estimate.mean, '+')}, 95 % interval {_between(contrast, ALPHA / 2, ALPHA / 2)}"
+def _interval(size: Size) -> str:
+    return f"{percent(size.contrast.estimate.mean, '+')}, 95 % interval {_between(size.bounds)}"
 
 
-def _between(contrast: Contrast, alpha_low: float, alpha_high: float) -> str:
-    estimate = contrast.estimate
-    return f"{percent(estimate.lower(alpha_low), '+')} to {percent(estimate.upper(alpha_high), '+')}"
+def _between(bounds: tuple[float, float]) -> str:
+    return f"{percent(bounds[0], '+')} to {percent(bounds[1], '+')}"
 
 
 def _scope(about: Scope) -> str:
@@ -85,8 +81,8 @@ def _scope(about: Scope) -> str:
     height, width = about.size
     return (
         f"a ViT of {about.parameters / 1e6:.2f} M parameters; one data set, {about.data}, {about.images:,} images of "
-        f"{height}×{width} px, {about.values} values a token; {number(about.budget)} FLOPs of pre-training, epochs seen: "
-        f"{', '.join(epochs)}"
+        f"{height}×{width} px, {about.values} values a token; {number(about.budget)} FLOPs of pre-training, epochs "
+        f"seen: {', '.join(epochs)}"
     )
 
 
@@ -94,7 +90,8 @@ def _undecided(verdict: Verdict) -> Iterator[str]:
     """The power that there was, of each answer that is open."""
     for claim, answer in verdict.claims.items():
         if answer.said in (rule.OPEN, rule.FEATURES):
-            contrast, least = answer.weakest
+            contrast = max(answer.conditions, key=answer.detectable)
+            least = answer.detectable(contrast)
             yield (
                 f"{claim} is undecided. Its weakest condition is {_named(contrast)} by {contrast.metric}: a true gain "
                 f"of {percent(least)} points would have been found with a power of 80 %."
@@ -135,21 +132,16 @@ def forest(verdict: Verdict) -> Figure:
     for claim, answer in verdict.claims.items():
         said = BRIEF.get(answer.said, answer.said)
         rows.append(plots.Dot(f"{claim} {CLAIMS[claim]}: {said}"))
-        count = len(answer.conditions)
         for contrast in answer.conditions:
-            bounds = contrast.estimate.lower(answer.alpha), contrast.estimate.upper(ALPHA / count)
-            rows.append(_dot(contrast, f"{contrast.arm} − {contrast.than} ({contrast.metric})", bounds, (0.0, MARGIN)))
+            rows.append(_dot(contrast, contrast.metric, answer.bounds(contrast), (0.0, MARGIN)))
         if claim == "C2":
             rows.append(plots.Dot(f"C3 {CLAIMS['C3']}: {verdict.noise.said}"))
             for note, found in _sizes(verdict):
-                bounds = found.contrast.estimate.lower(ALPHA / 2), found.contrast.estimate.upper(ALPHA / 2)
-                words = f"{found.contrast.metric}, {note}" if note else found.contrast.metric
-                rows.append(_dot(found.contrast, f"{_named(found.contrast)} ({words})", bounds, (-MARGIN, MARGIN)))
+                words = ", ".join(filter(None, (found.contrast.metric, note)))
+                rows.append(_dot(found.contrast, words, found.bounds, (-MARGIN, MARGIN)))
     if verdict.instrument:
-        estimate = verdict.instrument.estimate
         rows.append(plots.Dot("Could the probe tell them apart?"))
-        bounds = estimate.lower(ALPHA), estimate.upper(ALPHA)
-        rows.append(_dot(verdict.instrument, f"{_named(verdict.instrument)} ({LP10})", bounds, (rule.CLEAR,)))
+        rows.append(_dot(verdict.instrument, LP10, _one_sided(verdict.instrument), (rule.CLEAR,)))
     svg = plots.dots(rows, "The verdict", "difference in points", zero=True, brief=True)
     caption = (
         "Differences of two arms. Small points: each seed. Dashed: thresholds. C1, C2 and C4 are a YES if all left "
@@ -159,7 +151,8 @@ def forest(verdict: Verdict) -> Figure:
     return Figure([("verdict", svg)], caption)
 
 
-def _dot(contrast: Contrast, name: str, bounds: tuple[float, float], thresholds: tuple[float, ...]) -> plots.Dot:
+def _dot(contrast: Contrast, note: str, bounds: tuple[float, float], thresholds: tuple[float, ...]) -> plots.Dot:
+    name = f"{_named(contrast)} ({note})"
     return plots.Dot(name, contrast.estimate.mean, bounds, 0, contrast.by_seed, thresholds)
 
 
@@ -167,28 +160,21 @@ def table(verdict: Verdict) -> Table:
     """A row for each condition: its difference, its bounds, what it would have detected, and what it says."""
     parts = []
     for claim, answer in verdict.claims.items():
-        count, rows = len(answer.conditions), []
+        rows = []
         for contrast in answer.conditions:
-            holds = contrast.estimate.lower(answer.alpha) > 0
-            fails = contrast.estimate.upper(ALPHA / count) < MARGIN
-            state = {(True, False): "holds", (True, True): "holds, small", (False, True): "fails"}
-            words = state.get((bool(holds), bool(fails)), "open")
-            bounds = _between(contrast, answer.alpha, ALPHA / count)
-            rows.append(
-                _row(contrast, "", bounds, percent(rule.power.detected_by(contrast.estimate, answer.alpha)), words)
-            )
+            low, high = answer.bounds(contrast)
+            words = ("holds" if high >= MARGIN else "holds, small") if low > 0 else "fails" if high < MARGIN else "open"
+            rows.append(_row(contrast, "", (low, high), percent(answer.detectable(contrast)), words))
         if rows:
             parts.append((f"{claim} {CLAIMS[claim]}: {_said(answer)}", rows))
         if claim == "C2":
-            rows = [
-                _row(found.contrast, note, _between(found.contrast, ALPHA / 2, ALPHA / 2), "", found.said)
-                for note, found in _sizes(verdict)
-            ]
+            rows = [_row(found.contrast, note, found.bounds, "", found.said) for note, found in _sizes(verdict)]
             parts.append((f"C3 {CLAIMS['C3']}: {verdict.noise.said}", rows))
     if verdict.instrument:
         told = "yes" if rule.could_tell(verdict.instrument.estimate) else "no"
-        bounds = _between(verdict.instrument, ALPHA, ALPHA)
-        parts.append(("Instrument: above 3 points?", [_row(verdict.instrument, "", bounds, "", told)]))
+        parts.append(
+            ("Instrument: above 3 points?", [_row(verdict.instrument, "", _one_sided(verdict.instrument), "", told)])
+        )
     caption = (
         "In points. Bounds of C1, C2 and C4: one-sided, the lower at 95 % after Holm's procedure over the claims, the "
         "upper at 95 % for all conditions of its claim together; of C3: the 95 % interval. “Found from”: the true gain "
@@ -197,7 +183,11 @@ def table(verdict: Verdict) -> Table:
     return Table([("", ["difference", "bounds", "seeds", "found from", "condition"])], parts, caption)
 
 
-def _row(contrast: Contrast, note: str, bounds: str, least: str, words: str) -> tuple[Cell, list[Cell]]:
-    estimate = contrast.estimate
-    cells = [percent(estimate.mean, "+"), bounds, str(estimate.seeds), least, words]
-    return Cell(_named(contrast), ", ".join(filter(None, (contrast.metric, note)))), [Cell(text) for text in cells]
+def _one_sided(contrast: Contrast) -> tuple[float, float]:
+    return contrast.estimate.lower(ALPHA), contrast.estimate.upper(ALPHA)
+
+
+def _row(contrast: Contrast, note: str, bounds: tuple[float, float], least: str, words: str) -> tuple[Cell, list[Cell]]:
+    mean, seeds = contrast.estimate.mean, contrast.estimate.seeds
+    cells = [Cell(text) for text in (percent(mean, "+"), _between(bounds), str(seeds), least, words)]
+    return Cell(_named(contrast), ", ".join(filter(None, (contrast.metric, note)))), cells

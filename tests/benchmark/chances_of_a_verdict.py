@@ -203,7 +203,7 @@ def errors(count: int, seeds: list[int]) -> float:
 
 def powers(count: int, seeds: list[int]) -> None:
     """Print how often both rules answer what is true."""
-    spreads = [name for name, (one, other) in SPREADS.items() if one == other]
+    spreads = [name for name, (one, other, _) in SPREADS.items() if one == other]
     print(
         "\nAnswers in % when an arm gains so much over every training from scratch by fine-tuning (FT10), and 10 points"
     )
