@@ -170,10 +170,10 @@ def test_every_training_from_scratch_with_noise_must_be_beaten():
     ]
     found = rule.decide(study)
     assert [c.than for c in found.claims["C4b"].conditions] == [
-        "scratch, longer, noise [0, 1.4]",
-        "scratch, longer, noise [0, 0.7]",
+        "scratch-long (σ ≤ 1.4)",
+        "scratch-long (σ ≤ 0.7)",
     ]
-    assert [c.than for c in found.claims["C1"].conditions] == ["scratch", "scratch, longer", "random"]
+    assert [c.than for c in found.claims["C1"].conditions] == ["scratch", "scratch-long", "random"]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_plan_without_checks_says_so():
     [
         ({("mae", "LP"): [5]}, "mae by LP10, seed 5"),
         ({("noise", PLAIN): [0, 3]}, "noise by FT10, seeds 0 and 3"),
-        ({("random", LONG): [2]}, "scratch, longer by FT10, seed 2"),
+        ({("random", LONG): [2]}, "scratch-long by FT10, seed 2"),
         ({("less", "LP"): [1]}, "less by LP10, seed 1"),
         ({("permuted", "LP"): [1]}, "permuted by LP10, seed 1"),
     ],
@@ -506,7 +506,7 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
         "epochs seen: mae 21, less 21, noise 21, autoencoder 21",
     ):
         assert words in answer
-    assert "| mae − scratch, longer (FT10)" in told and "Check of the instrument" in told
+    assert "| mae − scratch-long (FT10)" in told and "Check of the instrument" in told
     assert "rows were made by" not in told
     rows = written.parent / "mae-s3/results.jsonl"
     rows.write_text(rows.read_text().replace('"abc"', '"def"', 1))

@@ -55,7 +55,7 @@ class Contrast:
 class FromScratch:
     """A training from scratch that the plan has. long: for as many FLOPs more as the others were pre-trained.
 
-    Its name says "longer" then, and with which noise or share of dropped patches as augmentation.
+    It is then called scratch-long; in brackets stands what corrupts its images.
     """
 
     name: str
@@ -97,9 +97,9 @@ class Evidence:
             extra = entry["changed"].get("extra_flops")
             if LABELS in entry["labels"] and extra in (None, self.budget):
                 corruption = next((key for key in AUGMENTATIONS if key in entry["changed"]), None)
-                name = "scratch, longer" if extra else "scratch"
+                name = "scratch-long" if extra else "scratch"
                 if corruption:
-                    name += f", {'noise' if corruption == NOISE else 'drop'} {entry['changed'][corruption]}"
+                    name += f" ({_level(corruption, entry['changed'][corruption])})"
                 scores = self._reached(arm, entry["protocol"])
                 found.append(FromScratch(name, bool(extra), corruption, scores))
         return found
@@ -128,6 +128,14 @@ class Evidence:
     def _reached(self, arm: str, protocol: str) -> Scores | None:
         eval_set = self.study.eval_set
         return eval_set.reached(self.group(arm), protocol, LABELS) if eval_set else None
+
+
+def _level(corruption: str, value: float | list[float]) -> str:
+    """A corruption in words: the range of the noise's standard deviation, or the share of dropped patches."""
+    if corruption != NOISE:
+        return f"{value} dropped"
+    low, high = value if isinstance(value, list) else (value, value)
+    return f"σ ≤ {high:.3g}" if low == 0 else f"σ {low:.3g} to {high:.3g}" if low < high else f"σ = {high:.3g}"
 
 
 def _contrast(

@@ -13,7 +13,7 @@ TRAINED = ("masking", "equal-images", "noise", "autoencoder")  # roles whose epo
 class Scope:
     """images: for training, (H, W) pixels each. values: colour values of a patch. budget: FLOPs of pre-training.
 
-    epochs: passes over the images in pre-training, by arm.
+    parameters: those that are trained. epochs: passes over the images in pre-training, by arm.
     """
 
     data: str
@@ -41,7 +41,7 @@ def scope(evidence: Evidence) -> Scope | None:
         images["fingerprint"],
         data.size,
         settings["data"]["in_chans"] * factory.resolve_patch(settings["backbone"]["patch_size"], data.size) ** 2,
-        sum(parameter.numel() for parameter in backbone.parameters()),
+        sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad),
         evidence.budget,
         {arm: group.mean("images_seen") / images["count"] for arm, group in trained.items()},
     )

@@ -122,7 +122,7 @@ def lines(
 def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: bool = False) -> str:
     """A chart with a row for each value and its interval. zero: values are differences, hollow if not distinguishable
     from zero. brief: the numbers beside them are the values alone."""
-    names = [_split(row.name) for row in rows]
+    names = [[row.name] if row.value is None else _split(row.name) for row in rows]
     measured = [row for row in rows if row.value is not None]
     sign = "+" if zero else ""
     told = [between(row.value, *row.bounds, sign) for row in rows if row.value is not None]
@@ -142,10 +142,13 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: 
         tall = 12 + 16 * len(name)
         middle = y + tall / 2
         colour = _colour(row)
-        for i, words in enumerate(name):
-            kind = ("soft", MINOR, 600) if row.value is None else ("ink", TEXT if i == 0 else MINOR, 400)
-            parts.append(_text(0, middle + 4.5 + 16 * (i - (len(name) - 1) / 2), words, *kind[:2], weight=kind[2]))
-        if row.value is not None:
+        if row.value is None:
+            halo = "stroke:var(--ground);stroke-width:4;paint-order:stroke"  # over the lines of the axis
+            parts.append(_text(0, middle + 4.5, row.name, "soft", MINOR, weight=600, style=halo))
+        else:
+            for i, words in enumerate(name):
+                place = middle + 4.5 + 16 * (i - (len(name) - 1) / 2)
+                parts.append(_text(0, place, words, "ink", TEXT if i == 0 else MINOR))
             words, hover = next(remaining)
             low, high = map(scale, row.bounds)
             for threshold in row.thresholds:
@@ -265,9 +268,16 @@ def _svg(width: int, height: float, title: str, subtitle: str, parts: list[str])
 
 
 def _text(
-    x: float, y: float, text: str, colour: str, size: float = TEXT, anchor: str = "start", weight: int = 400
+    x: float,
+    y: float,
+    text: str,
+    colour: str,
+    size: float = TEXT,
+    anchor: str = "start",
+    weight: int = 400,
+    style: str = "",
 ) -> str:
-    style = f"fill:var(--{colour});font-size:{size}px;font-weight:{weight}"
+    style = f"fill:var(--{colour});font-size:{size}px;font-weight:{weight};{style}"
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{escape(text)}</text>'
 
 

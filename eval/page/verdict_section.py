@@ -152,7 +152,8 @@ def forest(verdict: Verdict) -> Figure:
 
 
 def _dot(contrast: Contrast, note: str, bounds: tuple[float, float], thresholds: tuple[float, ...]) -> plots.Dot:
-    name = f"{_named(contrast)} ({note})"
+    name, _, more = _named(contrast).removesuffix(")").partition(" (")
+    name = f"{name} ({', '.join(filter(None, (more, note)))})"
     return plots.Dot(name, contrast.estimate.mean, bounds, 0, contrast.by_seed, thresholds)
 
 
