@@ -19,6 +19,10 @@ class UserError(Exception):
         self.sentences = sentences
 
 
+class Diverged(UserError):
+    """A training whose loss or weights are no longer finite numbers."""
+
+
 class Mistakes:
     """Gathers what is wrong, so that all of it is said at once: `with mistakes: …` goes on after a UserError."""
 

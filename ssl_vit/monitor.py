@@ -21,7 +21,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone
 from ssl_vit.checkpoint import Run
 from ssl_vit.data import ImageSet, evaluation_views
-from ssl_vit.errors import UserError
+from ssl_vit.errors import Diverged
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 
@@ -180,7 +180,7 @@ class Monitor:
             self.say(text)
 
     def check_finite(self) -> None:
-        """Raises UserError, naming the step, if a loss since the last call was not a finite number."""
+        """Raises Diverged, naming the step, if a loss since the last call was not a finite number."""
         if not self.losses:
             return
         steps = torch.tensor([s for s, _ in self.losses])
@@ -190,14 +190,14 @@ class Monitor:
             first = self.accelerator.gather(first.to(self.accelerator.device)[None]).min()
         self.losses.clear()
         if first < 2**62:
-            raise UserError(f"The loss of step {int(first)} is not a finite number; {self.intact}. {REMEDY}")
+            raise Diverged(f"The loss of step {int(first)} is not a finite number; {self.intact}. {REMEDY}")
 
     def check(self, done: int) -> None:
-        """Raises UserError if a loss so far, or a weight after `done` steps, is not a finite number."""
+        """Raises Diverged if a loss so far, or a weight after `done` steps, is not a finite number."""
         self.check_finite()
         norms = torch.stack(torch._foreach_norm(list(self.objective.parameters())))
         if not norms.isfinite().all():
-            raise UserError(f"The weights after step {done} are not finite numbers; {self.intact}. {REMEDY}")
+            raise Diverged(f"The weights after step {done} are not finite numbers; {self.intact}. {REMEDY}")
 
     @property
     def intact(self) -> str:
