@@ -70,7 +70,7 @@ class Evidence:
     def __init__(self, study: StudyResults):
         self.study = study
         self.manifest = study.manifest
-        self.budget: float = self.manifest["budget"]
+        self.budget = self.manifest["budget"]
         self.seeds: list[int | None] = list(range(self.manifest["seeds"]))
         self.arms = {arm["role"]: name for name, arm in self.manifest["arms"].items() if arm["role"]}  # by role
 
@@ -105,10 +105,8 @@ class Evidence:
         return found
 
     def group(self, arm: str) -> Group | None:
-        """The runs of an arm at its largest budget."""
-        runs = self.manifest["arms"][arm]["runs"]
-        budgets = [run["budget"] for run in runs if run["budget"] is not None]
-        return self.study.group(arm, max(budgets, default=None))
+        """The runs of an arm, if they were evaluated."""
+        return self.study.group(arm, self.budget)
 
     def _linear(self, role: str) -> Scores | None:
         eval_set, group = self.study.eval_set, self.group(self.arms[role])

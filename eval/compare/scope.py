@@ -11,7 +11,7 @@ TRAINED = ("masking", "equal-images", "noise", "autoencoder")  # roles whose epo
 
 @dataclass
 class Scope:
-    """images: for training, (H, W) pixels each. values: colour values of a patch. budget: FLOPs of pre-training.
+    """images: for training, (H, W) pixels each. values: colour values of a patch. budget: FLOPs of pre-training, if the plan states them.
 
     parameters: those that are trained. epochs: passes over the images in pre-training, by arm.
     """
@@ -22,7 +22,7 @@ class Scope:
     size: tuple[int, int]
     values: int
     parameters: int
-    budget: float
+    budget: float | None
     epochs: dict[str, float]
 
 

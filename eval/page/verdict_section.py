@@ -79,10 +79,10 @@ def _between(bounds: tuple[float, float]) -> str:
 def _scope(about: Scope) -> str:
     epochs = [f"{arm} {epochs:.0f}" if epochs >= 10 else f"{arm} {epochs:.1f}" for arm, epochs in about.epochs.items()]
     height, width = about.size
+    spent = f"{number(about.budget)} FLOPs of pre-training, " if about.budget else ""
     return (
         f"a ViT of {about.parameters / 1e6:.2f} M parameters; one data set, {about.data}, {about.images:,} images of "
-        f"{height}×{width} px, {about.values} values a token; {number(about.budget)} FLOPs of pre-training, epochs "
-        f"seen: {', '.join(epochs)}"
+        f"{height}×{width} px, {about.values} values a token; {spent}epochs seen: {', '.join(epochs)}"
     )
 
 
