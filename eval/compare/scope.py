@@ -11,9 +11,9 @@ TRAINED = ("masking", "equal-images", "noise", "autoencoder")  # roles whose epo
 
 @dataclass
 class Scope:
-    """images: for training, (H, W) pixels each. values: colour values of a patch. budget: FLOPs of pre-training, if the plan states them.
+    """images: for training, (H, W) pixels each. values: colour values of a patch. parameters: those that are trained.
 
-    parameters: those that are trained. epochs: passes over the images in pre-training, by arm.
+    budget: FLOPs of pre-training, if the plan states them. epochs: passes over the images in pre-training, by arm.
     """
 
     data: str
