@@ -52,7 +52,9 @@ def main() -> int:
         "--accept-failed", action="store_true", help="continue if trials have failed: they are not chosen"
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="keep packed results there, and go on from them")
-    parser.add_argument("--plan", action="store_true", help="print runs, FLOPs, hours, disk and power; do nothing")
+    parser.add_argument(
+        "--plan", action="store_true", dest="estimate", help="print runs, FLOPs, hours, disk and power; do nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, without running them")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
@@ -67,16 +69,16 @@ def main() -> int:
     given = plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
     given += [text for text in args.settings if not plans.may_change(text)]
     settings = plan.spend(args.settings)
-    if decides and not plan.decides and not args.dry_run and not args.plan:
+    if decides and not plan.decides and not args.dry_run and not args.estimate:
         say(f"This study does not follow {plan.name} in full, so no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or system.cores()
     packed = Packed(args.results) if args.results else None
-    if packed and not args.dry_run and not args.plan:
+    if packed and not args.dry_run and not args.estimate:
         restored = packed.restore(Path("runs"))
         if restored:
             say(f"Going on from {args.results}: {len(restored)} runs that are not here were evaluated before.")
     study = Study(plan, args.data, settings, given, threads=max(1, system.cores() // at_once))
-    if args.plan:
+    if args.estimate:
         say(estimate(study, at_once))
         return 0
     if args.dry_run:

@@ -60,7 +60,7 @@ def read_answers(files: list[Path]) -> Answers:
     parts = []
     for file in files:
         with np.load(file) as stored:
-            parts.append(dict(stored))
+            parts.append(dict(index=np.arange(len(stored["true"]))) | dict(stored))
     join = {key: np.concatenate([part[key] for part in parts]) for key in ("predicted", "true", "index")}
     known = all("p_predicted" in part for part in parts)
     p = np.concatenate([part["p_predicted"] for part in parts]).astype(np.float64) if known else None

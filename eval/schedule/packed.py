@@ -5,8 +5,8 @@
     packed.add(Path("runs/mae-cifar10-s0"))
 
 In DIR/runs/RUN are recipe.yaml, results.jsonl, difficulty.json, the marks of the evaluations that are done, and the
-predictions: 10,000 of ten classes take 13 kB a row instead of 66. The probabilities are left out, and with them what a
-report says of calibration; the names of image files too.
+predictions: 10,000 of ten classes take 11 kB a row instead of 63. Left out are the probabilities, and with them what a
+report says of calibration, and the names of image files.
 """
 
 import io
@@ -50,11 +50,11 @@ class Packed:
 
 
 def narrow(file: Path) -> bytes:
-    """A row's predictions in the smallest integers that hold them, without probabilities; the same bytes each time."""
+    """A row's predictions in the smallest integers that hold them, and nothing else; the same bytes each time."""
     with np.load(file) as stored:
-        arrays = {key: stored[key] for key in Stored.__required_keys__}
+        arrays = {key: stored[key] for key in sorted(Stored.__required_keys__)}
     stream = io.BytesIO()
-    small = {key: arrays[key].astype(np.min_scalar_type(arrays[key].max(initial=0))) for key in sorted(arrays)}
+    small = {key: values.astype(np.min_scalar_type(values.max(initial=0))) for key, values in arrays.items()}
     np.savez_compressed(stream, allow_pickle=False, **small)
     return stream.getvalue()
 
