@@ -22,8 +22,7 @@ CHANGES = {  # settings in which a plan's fine-tunings of one arm differ
 def deciding_metrics(study: StudyResults) -> list[Metric]:
     """The primary metrics by which a study's arms are compared with each of their controls.
 
-    Fine-tuning is left out if there are several from scratch: the opponent is the best of those, and the verdict finds
-    it.
+    Fine-tuning is left out if there are several from scratch: the verdict compares with each of them.
     """
     arms = study.manifest["arms"].values()
     if study.eval_set is None or not any(arm["role"] for arm in arms):
