@@ -159,8 +159,8 @@ def choose(
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
-    """The recipe finetune for this backbone on these images. Size, channels, mean, std, interpolation and whether pixels
-    are permuted are the backbone's."""
+    """The recipe finetune for this backbone on these images. Size, channels, mean, std, interpolation and the
+    permutation of pixels are the backbone's."""
     recipe = pretrain.read("finetune", settings, images.name)
     asked, backbone = recipe.data, source.network
     recipe.data = dataclasses.replace(
