@@ -227,8 +227,8 @@ def choose(
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
-    """The recipe finetune for this backbone on these images. Size, channels, mean, std and interpolation are the
-    backbone's."""
+    """The recipe finetune for this backbone on these images. Size, channels, mean, std, interpolation and the
+    permutation of pixels are the backbone's."""
     recipe = pretrain.read("finetune", settings, images.name)
     asked, backbone = recipe.data, source.network
     recipe.data = dataclasses.replace(
@@ -240,6 +240,7 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
         in_chans=len(backbone.mean),
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
+        permute_pixels=source.permuted,
     )
     if not any(text.startswith("views.interpolation=") for text in settings):
         recipe.views.interpolation = backbone.evaluation_view.interpolation

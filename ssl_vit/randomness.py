@@ -74,9 +74,9 @@ class Draw:
         return torch.stack(words, -1).flatten(1)[:, :n].reshape(len(rows), *shape)
 
 
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order, int64 (n,), in which epoch `epoch` visits n images."""
-    high, low = Draw(seed, epoch, torch.arange(n)).bits("order", 2).unbind(1)
+def permutation(seed: int, epoch: int, n: int, stream: str = "order") -> np.ndarray:
+    """A random order of n things, int64 (n,); in the default stream that in which epoch `epoch` visits n images."""
+    high, low = Draw(seed, epoch, torch.arange(n)).bits(stream, 2).unbind(1)
     return np.argsort((high.numpy() << 31) ^ low.numpy(), kind="stable")
 
 

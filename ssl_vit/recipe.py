@@ -73,6 +73,9 @@ class Data:
     mean: list[float] | None = setting(None, "mean of each channel, in [0, 1]")
     std: list[float] | None = setting(None, "standard deviation of each channel, in [0, 1]")
     hflip: bool | None = setting(None, "whether a horizontal flip keeps the label")
+    permute_pixels: bool = setting(
+        False, "a control: one fixed permutation of each image's pixels, before all views, in evaluation too"
+    )
     range: list[float] | None = setting(
         None, "[black, white] of images deeper than 8 bits; null: the bit depth, [0, 1] or span of the training images"
     )

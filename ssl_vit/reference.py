@@ -34,7 +34,7 @@ def headline(path: Path) -> str:
 def _of_all() -> Iterator[str]:
     yield "recipes (--recipe NAME --help prints the settings of one):"
     for path in recipes.shipped():
-        yield from _columns(f"  {path.stem}", [headline(path)], 16)
+        yield from _columns(f"  {path.stem}", [headline(path)], 17)
     yield ""
     yield "settings: key=default and allowed values, typed as key=value (zsh: quote [ ])"
     for section, cls in recipes.SECTIONS.items():

@@ -15,6 +15,7 @@ from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say, say_once
+from ssl_vit.settings import known
 
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
@@ -81,10 +82,11 @@ class EvalRequest:
                 raise UserError(f"Two backbones are called {source.folder.name}: evaluate them one after the other.")
             self.sources.append(source)
         self.folders = {source.folder.name: source.folder for source in self.sources}  # by the name in their rows
-        self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
+        self._loaded: dict[tuple[int | None, tuple[int, int] | None], tuple[data.ImageSet, data.ImageSet]] = {}
 
     def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
-        """(training images, images to evaluate on), with as many channels as the backbone takes."""
+        """(training images, images to evaluate on), with as many channels as the backbone takes, and with permuted
+        pixels for a run that was trained on such."""
         saw = source.settings.get("data", {})
         left_out = saw.get("hold_out") and saw["subset"] is None and saw["subset_seed"] == self.config.subset_seed
         if self.held_out and saw and not left_out:
@@ -92,8 +94,11 @@ class EvalRequest:
                 f"{source.name} may have seen the held-out tenth: it was not trained with data.hold_out=true."
             )
         channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
-        if channels not in self._loaded:
+        key = channels, source.size if source.permuted else None
+        if key not in self._loaded:
             config = dataclasses.replace(self.config, in_chans=channels, hold_out=self.held_out)
+            if source.permuted:
+                config.permute_pixels, config.img_size = True, list(known(source.size))
             train = with_labels(data.load(config, "train")).to(self.state.device)
             config.in_chans, config.range = train.channels, train.range and list(train.range)
             role = "held out" if self.held_out else "report"
@@ -104,8 +109,8 @@ class EvalRequest:
                 raise _unlabelled(config.name, train, test)
             if len(set(train.labels.tolist())) < 2:
                 raise UserError(f"All training images of {config.name} are of one class: there is nothing to classify.")
-            self._loaded[channels] = train, test
-        return self._loaded[channels]
+            self._loaded[key] = train, test
+        return self._loaded[key]
 
     def labelled_images(
         self, source: features.Source

@@ -52,13 +52,19 @@ class Source:
         """The number of blocks that have features."""
         return self.backbone.depth if self.backbone else 1
 
+    @property
+    def permuted(self) -> bool:
+        """Whether it is a run on images with permuted pixels (data.permute_pixels), which it is then shown always."""
+        return bool(self.settings.get("data", {}).get("permute_pixels"))
+
 
 def data_of(settings: dict) -> recipes.Data:
     """The images of a pre-training, as its recipe.yaml names them: all of them even if it was trained on a subset, with
     their own size, channels, mean and std. hflip stays as in the recipe, because only the user knows the labels.
+    Permuted pixels do not: each run is shown images as in its own training, every other backbone those that are stored.
     """
     info = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
-    return recipes.Data(**settings["data"] | info | dict(hold_out=False))
+    return recipes.Data(**settings["data"] | info | dict(hold_out=False, permute_pixels=False))
 
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:

@@ -21,7 +21,8 @@ from ssl_vit.data import decoding, ledger
 from ssl_vit.data.pixels import Rules
 from ssl_vit.data.sources import Rows, labels_of, place, rows_of
 from ssl_vit.errors import UserError, say_once
-from ssl_vit.settings import pair
+from ssl_vit.randomness import permutation
+from ssl_vit.settings import known, pair
 
 
 @dataclass
@@ -66,6 +67,29 @@ class ImageSet:
             names=self.names and functools.partial(_names, self.names, chosen),
         )
 
+    def permuted(self) -> "ImageSet":
+        """The same set as if it were stored with scrambled pixels: place i of every image shows what was at place p[i].
+
+        p is one fixed permutation of all H·W places of the grid, the same for all images, channels, splits, seeds and
+        runs; it depends on H·W alone. Views are made afterwards: a crop cuts permuted pixels, and where it is resized,
+        unrelated ones are blended. So of an image's structure all values are kept and all neighbourhoods are lost, as a
+        control for what needs them.
+        Raises UserError if the images are not in memory, since they may differ in size then.
+        """
+        if self.images is None:
+            raise UserError(
+                f"data.permute_pixels=true needs images of one size that fit data.cache_gb, and those of {self.name} "
+                f"({self.split}) differ in size or do not fit."
+            )
+        say_once(f"The pixels of {self.name} ({self.split}) are permuted, in all images alike (data.permute_pixels).")
+        height, width = self.images.shape[-2:]
+        order = torch.from_numpy(permutation(0, 0, height * width, "pixels"))
+        return dataclasses.replace(
+            self,
+            images=self.images.flatten(2)[..., order].view_as(self.images),
+            fingerprint=_fingerprint(f"{self.fingerprint} permuted", None),
+        )
+
     def labelled(self) -> "ImageSet":
         """The images that have a label; the same set if all have one or none has."""
         if self.labels is None or bool((self.labels >= 0).all()):
@@ -94,6 +118,14 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     whole = _load(config, "report" if role == "report" else "train", classes)
     if config.hflip is not None:  # the recipe wins
         whole.flip = config.hflip
+    if config.permute_pixels:
+        whole = whole.permuted()
+        if config.img_size is not None and config.size != whole.size:
+            stored, asked = ("x".join(map(str, known(size))) for size in (whole.size, config.size))
+            raise UserError(
+                f"data.permute_pixels=true needs images that are stored at the model's size, and those of {whole.name} "
+                f"({whole.split}) are {stored}, not {asked}."
+            )
     if role == "report" or (config.subset is None and not config.hold_out):
         return whole
     labels = np.zeros(len(whole), dtype=int) if whole.labels is None else whole.labels.numpy()

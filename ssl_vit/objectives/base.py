@@ -106,9 +106,9 @@ class Objective(nn.Module):
         """After the optimizer's step, once: EMA teachers, centres. reduce: sums a tensor over the processes."""
 
     def encoder_inputs(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the encoder reads of images in [0, 1], if the task is to recover masked or corrupted patches, else None:
+        """What is given of images in [0, 1], if the task is to recover masked or corrupted patches, else None:
         (standardised images (B, C, H, W), 0 where a patch is removed; removed, bool (B, N); mask, bool (B, N): the
-        patches over which the loss is averaged)."""
+        patches over which the loss is averaged). The encoder reads it, or the decoder of an encoder of clean images."""
         return None
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
