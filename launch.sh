@@ -10,8 +10,8 @@ usage() {
   cat <<EOF
 ./launch.sh [RECIPE] [ARGUMENTS]   pre-train, then compare the result by k-NN
 ./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike beside their controls, write a report
-./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight arms at equal compute, on the digits
-./launch.sh study --full [ARGS]    the whole of it, tuned, with a verdict: for GPUs, with --data cifar10
+./launch.sh study [ARGUMENTS]      the denoising study in miniature: its arms, tuned, at equal compute, on the digits
+./launch.sh study --full [ARGS]    the study at its largest, with a verdict: for GPUs, with --data cifar10
 ./launch.sh check                  ruff, codespell, mypy, the docstrings' examples and the commands in the documents
 ./launch.sh test [ARGUMENTS]       run the tests; --all runs the large matrices too; ARGUMENTS go to pytest
 ./launch.sh test --lowest [ARGS]   the same in .venv-lowest, with the lowest versions that pyproject.toml admits
@@ -27,9 +27,10 @@ ARGUMENTS go to ssl_vit/pretrain.py:
 For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
 compare and study take --data and key=value too, and --seeds N; 'python eval/study.py --help' has the rest. On the
-digits compare takes about half an hour on two cores, study 50 minutes. What is done is not done again: stop and start them
+digits compare takes about half an hour on two cores, study 40 minutes. What is done is not done again: stop and start them
 as you like; runs/PLAN-DATA[-HASH]/progress.txt tells how far they are. The report is report/report.html beside it. PLAN is
-compare, denoising or denoising-full; others are in recipes/study, for python eval/study.py PLAN.
+compare, denoising or denoising-full; others are in recipes/study, for python eval/study.py PLAN, such as denoising-small
+for two cores and denoising-gpu for one GPU. --plan says what a plan costs here, and does nothing.
 
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several

@@ -73,7 +73,7 @@ def main() -> int:
         say(f"This study does not follow {plan.name} in full, so no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or system.cores()
     packed = Packed(args.results) if args.results else None
-    if packed and not args.dry_run and not args.estimate:
+    if packed and not args.estimate:
         restored = packed.restore(Path("runs"))
         if restored:
             say(f"Going on from {args.results}: {len(restored)} runs that are not here were evaluated before.")

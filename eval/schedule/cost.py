@@ -185,7 +185,7 @@ def _rate(study: Study, costs: Costs, at_once: int) -> tuple[float, str, float]:
         return rate, f"{at_once} at once, as {len(done)} pre-trainings of this study took", float(size)
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(number) for number in range(at_once)]
-        steps = 240 if torch.cuda.is_available() else 16
+        steps = 240 if torch.cuda.is_available() else 12
         settings = [*trained[0].settings, "train.flops=null", f"train.steps={steps}", "monitor.trackers=none"]
         settings += [f"monitor.log_every={steps // 4}", f"runtime.num_threads={study.threads}"]
         command = [str(commands.script("pretrain")), "--recipe", study.plan.recipe_of(trained[0].arm), *settings]

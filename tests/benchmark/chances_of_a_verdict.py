@@ -2,10 +2,10 @@
 
     python tests/benchmark/chances_of_a_verdict.py
 
-It trains nothing, and takes a minute and a half on one core. The answers are those of eval/compare/rule.py. The first table
-has false answers: a YES (or "features yes") to any claim that is not true, a NO to a claim whose conditions all hold by
-1.5 points or more, EQUIVALENT, BETTER or WORSE where that is false; each in the worst of several truths at the edge of
-a claim. The second has power, of this rule and of the one before it (commit 4d5d306).
+It trains nothing, and takes a minute and a half on one core. The answers are those of eval/compare/rule.py. The first
+table has false answers: a YES (or "features yes") to any claim that is not true, a NO to a claim whose conditions all
+hold by 1.5 points or more, EQUIVALENT, BETTER or WORSE where that is false; each in the worst of several truths at the
+edge of a claim. The second has power, of this rule and of the one before it (commit 4d5d306).
 
 An arm's accuracy is its true value, plus an effect of the seed, of the image, and of both. "spread" is the standard
 deviation over the seeds of one arm, in points. Contrasts share arms, and the fine-tuning and the probe of one arm share
