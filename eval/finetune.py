@@ -326,8 +326,8 @@ def main() -> None:
         if source.backbone is None:
             raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
     given = pretrain.read("finetune", schedule.settings, None).data
-    facts = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
-    request.config = dataclasses.replace(request.config, **{fact: getattr(given, fact) for fact in facts})
+    keys = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
+    request.config = dataclasses.replace(request.config, **{key: getattr(given, key) for key in keys})
     measure = choose_alone if schedule.held_out else evaluate
     rows = [row for source in request.sources for row in measure(source, request, schedule)]
     if request.state.is_main_process:  # it wrote the rows of the table
