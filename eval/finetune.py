@@ -1,6 +1,6 @@
 """Fine-tuning: a backbone and a new classifier are trained together on labels; accuracy on the report split.
 
-    accelerate launch eval/finetune.py --backbone RUN [RUN|timm name|timm folder …] [--data NAME|PATH|owner/name]
+    accelerate launch eval/finetune.py --backbone RUN [RUN|WEIGHTS …] [--data NAME|PATH|owner/name]
         [--labels all 0.1 10 …] [--label-seeds 0 1 …] [--lr 5e-4 1e-3 …] [key=value of recipes/finetune.yaml …]
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `train.steps=0 --output runs/random`:
@@ -250,7 +250,7 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
 
 def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
     """The recipe's backbone section: a model of the same shape that starts from these weights."""
-    start = str(Path(source.name).resolve()) if Path(source.name).exists() else source.name
+    start = weights.resolved(source.name)
     backbone = source.network
     if not isinstance(backbone, TokenBackbone):  # not a plain ViT: the name defines its shape
         return recipes.Backbone(name=backbone.name, init_from=start)
@@ -324,7 +324,9 @@ def main() -> None:
     request = cli.EvalRequest(args)
     for source in request.sources:
         if source.backbone is None:
-            raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
+            raise UserError(
+                f"{source.name} has no weights to fine-tune: pass a run, a file or folder of weights, or a timm model."
+            )
     given = pretrain.read("finetune", schedule.settings, None).data
     keys = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
     request.config = dataclasses.replace(request.config, **{key: getattr(given, key) for key in keys})

@@ -1,6 +1,6 @@
 """k-NN accuracy of frozen features, compared with the controls.
 
-    python eval/knn.py --backbone RUN [RUN|timm name|timm folder|pixels|pixels-pca64 …] [--data NAME|PATH|owner/name]
+    python eval/knn.py --backbone RUN [RUN|WEIGHTS|pixels|pixels-pca64 …] [--data NAME|PATH|owner/name]
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 

@@ -1,6 +1,6 @@
 """Linear probes of frozen features.
 
-    python eval/linear_probe.py --backbone RUN [RUN|timm name|timm folder|pixels …] [--data …] [--labels 1% 10% all]
+    python eval/linear_probe.py --backbone RUN [RUN|WEIGHTS|pixels …] [--data …] [--labels 1% 10% all]
     accelerate launch eval/linear_probe.py --preset mae --backbone RUN …
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:

@@ -1,6 +1,6 @@
 """Accuracy of a linear probe on corrupted test images: noise and blur separately from other corruptions.
 
-    python eval/robustness.py --backbone RUN [RUN|timm name|timm folder|pixels …] [--data …] [--labels 1% 10% all]
+    python eval/robustness.py --backbone RUN [RUN|WEIGHTS|pixels …] [--data …] [--labels 1% 10% all]
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 

@@ -319,7 +319,7 @@ def main() -> int:
     parser.add_argument("--recipe", help="a name in recipes/, a YAML file, or a run's recipe.yaml")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
     parser.add_argument("--output", type=Path, help="run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
-    parser.add_argument("--init-from", help="a run, timm folder or timm model to start from (backbone.init_from=…)")
+    parser.add_argument("--init-from", help="a run or weights to start from, as backbone.init_from=…; docs/weights.md")
     parser.add_argument("--print-output", action="store_true", help="print the run directory and do nothing")
     parser.add_argument("--print-schema", action="store_true", help="print a JSON Schema of recipes, for editors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")

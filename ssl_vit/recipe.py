@@ -128,7 +128,7 @@ class Backbone:
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)
     drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
-    init_from: str | None = setting(None, "start from this run, timm folder or timm model")
+    init_from: str | None = setting(None, "start from this run, or from weights of another code: docs/weights.md")
 
 
 @dataclass

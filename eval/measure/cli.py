@@ -24,7 +24,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """The arguments that all evaluators share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
+        "--backbone",
+        nargs="+",
+        required=True,
+        help="runs, weights as in docs/weights.md (files, folders, timm models, owner/name), pixels, pixels-pca64",
     )
     parser.add_argument(
         "--data", help="a name, a folder, owner/name, or a run: its images; default: those of the first run"

@@ -1,4 +1,4 @@
-"""Frozen features of a backbone: a run, a timm model, or raw pixels as the control.
+"""Frozen features of a backbone: a run, weights of any layout that is known, or raw pixels as the control.
 
 They are computed once per backbone and images, on all processes, and stored in SOURCE/features/ as .npy files.
 """
@@ -68,7 +68,8 @@ def data_of(settings: dict) -> recipes.Data:
 
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
-    """A run directory, a timm folder or model, or a control. data, size: those of the backbones it is compared with."""
+    """A run directory, weights as `ssl_vit.weights.load` takes them, or a control. data, size: those of the backbones
+    that it is compared with."""
     path = Path(name)
     backbone = None if name in CONTROLS else weights.load(name).eval()
     if backbone and (path / "recipe.yaml").exists():
@@ -79,10 +80,13 @@ def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | No
 
 
 def folder_of(name: str, data: str) -> Path:
-    """The folder for the rows of a backbone that is not a run. Folders of the same name are distinguished by a hash."""
-    path = Path(name)
-    own = f"-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}" if path.exists() else ""
-    return Path("runs") / f"{path.name}{own}-{recipes.short(data)}"
+    """The folder for the rows of a backbone that is not a run. Those of files and folders of the same name, and of the
+    same weights with other options, are distinguished by a hash."""
+    source = weights.parse(name)
+    telling = weights.resolved(name) if source.path.exists() or source.options else ""
+    own = f"-{hashlib.sha256(telling.encode()).hexdigest()[:6]}" if telling else ""
+    called = source.path.name if source.path.exists() else source.where.replace("/", "--").replace(":", "-")
+    return Path("runs") / f"{called}{own}-{recipes.short(data)}"
 
 
 @dataclass
