@@ -3,47 +3,64 @@
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
-here=$root/  # paths in ARGUMENTS mean what they mean where you stand, so we stay there
+here=$root/  # paths in ARGUMENTS are relative to the working directory, so it is not changed
 [ "$(pwd -P)" != "$root" ] || here=""
 
 usage() {
   cat <<EOF
 ./launch.sh [RECIPE] [ARGUMENTS]   pre-train, then compare the result by k-NN
-./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike beside their controls, write a report
-./launch.sh study [ARGUMENTS]      the denoising study in miniature: eight arms at equal compute, on the digits
-./launch.sh study --full [ARGS]    the whole of it, tuned, with a verdict: for GPUs, with --data cifar10
-./launch.sh check                  ruff, codespell, mypy, the docstrings' examples and the commands in the documents
-./launch.sh test [ARGUMENTS]       run the tests; --all runs the large matrices too; ARGUMENTS go to pytest
-./launch.sh test --lowest [ARGS]   the same in .venv-lowest, with the lowest versions that pyproject.toml admits
+./launch.sh compare [ARGUMENTS]    pre-train six recipes, evaluate them alike
+                                   beside their controls, write a report
+./launch.sh study [ARGUMENTS]      the denoising study in miniature: its arms,
+                                   tuned, at equal compute, on the digits
+./launch.sh study --full [ARGS]    the study at its largest, with a verdict: for
+                                   GPUs, with --data cifar10
+./launch.sh check                  ruff, codespell, mypy, the examples in the
+                                   docstrings, the commands in the documents
+./launch.sh test [ARGUMENTS]       run the tests; --all adds the large matrices;
+                                   ARGUMENTS go to pytest
+./launch.sh test --lowest [ARGS]   the same in .venv-lowest, with the lowest
+                                   versions that pyproject.toml admits
 ./launch.sh --help                 print this; nothing is set up
 
-RECIPE is a file in recipes/ (without .yaml) or the path of your own. Without one it is mae.
-  here: $(recipes)
+RECIPE is the name of a file in recipes/, without .yaml, or the path of your own
+file. The default is mae. The recipes are:
+$(recipes | fold -s -w 76 | sed 's/^/  /; s/ *$//')
 
 ARGUMENTS go to ssl_vit/pretrain.py:
-  --data NAME|PATH|OWNER/NAME   other images than the embedded digits, e.g. cifar10 or a folder
-  --output DIR                  where the run goes (default: runs/RECIPE-DATA[-HASH]-sSEED)
-  key=value                     any field of the recipe, e.g. train.epochs=20 optim.lr=1e-3
+  --data NAME|PATH|OWNER/NAME   images other than the digits: cifar10, a folder
+  --output DIR                  the run directory
+                                (default: runs/RECIPE-DATA[-HASH]-sSEED)
+  key=value                     any setting: train.epochs=20 optim.lr=1e-3
 For example: ./launch.sh dino-photos --data ~/photos train.epochs=20
 
-compare and study take --data and key=value too, and --seeds N; 'python eval/study.py --help' has the rest. On the
-digits compare takes about half an hour on two cores, study 50 minutes. What is done is not done again: stop and start them
-as you like; runs/PLAN-DATA[-HASH]/progress.txt tells how far they are. The report is report/report.html beside it. PLAN is
-compare, denoising or denoising-full; others are in recipes/study, for python eval/study.py PLAN.
+compare and study take --data and key=value too, and --seeds N; all options are
+in 'python eval/study.py --help'. On the digits and two cores compare takes half
+an hour, study 40 minutes. Both may be stopped and started again: finished work
+is not repeated, and runs/PLAN-DATA[-HASH]/progress.txt says how far they are.
+The report is report/report.html in the same folder. PLAN is compare, denoising
+or denoising-full; 'python eval/study.py PLAN' runs the others of recipes/study,
+such as denoising-small for two cores and denoising-gpu for one GPU. --plan says
+what a plan costs here, and does nothing.
 
 What a run does:
-  1. Set-up, once: makes .venv and installs the project there, in the exact versions of constraints.txt (several
-     gigabytes, a few minutes). An active environment (venv, or conda other than base) is used instead, with the lower
-     bounds of pyproject.toml; its torch is kept. Later calls skip this until pyproject.toml, setup.py, constraints.txt
-     or the Python changes.
-  2. accelerate launch ssl_vit/pretrain.py --recipe RECIPE ARGUMENTS, on all GPUs that torch can use, else on the CPU.
-     Your own 'accelerate config' is respected if there is one.
-  3. The same with train.steps=0: the control, random init.
-  4. python eval/knn.py: k-NN of the run beside random init and raw pixels.
-When pre-training fails or is stopped, the rest is not run, and the exit code is the launcher's, which is not 0.
+  1. Set-up, once: makes .venv and installs the project there, in the exact
+     versions of constraints.txt (several gigabytes, a few minutes). An active
+     environment (venv, or conda other than base) is used instead, with the
+     lower bounds of pyproject.toml; its torch is kept. Later calls skip the
+     set-up until pyproject.toml, setup.py, constraints.txt or the Python
+     changes.
+  2. accelerate launch ssl_vit/pretrain.py --recipe RECIPE ARGUMENTS, on all
+     GPUs that torch can use, else on the CPU. If you have an 'accelerate
+     config', it is respected.
+  3. The same with train.steps=0: the control, random initialisation.
+  4. python eval/knn.py: k-NN of the run beside the control and raw pixels.
+If pre-training fails or is stopped, the rest is not run, and the exit code is
+the launcher's, which is not 0.
 
 Environment variables:
-  PYTHON   the interpreter that .venv is made with (3.11 or newer; default: the newest found)
+  PYTHON   the interpreter that makes .venv (3.11 or newer; default: the newest
+           that is found)
 EOF
 }
 
@@ -110,7 +127,7 @@ wanted_python() {  # is .venv of the version that PYTHON asks for, if it does?
 
 make_venv() {  # unless it is there
   local interpreter release
-  # pip names its own place, which tells a whole .venv from one that was half-made, moved, or copied with the project.
+  # pip names its own path, which tells a whole .venv from one that is unfinished, moved or copied with the project.
   if [[ "$("$prefix/bin/pip" --version 2>/dev/null)" == *" $prefix/"* ]] &&
     recent "$prefix/bin/python" && wanted_python; then return; fi
   interpreter=$(find_python)
@@ -122,7 +139,7 @@ make_venv() {  # unless it is there
   "$interpreter" -m venv --clear "$prefix" || die "'$interpreter -m venv' failed (see above)."
 }
 
-fingerprint() {  # of all that a set-up depends on but the extras; the place counts, since the install points to it
+fingerprint() {  # of what a set-up depends on, but for the extras; the path counts, since the install points to it
   "$prefix/bin/python" - "$root" <<'EOF'
 import hashlib, sys
 files = [open(f"{sys.argv[1]}/{name}", "rb").read() for name in ("pyproject.toml", "setup.py", "constraints.txt")]
@@ -157,7 +174,7 @@ activate one with a newer Python."
   fi
   if [ -f "$stamp" ] && now=$(fingerprint 2>/dev/null) && { [ "$prefix" != "$own" ] || wanted_python; }; then
     case $(cat "$stamp") in
-      "$now$extras" | "${now}[dev]") return ;;  # what has the dev extras has the rest too
+      "$now$extras" | "${now}[dev]") return ;;  # the dev extras include the others
       "${now}[test]") [ "$extras" = "[dev]" ] || return 0 ;;
     esac
   fi
@@ -243,7 +260,7 @@ ready() {  # set up, then enter the environment and say what it computes on
 
 # ---- commands ----
 
-run_check() {  # all of it, also when one part complains
+run_check() {  # every part, even if one fails
   local failed=0
   ready "[dev]"
   cd "$root"
@@ -292,7 +309,7 @@ run_recipe() {
     launch=(python "${here}ssl_vit/launcher.py" -q)
   fi
 
-  # The control is the same but for what would keep it from being random init in a place of its own.
+  # The control is the same run without what would give it trained weights or the same folder.
   control=()
   for arg in "$@"; do
     if [ -n "$skip" ]; then skip=""; continue; fi
@@ -309,7 +326,7 @@ run_recipe() {
   random=$(python "${pretrain[@]}" "${control[@]}" --print-output)
   show "${launch[@]}" "${pretrain[@]}" "$@"
   if grep -qs '^  classes: null' "$run/recipe.yaml"; then
-    printf '\nThe images have no labels to compare by k-NN with. See %s/pictures and log.jsonl.\n' "$run"
+    printf '\nThe images have no labels, so k-NN cannot compare. See pictures/ and log.jsonl in %s.\n' "$run"
     return
   fi
   if [ "$run" = "$random" ]; then
@@ -322,7 +339,7 @@ run_recipe() {
   printf '\nNext:\n'
   [ "$prefix" != "$root/.venv" ] || echo "  in a new shell    . ${here}.venv/bin/activate, before commands of your own"
   cat <<EOF
-  another recipe    ./launch.sh NAME, of: $(recipes)
+  another recipe    ./launch.sh NAME: $(recipes)
   your own images   ./launch.sh $recipe --data FOLDER
   CIFAR-10          ./launch.sh $recipe --data cifar10
   all of them       ./launch.sh compare

@@ -36,6 +36,7 @@ import ssl_vit.own_eval  # noqa: F401  or another package called eval is importe
 from eval.measure import cli, features, results
 from eval.page import text_tables
 from ssl_vit import data, errors, files, pretrain, system
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -90,28 +91,28 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
     mean = patchify(backbone.normalise(training.mean(0, keepdim=True)), backbone.patch_size).mean((0, 1))
     values, counted = len(mean), int(given[2].sum())  # the same for every image
     width = 9 * (values + 1) + 1
-    share = min(1.0, VALUES / (width * counted * len(training)))
+    fraction = min(1.0, VALUES / (width * counted * len(training)))
     zero = torch.zeros((), dtype=torch.float64)
 
-    def rows(numbers: Tensor, share: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs (R, width), clean patches (R, D) minus the mean patch) for this share of the patches in these images'
-        loss, float64 on the CPU, some images at a time."""
+    def rows(numbers: Tensor, fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs (R, width), clean patches (R, D) minus the mean patch) for a fraction of the patches in the loss of
+        these images, float64 on the CPU, some images at a time."""
         for part in numbers.split(64):
             clean, draw = images[part.to(device)], Draw(seed, 0, part, device)
             given = objective.encoder_inputs(clean, draw)
             assert given is not None  # as for the first image
             seen, absent, counted = given
-            taken = counted & (draw.uniform("taken", counted.shape[1]) < share)
+            taken = counted & (draw.uniform("taken", counted.shape[1]) < fraction)
             around = neighbours(patchify(seen, backbone.patch_size) - mean, ~absent, backbone.grid(images), taken)
             patches = patchify(backbone.normalise(clean), backbone.patch_size)[taken] - mean
             yield around.cpu().double(), patches.cpu().double()
 
     def products(numbers: Tensor) -> Tensor:
-        return sum((x.T @ torch.cat([x, y], 1) for x, y in rows(numbers, share)), zero)
+        return sum((x.T @ torch.cat([x, y], 1) for x, y in rows(numbers, fraction)), zero)
 
     moments = products(fitting)
     tried = [ridge(moments, penalty) for penalty in PENALTIES]
-    wrong = sum((torch.stack([(x @ w - y).square().sum() for w in tried]) for x, y in rows(choosing, share)), zero)
+    wrong = sum((torch.stack([(x @ w - y).square().sum() for w in tried]) for x, y in rows(choosing, fraction)), zero)
     penalty = PENALTIES[int(wrong.argmin())]
     moments += products(choosing)
     weights = ridge(moments, penalty)
@@ -166,7 +167,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Fine-tuning: a backbone and a new classifier are trained together on labels; accuracy on the report split.
 
-    accelerate launch eval/finetune.py --backbone RUN [RUN|timm name|timm folder …] [--data NAME|PATH|owner/name]
+    accelerate launch eval/finetune.py --backbone RUN [RUN|WEIGHTS …] [--data NAME|PATH|owner/name]
         [--labels all 0.1 10 …] [--label-seeds 0 1 …] [--lr 5e-4 1e-3 …] [key=value of recipes/finetune.yaml …]
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `train.steps=0 --output runs/random`:
@@ -8,9 +8,11 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `tr
     python eval/finetune.py --backbone runs/mae-digits-s0 runs/random
 
 A randomly initialised backbone is the control: the same labels, from scratch. With several --lr, each is tried on nine
-tenths of the labelled images and evaluated on the last tenth. The best is trained again on all of them, and only that
-one is evaluated on the report split. With one label per class there is nothing to choose on: the middle one is used.
---lr-of RUN uses the rate that was chosen for another run, such as one of another seed.
+tenths of the labelled images and evaluated on the last tenth; if the best is the smallest or largest, half or twice
+that follows, until it is neither. It is trained again on all of them, and only then is the report split read. With one
+label per class there is nothing to choose on: the middle one is used. --lr-of RUN uses the rate that was chosen for
+another run, such as one of another seed. --held-out only chooses, after a pre-training with data.hold_out=true: the
+labels are of the nine tenths that it saw, and every rate is judged on the tenth that it did not.
 With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:
 for the compute of a pre-training, so that a control from scratch has equal total compute.
 
@@ -29,17 +31,17 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
-from eval.measure import cli, features, results
+from eval.measure import cli, features, rates, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
 from ssl_vit import data, engine, errors, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import TokenBackbone
-from ssl_vit.errors import UserError, say
+from ssl_vit.errors import Diverged, UserError, say
 from ssl_vit.files import fingerprint
 
-STEPS = 300  # the fewest steps of a training, however few images it has
+CHOSEN = "learning rate on a tenth of train"  # a row's `chosen`
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,36 @@ class Cost:
         return Cost(self.images + other.images, self.flops + other.flops, self.seconds + other.seconds)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The best of several learning rates, on held-out training images. about: what a row records of it; cost: of all
+    trainings and evaluations; answer: the predictions of the best for the held-out images."""
+
+    rate: float
+    about: dict
+    cost: Cost
+    answer: Predictions
+
+
 def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedule) -> list[dict]:
     """The rows of one backbone, one for each label subset, written to its folder."""
     train, test = request.images(source)
     truth = cli.labels_of(test)
     rows = []
     for (part, seed), (keys, chosen) in zip(request.parts, request.labelled(train), strict=True):
-        own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}"]
-        own += [f"data.subset={part:g}", f"data.subset_seed={seed}"] if part else []
-        own += few(schedule.settings, keys["train_n"])
-        own = [*schedule.settings, *own]
-        own += longer(source, request, own, keys["train_n"], schedule.extra) if schedule.extra else []
+        subset = [f"data.subset={part:g}", f"data.subset_seed={seed}"] if part else []
+        own = settings_of(source, request, schedule, subset, keys["train_n"])
         labels = cli.labels_of(train)[chosen]
-        choice: dict[str, object] = {}
+        about: dict[str, object] = {}
         spent, how = Cost(), "last checkpoint"
         if schedule.rates:
-            how = "learning rate on a tenth of train"
+            how = CHOSEN
             cli.tell_singles(labels, cli.classes_of(train))
             if schedule.lr_of:
-                best, how, choice = chosen_by(schedule.lr_of, schedule.protocol, test, keys)
+                best, how, about = chosen_by(schedule.lr_of, schedule.protocol, test, keys)
             elif subsets.folds(labels):
-                best, choice, spent = choose(source, request, own, schedule.rates)
+                choice = choose(source, request, [*own, "data.hold_out=true"], schedule.rates)
+                best, about, spent = choice.rate, choice.about, choice.cost
             else:
                 best, how = schedule.rates[len(schedule.rates) // 2], cli.UNCHOSEN
                 say(f"One label per class leaves nothing to choose on: lr {best:g}, the middle of --lr, is used.")
@@ -84,27 +95,65 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
         answer, judging = predict(path, test, request.state)
         spent += trained(path) + judging
         row = cli.row(source, test) | keys | answer.metrics(truth)
-        row |= dict(
-            protocol=schedule.protocol,
-            pooling=dict(token="cls", avg="mean")[recipe.objective.global_pool],
-            chosen=how,
-            settings=dict(lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, **choice),
-            eval_images=spent.images,
-            eval_flops=spent.flops,
-            seconds=round(spent.seconds, 3),
-        )
+        rows.append(row | described(recipe, schedule, how, about, spent))
         if request.state.is_main_process:
-            results.write(source.folder, [row], [answer], truth, test)
-        rows.append(row)
+            results.write(source.folder, [rows[-1]], [answer], truth, test)
     return rows
 
 
-def few(settings: list[str], images: int) -> list[str]:
-    """The setting of STEPS, if the recipe's epochs are fewer steps on so few images and the user set no length."""
-    train = pretrain.read("finetune", settings, None).train
-    given = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in settings)
-    short = train.epochs is not None and train.epochs * images < STEPS * train.batch_size
-    return [f"train.steps={STEPS}"] if short and not given else []
+def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Schedule) -> list[dict]:
+    """The rows of --held-out: the best rate for each number of labels, judged on what the pre-training left out.
+
+    The labels are drawn by the seed of that tenth. The parts of a seed are nested and the tenth is its last part, so
+    that the two are disjoint; raises UserError if so many labels are asked for that they are not.
+    """
+    seen, left_out = request.images(source)
+    seed = request.config.subset_seed
+    whole = cli.with_labels(data.load(dataclasses.replace(request.config, in_chans=seen.channels), "train"))
+    labels, truth = cli.labels_of(whole), cli.labels_of(left_out)
+    _, last = subsets.hold_out(labels, seed)
+    rows = []
+    for part, _ in request.parts:
+        if part is None:
+            subset, count = ["data.hold_out=true", f"data.subset_seed={seed}"], len(seen)
+        else:
+            chosen = subsets.stratified(labels, part, seed)
+            subset, count = [f"data.subset={part:g}", f"data.subset_seed={seed}"], len(chosen)
+            if len(np.intersect1d(chosen, last)):
+                raise UserError(
+                    f"{count:,} labels reach into the tenth of train that they are to be judged on: ask for fewer."
+                )
+        own = settings_of(source, request, schedule, subset, count)
+        choice = choose(source, request, own, schedule.rates, left_out)
+        recipe = make_recipe(source, request.config, [*own, f"optim.lr={choice.rate}"])
+        row = cli.row(source, left_out) | choice.answer.metrics(truth)
+        row |= dict(label_fraction=cli.describe_part(part), subset_seed=seed if part else None, train_n=count)
+        rows.append(row | described(recipe, schedule, CHOSEN, choice.about, choice.cost))
+        if request.state.is_main_process:
+            results.write(source.folder, [rows[-1]], [choice.answer], truth, left_out)
+    return rows
+
+
+def settings_of(
+    source: features.Source, request: cli.EvalRequest, schedule: Schedule, subset: list[str], images: int
+) -> list[str]:
+    """The settings of a training, but for its learning rate if that is yet to be chosen."""
+    own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}", *subset, *schedule.few(images)]
+    own = [*schedule.settings, *own]
+    return own + (longer(source, request, own, images, schedule.extra) if schedule.extra else [])
+
+
+def described(recipe: recipes.Recipe, schedule: Schedule, how: str, about: dict, spent: Cost) -> dict:
+    """The keys of a row that say how it was made."""
+    return dict(
+        protocol=schedule.protocol,
+        pooling=dict(token="cls", avg="mean")[recipe.objective.global_pool],
+        chosen=how,
+        settings=dict(lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, **about),
+        eval_images=spent.images,
+        eval_flops=spent.flops,
+        seconds=round(spent.seconds, 3),
+    )
 
 
 def longer(
@@ -125,8 +174,13 @@ def longer(
 
 def chosen_by(run: Path, protocol: str, test: data.ImageSet, keys: dict) -> tuple[float, str, dict]:
     """(the learning rate chosen for another run, what it was chosen on, settings). Raises UserError without one."""
-    same = dict(protocol=protocol, eval_data=test.name, split=test.split, label_fraction=keys["label_fraction"])
-    rows = [row for row in results.read(run) if all(row.get(key) == value for key, value in same.items())]
+    same = dict(protocol=protocol, eval_data=test.name, label_fraction=keys["label_fraction"])
+    rows = [
+        row
+        for row in results.read(run)
+        if all(row.get(key) == value for key, value in same.items())
+        and (row["split"] == test.split or row["split"].startswith("held out"))
+    ]
     rows.sort(key=lambda row: row["subset_seed"] != keys["subset_seed"])  # the same labels first, else another subset
     if not rows:
         raise UserError(
@@ -137,30 +191,44 @@ def chosen_by(run: Path, protocol: str, test: data.ImageSet, keys: dict) -> tupl
 
 
 def choose(
-    source: features.Source, request: cli.EvalRequest, settings: list[str], rates: list[float]
-) -> tuple[float, dict, Cost]:
-    """(the best learning rate on held-out training images, what a row records of it, the cost)."""
-    accuracies, total = [], Cost()
-    for rate in rates:
-        recipe = make_recipe(source, request.config, [*settings, "data.hold_out=true", f"optim.lr={rate}"])
-        path = tune(source, recipe, request.images(source)[0])
-        held_out = cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
-        answer, judging = predict(path, held_out, request.state)
-        accuracies.append(answer.metrics(cli.labels_of(held_out))["value"])
-        total += trained(path) + judging
-        say(f"lr {rate:g}: {100 * accuracies[-1]:.1f} % of {len(held_out)} held-out training images are correct")
-    alike = [rate for rate, accuracy in zip(rates, accuracies, strict=True) if accuracy == max(accuracies)]
-    best = alike[len(alike) // 2]  # few held-out images cause ties: the middle is the safest
-    edge = best in (rates[0], rates[-1])
-    if edge:
-        say(f"warning: the best learning rate, {best:g}, is at the edge of the grid: extend --lr beyond it.")
-    tried = {f"{rate:g}": accuracy for rate, accuracy in zip(rates, accuracies, strict=True)}
-    return best, dict(tried=tried, validation=max(accuracies), at_the_edge=edge), total
+    source: features.Source,
+    request: cli.EvalRequest,
+    settings: list[str],
+    asked: list[float],
+    left_out: data.ImageSet | None = None,
+) -> Choice:
+    """The best learning rate: of those asked for, or beyond them while the best is at an edge.
+
+    left_out: the images to judge on; None: the tenth of the labelled ones that the settings hold out. A rate at which
+    the training diverges is worse than any other. Raises UserError if all do.
+    """
+    tried: rates.Tried = {}
+    answers, total, left = {}, Cost(), asked
+    while left:
+        for rate in left:
+            recipe = make_recipe(source, request.config, [*settings, f"optim.lr={rate}"])
+            try:
+                path = tune(source, recipe, request.images(source)[0])
+            except Diverged as error:
+                say(f"lr {rate:g}: {error}")
+                tried[rate] = None
+                continue
+            judge = left_out or cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
+            answers[rate], judging = predict(path, judge, request.state)
+            tried[rate] = accuracy = answers[rate].metrics(cli.labels_of(judge))["value"]
+            total += trained(path) + judging
+            say(f"lr {rate:g}: {100 * accuracy:.1f} % of {len(judge)} held-out training images are correct")
+        if not answers:
+            raise UserError(f"Training diverged at every learning rate from {left[0]:g} on: pass smaller --lr.")
+        left = rates.further(tried)
+    best = rates.best(tried)
+    about = dict(tried={f"{rate:g}": tried[rate] for rate in sorted(tried)}, validation=tried[best])
+    return Choice(best, about, total, answers[best])
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
-    """The recipe finetune for this backbone on these images. Size, channels, mean, std and interpolation are the
-    backbone's."""
+    """The recipe finetune for this backbone on these images. Size, channels, mean, std, interpolation and the
+    permutation of pixels are the backbone's."""
     recipe = pretrain.read("finetune", settings, images.name)
     asked, backbone = recipe.data, source.network
     recipe.data = dataclasses.replace(
@@ -172,6 +240,7 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
         in_chans=len(backbone.mean),
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
+        permute_pixels=source.permuted,
     )
     if not any(text.startswith("views.interpolation=") for text in settings):
         recipe.views.interpolation = backbone.evaluation_view.interpolation
@@ -181,7 +250,7 @@ def make_recipe(source: features.Source, images: recipes.Data, settings: list[st
 
 def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
     """The recipe's backbone section: a model of the same shape that starts from these weights."""
-    start = str(Path(source.name).resolve()) if Path(source.name).exists() else source.name
+    start = weights.resolved(source.name)
     backbone = source.network
     if not isinstance(backbone, TokenBackbone):  # not a plain ViT: the name defines its shape
         return recipes.Backbone(name=backbone.name, init_from=start)
@@ -255,11 +324,14 @@ def main() -> None:
     request = cli.EvalRequest(args)
     for source in request.sources:
         if source.backbone is None:
-            raise UserError(f"{source.name} has no weights to fine-tune: pass a run, a timm folder or a timm model.")
+            raise UserError(
+                f"{source.name} has no weights to fine-tune: pass a run, a file or folder of weights, or a timm model."
+            )
     given = pretrain.read("finetune", schedule.settings, None).data
-    facts = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
-    request.config = dataclasses.replace(request.config, **{fact: getattr(given, fact) for fact in facts})
-    rows = [row for source in request.sources for row in evaluate(source, request, schedule)]
+    keys = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
+    request.config = dataclasses.replace(request.config, **{key: getattr(given, key) for key in keys})
+    measure = choose_alone if schedule.held_out else evaluate
+    rows = [row for source in request.sources for row in measure(source, request, schedule)]
     if request.state.is_main_process:  # it wrote the rows of the table
         cli.announce(rows)
         say(table(rows, request.folders))

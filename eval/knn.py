@@ -1,6 +1,6 @@
 """k-NN accuracy of frozen features, compared with the controls.
 
-    python eval/knn.py --backbone RUN [RUN|timm name|timm folder|pixels|pixels-pca64 …] [--data NAME|PATH|owner/name]
+    python eval/knn.py --backbone RUN [RUN|WEIGHTS|pixels|pixels-pca64 …] [--data NAME|PATH|owner/name]
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 
@@ -76,7 +76,7 @@ def vote(
 ) -> list[tuple[int, Predictions]]:
     """(k, predictions for the queries far (m, D), whose classes are truth (m,)) for each k.
 
-    near (n, D), labels (n,): the training images. The probability of a class is its share of the vote.
+    near (n, D), labels (n,): the training images. The probability of a class is its fraction of the vote.
     """
     parts: dict[int, list[Predictions]] = {k: [] for k in ks}
     at = 0
@@ -84,7 +84,7 @@ def vote(
         for k, weights in found.items():
             parts[k].append(Predictions.of([weights], truth[at : at + len(weights)]))
         at += len(weights)
-    return [(k, Predictions.join(of)) for k, of in parts.items()]
+    return [(k, Predictions.join(batches)) for k, batches in parts.items()]
 
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:

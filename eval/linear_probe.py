@@ -1,6 +1,6 @@
 """Linear probes of frozen features.
 
-    python eval/linear_probe.py --backbone RUN [RUN|timm name|timm folder|pixels …] [--data …] [--labels 1% 10% all]
+    python eval/linear_probe.py --backbone RUN [RUN|WEIGHTS|pixels …] [--data …] [--labels 1% 10% all]
     accelerate launch eval/linear_probe.py --preset mae --backbone RUN …
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
@@ -185,7 +185,7 @@ def logistic(probe: Probe, part: dict, chosen: np.ndarray) -> None:
 
 
 def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs: int | None) -> None:
-    """Add one row, by the preset's protocol. Every process computes its share of features and trains the same head."""
+    """Add one row, by the preset's protocol. Every process computes some of the features and trains the same head."""
     protocol = linear_heads.PROBE_RECIPES[preset]
     pooling = next(iter(probe.queries.poolings(-1)))  # the class token; the mean if a model has none
     blocks = probe.blocks[-protocol.blocks :]
@@ -234,9 +234,9 @@ def augmented(
     spec = views.crop_flip(source.network.input_size, 0.5 if images.flip else 0.0, protocol.scale)
     spec = views.resampled(spec, protocol.interpolation)
     order = Order(probe.seed, len(chosen), batch)
-    share = -(-batch // state.num_processes)  # the last process repeats a few rows, which are cut off again
-    mine = np.minimum(np.arange(share) + share * state.process_index, batch - 1)
-    cut = [mine[at : at + 256] for at in range(0, share, 256)]
+    local_batch_size = -(-batch // state.num_processes)  # the last process repeats a few rows, which are cut off again
+    mine = np.minimum(np.arange(local_batch_size) + local_batch_size * state.process_index, batch - 1)
+    cut = [mine[at : at + 256] for at in range(0, local_batch_size, 256)]
     plan = ((step, rows, chosen[order.indices(step, rows)]) for step in range(steps) for rows in cut)
     workers = min(system.cores(), 16)
     stream = data.chunks(images, spec, plan, probe.seed, state.device, workers)

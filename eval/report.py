@@ -33,11 +33,12 @@ from eval.page.document import (
     terminal,
 )
 from ssl_vit import commands, errors, files
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories that were evaluated")
     parser.add_argument("--study", type=Path, metavar="DIR", help="instead: the runs of a study, by its study.json")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")

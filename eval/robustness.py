@@ -1,6 +1,6 @@
 """Accuracy of a linear probe on corrupted test images: noise and blur separately from other corruptions.
 
-    python eval/robustness.py --backbone RUN [RUN|timm name|timm folder|pixels …] [--data …] [--labels 1% 10% all]
+    python eval/robustness.py --backbone RUN [RUN|WEIGHTS|pixels …] [--data …] [--labels 1% 10% all]
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
 
@@ -102,7 +102,7 @@ def retrain(probe: Probe, sweep: Sweep) -> Callable[[features.Features, np.ndarr
 def corrupted(probe: Probe, predictors: list[Callable]) -> dict[tuple[str, int], list[Predictions]]:
     """Each head's predictions for the corrupted test images, by kind and severity.
 
-    Every process passes its share through the backbone and returns all predictions.
+    Every process passes some of the images through the backbone and returns all predictions.
     """
     source, state, images = probe.source, probe.state, probe.test
     kinds = [kind for _, kind in common_corruptions.kinds(images.channels)]

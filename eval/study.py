@@ -9,26 +9,33 @@ On a laptop, in about half an hour, on scikit-learn's handwritten digits:
 PLAN is a file in recipes/study/ or a path to your own. Each job is a command of its own with a log of its own; several
 run at a time. What is done is never run again: the same command continues where it was stopped. The progress is in
 runs/PLAN-DATA[-HASH]/progress.txt. A key=value applies to the pre-training of every arm; an arm's own settings win.
+
+--plan says what it would cost on this machine and what differences it could detect, and does nothing else.
+--results DIR keeps there, packed, what a verdict needs. With that folder a study goes on where its runs are lost:
+evaluations done are done, and a pre-training is run again only if an evaluation of it is left.
 """
 
 import argparse
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
-from eval.compare.studies import at_the_edge
 from eval.schedule import plans
-from eval.schedule.jobs import Job, work
+from eval.schedule.cost import estimate
+from eval.schedule.jobs import Job, needed, work
+from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study
 from ssl_vit import commands, errors, files, system
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("plan", help=f"{', '.join(plans.names())}, or a YAML file")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
     parser.add_argument("--seeds", type=int, help="pre-trainings of every arm; default: the plan's")
@@ -45,6 +52,10 @@ def main() -> int:
     parser.add_argument(
         "--accept-failed", action="store_true", help="continue if trials have failed: they are not chosen"
     )
+    parser.add_argument("--results", type=Path, metavar="DIR", help="keep packed results there, and go on from them")
+    parser.add_argument(
+        "--plan", action="store_true", dest="estimate", help="print runs, FLOPs, hours, disk and power; do nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, without running them")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every pre-training")
     args = parser.parse_intermixed_args()
@@ -59,41 +70,49 @@ def main() -> int:
     given = plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
     given += [text for text in args.settings if not plans.may_change(text)]
     settings = plan.spend(args.settings)
-    if decides and not plan.decides and not args.dry_run:
+    if decides and not plan.decides and not args.dry_run and not args.estimate:
         say(f"This study does not follow {plan.name} in full, so no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or system.cores()
+    packed = Packed(args.results) if args.results else None
+    if packed and not args.estimate:
+        restored = packed.restore(Path("runs"))
+        if restored:
+            say(f"Going on from {args.results}: {len(restored)} runs that are not here were evaluated before.")
     study = Study(plan, args.data, settings, given, threads=max(1, system.cores() // at_once))
-
-    trials = study.trial_jobs()
+    if args.estimate:
+        say(estimate(study, at_once))
+        return 0
     if args.dry_run:
-        left = [job for job in trials if not job.done]
-        if not left:
-            left = [job for job in study.jobs(study.trainings(study.choose())) if not job.done]
+        left = needed(study.trial_jobs(study.next_trials())) or needed(study.jobs(study.trainings()))
         for job in left:
-            print(shlex.join(job.command))
+            if not job.done:
+                print(shlex.join(job.command))
         return 0
     study.folder.mkdir(parents=True, exist_ok=True)
     with files.Lock(study.folder / ".lock", wait=False, refusal="wait for it, or stop it."):
-        return run(study, trials, at_once, args.accept_failed)
+        return run(study, at_once, args.accept_failed, packed)
 
 
-def run(study: Study, trials: list[Job], at_once: int, accept_failed: bool) -> int:
+def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None = None) -> int:
     """Do what is left, and write the report. Returns the exit code."""
-    failed = work(trials, at_once, study.folder) if trials else []
-    if failed and not accept_failed:
-        say(
-            f"{len(failed)} of {len(trials)} jobs of the trials failed. Fix the errors above and run the command "
-            "again, or pass --accept-failed to choose among the others."
-        )
-        return 1
-    chosen = study.choose()
-    for arm, settings in chosen.items():
-        edge = at_the_edge([(trial.settings, trial.accuracy) for trial in study.trials[arm]])
-        say(f"Chosen for {arm}: {' '.join(settings)}{' (at the edge of the learning rates tried)' if edge else ''}")
-    trainings = study.trainings(chosen)
-    study.describe(trainings)
-    everything = study.jobs(trainings)
-    failed = work(everything, at_once, study.folder)
+    keep = packed.add if packed else lambda run: None
+    failed: list[Job] = []
+    while trials := study.next_trials([job.run for job in failed]):
+        failed += work(needed(study.trial_jobs(trials)), at_once, study.folder, keep)
+        if failed and not accept_failed:
+            say(
+                f"{len(failed)} jobs of the trials failed. Fix the errors above and run the command again, or pass "
+                "--accept-failed to choose among the others."
+            )
+            return 1
+    for arm, settings in study.chosen.items():
+        say(f"Chosen for {arm}: {' '.join(settings)}")
+    trainings = study.trainings()
+    manifest = study.describe(trainings)
+    for folder in (study.folder, packed.folder if packed else study.folder):
+        files.write(folder / "study.json", manifest)
+    everything = needed(study.jobs(trainings))
+    failed = work(everything, at_once, study.folder, keep)
     folders = [training.run for training in trainings] + list(study.controls().values())
     code = 1 if failed else 0
     if any((folder / "results.jsonl").exists() for folder in folders):

@@ -20,7 +20,7 @@ KEEP = re.compile(r"step-(\d{8})\.pt$")
 
 
 class Run:
-    """A run directory. Only the first process calls what writes."""
+    """A run directory. Only the first process calls the methods that write."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -30,15 +30,15 @@ class Run:
     # -- opening ------------------------------------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """Be the only writer, until the process ends. Raises UserError with the holder's pid and machine."""
+        """Become the only writer until the process ends. Raises UserError with the holder's pid and machine."""
         refusal = "wait for it, or pass another --output."
         lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
         self._lock = lock.__enter__()
 
     def claim(self, settings: dict[str, Any], config: type[Any]) -> None:
-        """Write recipe.yaml, or check that the one there says the same wherever it must. config: of the objective.
+        """Write recipe.yaml, or check that an existing one agrees wherever it must. config: the objective's Config.
 
-        Raises UserError naming the keys that differ, and the command for a run of its own where there is one.
+        Raises UserError naming the keys that differ and, where there is one, the command that starts a separate run.
         """
         file = self.path / "recipe.yaml"
         if not file.exists():
@@ -47,7 +47,7 @@ class Run:
         else:
             old = recipes.read_settings(file)
             keys = recipes.differences(old, settings, config)
-            if keys and commands.current() != "pretrain":  # the folder is not the user's to choose
+            if keys and commands.current() != "pretrain":  # the user did not choose the folder
                 raise UserError(
                     f"{self.path} is a run with other settings ({', '.join(keys)}): remove that folder, and start the "
                     "same command again."
@@ -61,7 +61,7 @@ class Run:
                 command = shlex.join([*commands.typed("pretrain"), *arguments, "--output", free])
                 other = f"{self.path} is a run with other settings ({', '.join(keys)})."
                 if "images.fingerprint" in keys:
-                    other += " Its images were others; of photos, names, sizes and times of the files count (cp -p)."
+                    other += " Its images differ (of photos the names, sizes or times of the files; cp -p keeps those)."
                 raise UserError(f"{other} Start a new one: {command}")
         if not self.finished:
             files.write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -78,9 +78,9 @@ class Run:
         return dict(sorted(found.items()))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps beside the older one, rename it into place, then drop that.
+        """Write the state after `step` steps beside the older checkpoint, rename it into place, delete the older one.
 
-        Raises UserError if the disk is full; what was there stays.
+        Raises UserError if the disk is full; the older checkpoint then stays.
         """
         file = self.path / "checkpoints" / f"step-{step:08d}.pt"
         older = list(self.checkpoints())
@@ -105,8 +105,8 @@ class Run:
         except Exception as error:  # torch's readers raise a dozen types for a damaged file
             detail = " ".join(str(error).split())[:120]
             raise UserError(
-                f"The checkpoint {file} is damaged ({detail}). Delete it to go on from an earlier one, or from "
-                "the start."
+                f"The checkpoint {file} is damaged ({detail}). Delete it to continue from an earlier one, or "
+                "from the start."
             ) from None
 
     # -- the log ------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class Run:
         files.append(self.log_file, json.dumps(line) + "\n")
 
     def cut_log(self, step: int) -> dict[str, Any]:
-        """Drop what was logged after `step`, or half written; returns the last line left that has seconds, or {}."""
+        """Drop lines logged after `step` or half written. Returns the last remaining line that has seconds, or {}."""
         lines = []
         if self.log_file.exists():
             for text in self.log_file.read_text().splitlines():
@@ -132,8 +132,8 @@ class Run:
 class Saver:
     """Saves the state of training when it is due. All processes call it, and the first one writes.
 
-    state: gives it, in the form of one process. check: raises UserError if the state after so many steps is not worth
-    saving.
+    state: gives it, in the form of one process. check: called with the steps done; raises UserError if their state
+    must not be saved.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Saver:
     ):
         self.run, self.state, self.runtime = run, state, runtime
         self.check, self.writes = check, writes
-        self.saved, self._at = done, time.monotonic()  # the last checkpoint: after so many steps; when
+        self.saved, self._at = done, time.monotonic()  # steps done at the last checkpoint; its time
 
     @property
     def overdue(self) -> bool:
@@ -156,7 +156,7 @@ class Saver:
         return minutes is not None and time.monotonic() - self._at >= 60 * minutes
 
     def save(self, step: int) -> None:
-        """Save the state after `step` steps. Raises UserError if it is worthless, or cannot be written."""
+        """Save the state after `step` steps. Raises UserError if it must not be saved or cannot be written."""
         self.check(step)
         state = self.state()
         if self.writes:

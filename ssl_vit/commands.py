@@ -1,5 +1,5 @@
 """The command `ssl-vit`: `ssl-vit pretrain --recipe mae` is `python ssl_vit/pretrain.py --recipe mae`, wherever it is
-installed. Also the names of our commands, and how to start each of them.
+installed. Also the names of our commands, how to start each of them, and the form of their --help.
 """
 
 import argparse
@@ -8,11 +8,13 @@ import importlib
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from ssl_vit import __version__, errors
 from ssl_vit.errors import UserError, nearest
 
+WIDTH = 80  # columns of a --help
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, or the site-packages that hold the wheel
 COMMANDS = {
     "pretrain": "ssl_vit.pretrain",
@@ -55,7 +57,7 @@ def typed(name: str) -> list[str]:
 
 
 def documented(name: str) -> list[str]:
-    """The words that start a command as the documents have it: those of a checkout, or of an installed package."""
+    """The words that start a command in the documents: those of a checkout, or of an installed package."""
     if (ROOT / "pyproject.toml").exists():
         return ["python", COMMANDS[name].replace(".", "/") + ".py"]
     return ["ssl-vit", name]
@@ -73,12 +75,47 @@ def summary(name: str) -> str:
 
 
 def own_words(text: str) -> str:
-    """A docstring's commands as they are typed where this one was started by `ssl-vit`."""
+    """A docstring with its commands rewritten for a user of `ssl-vit`."""
     for name, module in COMMANDS.items():
         path = re.escape(module.replace(".", "/")) + r"\.py\b"
         text = re.sub(f"python {path}", f"ssl-vit {name}", text)
         text = re.sub(f"(accelerate launch(?: -q)?) {path}", rf"\1 -m {module}", text)
     return text
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """--help in 80 columns, with a docstring as the description: its commands and lists keep their lines."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, width=WIDTH)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return folded(text)
+
+
+def folded(text: str) -> str:
+    """The text in lines of at most 80 columns. Paragraphs are filled anew. An indented line and the lines below it that
+    are indented deeper are one item, whose further lines start at its second column, or four columns in."""
+    items: list[str] = []
+    for line in text.splitlines():
+        depth, before = _depth(line), _depth(items[-1]) if items and items[-1].strip() else None
+        if line.strip() and before is not None and (depth > before > 0 or depth == before == 0):
+            items[-1] += f" {line.strip()}"
+        else:
+            items.append(line)
+    lines = []
+    for item in items:
+        column = re.match(r" +\S+( \S+)* {2,}(?=\S)", item)
+        hanging = column.end() if column and column.end() <= WIDTH // 2 else _depth(item) and _depth(item) + 4
+        wrapped = textwrap.wrap(
+            item, WIDTH, subsequent_indent=" " * hanging, break_long_words=False, break_on_hyphens=False
+        )
+        lines += wrapped or [""]
+    return "\n".join(lines)
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def main() -> None:
@@ -94,7 +131,7 @@ def _main() -> int | None:
         description="Pre-train Vision Transformers by interchangeable objectives, and compare them.",
         epilog="commands, each of which has a --help:\n"
         + "\n".join(f"  {name:{width}}{summary(name)}" for name in COMMANDS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="help", help="print this")

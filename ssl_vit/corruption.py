@@ -1,7 +1,7 @@
 """Masks over patches, and corruptions of pixels: noise, blur, shuffled patches.
 
-Every mask covers exactly the stated number of patches in every image, so no loss depends on how many it happened to be.
-All are functions of tensors. Random numbers, uniform in [0, 1) or standard normal, are handed in: from torch.rand and
+Every mask covers exactly the stated number of patches in every image, so no loss depends on a count that varies.
+All are functions of tensors. Random numbers, uniform in [0, 1) or standard normal, are arguments: from torch.rand and
 torch.randn, or from the addressed streams of an objective.
 """
 
@@ -94,8 +94,8 @@ def split(order: Int[Tensor, "B N"], count: int) -> tuple[Int[Tensor, "B N-{coun
 
 
 def replace_patches(patches: Tensor, order: Tensor, num_masked: int, count: int) -> Tensor:
-    """Patches or their tokens (B, N, D), of which the first `count` masked ones of the order, int64 (B, N), show
-    another patch: a visible one if there are enough. Masked patch prediction (ViT, arXiv 2010.11929, appendix B.1.2).
+    """Replace the first `count` masked patches of the order, int64 (B, N), by other patches: by visible ones if there
+    are enough. patches: (B, N, D), or their tokens. Masked patch prediction (ViT, arXiv 2010.11929, appendix B.1.2).
 
     >>> replace_patches(torch.tensor([[[0.0], [1.0], [2.0], [3.0]]]), torch.tensor([[3, 1, 0, 2]]), 2, 1).flatten()
     tensor([3., 1., 2., 3.])
@@ -119,8 +119,8 @@ def next_patch(
     """(mask bool (B, N): the patches to be predicted from those before them, in raster order; and which token attends
     to which, bool (B, 1, P + N, P + N)).
 
-    start: (B, 1) in [0, 1): the part of the patches that is given, and that see each other, at least one (AIM's prefix,
-    arXiv 2401.08541, section 3.2). The prefix tokens see all and are seen by no patch, so that they tell nothing.
+    start: (B, 1) in [0, 1): the fraction of the patches that is given, at least one, which attend to each other (AIM's
+    prefix, arXiv 2401.08541, section 3.2). Prefix tokens attend to all and no patch to them, so that they leak nothing.
     """
     patches = math.prod(grid)
     place = torch.arange(patches, device=start.device)
@@ -151,8 +151,8 @@ class PatchPCA(nn.Module):
         self.register_buffer("scale", torch.zeros(()))
 
     def fit(self, images: Float[Tensor, "B C H W"], seed: int) -> None:
-        """Standardised images (B, C, H, W)."""
-        patches = patchify(images, self.patch).flatten(0, 1).cpu().double()  # which Apple's GPUs do not have
+        """Find the components of the patches of standardised images (B, C, H, W)."""
+        patches = patchify(images, self.patch).flatten(0, 1).cpu().double()  # Apple's GPUs have no float64
         mean = patches.mean(0)
         centred = patches - mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(patches))
@@ -162,7 +162,7 @@ class PatchPCA(nn.Module):
         self.scale.copy_(values.flip(0)[:count].mean().clamp(min=0).sqrt())
 
     def project(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Standardised images without what lies outside the components."""
+        """Standardised images, their patches projected onto the components."""
         grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
         inside = (patchify(images, self.patch) - self.mean) @ self.components.T @ self.components + self.mean
         return unpatchify(inside, self.patch, grid)
@@ -197,7 +197,7 @@ def blur(images: Tensor, u: Tensor, sigma: Sequence[float]) -> Tensor:
 def shuffle(
     images: Float[Tensor, "B C H W"], patch: tuple[int, int], places: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B C H W"]:
-    """Images whose patches at these places, int64 (B, K) in random order, move on in a ring: each shows another."""
+    """Move the patches at these places, int64 (B, K) in random order, on in a ring: each place shows another patch."""
     patches = patchify(images, patch)
     index = places[..., None].expand(-1, -1, patches.shape[-1])
     grid = images.shape[-2] // patch[0], images.shape[-1] // patch[1]

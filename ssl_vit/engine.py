@@ -53,7 +53,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
             project_dir=path,
         )
     except ValueError as error:
-        raise UserError(f"Accelerate refuses: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"Accelerator() failed: {' '.join(str(error).split())[:300]}") from None
     absent = [name for name in names if name not in map(str, accelerator.log_with)]
     if absent:
         raise UserError(f"monitor.trackers names {absent[0]}, which is not installed: install it, or leave it out.")
@@ -111,7 +111,7 @@ def told(variable: str) -> bool:
 
 
 class Asked(NamedTuple):
-    """What is to happen after this step, on all processes if one is asked: stop; save."""
+    """What happens after this step, on all processes as soon as one of them asks for it: stop; save."""
 
     stop: bool
     save: bool

@@ -21,8 +21,12 @@ class UserError(Exception):
         self.sentences = sentences
 
 
+class Diverged(UserError):
+    """A training whose loss or weights are no longer finite numbers."""
+
+
 class Mistakes:
-    """Gathers what is wrong, so that all of it is said at once: `with mistakes: …` goes on after a UserError."""
+    """Collects mistakes, so that all are reported at once: `with mistakes: …` continues after a UserError."""
 
     def __init__(self) -> None:
         self.sentences: list[str] = []
@@ -37,7 +41,7 @@ class Mistakes:
         return False
 
     def refuse(self) -> None:
-        """Raises one UserError for all there were, if there were any."""
+        """Raise one UserError for all mistakes, if there are any."""
         if self.sentences:
             raise UserError(*self.sentences)
 
@@ -66,8 +70,8 @@ def run(main: Callable[[], int | None]) -> None:
         message, code = f"error: {error}", 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
         code = 141
     except Exception as error:
         if not peers.several():

@@ -1,11 +1,11 @@
-"""Files that are there whole or not at all, and folders with one writer at a time.
+"""Files that exist whole or not at all, and folders with one writer at a time.
 
     with files.writing(path) as partial, open(partial, "wb") as stream:
         torch.save(state, stream)                  # any library, any format; `path` appears when the block ends
     with files.Lock(folder / ".lock"): ...         # waits; wait=False refuses, naming the process that holds it
 
-Everything this project keeps is written through here, so that a full, read-only or vanished disk is one sentence on
-every route, and never a half-written file.
+Everything that this project keeps is written through this file, so that a full, read-only or vanished disk gives one
+sentence everywhere, and never a half-written file.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ ROOM = "Make room, or choose another place, and start the same command again."
 def writing(target: Path, remedy: str = ROOM) -> Iterator[Path]:
     """A path beside `target` to write to, a file or a folder, which takes its place when the block ends.
 
-    The folders above it are made. Raises UserError, naming the target, the reason and the remedy, if it cannot be
-    written; what was there before then stays as it was, and nothing is left beside it.
+    Parent folders are made. Raises UserError, naming the target, the reason and the remedy, if it cannot be written;
+    the earlier content then stays, and nothing is left beside it.
     """
     partial = target.with_name(f"{target.name}.partial")
     try:
@@ -41,7 +41,7 @@ def writing(target: Path, remedy: str = ROOM) -> Iterator[Path]:
         if target.is_dir():  # a folder cannot be replaced by another in one step
             _remove(target)
         os.replace(partial, target)
-    # a writer of torch's or of safetensors' has an error of its own for a full disk
+    # torch and safetensors raise errors of their own for a full disk
     except (OSError, RuntimeError, SafetensorError) as error:
         raise cannot_write(target, error, remedy) from None
     finally:
@@ -73,10 +73,10 @@ def cannot_write(target: Path, error: Exception, remedy: str = ROOM) -> UserErro
 
 
 class Lock:
-    """One process at a time, until the block or the process ends; its pid and machine stand in a file beside it.
+    """One process at a time, until the block or the process ends; a file beside the lock holds its pid and machine.
 
-    Raises UserError if the place cannot be written; with wait=False also if another process holds the lock, naming it:
-    `refusal` then follows "PLACE is being written by process PID on MACHINE: ".
+    Raises UserError if the folder cannot be written; with wait=False also if another process holds the lock, naming it:
+    `refusal` then follows "FOLDER is being written by process PID on MACHINE: ".
     """
 
     def __init__(self, file: Path, wait: bool = True, refusal: str = "wait for it.", remedy: str = ROOM):
@@ -114,7 +114,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the bytes are on the disk: a full disk or quota may only be told then."""
+    """Wait until the bytes are on the disk: a full disk or quota may be reported only then."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             with open(file, "rb") as stream:

@@ -1,7 +1,7 @@
 """What a training step or a forward pass costs, counted with unfused attention.
 
-Counted on the CPU from a copy, so that the figure is the same on every device and nothing of the run is touched.
-Multiplications and additions count one each; element-wise work does not count.
+FLOPs are counted on the CPU from a copy, so that the number is the same on every device and the run stays untouched.
+A multiplication and an addition count one each; element-wise operations do not count.
 """
 
 import copy

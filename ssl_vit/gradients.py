@@ -8,7 +8,7 @@ but for rounding.
 
 One process that runs out of memory repeats the step with half as many images at a time. Several cannot: the others are
 in the middle of a collective. They try a step's memory together before the first one; if it runs out later, all end,
-and the same command goes on from the last checkpoint with half as many.
+and the same command resumes from the last checkpoint with half as many.
 """
 
 import gc
@@ -151,7 +151,7 @@ class Gradients:
         found = {overview.name_of(self.devices.device): half}
         files.write(self.path / f"memory-{self.devices.index}.json", json.dumps(found))
         raise UserError(
-            f"Out of memory with {size} images at a time. The same command goes on from the last checkpoint, with "
+            f"Out of memory with {size} images at a time. The same command resumes from the last checkpoint, with "
             f"{half} at a time."
         )
 

@@ -25,6 +25,10 @@ def pixel_targets(
 
     norm_pix_loss: normalise each patch by its own mean and unbiased variance, plus 1e-6 (MAE, arXiv 2111.06377, section
     3, "Reconstruction target"; `forward_loss` of models_mae.py).
+
+    >>> targets = pixel_targets(torch.randn(2, 3, 8, 8), (4, 4))
+    >>> targets.shape, bool((targets.mean(-1).abs() < 1e-5).all())
+    (torch.Size([2, 4, 48]), True)
     """
     patches = patchify(images, patch_size)
     if not norm_pix_loss:
@@ -35,7 +39,11 @@ def pixel_targets(
 def distance(
     prediction: Float[Tensor, "*batch D"], target: Float[Tensor, "*batch D"], kind: str = "mse"
 ) -> Float[Tensor, "*batch"]:
-    """The mean squared ("mse") or absolute ("l1") difference over the last dimension: (…, D) twice → (…)."""
+    """The mean squared ("mse") or absolute ("l1") difference over the last dimension: (…, D) twice → (…).
+
+    >>> distance(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 2))
+    tensor([5.])
+    """
     each = F.mse_loss if kind == "mse" else F.l1_loss
     return each(prediction, target, reduction="none").mean(-1)
 
@@ -45,6 +53,9 @@ def masked_mean(per_patch: Float[Tensor, "B N"], mask: Bool[Tensor, "B N"], num_
 
     num_masked: how many an image has, expected rather than counted, so that the mean over a batch is the mean over its
     parts however it is cut into micro-batches or over processes.
+
+    >>> masked_mean(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[False, True, True]]), num_masked=2)
+    tensor(4.)
     """
     return (per_patch * mask).sum() / (len(per_patch) * num_masked)
 
@@ -62,8 +73,8 @@ def mae_loss(
         target     = patches of the image, each normalised by its mean and variance
         loss       = mean over masked patches of mean((prediction - target)²)
 
-    model: (images, mask) → predictions (B, N, ph·pw·C). images: standardised, (B, C, H, W). mask: bool (B, N), as many
-    True in every row.
+    model: (images, mask) → predictions (B, N, ph·pw·C). images: standardised, (B, C, H, W). mask: bool (B, N),
+    with the same number of True in every row.
 
     >>> images, mask = torch.randn(2, 3, 8, 8), torch.tensor([[True, True, True, False]]).expand(2, -1)
     >>> perfect = lambda images, mask: pixel_targets(images, (4, 4))

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: progress bar, log.jsonl, trackers, online k-NN, alarms. It changes nothing."""
+"""What a run reports while it trains: progress bar, log.jsonl, trackers, online k-NN, alarms. It changes no result."""
 
 import importlib.util
 import json
@@ -21,12 +21,12 @@ from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone
 from ssl_vit.checkpoint import Run
 from ssl_vit.data import ImageSet, evaluation_views
-from ssl_vit.errors import UserError
+from ssl_vit.errors import Diverged
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 
-TRIES = 3  # alarms in a row before the user hears of it
-GROUPS = {  # of what log.jsonl says, on the pages of trackers; all else is of the objective: train/loss, …
+TRIES = 3  # consecutive alarms before the user is warned
+GROUPS = {  # of the keys of log.jsonl in trackers; every other key is the objective's: train/loss, …
     "optim": ("lr", "grad_norm"),
     "speed": ("images_per_second", "flops_per_second", "data_wait", "peak_memory_gb"),
     "progress": ("images", "flops", "seconds"),
@@ -37,14 +37,15 @@ REMEDY = "Lower optim.lr, set optim.clip_grad, or use train.precision=fp32."
 
 
 def trackers(setting: str) -> list[str]:
-    """The names Accelerate shall log with."""
+    """The names of the trackers that Accelerate logs with."""
     if setting == "auto":
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     return [] if setting == "none" else setting.split("+")
 
 
 def start_trackers(accelerator: Accelerator, path: Path, settings: dict) -> None:
-    """Open them, named as the run's folder, with its settings; where they can, a run that goes on is the same one."""
+    """Open the trackers under the name of the run's folder, with its settings. A resumed run continues its record in
+    trackers that allow it."""
     name, config = path.resolve().name, plain(settings)
     accelerator.init_trackers(
         "ssl_vit",
@@ -71,7 +72,7 @@ def start_trackers(accelerator: Accelerator, path: Path, settings: dict) -> None
 
 
 def plain(settings: dict) -> dict[str, bool | int | float | str]:
-    """Settings by section.key, as values that every tracker takes; without the classes, of which there may be many."""
+    """Settings by section.key, as values that every tracker takes; without the class names, which may be many."""
     flat = {key: value for key, value in recipes.flat(settings).items() if key != "images.classes"}
     return {
         key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
@@ -81,23 +82,23 @@ def plain(settings: dict) -> dict[str, bool | int | float | str]:
 
 
 def _store_hparams(writer, config: dict) -> None:
-    """Into the run itself: TensorBoard's page of hyperparameters then shows them beside the run's own metrics.
+    """Write the settings into the run itself: TensorBoard's page of hyperparameters then shows them beside its metrics.
 
-    Accelerate's tracker, as SummaryWriter.add_hparams, would write them to another run at each start, without metrics.
+    Accelerate's tracker and SummaryWriter.add_hparams would write them to a new run at each start, without metrics.
     """
     from torch.utils.tensorboard.summary import hparams
 
-    _, start, end = hparams(config, {})  # not the first: it would fix the columns for all runs of the page
+    _, start, end = hparams(config, {})  # the first would fix the columns for all runs on the page
     for summary in (start, end):
         writer.file_writer.add_summary(summary)
     writer.flush()
 
 
 class Estimate:
-    """How long the rest of training will take, said once, from the time that its first steps here took.
+    """An estimate of the remaining time, given once and made from the first steps of this process.
 
-    The first one does not count (it starts processes and compiles), nor do those whose images may have been decoded in
-    advance. Where steps are slow, those that end within PATIENCE seconds must do.
+    The first step does not count (it starts processes and compiles), nor do steps whose images may have been decoded in
+    advance. If steps are slow, those that end within PATIENCE seconds are enough.
     """
 
     PATIENCE = 30.0
@@ -107,13 +108,13 @@ class Estimate:
         self.warm = self.first + 2 * workers  # a worker of a DataLoader prepares two batches in advance
         self.enough = self.warm + max(5, workers)
         self.started = 0.0  # when the first step had ended
-        self.begin = 0, 0.0  # the step from which on is measured, and when it had ended
+        self.begin = 0, 0.0  # the step after which time is measured, and when it ended
         self.said = False
 
     def step(self, at: int, now: float, settle: Callable[[], float]) -> str | None:
         """After step `at`, at second `now` of training: a sentence, if it is time for one.
 
-        settle: waits for the device, and returns the second at which it was done; called at three steps of a run.
+        settle: waits for the device, then returns the second; called at three steps of a run.
         """
         if self.said:
             return None
@@ -127,7 +128,9 @@ class Estimate:
             each, left = (settle() - began) / (at - step), self.total - at
             if left:
                 time_left = overview.duration(each * left)
-                return f"About {time_left} to go: {left:,} steps of {each:.2g} s, as steps {step + 1} to {at} took."
+                return (
+                    f"About {time_left} to go: {left:,} steps of {each:.2g} s, measured over steps {step + 1} to {at}."
+                )
         return None
 
 
@@ -151,7 +154,7 @@ class Monitor:
         self.seconds = last.get("seconds", 0.0)
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
-        self.waited = 0.0  # seconds since the last line that the loop waited for data
+        self.waited = 0.0  # seconds that the loop waited for data since the last line
         self.pauses = 0.0  # seconds that were not training
         self.estimate = Estimate(done, total, system.workers(recipe.runtime.num_workers))
         self.alarms = 0
@@ -180,7 +183,7 @@ class Monitor:
             self.say(text)
 
     def check_finite(self) -> None:
-        """Raises UserError, naming the step, if a loss since the last call was not a finite number."""
+        """Raises Diverged, naming the step, if a loss since the last call was not a finite number."""
         if not self.losses:
             return
         steps = torch.tensor([s for s, _ in self.losses])
@@ -190,14 +193,14 @@ class Monitor:
             first = self.accelerator.gather(first.to(self.accelerator.device)[None]).min()
         self.losses.clear()
         if first < 2**62:
-            raise UserError(f"The loss of step {int(first)} is not a finite number; {self.intact}. {REMEDY}")
+            raise Diverged(f"The loss of step {int(first)} is not a finite number; {self.intact}. {REMEDY}")
 
     def check(self, done: int) -> None:
-        """Raises UserError if a loss so far, or a weight after `done` steps, is not a finite number."""
+        """Raises Diverged if a loss so far, or a weight after `done` steps, is not a finite number."""
         self.check_finite()
         norms = torch.stack(torch._foreach_norm(list(self.objective.parameters())))
         if not norms.isfinite().all():
-            raise UserError(f"The weights after step {done} are not finite numbers; {self.intact}. {REMEDY}")
+            raise Diverged(f"The weights after step {done} are not finite numbers; {self.intact}. {REMEDY}")
 
     @property
     def intact(self) -> str:
@@ -207,25 +210,25 @@ class Monitor:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what fetches the images of a step."""
+        """Wraps the code that fetches the images of a step, and times it."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: its time counts for neither speed nor seconds."""
+        """Wraps code that is not training: its time counts towards neither speed nor seconds."""
         self._settled()  # what the device still computes is training
         began = time.perf_counter()
         yield
         self.pauses += time.perf_counter() - began
 
     def _clock(self) -> float:
-        """Seconds of training, from some time on."""
+        """Seconds of training since an arbitrary origin."""
         return time.perf_counter() - self.pauses
 
     def _settled(self) -> float:
-        """The same, once the device has done what it was given."""
+        """The same, once the device has finished its work."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return self._clock()
@@ -260,7 +263,7 @@ class Monitor:
         self._alarm(done, scalars)
 
     def knn(self, done: int, values: dict[str, float]) -> None:
-        """Write the figures of an online k-NN trial."""
+        """Write the results of an online k-NN evaluation."""
         if self.accelerator.is_main_process:
             self.say(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
             self._write(done, values)
@@ -277,7 +280,7 @@ class Monitor:
         self.accelerator.log({f"{GROUP_OF.get(key, 'train')}/{key}": v for key, v in values.items()}, step=done)
 
     def pictures(self, done: int, files: list[Path]) -> None:
-        """Give the pictures of a run to the trackers that take some; each takes them in a form of its own."""
+        """Send the pictures of a run to the trackers that accept images, to each in its own form."""
         for file in files if self.accelerator.trackers else []:
             with Image.open(file) as image:
                 page = np.asarray(image)

@@ -40,9 +40,9 @@ def vote(
     classes: int,
     temperature: float | None = 0.07,
 ) -> dict[int, Int[np.ndarray, " m"]]:
-    """The predicted class, int64 (m,), of each query, for each k. Of tied classes the lowest number wins."""
+    """The predicted class, int64 (m,), of each query, for each k. A tie goes to the class with the lowest number."""
     found = weights(train, labels, queries, ks, classes, temperature)
-    parts = [{k: scores.argmax(1) for k, scores in of.items()} for of in found]
+    parts = [{k: scores.argmax(1) for k, scores in by_k.items()} for by_k in found]
     return {k: np.concatenate([part[k] for part in parts]) for k in ks}
 
 
@@ -54,7 +54,7 @@ def weights(
     classes: int,
     temperature: float | None = 0.07,
 ) -> Iterator[dict[int, Float[np.ndarray, "_ {classes}"]]]:
-    """Of 1,024 queries after the other, for each k: the weight of each class in the vote, float64 (1024, classes).
+    """For 1,024 queries at a time and for each k: the weight of each class in the vote, float64 (1024, classes).
 
     Exact search by inner product, then a vote of the k nearest with weights in proportion to exp(similarity /
     temperature) (Wu et al. 2018, arXiv 1805.01978; DINO's eval_knn.py), or equal weights if temperature is None.

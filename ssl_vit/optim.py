@@ -17,7 +17,7 @@ BEHIND = ("norm", "fc_norm", "head", "head_dist", "fc", "classifier")  # timm's 
 
 
 def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim.AdamW:
-    """AdamW over what is trainable; each group knows its `lr_scale` and whether it `decays`."""
+    """AdamW over the trainable parameters; each group holds its `lr_scale` and whether it `decays`."""
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     scales = layer_scales(objective, config.layer_decay)
     for name, weight in objective.named_parameters():
@@ -37,7 +37,7 @@ def decays(name: str, weight: Tensor, rule: str) -> bool:
 
 
 def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
-    """{parameter: factor}: decay^(distance to the head); heads, and what is no part of a backbone, have 1.
+    """{parameter: factor}: decay^(distance to the head); heads and other parameters outside a backbone have 1.
 
     Layer-wise decay as in BEiT's and MAE's fine-tuning (mae/util/lr_decay.py).
     """

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: what will happen, on what, at which cost; and advice that fits."""
+"""What a run prints before its first step: what will happen, on which device, at what cost; and advice."""
 
 import copy
 import shlex
@@ -15,7 +15,7 @@ from ssl_vit.objectives.base import Objective
 from ssl_vit.settings import known
 
 FEW = 2000  # images
-SMALL, PHOTO = 64, 32  # pixels: up to which a CPU will do; from which published weights, which are of photos, help
+SMALL, PHOTO = 64, 32  # pixels: a CPU is enough up to SMALL; published weights, trained on photos, help from PHOTO on
 PUBLISHED = "vit_small_patch16_224.dino"
 
 
@@ -27,7 +27,7 @@ def describe(
     accelerator: Accelerator,
     flops_per_image: float,
 ) -> None:
-    """One paragraph on a recipe whose settings are resolved."""
+    """Print one paragraph about a recipe whose settings are resolved."""
     total, (lr, rule) = known(recipe.train.steps), recipe.learning_rate()
     images_seen = total * recipe.train.batch_size
     say(
@@ -43,7 +43,7 @@ def describe(
 def advise(
     recipe: recipes.Recipe, path: Path, images: data.ImageSet, objective: Objective, accelerator: Accelerator
 ) -> None:
-    """A sentence or two on each thing about a run that its user may regret, before it starts."""
+    """Print a sentence or two about each choice that the user may regret."""
     height, width = recipe.data.size
     if len(images) < FEW and min(height, width) >= PHOTO and not recipe.backbone.init_from:
         start = f"python eval/finetune.py --backbone {PUBLISHED} --data {shlex.quote(recipe.data.name)}"
@@ -60,8 +60,8 @@ def advise(
         if recipe.name.endswith("-photos"):
             small = f"--recipe {recipe.name.removesuffix('-photos')} {small}"
         say(
-            f"Advice: {height}x{width} px are slow on a CPU. An image takes {each:.2g} s here, and the whole run about "
-            f"{duration(whole)}; use a GPU, or smaller images ({small})."
+            f"Advice: images of {height}x{width} px are slow on a CPU. An image takes {each:.2g} s here, and the "
+            f"whole run about {duration(whole)}; use a GPU, or smaller images ({small})."
         )
     if images.labels is None:
         say(
@@ -95,7 +95,7 @@ def duration(seconds: float) -> str:
 
 
 def shape_of(backbone: backbones.Backbone, config: recipes.Backbone) -> str:
-    """A backbone in words: a plain ViT by its shape, as a width or depth of the recipe replaces that of the name."""
+    """A backbone in words; a plain ViT by its shape, since the recipe may replace the width and depth of its name."""
     size = f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters"
     if not isinstance(backbone, backbones.TokenBackbone):
         return f"{config.name}, {size}"

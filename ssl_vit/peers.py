@@ -7,7 +7,7 @@ import os
 import traceback
 from datetime import timedelta
 
-REMEDY = "The system may have killed it for want of memory. The same command goes on from the last checkpoint."
+REMEDY = "The system may have killed it for want of memory. The same command resumes from the last checkpoint."
 LOST = f"error: another process of this run has ended without a message. {REMEDY}"
 LAUNCHER = "SSL_VIT_LAUNCHER"  # set for the processes that ssl_vit/launcher.py starts: it says which of them was killed
 # what gloo and NCCL say where a process that they wait for has gone

@@ -1,4 +1,4 @@
-"""Sheets of small images under the words that say what they show, as PNG files."""
+"""Sheets of small images with captions, as PNG files."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssl_vit import files
 
-SIDE = 160  # pixels that an image is wide at least: one can look at it, and there is room for words
-GAP, LINES, TEXT = 6, 4, 13  # between images; lines above every column, so that sheets align; pixels of the letters
+SIDE = 160  # least width of an image in pixels: large enough to look at, and to hold a caption
+GAP, LINES, TEXT = 6, 4, 13  # pixels between images; caption lines of every column; height of the font in pixels
 
 
 @dataclass
@@ -31,9 +31,9 @@ def spread(count: int, labels: Tensor | None, most: int) -> Tensor:
 
 
 def save(sheet: Sheet, file: Path, title: str) -> None:
-    """Write the sheet, enlarged if it is small, each column under its words, a title beneath.
+    """Write the sheet, enlarged if it is small, with a caption above each column and the title below.
 
-    Of images that are neither grey nor RGB the first channel is shown.
+    Images that are neither grey nor RGB are shown by their first channel.
     """
     rows, columns, channels, height, width = sheet.panels.shape
     scale = math.ceil(SIDE / width)
@@ -60,7 +60,7 @@ def save(sheet: Sheet, file: Path, title: str) -> None:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines of at most so many pixels, or of one word."""
+    """The text in lines of at most `width` pixels, or of one word."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -6,15 +6,14 @@ On a laptop, in about two minutes, on scikit-learn's handwritten digits:
 
     python ssl_vit/pretrain.py --recipe mae
 
-The same command again goes on where a stopped run was: on a CPU to the same
-weights bit for bit.
+The same command again resumes a run that was stopped. On a CPU it ends with
+the same weights, bit for bit.
 """
 
 import argparse
 import json
 import math
 import shlex
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +40,13 @@ from ssl_vit import (
     weights,
 )
 from ssl_vit import recipe as recipes
-from ssl_vit.commands import typed
+from ssl_vit.commands import HelpFormatter, typed
 from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
 from ssl_vit.gradients import Gradients
 from ssl_vit.objectives.base import DatasetInfo, Objective
 from ssl_vit.randomness import Draw, Order
-from ssl_vit.reference import WIDTH, help_text, json_schema
+from ssl_vit.reference import help_text, json_schema
 from ssl_vit.settings import known
 
 SHOWN = 8  # images in the pictures of a run
@@ -93,7 +92,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     done = resume(run, devices, optimizer, total)
     if total and not done and objective.requires_fit:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
-        for buffer in objective.buffers():  # fitted alike everywhere, but for rounding
+        for buffer in objective.buffers():  # processes fit the same, but for rounding
             buffer.copy_(broadcast(buffer))
 
     # -- train --
@@ -141,7 +140,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                         weights.save(whole.exported, path / "backbones" / f"step-{at:08d}")
             if asked.stop and at < total:
                 devices.settle()
-                say(f"Stopped after step {at} of {total}, saved. The same command goes on from there.")
+                say(f"Stopped after step {at} of {total}, saved. The same command resumes from there.")
                 return stop.code
 
     # -- finish --
@@ -164,7 +163,7 @@ def read(recipe: str, settings: list[str], data: str | None) -> recipes.Recipe:
 
 
 def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
-    """The objective with its backbone, drawn from the seed alone."""
+    """The objective with its backbone. The weights depend on the seed alone."""
     cls = objectives.find(recipe.objective_name)
     if cls.labelled and images.labels is None:
         raise UserError(
@@ -221,7 +220,7 @@ def resolved(
     accelerator: Accelerator,
     flops_per_image: float,
 ) -> dict:
-    """The settings of a run with what they came to, and its images: the content of its recipe.yaml."""
+    """The content of a run's recipe.yaml: its settings, the values resolved from them, and its images."""
     lr, rule = recipe.learning_rate()
     settings = recipe.as_dict()
     settings["runtime"] |= dict(
@@ -244,28 +243,28 @@ def resolved(
 
 
 def resume(run: checkpoint.Run, devices: engine.Engine, optimizer: torch.optim.Optimizer, total: int) -> int:
-    """Load the newest checkpoint, if there is one; returns the steps done. Raises UserError if it is of no use."""
+    """Load the newest checkpoint, if there is one; returns the steps done. Raises UserError if it cannot be used."""
     done, state = run.load() or (0, None)
     [first] = broadcast_object_list([done])
     if done != first:
         raise UserError(
-            f"The first process finds the checkpoint of step {first} in {run.path}, this one that of step {done}: the "
-            "run must lie on a disk that all machines share."
+            f"The first process finds the checkpoint of step {first} in {run.path}, and this one that of step {done}: "
+            "the run directory must be on a file system that all machines share."
         )
     if state is not None:
         try:
             devices.load(state, optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
-                f"The checkpoint of step {done} in {run.path} is of another model "
+                f"The checkpoint of step {done} in {run.path} belongs to another model "
                 f"({' '.join(str(error).split())[:200]}). Delete it, or pass another --output."
             ) from None
-        say(f"Going on from step {done} of {total}.")
+        say(f"Resuming from step {done} of {total}.")
     return done
 
 
 def compile_blocks(objective: Objective) -> None:
-    """torch.compile the blocks of all its transformers."""
+    """Compile the blocks of all its transformers with torch.compile."""
     for module in objective.modules():
         if isinstance(module, backbones.TokenBackbone):
             for block in module.model.blocks:
@@ -296,10 +295,10 @@ def finish(
 
 
 def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device) -> tuple[Tensor, str]:
-    """(eight unaugmented images (8, C, H, W) in [0, 1] on the device, which they are), spread over the classes.
+    """(eight unaugmented images (8, C, H, W) in [0, 1] on the device, spread over the classes; a title for them).
 
-    They are of the report split; of the held-out images in a run that leaves those out; of the training images where
-    neither can be read.
+    They come from the report split; from the held-out images in a run that leaves those out; and from the training
+    images if neither can be read.
     """
     view = views.evaluation(recipe.data.size, recipe.views.interpolation)
 
@@ -314,7 +313,7 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
         kind = "held out of training" if recipe.data.hold_out else f"report split ({others.split})"
         return look(others, kind)
     except UserError as error:
-        say(f"The pictures show training images, for want of others: {error}")
+        say(f"The pictures show training images, since no others can be read: {error}")
         return look(images, "training split")
 
 
@@ -322,7 +321,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         usage=f"{shlex.join(typed('pretrain'))} --recipe RECIPE [options] [key=value ...]",
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=WIDTH),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
@@ -330,7 +329,7 @@ def main() -> int:
     parser.add_argument("--recipe", help="a name in recipes/, a YAML file, or a run's recipe.yaml")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
     parser.add_argument("--output", type=Path, help="run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
-    parser.add_argument("--init-from", help="a run, timm folder or timm model to start from; backbone.init_from=…")
+    parser.add_argument("--init-from", help="a run or weights to start from, as backbone.init_from=…; docs/weights.md")
     parser.add_argument("--print-output", action="store_true", help="print the run directory and do nothing")
     parser.add_argument("--print-schema", action="store_true", help="print a JSON Schema of recipes, for editors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")

@@ -45,11 +45,11 @@ class Draw:
         self._rows = {torch.device("cpu"): rows, self.device: rows.to(self.device, non_blocking=True)}
 
     def fold_in(self, name: str) -> "Draw":
-        """The same rows in streams of their own: what draws under another name is independent of it."""
+        """The same rows with streams of their own: draws under different names are independent."""
         return Draw(self.seed, self.step, self.rows, self.device, f"{self.prefix}{name}/")
 
     def for_rows(self, rows: Tensor) -> "Draw":
-        """The same streams of other rows."""
+        """The same streams for other rows."""
         return Draw(self.seed, self.step, rows, self.device, self.prefix)
 
     def uniform(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
@@ -74,9 +74,9 @@ class Draw:
         return torch.stack(words, -1).flatten(1)[:, :n].reshape(len(rows), *shape)
 
 
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order, int64 (n,), in which epoch `epoch` visits n images."""
-    high, low = Draw(seed, epoch, torch.arange(n)).bits("order", 2).unbind(1)
+def permutation(seed: int, epoch: int, n: int, stream: str = "order") -> np.ndarray:
+    """A random order of n things, int64 (n,); in the default stream that in which epoch `epoch` visits n images."""
+    high, low = Draw(seed, epoch, torch.arange(n)).bits(stream, 2).unbind(1)
     return np.argsort((high.numpy() << 31) ^ low.numpy(), kind="stable")
 
 

@@ -1,6 +1,6 @@
 """A recipe: every setting of a run, merged, checked and resolved. Knows nothing of torch modules.
 
-Precedence: defaults < data facts < recipe file < command line (`key=value`). An unknown key, a wrong type or an
+Precedence: defaults < dataset info < recipe file < command line (`key=value`). An unknown key, a wrong type or an
 impossible value is refused before anything loads.
 """
 
@@ -27,7 +27,7 @@ if not RECIPES.is_dir():  # of a checkout
 class Train:
     epochs: float | None = setting(None, "passes over the images; `steps` and `flops` win over it", above=0)
     steps: int | None = setting(None, "optimizer steps; 0 saves the random initialisation", at_least=0)
-    flops: float | None = setting(None, "training budget in FLOPs, counted", above=0)
+    flops: float | None = setting(None, "training budget in counted FLOPs", above=0)
     batch_size: int = setting(256, "images per optimizer step, over all processes", at_least=1)
     seed: int = setting(0, "addresses every random draw of the run", at_least=0)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on CUDA >= 8.0, else fp32")
@@ -37,12 +37,12 @@ class Train:
 class Optim:
     lr: float = setting(1e-3, "peak learning rate before `lr_rule`", above=0)
     lr_rule: Literal["absolute", "B/256", "B/512", "sqrt(B/1024)"] = setting(
-        "absolute", "what `lr` is multiplied with; B is the global batch"
+        "absolute", "what `lr` is multiplied by; B is the global batch size"
     )
-    min_lr: float = setting(0.0, "learning rate at the end of the cosine, not multiplied", at_least=0)
+    min_lr: float = setting(0.0, "learning rate at the end of the cosine; `lr_rule` does not apply", at_least=0)
     warmup_fraction: float = setting(0.05, "fraction of the steps with linear warm-up", at_least=0, at_most=1)
-    betas: list[float] = setting([0.9, 0.95], "AdamW's")
-    weight_decay: float = setting(0.05, "AdamW's, decoupled, multiplied by the learning rate", at_least=0)
+    betas: list[float] = setting([0.9, 0.95], "betas of AdamW")
+    weight_decay: float = setting(0.05, "decoupled weight decay of AdamW, multiplied by the learning rate", at_least=0)
     weight_decay_end: float | None = setting(None, "end of a cosine that starts at `weight_decay`", at_least=0)
     no_weight_decay: Literal["1d", "1d+tokens"] = setting(
         "1d",
@@ -56,32 +56,39 @@ class Optim:
 @dataclass
 class Data:
     name: str = setting("digits", "a known name, a path, or owner/name on the Hugging Face hub")
-    config: str | None = setting(None, "the configuration of a set that has several")
+    config: str | None = setting(None, "the configuration of a data set that has several")
     image_column: str | None = setting(None, "the column that holds the images")
     label_column: str | None = setting(None, "the column that holds the labels")
     train_split: str | None = setting(None, "the split to train on")
-    report_split: str | None = setting(None, "the split whose figures are reported")
+    report_split: str | None = setting(None, "the split whose accuracies are reported")
     subset: float | None = setting(
-        None, "train on a part of the images: below 1 a fraction of each class, else so many of each class", above=0
+        None, "train on a subset: below 1 a fraction of each class, otherwise a number of images per class", above=0
     )
-    subset_seed: int = setting(0, "which images that part holds; the parts of one seed are nested", at_least=0)
+    subset_seed: int = setting(0, "which images the subset holds; the subsets of one seed are nested", at_least=0)
     hold_out: bool = setting(False, "leave out a tenth of the training images, to choose settings on")
     img_size: int | list[int] | None = setting(
         None, "training resolution, S or [H, W]; the images' own if they share one"
     )
-    in_chans: int | None = setting(None, "1 grey, 3 RGB, others as stored", at_least=1)
-    mean: list[float] | None = setting(None, "per channel, in [0, 1]")
-    std: list[float] | None = setting(None, "per channel, in [0, 1]")
+    in_chans: int | None = setting(None, "number of channels: 1 grey, 3 RGB, others as stored", at_least=1)
+    mean: list[float] | None = setting(None, "mean of each channel, in [0, 1]")
+    std: list[float] | None = setting(None, "standard deviation of each channel, in [0, 1]")
     hflip: bool | None = setting(None, "whether a horizontal flip keeps the label")
+    permute_pixels: bool = setting(
+        False, "a control: one fixed permutation of each image's pixels, before all views, in evaluation too"
+    )
     range: list[float] | None = setting(
-        None, "[black, white] of images deeper than 8 bits; of the training set: its bits, or [0, 1], or its values"
+        None, "[black, white] of images deeper than 8 bits; null: the bit depth, [0, 1] or span of the training images"
     )
-    background: Literal["white", "black"] = setting("white", "what images with alpha are laid on; channels=4 keeps it")
-    layout: Literal["hwc", "chw"] | None = setting(None, "axes of stored arrays, where their shape does not tell")
+    background: Literal["white", "black"] = setting(
+        "white", "background for images with alpha; in_chans=4 keeps the alpha"
+    )
+    layout: Literal["hwc", "chw"] | None = setting(None, "axes of stored arrays whose shape is ambiguous")
     pages: Literal["first", "channels"] | None = setting(
-        None, "of files with several pages or frames take the first, or all as channels; null: refused"
+        None, "files with several pages or frames: take the first, or all as channels; null: refuse"
     )
-    cache_gb: float = setting(4.0, "decode once and keep in memory if the images share one size and fit", at_least=0)
+    cache_gb: float = setting(
+        4.0, "images of one size are decoded once and kept in memory up to this limit", at_least=0
+    )
     skip_broken: bool = setting(False, "leave out images that cannot be decoded, and count them")
 
     @property
@@ -98,9 +105,9 @@ class Views:
     )
     scale: list[float] = setting([0.2, 1.0], "area of the random crop, as a fraction of the image")
     interpolation: Literal["bilinear", "bicubic"] = setting(
-        "bilinear", "of crops, and of the evaluation view of the backbone; both antialiased"
+        "bilinear", "interpolation of crops and of the evaluation view; both antialiased"
     )
-    blur: bool = setting(True, "blur in dino; its sigma, up to 2 px, is meant for 224 px")
+    blur: bool = setting(True, "blur in augmentation=dino; its sigma of up to 2 px is meant for 224 px")
 
 
 @dataclass
@@ -108,7 +115,7 @@ class Backbone:
     name: str = setting(
         "vit_tiny",
         "vit_{tiny,small,base,large,huge}, or any timm model; on the command line it replaces the recipe's width, "
-        "depth and heads, and its patch if the name has one, as in vit_base_patch16_224",
+        "depth and heads, and its patch size if the name states one, as in vit_base_patch16_224",
     )
     embed_dim: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
     depth: int | None = setting(None, "number of blocks", at_least=1)
@@ -121,14 +128,16 @@ class Backbone:
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)
     drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
-    init_from: str | None = setting(None, "start from this run, timm folder or timm model")
+    init_from: str | None = setting(None, "start from this run, or from weights of another code: docs/weights.md")
 
 
 @dataclass
 class Monitor:
     log_every: int = setting(10, "steps between lines of log.jsonl", at_least=1)
-    knn_every: int = setting(0, "steps between k-NN trials on a slice of train; 0: never", at_least=0)
-    trackers: str = setting("auto", "auto: TensorBoard if installed; none; or names that Accelerate knows, a+b")
+    knn_every: int = setting(
+        0, "steps between k-NN evaluations on a slice of the training images; 0: never", at_least=0
+    )
+    trackers: str = setting("auto", "auto: TensorBoard if installed; none; or names that Accelerate knows, joined by +")
 
 
 @dataclass
@@ -140,7 +149,9 @@ class Runtime:
     num_threads: int | Literal["auto"] = setting("auto", "CPU threads; auto: cores / local processes", at_least=1)
     save_every: int = setting(500, "steps between checkpoints; the last one is kept", at_least=1)
     save_minutes: float | None = setting(10.0, "minutes between checkpoints, whichever comes first", above=0)
-    keep_every: int = setting(0, "steps between backbones that are kept, for the evaluators; 0: the last", at_least=0)
+    keep_every: int = setting(
+        0, "steps between backbones that are kept for the evaluators; 0: the last one only", at_least=0
+    )
     compile: bool = setting(False, "torch.compile the transformer blocks")
     engine: Literal["auto", "ddp", "fsdp2"] = setting(
         "auto",
@@ -151,7 +162,7 @@ class Runtime:
 SECTIONS = dict(train=Train, optim=Optim, data=Data, views=Views, backbone=Backbone, monitor=Monitor, runtime=Runtime)
 MAY_CHANGE = ("runtime", "monitor")  # sections that may differ when a run goes on
 ADDED = {"recipe", "resolved", "images"}  # what a run's recipe.yaml holds beside its settings
-OF_IMAGES = (  # what is of one set of images, or was resolved from them
+OF_IMAGES = (  # settings of one data set, or resolved from its images
     *("data.img_size", "data.in_chans", "data.mean", "data.std", "data.hflip", "data.range", "backbone.patch_size"),
     *("data.config", "data.image_column", "data.label_column", "data.train_split", "data.report_split"),
 )
@@ -228,7 +239,7 @@ class Recipe:
     monitor: Monitor
     runtime: Runtime
     tag: str  # '' or a short hash of what the command line changed
-    # by key, the settings that are no defaults: (the value as given, the file or COMMAND_LINE)
+    # by key, the settings that are not defaults: (the value as given, the file or COMMAND_LINE)
     given: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -236,9 +247,9 @@ class Recipe:
         sections: dict[str, Any] = {name: asdict(getattr(self, name)) for name in SECTIONS}
         return dict(recipe=self.name, objective=dict(name=self.objective_name, **asdict(self.objective)), **sections)
 
-    def add_dataset_info(self, facts: dict[str, Any]) -> None:
-        """Fill in what the data say of themselves, wherever recipe and command line are silent or say null."""
-        for key, value in facts.items():
+    def add_dataset_info(self, info: dict[str, Any]) -> None:
+        """Fill in what is known of the data set, wherever recipe and command line are silent or say null."""
+        for key, value in info.items():
             if getattr(self.data, key) is None:
                 setattr(self.data, key, value)
 
@@ -256,7 +267,7 @@ class Recipe:
 
 
 def short(data: str) -> str:
-    """The name of images in names of files and rows: a path's last part, or owner-name."""
+    """A data set's name in the names of files and rows: the last part of a path, or owner-name."""
     is_path = data.startswith(("/", ".", "~")) or Path(data).exists()
     return Path(data).resolve().name if is_path else data.replace("/", "-")
 
@@ -283,7 +294,7 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
     except UserError as error:
         raise UserError(*mistakes.sentences, *error.sentences) from None
     values = _merge(file, changes)
-    objective: dict[str, type[Any]] = {}  # stays empty if there is none of that name: its settings are not judged then
+    objective: dict[str, type[Any]] = {}  # stays empty for an unknown objective: its settings are not checked then
     name, source = values.pop("objective.name", (None, str(file.path)))
     with mistakes:
         objective = _objective(file, name, source, schema)
@@ -299,7 +310,7 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
                 built[section] = _build(section, cls, given)
     mistakes.refuse()
 
-    telling = changes if file.run is None else file.values | changes  # what makes it another run than its recipe's
+    telling = changes if file.run is None else file.values | changes  # the settings that change the recipe's run
     tag = _tag({key: given[key][0] if key in given else value for key, value in telling.items()})
     return Recipe(file.run or file.path.stem, name, tag=tag, given=given, **built)
 
@@ -329,7 +340,7 @@ def _objective(file: _File, name: Any, source: str, schema: Callable[[str], type
     own = file.values.get("objective.name", name)
     if own != name:
         raise UserError(
-            f"{file.path.name} is a recipe of the objective {own}, not {name}: name one of {name} instead "
+            f"{file.path.name} is a recipe for the objective {own}, not {name}: use a recipe for {name} instead "
             f"({', '.join(recipes_of(name)) or 'a file of your own'})."
         )
     return dict(objective=config)
@@ -338,7 +349,7 @@ def _objective(file: _File, name: Any, source: str, schema: Callable[[str], type
 def _check_all(
     values: dict[str, tuple[Any, str]], sections: dict[str, type[Any]], by_hand: Collection[str], mistakes: Mistakes
 ) -> dict[str, tuple[Any, str]]:
-    """The values in the types of their settings, without those that are wrong or whose objective is not known."""
+    """The values in the types of their settings, without those that are wrong or whose objective is unknown."""
     known = {key: found for section, cls in sections.items() for key, found in settings_of(section, cls).items()}
     checked = {}
     for key, (value, source) in values.items():
@@ -349,7 +360,7 @@ def _check_all(
 
 
 def _check(known: dict[str, Setting], key: str, value: Any, source: str, by_hand: bool) -> Any:
-    """The value of a setting in its type, refused if it is none. by_hand: not from a run's recipe.yaml."""
+    """The value of a setting in its type, or a UserError. by_hand: the value is not from a run's recipe.yaml."""
     if key not in known:
         if key in RENAMED:
             raise UserError(_renamed(key, source))
@@ -361,8 +372,8 @@ def _check(known: dict[str, Setting], key: str, value: Any, source: str, by_hand
     checked = known[key].check(value, source)
     if key == "data.subset" and by_hand and isinstance(value, float) and value >= 1:
         raise UserError(
-            f"data.subset={value} in {source} has a point: leave it null for all images, write a fraction below 1 "
-            "for a part of each class, or a whole number, without a point, for so many of each class."
+            f"data.subset={value} in {source} has a decimal point: leave it null for all images, write a fraction "
+            "below 1 of each class, or a whole number without a decimal point for that many images of each class."
         )
     return checked
 
@@ -390,7 +401,7 @@ def _load(path: Path) -> Any:
 
 
 def _build(section: str, cls: type[Any], given: dict[str, tuple[Any, str]]) -> Any:
-    """A section with the values given, and defaults for the rest. Raises UserError if they do not go together."""
+    """A section with the values given, and defaults for the rest. Raises UserError if they contradict each other."""
     settings = settings_of(section, cls)
     absent = [s for key, s in settings.items() if s.default is MISSING and key not in given]
     if absent:
@@ -411,7 +422,7 @@ def _tag(telling: dict[str, Any]) -> str:
 
 
 def _open(path: Path) -> _File:
-    """A recipe's file or a run's recipe.yaml. Raises UserError for what is neither."""
+    """A recipe's file or a run's recipe.yaml. Raises UserError for any other file."""
     tree = _load(path)
     run = None
     if isinstance(tree, dict) and tree.keys() >= ADDED:
@@ -424,13 +435,13 @@ def _open(path: Path) -> _File:
 
 
 def _without_findings(values: dict[str, Any]) -> dict[str, Any]:
-    """A run's values without what it found there, such as the device, which is no setting."""
+    """A run's values without those that it recorded, such as the device, which are not settings."""
     known = {f"{section}.{f.name}" for section in MAY_CHANGE for f in fields(SECTIONS[section])}
     return {k: v for k, v in values.items() if k in known or k.split(".")[0] not in MAY_CHANGE}
 
 
 def _merge(file: _File, changes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """{key: (value, where it came from)} of a file's values and the command line's, without what the latter outdate."""
+    """{key: (value, where it came from)} of a file's values and the command line's, without what the latter replace."""
     own, of_run = file.values, file.run is not None
     outdated: set[str] = set()
     named = {}
@@ -440,7 +451,7 @@ def _merge(file: _File, changes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         outdated |= named.keys()
     if of_run and changes.get("data.name", own.get("data.name")) != own.get("data.name"):
         outdated |= set(OF_IMAGES)
-    if of_run and any(length in changes for length in LENGTHS):  # the steps there may be made of epochs or FLOPs
+    if of_run and any(length in changes for length in LENGTHS):  # the steps there may be resolved from epochs or FLOPs
         outdated |= set(LENGTHS)
     own = _patch_in(own.get("backbone.name") if "backbone.name" not in changes else None) | own
     kept = {key: (value, str(file.path)) for key, value in own.items() if key not in outdated}
@@ -475,10 +486,10 @@ def find(recipe: str) -> Path:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], config: type[Any] | None = None) -> list[str]:
-    """Keys, outside of what may change, whose values differ between two recipes in the form of `as_dict`.
+    """Keys, outside of the sections that may change, whose values differ between two recipes in the form of `as_dict`.
 
-    A setting that the old one does not know yet had its default; what it did not resolve yet does not count. Nor does
-    where the images lie, if they are the same. config: of the objective, for its defaults.
+    A setting that the old recipe lacks counts as its default; a resolved value that it lacks does not count, nor does
+    the path of the images, if they are the same. config: the objective's Config, for its defaults.
     """
     defaults = {name: asdict(cls()) for name, cls in SECTIONS.items()}
     if config is not None:
@@ -511,7 +522,7 @@ def _check_optim(optim: Optim) -> Iterator[str]:
 def _check_data(data: Data) -> Iterator[str]:
     limits, size = data.range, data.img_size
     if limits is not None and (len(limits) != 2 or not limits[0] < limits[1]):
-        yield f"data.range must be two rising numbers such as [0, 4095], not {limits}."
+        yield f"data.range must be two increasing numbers such as [0, 4095], not {limits}."
     if size is not None:
         sides = size if isinstance(size, list) else [size] * 2
         if len(sides) != 2 or any(s < 1 for s in sides):
@@ -520,10 +531,10 @@ def _check_data(data: Data) -> Iterator[str]:
 
 def _check_views(views: Views) -> Iterator[str]:
     if len(views.scale) != 2 or not 0 < views.scale[0] <= views.scale[1] <= 1:
-        yield f"views.scale must be two rising fractions such as [0.2, 1], not {views.scale}."
+        yield f"views.scale must be two increasing fractions such as [0.2, 1], not {views.scale}."
 
 
-# what is wrong with values that are each of the right type, by section
+# what is wrong with values that each have the right type, by section
 CHECKS: dict[str, Callable[[Any], Iterator[str]]] = dict(
     train=_check_train, optim=_check_optim, data=_check_data, views=_check_views
 )

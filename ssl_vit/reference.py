@@ -1,4 +1,4 @@
-"""All settings, shown: as the text of --help, as a JSON Schema for editors, and as the page docs/settings.md.
+"""All settings as the text of --help, as a JSON Schema for editors, and as the page docs/settings.md.
 
 python -m ssl_vit.reference > docs/settings.md
 """
@@ -11,10 +11,10 @@ from typing import Any
 
 from ssl_vit import objectives
 from ssl_vit import recipe as recipes
+from ssl_vit.commands import WIDTH
 from ssl_vit.settings import Setting, argument, settings_of, write
 
-WIDTH = 80  # columns of a terminal
-LEFT = 32  # of these for key=value
+LEFT = 32  # columns for key=value
 
 
 # -- --help -----------------------------------------------------------------------------------------------------------
@@ -34,9 +34,9 @@ def headline(path: Path) -> str:
 def _of_all() -> Iterator[str]:
     yield "recipes (--recipe NAME --help prints the settings of one):"
     for path in recipes.shipped():
-        yield from _columns(f"  {path.stem}", [headline(path)], 16)
+        yield from _columns(f"  {path.stem}", [headline(path)], 17)
     yield ""
-    yield "settings, key=value with their defaults and what they may be (zsh: quote [ ])"
+    yield "settings: key=default and allowed values, typed as key=value (zsh: quote [ ])"
     for section, cls in recipes.SECTIONS.items():
         yield from ("", f"{section}:")
         yield from _rows(settings_of(section, cls), {})
@@ -59,7 +59,7 @@ def _of_one(recipe: recipes.Recipe) -> Iterator[str]:
 
 
 def _rows(settings: dict[str, Setting], given: dict[str, tuple[Any, str]]) -> Iterator[str]:
-    """Lines for each setting: key=value, what it may be, its meaning. given: the values that are no defaults."""
+    """Lines for each setting: key=value, allowed values, meaning. given: the values that are not defaults."""
     for key, setting in settings.items():
         value, source = given.get(key, (setting.default, ""))
         mark = {"": " ", recipes.COMMAND_LINE: ">"}.get(source, "*")
@@ -70,7 +70,7 @@ def _rows(settings: dict[str, Setting], given: dict[str, tuple[Any, str]]) -> It
 
 
 def _columns(left: str, paragraphs: list[str], start: int) -> Iterator[str]:
-    """A term, and what is said of it from that column on; a long term has a line of its own."""
+    """A term, and the paragraphs from column `start` on; a long term has a line of its own."""
     right = [line for text in paragraphs for line in _wrapped(text, WIDTH - start)]
     if len(left) + 2 > start:
         yield left
@@ -87,7 +87,7 @@ def _wrapped(text: str, width: int = WIDTH) -> list[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """A JSON Schema (draft 2020-12) of recipe files: which settings of objective.* there are depends on its name."""
+    """A JSON Schema (draft 2020-12) of recipe files: the settings under `objective` depend on its name."""
     names = dict(enum=objectives.names(), description="the objective, a file in ssl_vit/objectives")
     choices = [
         {
@@ -124,8 +124,8 @@ def page() -> str:
     lines = [
         "# Settings",
         "",
-        "Every setting of a recipe, made from the code by `python -m ssl_vit.reference > docs/settings.md`. In a file",
-        "they stand under their section; on the command line one writes `section.key=value`, as in `train.epochs=20`.",
+        "Every setting of a recipe, written from the code by `python -m ssl_vit.reference > docs/settings.md`. In a",
+        "file a setting stands under its section; on the command line write `section.key=value`: `train.epochs=20`.",
         "`python ssl_vit/pretrain.py --recipe NAME --help` prints them with the values of a recipe.",
     ]
     for section, cls in recipes.SECTIONS.items():
@@ -138,7 +138,7 @@ def page() -> str:
 
 
 def _table(settings: dict[str, Setting]) -> Iterator[str]:
-    yield "| key | default | may be | meaning |"
+    yield "| key | default | allowed values | meaning |"
     yield "|---|---|---|---|"
     for key, setting in settings.items():
         default = "required" if setting.default is MISSING else f"`{write(setting.default)}`"

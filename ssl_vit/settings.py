@@ -1,6 +1,6 @@
 """One setting: its type, bounds and meaning; how its value is checked, and written on the command line.
 
-Settings are the fields of dataclasses. Which there are, ssl_vit/recipe.py and the objectives say.
+Settings are the fields of dataclasses, which ssl_vit/recipe.py and the objectives declare.
 """
 
 import json
@@ -142,7 +142,7 @@ def _reads_as(text: str, value: Any) -> bool:
 
 
 def _coerce(kind: Any, value: Any) -> Any:
-    """The value in that type. Raises ValueError or OverflowError if it is none."""
+    """The value in that type. Raises ValueError or OverflowError if it has another."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         for option in args:
@@ -152,14 +152,14 @@ def _coerce(kind: Any, value: Any) -> Any:
                 pass
         raise ValueError
     if origin is Literal:
-        fits = value in args
+        valid = value in args
     elif origin is list:
-        fits = isinstance(value, list)
-        value = [_coerce(args[0], v) for v in value] if fits else value
+        valid = isinstance(value, list)
+        value = [_coerce(args[0], v) for v in value] if valid else value
     else:
         value = _number(kind, value) if kind in (int, float) else value
-        fits = isinstance(value, bool) == (kind is bool) and isinstance(value, kind)
-    if not fits:
+        valid = isinstance(value, bool) == (kind is bool) and isinstance(value, kind)
+    if not valid:
         raise ValueError
     return value
 
@@ -192,7 +192,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _in_symbols(kind: Any, bounds: str) -> str:
-    """A type that is no union, in help texts."""
+    """A type that is not a union, in help texts."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return " | ".join(map(write, args))
@@ -203,7 +203,7 @@ def _in_symbols(kind: Any, bounds: str) -> str:
 
 
 def _json_schema(kind: Any, bounds: dict[str, float]) -> dict[str, Any]:
-    """A type that is no union, as JSON Schema."""
+    """A type that is not a union, as JSON Schema."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return dict(enum=list(args))

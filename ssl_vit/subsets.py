@@ -1,6 +1,6 @@
-"""Which training images are used: stratified parts of them, and a slice to choose settings on.
+"""Which training images are used: stratified subsets, and a slice to choose settings on.
 
-Labels below 0 say that an image has none. Which labelled images belong to a part does not depend on the others.
+A label below 0 means that the image has none. Such images do not change which labelled ones belong to a subset.
 """
 
 import math
@@ -11,17 +11,17 @@ from ssl_vit.errors import UserError
 
 
 def stratified(labels: np.ndarray, amount: float, seed: int) -> np.ndarray:
-    """Indices, rising, of a part of the images that has something of every class.
+    """Increasing indices of a subset of the images that holds some of every class.
 
     amount: below 1 a fraction of every class, and of the images without a label, rounded, but at least one image;
-    otherwise so many of each class. The parts of one seed are nested: a smaller one lies in every larger one.
+    otherwise a number per class. The subsets of one seed are nested: a smaller one lies in every larger one.
     labels: int (n,). Raises UserError if a class has too few images.
     """
     rank, size = _ranks(labels, seed)
     if amount < 1:
         return np.flatnonzero(rank < np.maximum(np.round(amount * size), 1))
     if amount != int(amount):
-        raise UserError(f"A part of the labels is a fraction below 1 or a whole number per class, not {amount:g}.")
+        raise UserError(f"A subset of the labels is a fraction below 1 or a whole number per class, not {amount:g}.")
     known = labels >= 0
     if amount > size[known].min():
         raise UserError(f"There are no {int(amount)} labelled images of every class: one has {int(size[known].min())}.")
@@ -31,22 +31,22 @@ def stratified(labels: np.ndarray, amount: float, seed: int) -> np.ndarray:
 def hold_out(labels: np.ndarray, seed: int, fold: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(indices to fit on, indices to choose settings on): of each class a tenth, at least one image.
 
-    A class's only image is fitted on. fold: which tenth, counted from the last; those of different folds are disjoint.
+    The only image of a class is fitted on. fold: which tenth, counted from the last; different folds are disjoint.
     Raises UserError if no class has a second image.
     """
     rank, size = _ranks(labels, seed)
     if size.max() < 2:
-        raise UserError("Every class has but one labelled image: none is left to choose settings on.")
+        raise UserError("Every class has only one labelled image: none is left to choose settings on.")
     tenth = np.maximum(np.round(size / 10), 1)
     chosen = (size > 1) & (rank >= size - (fold + 1) * tenth) & (rank < size - fold * tenth)
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
 def folds(labels: np.ndarray) -> int:
-    """How many tenths settings are chosen on, in turns: as many as hold 2,000 images together, up to 5.
+    """On how many tenths, in turns, settings are chosen: as many as hold 2,000 images together, up to 5.
 
     0 if no class has a second image, so that there is nothing to choose on. All images have labels.
-    An accuracy on 2,000 images has a standard error of about a point; on 500 of two, more than settings differ by.
+    An accuracy on 2,000 images has a standard error of about a point; on 500, of two, more than settings differ by.
     """
     sizes = np.bincount(labels)
     several = sizes[sizes > 1]

@@ -1,4 +1,4 @@
-"""What the machine gives this process, and asks of it."""
+"""Cores and threads of this process, and the signals that ask it to stop."""
 
 import os
 import signal
@@ -46,12 +46,12 @@ class StopSignal:
 
     @property
     def code(self) -> int:
-        """The exit code; of a process that stops because another one was asked, or its launcher died, SIGTERM's."""
+        """The exit code: that of the signal, or SIGTERM's where another process was asked or the launcher died."""
         return 128 + (self._asked or signal.SIGTERM)
 
 
 def cores() -> int:
-    """CPU cores for each process of this machine."""
+    """CPU cores for each process on this machine."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -62,7 +62,7 @@ def workers(asked: int | Literal["auto"]) -> int:
 
 
 def set_threads(asked: int | Literal["auto"]) -> int:
-    """CPU threads for torch and faiss. Launchers set one by their own; results in the last bits depend on it."""
+    """Set the CPU threads of torch and faiss: launchers would set one, and the last bits of results depend on it."""
     import faiss
 
     threads = cores() if asked == "auto" else asked

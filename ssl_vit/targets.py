@@ -48,8 +48,8 @@ class Pixels(nn.Module):
         """Predictions (B, N, width) as standardised patches, (B, N, width).
 
         What a normalised patch lacks, its mean and variance, is taken from the average of the patches that it was
-        predicted from: the true ones would show silhouettes that no network drew. patches: those that were given,
-        (B, N, width); known: which of them each was predicted from, bool (B or 1, N or 1, N).
+        predicted from: the true ones would show silhouettes that no network drew. patches: the input, (B, N, width);
+        known: from which of them each was predicted, bool (B or 1, N or 1, N).
         """
         if not self.norm_pix_loss:
             return prediction
@@ -59,8 +59,8 @@ class Pixels(nn.Module):
 
 
 class Features(nn.Module):
-    """What a teacher makes of the clean patch, standardised per patch (data2vec, arXiv 2202.03555, section 3.3), but of
-    the last block alone, after the final norm, where data2vec averages the last ones."""
+    """A teacher's features of the clean patch, standardised per patch (data2vec, arXiv 2202.03555, section 3.3):
+    those of the last block, after the final norm; data2vec averages several blocks."""
 
     def __init__(self, width: int, loss: str):
         super().__init__()

@@ -1,8 +1,8 @@
 """uint8 batch → augmented views in [0, 1], batched on the device.
 
-Every image of the batch has its own crop, flip and colours, with the laws of torchvision's transforms, but no loop runs
-over images. A crop is separable: two matrices of antialiased weights per image resample it, and a gaussian blur is
-two more. Every parameter is drawn on the CPU, so the host knows which images an operation concerns and never
+Every image of the batch has its own crop, flip and colours, with the distributions of torchvision's transforms, but no
+loop runs over images. A crop is separable: two matrices of antialiased weights per image resample it, and a gaussian
+blur is two more. Every parameter is drawn on the CPU, so the host knows which images an operation concerns and never
 waits for the device. Call these functions outside autocast: they are made of float32 matrix products.
 
 Photos of varied size are cropped where they are decoded, by `crop_photo` in the workers; `finish` does the rest here.
@@ -156,8 +156,8 @@ def _coloured(view: View, crops: Tensor, u: Tensor) -> Tensor:
 def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Int[Tensor, "B V 4"]:
     """Random boxes in images of height × width pixels: int64 (B, V, 4) of top, left, height, width, on the CPU.
 
-    The law of torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest central box whose
-    aspect is allowed.
+    As in torchvision's RandomResizedCrop: the first of ten tries that lies in the image, else the largest central box
+    whose aspect is allowed.
     """
     u = draw.uniform(f"view.{name}.box", view.count or 1, 22, device="cpu").double()
     low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
@@ -165,13 +165,13 @@ def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Int[Ten
     aspect = torch.exp(low + (high - low) * u[..., 10:20])
     tries = torch.stack([(area / aspect).sqrt().round(), (area * aspect).sqrt().round()], -1)  # (B, V, 10, 2)
     limit = torch.tensor([height, width])
-    fits = ((tries > 0) & (tries <= limit)).all(-1)
-    first = fits.int().argmax(-1)[..., None, None].expand(-1, -1, 1, 2)
+    inside = ((tries > 0) & (tries <= limit)).all(-1)
+    first = inside.int().argmax(-1)[..., None, None].expand(-1, -1, 1, 2)
     central = torch.tensor([min(height, round(width / view.ratio[0])), min(width, round(height * view.ratio[1]))])
-    fitted = fits.any(-1, keepdim=True)
-    size = torch.where(fitted, tries.gather(2, first).squeeze(2).long(), central)
+    found = inside.any(-1, keepdim=True)
+    size = torch.where(found, tries.gather(2, first).squeeze(2).long(), central)
     spare = limit - size
-    start = torch.where(fitted, (u[..., 20:] * (spare + 1)).long(), spare // 2)
+    start = torch.where(found, (u[..., 20:] * (spare + 1)).long(), spare // 2)
     return torch.cat([start, size], -1)
 
 
@@ -326,7 +326,7 @@ def colour(view: View, images: Float[Tensor, "N C H W"], u: Float[Tensor, "N 11"
 def jitter(
     images: Float[Tensor, "N C H W"], factors: Float[Tensor, "N 4"], order: Int[Tensor, "N 4"]
 ) -> Float[Tensor, "N C H W"]:
-    """torchvision's ColorJitter with an own order for every image.
+    """torchvision's ColorJitter, with a separate order for every image.
 
     images: (N, C, H, W); on the CPU, factors: (N, 4) of brightness, contrast, saturation and hue (the shift, in turns);
     order: int64 (N, 4), those four operations by number, the first first.
@@ -432,8 +432,8 @@ def mix(
     """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899, section 3.1), each of half the images if both alphas > 0.
 
     images: float (B, C, H, W); targets: float (B, K); mixup, cutmix: alpha of λ ~ Beta(alpha, alpha), 0 for never;
-    prob: of mixing an image at all. Row r keeps a share λ of its own, the rest comes from row r xor 1 of the global
-    batch, which must lie beside it here.
+    prob: of mixing an image at all. Row r is mixed with row r xor 1 of the global batch, which must lie beside it here;
+    its own weight is λ.
     """
     if mixup == cutmix == 0:
         return images, targets

@@ -29,6 +29,7 @@ SMALL = {
     "beit": ["objective.vocab_size=8"],
     "masked-patch": [],
     "gaussian": ["objective.decoder_depth=1", "objective.decoder_embed_dim=16", "objective.decoder_num_heads=2"],
+    "clean-encoder": ["objective.decoder_depth=1", "objective.decoder_embed_dim=16", "objective.decoder_num_heads=2"],
     "dino": [
         "objective.use_bn_in_head=false",
         "objective.out_dim=32",

@@ -107,7 +107,7 @@ def test_a_tracker_that_is_not_installed(run, monkeypatch):
 
 def test_a_checkpoint_that_only_the_first_process_sees(run, monkeypatch):
     monkeypatch.setattr(pretrain, "broadcast_object_list", lambda said: said if said[0] is False else [7])
-    refused(run(), "the checkpoint of step 7", "this one that of step 0", "disk that all machines share")
+    refused(run(), "the checkpoint of step 7", "this one that of step 0", "file system that all machines share")
 
 
 def test_folders(run):
@@ -172,7 +172,7 @@ def test_a_broken_image(run, setting):
     assert code == 0 and "Left out 1 broken image(s)" in said and "(5 images at 8x8)" in said
     for i in range(6):
         Path(f"set/train/{i}.png").write_bytes(b"x")
-    refused(run(*settings, "data.skip_broken=true", "--output=none"), "images tried of set/train (", "can be decoded")
+    refused(run(*settings, "data.skip_broken=true", "--output=none"), "images tried in set/train (", "can be decoded")
 
 
 def test_sizes_that_differ(run):

@@ -1,6 +1,7 @@
 """`ssl-vit COMMAND`, and messages that name a command in the way in which the process was started."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -30,14 +31,34 @@ def test_help_lists_every_command_by_its_docstring_and_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
     *lines, modules = done.stdout.splitlines()
     assert json.loads(modules) == []
+    assert max(map(len, lines)) <= 80
+    entries = re.sub(r"\n {8,}", " ", "\n".join(lines)).splitlines()  # a long one goes on there
     listed = {
-        words[0]: " ".join(words[1:]) for line in lines if (words := line.split()) and words[0] in commands.COMMANDS
+        words[0]: " ".join(words[1:]) for line in entries if (words := line.split()) and words[0] in commands.COMMANDS
     }
     scripts = [*(ROOT / "eval").glob("*.py"), *(ROOT / "ssl_vit").glob("*.py")]
     started = [p for p in scripts if "errors.run(main)\n" in p.read_text()]
     assert {commands.script(name) for name in listed} == set(started) and len(started) == 9
     for name, line in listed.items():
         assert commands.script(name).read_text().startswith(f'"""{line}\n')
+
+
+def test_help_fills_paragraphs_and_keeps_the_lines_of_commands_and_lists():
+    words = " ".join(["twelve"] * 11)
+    text = f"One.\nTwo.\n\n    python x.py\n    python y.py {words}\n        {words}\n"
+    text += f"Presets:\n  a   {words}\n      b\n  c   d"
+    assert commands.folded(text).splitlines() == [
+        "One. Two.",
+        "",
+        "    python x.py",
+        f"    python y.py {'twelve ' * 9}".rstrip(),
+        f"        {'twelve ' * 10}".rstrip(),
+        f"        {'twelve ' * 3}".rstrip(),
+        "Presets:",
+        f"  a   {'twelve ' * 10}".rstrip(),
+        "      twelve b",
+        "  c   d",
+    ]
 
 
 def test_version(monkeypatch, capsys):
@@ -66,6 +87,7 @@ def test_help_of_a_command_is_of_the_command(monkeypatch, capsys, name):
     said = capsys.readouterr().out
     assert said.startswith(f"usage: ssl-vit {name} ") and f"\n    ssl-vit {name} " in said or name == "pretrain"
     assert "python ssl_vit/" not in said and "python eval/" not in said and "launch eval/" not in said
+    assert max(map(len, said.splitlines())) <= 80
     assert "launch ssl_vit/" not in said and (name != "pretrain" or "accelerate launch -m ssl_vit.pretrain" in said)
 
 
@@ -114,4 +136,7 @@ def test_another_package_called_eval_is_met_with_a_sentence(tmp_path, foreign, s
     command = [sys.executable, *start, "--backbone", "pixels"]
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: Python finds another eval ({file}) before") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"error: Python finds another package eval ({file}) before")
+        and done.stderr.count("\n") == 1
+    )

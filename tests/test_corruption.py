@@ -13,6 +13,7 @@ from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
 
 ALL = ["objective.encoder_input=corrupted", "objective.mask=none"]
+CLEAN = ["objective.encoder_input=clean", "objective.corruption=gaussian", "objective.noise_sigma=[0.5,1]"]
 VARIANTS = {
     "noise on half": [
         "objective.encoder_input=corrupted",
@@ -43,6 +44,8 @@ VARIANTS = {
     ],
     "features": ["objective.encoder_input=mask_token", "objective.mask_ratio=0.5", "objective.target=features"],
     "autoencoder": [*ALL, "objective.norm_pix_loss=false"],
+    "clean encoder": [*CLEAN, "objective.mask=none", "objective.norm_pix_loss=false"],
+    "clean encoder, noise on half": [*CLEAN, "objective.mask_ratio=0.5"],
     "masked patch prediction": [
         "objective.encoder_input=mask_token",
         "objective.mask_ratio=0.5",
@@ -75,7 +78,7 @@ def spoiled(objective, images):
     return objective.corrupt(images, order, hidden, draw)[0], hidden
 
 
-@pytest.mark.parametrize("variant", ["noise on half", "shuffle"])
+@pytest.mark.parametrize("variant", ["noise on half", "shuffle", "clean encoder, noise on half"])
 def test_only_the_hidden_patches_are_spoiled(variant):
     objective = small(variant)
     images = make_batch(objective, torch.arange(6)).views["image"]
@@ -149,7 +152,8 @@ def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_given_is_what_the_encoder_embeds(monkeypatch, variant):
-    """The pixels of `given`, embedded, are the tokens of `predict`, wherever these are not mask tokens or left out."""
+    """The pixels of `given`, embedded, are the tokens of `predict`, wherever these are not mask tokens or left out.
+    With a clean encoder they are what the decoder embeds."""
     objective = small(variant)
     images = make_batch(objective, torch.arange(6)).views["image"]
     embedded = []
@@ -163,6 +167,13 @@ def test_what_is_given_is_what_the_encoder_embeds(monkeypatch, variant):
         assert given is None
         return
     seen, absent, counted = given
+    if objective.config.encoder_input == "clean":
+        assert torch.allclose(embedded[0], objective.backbone.patch_embed(images), atol=1e-5) and not absent.any()
+        noisy = []
+        objective.decoder.embed.register_forward_pre_hook(lambda module, inputs: noisy.append(inputs[0]))
+        objective.predict(images, Draw(0, 0, torch.arange(6)))
+        assert torch.equal(noisy[0], patchify(seen, (2, 2))) and torch.equal(counted, hidden)
+        return
     tokens = objective.backbone.patch_embed(seen * objective.backbone.std + objective.backbone.mean)
     assert torch.allclose(tokens[~absent], embedded[0][~absent], atol=1e-5)
     assert torch.equal(counted, hidden) and not absent[~hidden].any()
@@ -276,6 +287,9 @@ def test_corruption_as_augmentation_of_supervised_training():
             "clean patches",
         ),
         (["objective.keep_ratio=0.5"], "objective.keep_ratio"),
+        (["objective.encoder_input=clean"], "gives the decoder the corrupted image: set objective.corruption"),
+        ([*CLEAN, "objective.mask=none", "objective.decoder_depth=0"], "objective.decoder_depth of 1 or more"),
+        ([*CLEAN, "objective.mask=causal"], "objective.encoder_input must be corrupted, not clean"),
         (["objective.target=noise"], "objective.corruption=gaussian"),
         ([*ALL, "objective.corruption=blur", "objective.blur_sigma=[0,1]"], "above 0"),
         ([*ALL, "objective.corruption=gaussian", "objective.noise_pca_dim=13"], "more than the 12 values"),

@@ -212,7 +212,7 @@ def test_the_range_is_the_users_to_set(tmp_path, capsys):
     assert load(tmp_path / "plain", range=[0.0, 9.0]).ledger["range"] is None
     assert "data.range is not used" in capsys.readouterr().out
     np.save(tmp_path / "set" / "train" / "9.npy", np.random.default_rng(0).random((6, 5)))
-    with pytest.raises(UserError, match=r"fractions and whole numbers: say with data.range=\[LOW, HIGH\]"):
+    with pytest.raises(UserError, match=r"fractions and whole numbers: set data.range=\[LOW, HIGH\]"):
         load(tmp_path / "set")
 
 
@@ -378,7 +378,7 @@ def test_a_set_that_shows_one_image_only_is_refused(tmp_path):
         array[..., 3] = 0
         save(tmp_path / "set" / "train" / f"{i}.png", array)
     for route in ROUTES:
-        with pytest.raises(UserError, match=r"All 3 images looked at of set/train have the same pixels.*background"):
+        with pytest.raises(UserError, match=r"All 3 inspected images of set/train have the same pixels.*background"):
             load(tmp_path / "set", **route)
     save(tmp_path / "set" / "train" / "9.png", pixels(9))
     for route in ROUTES:
@@ -386,5 +386,5 @@ def test_a_set_that_shows_one_image_only_is_refused(tmp_path):
 
 
 def test_the_range_is_checked():
-    with pytest.raises(UserError, match=r"data.range must be two rising numbers"):
+    with pytest.raises(UserError, match=r"data.range must be two increasing numbers"):
         recipes.read("mae", ["data.range=[5, 5]"], "digits", lambda name: objectives.find(name).Config)

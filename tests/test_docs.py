@@ -144,6 +144,14 @@ def check_launch(words: list[str], usage: bool) -> None:
         parse("pretrain", ["--recipe", name, *arguments], usage)
 
 
+def test_the_readme_is_short_and_has_a_table_of_contents():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    sections = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    contents, _, _ = text.partition(f"## {sections[0]}")
+    assert [s for s in sections if f"[{s}](#{s.lower().replace(' ', '-')})" not in contents] == []
+
+
 def test_every_command_of_the_documents_would_start():
     wrong, checked = {}, 0
     for path in [*PAGES, *RECIPES, *MODULES]:

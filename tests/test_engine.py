@@ -125,7 +125,7 @@ def test_a_run_goes_on_in_another_number_of_processes(sharded_first, tmp_path):
     else:
         after = started(tmp_path, "dino", "fsdp2", *parts)
         assert after.wait() == [0, 0], after.said
-    assert f"Going on from step {at} of 40" in after.said
+    assert f"Resuming from step {at} of 40" in after.said
     for key, value in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "parts")[key], value, rtol=0, atol=5e-4)
 
@@ -242,12 +242,12 @@ def test_memory_that_runs_out_later_is_one_message_and_the_same_command_goes_on(
     several = started(tmp_path, "mae", kind, *settings)
     assert several.wait() == [1, 2], several.said
     said = (
-        "Out of memory with 16 images at a time. The same command goes on from the last checkpoint, with 8 at a time."
+        "Out of memory with 16 images at a time. The same command resumes from the last checkpoint, with 8 at a time."
     )
     assert several.said.count(said) == 1 == several.said.count("error:") and "Traceback" not in several.said
     again = started(tmp_path, "mae", kind, *settings)
     assert again.wait() == [0, 0], again.said
-    assert "Going on from step 3 of 6" in again.said
+    assert "Resuming from step 3 of 6" in again.said
     compare(tmp_path / "one", tmp_path / "several")
 
 

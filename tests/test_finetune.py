@@ -211,10 +211,121 @@ def test_the_learning_rate_is_chosen_on_held_out_training_images(tune, monkeypat
     assert 2 * one["eval_flops"] < row["eval_flops"] and one["protocol"] != row["protocol"]
 
 
+def near(best):
+    """Predictions that are right for the more images, the nearer the learning rate is to the best."""
+
+    def predict(path, images, state):
+        lr = yaml.safe_load((path / "recipe.yaml").read_text())["optim"]["lr"]
+        answers = images.labels.numpy().copy()
+        wrong = int(len(answers) * min(0.9, abs(math.log2(lr / best)) / 10))
+        answers[:wrong] = (answers[:wrong] + 1) % 10
+        return Predictions(answers), finetune.Cost()
+
+    return predict
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (2e-3, ["0.001", "0.002", "0.004"]),
+        (8e-3, ["0.001", "0.002", "0.004", "0.008", "0.016"]),
+        (5e-4, ["0.00025", "0.0005", "0.001", "0.002", "0.004"]),
+    ],
+)
+def test_the_rates_go_on_until_the_best_is_between_two_others(best, tried, tune, monkeypatch):
+    monkeypatch.setattr(finetune, "predict", near(best))
+    [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
+    assert row["settings"]["lr"] == best and list(row["settings"]["tried"]) == tried
+    assert row["settings"]["changed"]["optim.lr"] == [1e-3, 2e-3, 4e-3]  # as asked: the protocol is the same for all
+    assert row["settings"]["validation"] == max(row["settings"]["tried"].values()) == 1.0
+
+
+def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, monkeypatch, capsys):
+    train = finetune.tune
+    least = [4e-3]
+
+    def fragile(source, recipe, images):
+        if recipe.optim.lr >= least[0]:
+            raise errors.Diverged("The loss of step 7 is not a finite number.")
+        return train(source, recipe, images)
+
+    monkeypatch.setattr(finetune, "tune", fragile)
+    monkeypatch.setattr(finetune, "predict", near(1.0))
+    [row] = tune("--lr", "1e-3", "2e-3", "train.steps=1")
+    assert row["settings"]["lr"] == 2e-3 and row["settings"]["tried"]["0.004"] is None
+    assert "lr 0.004: The loss of step 7 is not a finite number." in capsys.readouterr().out
+    least[0] = 0.0
+    with pytest.raises(UserError, match="Training diverged at every learning rate from 0.001 on"):
+        tune("--lr", "1e-3", "3e-3", "train.steps=1")
+
+
+@pytest.fixture
+def left_out(tmp_path):
+    """runs/tuned, of a few steps on nine tenths of the digits, drawn by seed 7."""
+    recipe = pretrain.read(
+        "mae", [*TINY, *SMALL["mae"], "train.steps=1", "data.hold_out=true", "data.subset_seed=7", "train.seed=9"], None
+    )
+    assert pretrain.pretrain(recipe, tmp_path / "runs/tuned") == 0
+    return data.load(recipe.data, "train")
+
+
+@pytest.mark.parametrize("labels", ["20", "50%", "all"])
+def test_held_out_images_are_those_that_pre_training_left_out(labels, tune, left_out, tmp_path, monkeypatch):
+    """And the labels are of those that it saw; nothing of the report split is read."""
+    fits, judged, roles = [], [], []
+    train, load = pretrain.pretrain, data.load
+
+    def watched(recipe, path):
+        fits.append(load(recipe.data, "train"))
+        return train(recipe, path)
+
+    def predict(path, images, state):
+        judged.append(images)
+        return near(2e-3)(path, images, state)
+
+    def noted(config, role, classes=None):
+        roles.append(role)
+        return load(config, role, classes)
+
+    monkeypatch.setattr(pretrain, "pretrain", watched)
+    monkeypatch.setattr(finetune, "predict", predict)
+    monkeypatch.setattr(data, "load", noted)
+    asked = ["--lr", "1e-3", "2e-3", "4e-3", "--labels", labels, "train.steps=1"]
+    [row] = tune("--held-out", *asked, backbones=("runs/tuned",))
+    seen, every = rows_in(left_out), rows_in(load(recipes.Data(), "train"))
+    assert len(fits) == len(judged) == 3 and "report" not in roles
+    for fit, images in zip(fits, judged, strict=True):
+        assert rows_in(images) == every - seen and rows_in(fit) <= seen
+        assert len(fit) == row["train_n"] == {"20": 200, "50%": 718, "all": len(left_out)}[labels]
+    assert row["split"] == "held out of train" and row["n"] == len(judged[0]) == 142
+    assert row["seed"] == 9 and row["subset_seed"] == (None if labels == "all" else 7)
+    assert row["settings"]["lr"] == 2e-3 and row["value"] == row["settings"]["validation"] == 1.0
+    assert np.load(tmp_path / "runs/tuned" / row["predictions"])["predicted"].tolist() == judged[1].labels.tolist()
+    # another run takes the rate, and is judged on the report split
+    [taken] = tune(*asked, "--lr-of", "runs/tuned")
+    assert taken["settings"]["lr"] == 2e-3 and taken["split"] == "the fixed 360" and "report" in roles
+    assert taken["protocol"] == row["protocol"] and taken["chosen"] == row["chosen"]
+
+
+def test_held_out_images_must_have_been_left_out(tune, left_out):
+    asked = ["--held-out", "--lr", "1e-3", "2e-3", "train.steps=1"]
+    with pytest.raises(UserError, match="runs/mae may have seen the held-out tenth"):
+        tune(*asked)
+    with pytest.raises(UserError, match="1,3.. labels reach into the tenth of train that they are to be judged on"):
+        tune(*asked, "--labels", "95%", backbones=("runs/tuned",))
+    for words, said in (
+        (["--held-out", "--lr", "1e-3"], "--held-out chooses among several --lr"),
+        ([*asked, "--lr-of", "runs/mae"], "--held-out chooses among several --lr: give those, without --lr-of"),
+        ([*asked, "--label-seeds", "3"], "leave --label-seeds out"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tune(*words, backbones=("runs/tuned",))
+
+
 def test_a_trial_is_judged_on_images_that_it_was_not_trained_on(tune, monkeypatch):
     """What each training is given, by its recipe, and what it then predicts for."""
     trained, judged = [], []
-    train, predict = pretrain.pretrain, finetune.predict
+    train = pretrain.pretrain
 
     def watched(recipe, path):
         trained.append(data.load(recipe.data, "train"))
@@ -222,16 +333,16 @@ def test_a_trial_is_judged_on_images_that_it_was_not_trained_on(tune, monkeypatc
 
     def watched_too(path, images, state):
         judged.append(images)
-        return predict(path, images, state)
+        return near(2e-3)(path, images, state)
 
     monkeypatch.setattr(pretrain, "pretrain", watched)
     monkeypatch.setattr(finetune, "predict", watched_too)
-    tune("--lr", "1e-3", "2e-3", "--labels", "20", "--label-seeds", "1", "train.steps=1")
+    tune("--lr", "1e-3", "2e-3", "4e-3", "--labels", "20", "--label-seeds", "1", "train.steps=1")
     part = rows_in(data.load(recipes.Data(subset=20, subset_seed=1), "train"))
     report = rows_in(data.load(recipes.Data(), "report"))
     fits, others = ([rows_in(images) for images in sets] for sets in (trained, judged))
-    assert fits[2] == part and others[2] == report and len(fits) == len(others) == 3
-    for fit, held_out in zip(fits[:2], others[:2], strict=True):
+    assert fits[3] == part and others[3] == report and len(fits) == len(others) == 4
+    for fit, held_out in zip(fits[:3], others[:3], strict=True):
         assert fit | held_out == part and not fit & held_out and len(held_out) == 20
     assert len(part) == 200 and not part & report
 
@@ -240,9 +351,10 @@ def rows_in(images) -> set:
     return {(row.numpy().tobytes(), int(label)) for row, label in zip(images.images, images.labels, strict=True)}
 
 
-def test_every_training_and_judgement_is_counted_once(tune, tmp_path):
+def test_every_training_and_judgement_is_counted_once(tune, tmp_path, monkeypatch):
     """By hand, of a classifier from scratch too: the trials on nine tenths, the last on all, and what judges them."""
-    settings = ["--lr", "1e-3", "2e-3", "--labels", "20", "objective.mixup=0", "objective.cutmix=0"]
+    judged(monkeypatch, best=2e-3)
+    settings = ["--lr", "1e-3", "2e-3", "4e-3", "--labels", "20", "objective.mixup=0", "objective.cutmix=0"]
     tune(*settings, backbones=("runs/mae", "runs/random"))
     depth, width, tokens, patch = 2, 16, 17, 2 * 2
     block = 2 * tokens * width * (4 * width + 2 * 4 * width) + 4 * tokens**2 * width
@@ -251,8 +363,8 @@ def test_every_training_and_judgement_is_counted_once(tune, tmp_path):
     backward = 2 * forward - embed  # pixels have no gradient
     for name in ("mae", "random"):
         [row] = results.read(tmp_path / "runs" / name)
-        assert row["eval_images"] == 3 * 3 * 32 + 2 * 20 + 360  # three trainings of three steps
-        assert row["eval_flops"] == 3 * 3 * 32 * (forward + backward) + (2 * 20 + 360) * forward
+        assert row["eval_images"] == 4 * 3 * 32 + 3 * 20 + 360  # four trainings of three steps
+        assert row["eval_flops"] == 4 * 3 * 32 * (forward + backward) + (3 * 20 + 360) * forward
         logged = sum(log_of(path)[-1]["seconds"] for path in tuned(tmp_path / "runs" / name))
         assert row["seconds"] > logged > 0
     assert row["recipe"] == "random" and row["train_flops"] == row["images_seen"] == 0
@@ -284,19 +396,13 @@ def test_a_class_of_one_image_does_not_stop_the_choice(tune, tmp_path, monkeypat
     assert row["settings"]["lr"] == 2e-3 and row["classes"] == 3 and row["majority"] == 4 / 7
 
 
-def test_the_best_at_the_edge_of_the_grid_is_said(tune, monkeypatch, capsys):
-    judged(monkeypatch, best=4e-3)
-    [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
-    assert row["settings"]["at_the_edge"] and "warning: the best learning rate, 0.004," in capsys.readouterr().out
-
-
-def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch, capsys):
+def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch):
     def right(path, images, state):
         return Predictions(images.labels.numpy()), finetune.Cost()
 
     monkeypatch.setattr(finetune, "predict", right)
     [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")
-    assert row["settings"]["lr"] == 2e-3 and "warning" not in capsys.readouterr().out
+    assert row["settings"]["lr"] == 2e-3 and len(row["settings"]["tried"]) == 3
 
 
 def test_another_run_takes_the_rate_that_was_chosen_for_the_first(tune, tmp_path, monkeypatch):
@@ -396,7 +502,7 @@ def test_shuffled_labels_and_constant_images_give_chance(tune, monkeypatch):
 
 
 def test_two_processes_train_and_judge_alike(tune, tmp_path):
-    settings = ["--lr", "1e-3", "1e-2", "--labels", "20"]
+    settings = ["--lr", "1e-3", "3e-3", "1e-2", "--labels", "20"]
     command = ["--backbone", "runs/mae", *QUICK, *settings]
     two = launched([*TORCHRUN, str(ROOT / "eval/finetune.py"), *command], tmp_path)
     said, _ = two.communicate(timeout=180)
@@ -424,7 +530,7 @@ def test_it_stops_when_told_and_goes_on(pretrained, tmp_path):
         said = (tmp_path / "said.txt").read_text()
         assert child.exitcode == (130 if stop else 0), said
         assert len(results.read(tmp_path / "runs/mae")) == (0 if stop else 2)
-    assert "Stopped after step" in said and "Going on from step" in said
+    assert "Stopped after step" in said and "Resuming from step" in said
 
 
 def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):

@@ -91,6 +91,7 @@ def test_help_explains_and_sets_nothing_up(project, args):
     assert done.returncode == 0 and not done.stderr and not ran
     for word in ("./launch.sh [RECIPE]", "./launch.sh test", "--data", "dino", "imagenet/mae", "PYTHON", ".venv"):
         assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert not (project.root / ".venv").exists()
 
 

@@ -209,7 +209,9 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path):
     first.kill()
 
 
-@pytest.mark.parametrize(("damage", "said"), [("truncated", "is damaged"), ("another backbone", "is of another model")])
+@pytest.mark.parametrize(
+    ("damage", "said"), [("truncated", "is damaged"), ("another backbone", "belongs to another model")]
+)
 def test_a_bad_checkpoint_is_one_sentence(damage, said, tmp_path):
     out = ["--output", str(tmp_path / "run")]
     started = Started(tmp_path, *arguments("mae", *out, "train.steps=1000"))
@@ -281,8 +283,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Reconstruct, "forward", forward)
     again = run(tmp_path, *arguments("mae", "--output", str(tmp_path / "run"), "runtime.num_workers=0"))
-    assert "Going on from step 4 of 12" in again.said
-    assert re.search(r"About \d+ s to go: 2 steps of \S+ s, as steps 6 to 10 took\.", again.said)
+    assert "Resuming from step 4 of 12" in again.said
+    assert re.search(r"About \d+ s to go: 2 steps of \S+ s, measured over steps 6 to 10\.", again.said)
 
 
 def test_watching_changes_nothing(tmp_path):
@@ -581,7 +583,7 @@ def test_images_without_labels_are_watched_by_rank_alone(tmp_path, monkeypatch):
     started.log.unlink()
     monkeypatch.setattr(DINO, "forward", forward)
     again = run(tmp_path, *settings)
-    assert "Going on from step 4 of 12" in again.said and "Advice" not in again.said
+    assert "Resuming from step 4 of 12" in again.said and "Advice" not in again.said
     watched = [line for line in log_of(tmp_path / "run") if "rank" in line]
     assert [line["step"] for line in watched] == [6, 12] and not any("knn" in line for line in watched)
 

@@ -56,6 +56,7 @@ def test_a_fault_that_survives_or_does_not_apply_is_told(tmp_path, monkeypatch, 
     assert "| caught | test_sums.py::test_add |" in said and "| survives | **survived** |" in said
     assert "| stale | **does not apply**" in said and "1 of 3 caught." in said
     assert mutants.main(["caught"]) == 0 and mutants.main(["nothing"]) == 2
+    assert mutants.main(["--help"]) == 0 and "python tests/mutants/run.py NAME …" in capsys.readouterr().out
     assert "a + b" in (root / "sums.py").read_text() and not scratch[0].exists()
     (root / "tests" / "test_sums.py").write_text("def test_add():\n    assert False\n")
     assert mutants.main(["caught"]) == 2 and "Without any fault" in capsys.readouterr().out

@@ -97,13 +97,13 @@ def said(estimate: monitor.Estimate, seconds: dict[int, float]) -> tuple[list[tu
 def test_the_time_left_is_of_steps_that_had_nothing_prepared():
     """A run that goes on from step 100: a slow start, four steps whose images two workers have ready, then 2 s each."""
     steps = {101: 50.0} | {at: 0.1 for at in range(102, 106)} | {at: 2.0 for at in range(106, 1001)}
-    text = "About 30 min to go: 890 steps of 2 s, as steps 106 to 110 took."
+    text = "About 30 min to go: 890 steps of 2 s, measured over steps 106 to 110."
     assert said(monitor.Estimate(100, 1000, workers=2), steps) == ([(110, text)], 3)
 
 
 def test_the_time_left_of_slow_steps_is_said_early():
     steps = {1: 90.0} | {at: 20.0 for at in range(2, 101)}
-    text = "About 32 min to go: 97 steps of 20 s, as steps 2 to 3 took."
+    text = "About 32 min to go: 97 steps of 20 s, measured over steps 2 to 3."
     assert said(monitor.Estimate(0, 100, workers=16), steps) == ([(3, text)], 2)
 
 

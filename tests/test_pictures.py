@@ -16,7 +16,9 @@ from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
 
 ROWS = torch.arange(4)
-KINDS = dict(VARIANTS, **{name: None for name in ("mae", "simmim", "beit", "masked-patch", "gaussian")})
+KINDS = dict(
+    VARIANTS, **{name: None for name in ("mae", "simmim", "beit", "masked-patch", "gaussian", "clean-encoder")}
+)
 
 
 def objective_of(kind):
@@ -58,9 +60,12 @@ def test_what_is_drawn_of_hidden_patches_does_not_depend_on_them(kind, monkeypat
             assert not torch.allclose(after[0][:, place], before[0][:, place])
         assert looked_at > 60
         return
-    if (
-        objective.config.encoder_input == "corrupted"
-    ):  # all is given, but spoiled: another image that is spoiled to the same input
+    if objective.config.encoder_input == "clean":  # which tells of the clean image what its one vector tells
+        assert not torch.allclose(shown(objective, others)[2], before[2], atol=0.1)
+        torch.nn.init.zeros_(objective.decoder.bottleneck.weight)
+        before = shown(objective, images)
+    if objective.config.encoder_input in ("corrupted", "clean"):
+        # all is given, but spoiled: another image that is spoiled to the same input
         given = objective.corrupt(
             images, objective.mask_order(Draw(0, 0, ROWS)), torch.ones(4, 64).bool(), Draw(0, 0, ROWS)
         )
@@ -104,7 +109,7 @@ def answer(objective, images, target):
     return shown(objective, images)
 
 
-@pytest.mark.parametrize("kind", ["predict the noise", "autoencoder", "blur", "simmim", "gaussian"])
+@pytest.mark.parametrize("kind", ["predict the noise", "autoencoder", "blur", "simmim", "gaussian", "clean-encoder"])
 def test_the_picture_of_a_perfect_predictor_is_the_clean_image(kind):
     """Of the predictor whose loss is 0, so that what is drawn is what was trained."""
     objective = objective_of(kind)
@@ -243,7 +248,7 @@ def test_without_a_report_split_that_can_be_read_training_images_are_shown_and_s
     train(tmp_path / "run", "train.steps=0")
     [(sheet, title)] = drawn
     assert "training split" in title and (tmp_path / "run/backbone/model.safetensors").exists()
-    assert "training images, for want of others: There is no split 'test'." in capsys.readouterr().out
+    assert "training images, since no others can be read: There is no split 'test'." in capsys.readouterr().out
     images = load(recipes.Data(), "train")
     assert torch.allclose(sheet.panels[:, 0], images.images[pictures.spread(1437, images.labels, 8)] / 255, atol=1e-5)
 

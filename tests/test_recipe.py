@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_vit import objectives
+from ssl_vit import objectives, settings
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -178,7 +178,7 @@ def test_a_part_written_with_a_point_is_refused_but_in_a_run(file, of_run):
 
 def test_another_objective_is_another_recipe(file):
     with pytest.raises(
-        UserError, match=r"mae.yaml is a recipe of the objective reconstruct, not dino: .*\(dino, dino-photos\)"
+        UserError, match=r"mae.yaml is a recipe for the objective reconstruct, not dino: .*\(dino, dino-photos\)"
     ):
         read("objective.name=dino")
     assert read("objective.name=reconstruct").objective_name == "reconstruct"
@@ -291,7 +291,7 @@ def test_all_mistakes_are_named_at_once(file):
         (f"Unknown key 'objective.decoder_dept' in {path}. Did you mean 'objective.decoder_depth'?",),
         (f"optim.clip_grad in {command_line} must be above 0, not -1.0.",),
         (f"Unknown key 'colours' in {command_line}.",),
-        ("views.scale must be two rising fractions such as [0.2, 1], not [0.9, 0.1].",),
+        ("views.scale must be two increasing fractions such as [0.2, 1], not [0.9, 0.1].",),
     ]
     assert len(said) == len(expected)
     for (words,) in expected:
@@ -361,6 +361,14 @@ def test_a_renamed_key_is_refused_with_its_new_name(file, of_run, monkeypatch):
         with pytest.raises(UserError) as error:
             reader()
         assert str(error.value) == f"optim.rate is now called optim.lr; rename it in {run}."
+
+
+def test_the_new_name_of_a_renamed_key_is_a_setting_and_the_old_one_is_not():
+    known = {key for section, cls in recipes.SECTIONS.items() for key in settings.settings_of(section, cls)}
+    for name in objectives.names():
+        known |= settings.settings_of("objective", objectives.find(name).Config).keys()
+    assert recipes.RENAMED and {new.split()[0] for new in recipes.RENAMED.values()} <= known
+    assert not recipes.RENAMED.keys() & known
 
 
 @pytest.mark.parametrize(

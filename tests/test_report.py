@@ -611,13 +611,15 @@ def write_study(folder, arms, decides=False, **changes):
         tuned = [dict(protocol="finetune", labels=[0.1, 1.0], changed={})]
         if role == "scratch":
             tuned.append(dict(protocol="finetune-long", labels=[0.1], changed=dict(extra_flops=budget)))
-        entry = said.setdefault(name, dict(recipe="mae", role=role, finetuned=tuned, runs=[]))
+        own = dict(recipe="mae", role=role, budget=1.0, seeds=len(runs), like=None, finetuned=tuned, runs=[])
+        entry = said.setdefault(name, own)
         entry["runs"] += [
             dict(arm=name, budget=budget, settings=[], run=str(r), steps=None, accuracy=None) for r in runs
         ]
     study = folder / "study"
     study.mkdir()
-    whole = dict(plan="plan", data="cifar10", decides=decides, arms=said, controls={}, tuning=None, trials={})
+    whole = dict(plan="plan", data="cifar10", decides=decides, seeds=2, budget=None, arms=said, controls={})
+    whole |= dict(tuning=None, trials={})
     (study / "study.json").write_text(json.dumps(whole | changes))
     return study
 
@@ -754,13 +756,19 @@ def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, mon
 def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     runs = many(tmp_path, "mae", 0.5, seeds=1)
     (runs[0] / "difficulty.json").write_text(json.dumps(dict(identity=1.0, mean_patch=0.987, linear=0.123)))
-    trials = [dict(settings=["a=1", f"optim.lr={lr}"], run="x", accuracy=a) for lr, a in ((1, 0.25), (2, None))]
-    tuning = dict(flops=1e9, lr_factors=[1, 2], judge=["knn"])
+    tried = ((1, 0.25), (2, None), (0.5, 0.2))
+    trials = [dict(settings=["a=1", f"optim.lr={lr}"], run="x", accuracy=a) for lr, a in tried]
+    tuning = dict(flops=1e9, seed=100, judge=["knn"])
     study = write_study(tmp_path, [("mae", "masking", None, runs)], tuning=tuning, trials=dict(mae=trials))
+    said = json.loads((study / "study.json").read_text())
+    said["arms"]["mae"]["runs"][0]["settings"] = ["a=1", "optim.lr=1"]
+    said["arms"]["short"] = said["arms"]["mae"] | dict(like="mae", runs=[])
+    (study / "study.json").write_text(json.dumps(said))
     html, markdown = study_page(study, monkeypatch)
     assert "0.987" in markdown and "0.123" in markdown and "## How the arms were tuned" in markdown
-    assert "so that a better one may lie outside the range, for mae." in markdown
-    assert "optim.lr=1" in html and "25.0" in html and "failed" in html and "a=1" not in html
+    assert "3 trials at 1e+09 FLOPs and seed 100" in markdown and "short those of mae" in markdown
+    places = [html.index(words) for words in ("optim.lr=1<", "25.0 (chosen)", "failed", "optim.lr=0.5", "20.0")]
+    assert places == sorted(places) and html.count("(chosen)") == 1 and "a=1" not in html
 
 
 def test_charts_of_an_earlier_report_go(tmp_path, monkeypatch):

@@ -86,10 +86,10 @@ def test_images_of_the_report_split_are_not_trained_on(tmp_path, capsys):
     assert train.ledger["found"]["left_out"] == dict(also_in_another_split=3)
     assert train.ledger["found"]["copies_within_a_split"] == 1
     said = capsys.readouterr().out
-    assert said.count("Left out of train: 3 images that lie in test too, byte for byte; the first: ") == 1
+    assert said.count("Left out of train: 3 images that are also in test, byte for byte; the first: ") == 1
     shutil.copytree(tmp_path / "train", tmp_path / "all" / "train")
     shutil.copytree(tmp_path / "train", tmp_path / "all" / "val")
-    with pytest.raises(UserError, match="All images of train lie in val too"):
+    with pytest.raises(UserError, match="All images of train are also in val"):
         load(tmp_path / "all")
 
 
@@ -128,7 +128,7 @@ def test_rows_of_tables_are_kept_apart_too(tmp_path, capsys):
     assert (len(train), len(test), train.labels.tolist()) == (4, 3, [0, 1, 1, 0])
     assert not set(seen(train)) & set(seen(test))
     assert (
-        "Left out of train: 2 images that lie in test too, byte for byte; the first: row 2." in capsys.readouterr().out
+        "Left out of train: 2 images that are also in test, byte for byte; the first: row 2." in capsys.readouterr().out
     )
     assert train.ledger["found"]["left_out"] == dict(also_in_another_split=2)
     table(tmp_path / "one.parquet", *range(60), *range(60))
@@ -150,7 +150,7 @@ def test_splits_one_level_deeper_are_found(tmp_path, capsys):
     assert train.names()[0] == os.path.join("a", "0.png")
     assert "its splits (train and test) lie in" in capsys.readouterr().out
     fill(tmp_path / "set" / "masks", 3, 90)
-    with pytest.raises(UserError, match="set/pictures has .test and train.: they would be mixed. Pass --data of"):
+    with pytest.raises(UserError, match="set/pictures has .test and train.: they would be mixed. Pass the folder"):
         load(tmp_path / "set")
     for label in "ab":
         fill(tmp_path / "turned" / label / "train", 3, ord(label))
@@ -322,7 +322,7 @@ def test_what_holds_no_class_is_said_with_the_reason(tmp_path, capsys):
             cells = [png(pixels(start + i)) for i in range(6)]
             parquet(tmp_path / name / f"{split}.parquet", image=cells, label=labels)
         assert load(tmp_path / name).labels is None
-        assert f"is not taken for labels: it holds {reason}" in capsys.readouterr().out
+        assert f"is not read as labels: it holds {reason}" in capsys.readouterr().out
         with pytest.raises(UserError) as error:
             load(tmp_path / name, label_column="label")
         assert f"holds no class per image but {reason}" in str(error.value)

@@ -72,7 +72,7 @@ def test_a_signal_to_the_group_saves_first(place, number):
     until(lambda: steps_done(place / run) >= 3)
     code, said = stop(process, number, place)
     assert code == 128 + number and "Traceback" not in said, said
-    at = int(re.search(r"Stopped after step (\d+) of 100000, saved\. The same command goes on", said)[1])
+    at = int(re.search(r"Stopped after step (\d+) of 100000, saved\. The same command resumes", said)[1])
     assert [p.name for p in (place / run / "checkpoints").iterdir()] == [f"step-{at:08d}.pt"]
     assert log_of(place / run)[-1]["step"] == at
 
@@ -97,7 +97,7 @@ def test_fine_tuning_stops_too(place):
     process = launch(place, "eval/finetune.py", *command, "runtime.num_threads=1", "monitor.log_every=1")
     until(lambda: any(steps_done(folder) >= 2 for folder in (place / "base" / "finetune").glob("*")))
     code, said = stop(process, signal.SIGTERM, place)
-    assert code == 143 and "goes on from there" in said and "Traceback" not in said, said
+    assert code == 143 and "resumes from there" in said and "Traceback" not in said, said
     assert len(list((place / "base/finetune").glob("*/checkpoints/*.pt"))) == 1
 
 

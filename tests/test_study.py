@@ -16,8 +16,8 @@ from PIL import Image
 from test_loop import ROOT, TINY, environment, steps_done, until
 
 from eval import study
-from eval.compare import rule, studies
-from eval.schedule import jobs, plans
+from eval.measure import rates
+from eval.schedule import jobs, plans, trainings
 from eval.schedule.jobs import Job, Times, progress, work
 from eval.schedule.trainings import Study
 from ssl_vit import data, files, pretrain, system
@@ -105,7 +105,7 @@ def test_a_stopped_study_goes_on(tmp_path, run):
     settings.write_text(settings.read_text().replace("steps: 1001", "steps: 1000"))
     assert run()[0] == 0
     [log] = tmp_path.glob("runs/tiny-digits/logs/*.txt")
-    assert "Going on from step" in log.read_text()
+    assert "Resuming from step" in log.read_text()
 
 
 def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
@@ -120,28 +120,37 @@ def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
 
 def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
     arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE, search_space=["objective.mask_ratio=0.5"]))
-    tuning = dict(flops=1e8, lr_factors=[0.01, 1], judge=["knn", "--k", "5"])
+    arms["longer"] = dict(like="mae", settings=["train.steps=5"])
+    tuning = dict(flops=5e7, seed=100, judge=["knn", "--k", "5"])
     write_plan(tmp_path, arms=arms, tuning=tuning, controls=[])
-    assert len(run("--dry-run")[1].splitlines()) == 4  # what follows depends on the trials
+    assert len(run("--dry-run")[1].splitlines()) == 2  # what follows depends on the first trial
     code, said = run()
     assert code == 0, said
     folder = tmp_path / "runs/tiny-digits"
     study = json.loads((folder / "study.json").read_text())
     trials = study["trials"]["mae"]
-    reached = [trial["accuracy"] for trial in trials]
-    assert len(reached) == 2 and all(0 < value < 1 for value in reached)
+    reached = {rate_of(trial["settings"]): trial["accuracy"] for trial in trials}
+    assert list(reached)[:3] == [1.5e-3, 7.5e-4, 3e-3] and all(0 < value < 1 for value in reached.values())
     for trial in trials:
         rows = [json.loads(line) for line in (tmp_path / trial["run"] / "results.jsonl").read_text().splitlines()]
         assert {row["split"] for row in rows} == {"held out of train"} and {row["n"] for row in rows} == {142}
-    [training] = study["arms"]["mae"]["runs"]
-    best = trials[reached.index(max(reached))]["settings"]
-    chosen = [text for text in best if text.startswith(("optim.lr=", "objective.mask_ratio="))]
-    assert (
-        len(chosen) == 2 and set(chosen) <= set(training["settings"]) and f"Chosen for mae: {' '.join(chosen)}" in said
-    )
-    assert "data.hold_out=true" in best and "data.hold_out=true" not in training["settings"]
-    assert "How the arms were tuned" in (folder / "report/report.html").read_text()
+        assert {row["seed"] for row in rows} == {100} == {trial["seed"]}
+        assert {"data.hold_out=true", "data.subset_seed=100"} < set(trial["settings"])
+    best = rates.best(reached)
+    assert min(reached) < best < max(reached)
+    [training], [like] = (study["arms"][arm]["runs"] for arm in ("mae", "longer"))
+    for settings in (training["settings"], like["settings"]):
+        assert rate_of(settings) == best and "objective.mask_ratio=0.5" in settings
+        assert "data.hold_out=true" not in settings
+    assert (training["steps"], like["steps"]) == (3, 5) and study["arms"]["longer"]["like"] == "mae"
+    assert f"Chosen for mae: objective.mask_ratio=0.5 optim.lr={best:g}" in said and list(study["trials"]) == ["mae"]
+    page = (folder / "report/report.html").read_text()
+    assert "How the arms were tuned" in page and page.count("(chosen)") == 1 and "longer those of mae" in page
     assert "(0 running" not in said and "done  failed  running" in (folder / "progress.txt").read_text()
+
+
+def rate_of(settings):
+    return [float(text.removeprefix("optim.lr=")) for text in settings if text.startswith("optim.lr=")][-1]
 
 
 def a_study(folder, **changes):
@@ -163,22 +172,21 @@ def test_budgets_seeds_and_schedules_of_the_jobs(tmp_path, monkeypatch):
     }
     made = a_study(tmp_path, arms=arms, budgets=["1e9", 2e9], seeds=2, evaluators=[rates, ["difficulty"]])
     by_arm = {}
-    trainings = made.trainings({})
+    trainings = made.trainings()
     for training in trainings:
         by_arm.setdefault(training.arm, []).append(training.budget)
     assert by_arm == dict(mae=[1e9, 2e9, 1e9, 2e9], few=[1e9, 2e9], random=[1e9, 1e9])  # untrained: of no budget
     jobs = made.jobs(trainings)
     commands = [job.command for job in jobs]
     tuned = [c for c in commands if "finetune.py" in c[1]]
-    assert sum("--lr-of" in c for c in tuned) == 3 and len(tuned) == 8  # the second seeds take the first ones' rates
+    assert sum("--lr-of" in c for c in tuned) == 3 and len(tuned) == 8  # untuned: the second seeds take the first's
     longer = [c for c in tuned if "--extra-flops" in c]
     assert len(longer) == 2 and {c[c.index("--extra-flops") + 1] for c in longer} == {"2e+09"}
     waits = next(job for job in jobs if "--lr-of" in job.command)
     assert len(waits.needs) == 2 and not waits.ready
     hard = [c for c in commands if "difficulty.py" in c[1]]
     assert len(hard) == 4  # once for each arm and budget that is trained
-    made.describe(trainings)
-    said = json.loads((tmp_path / "runs/tiny-digits/study.json").read_text())
+    said = json.loads(made.describe(trainings))
     assert [t["steps"] for t in said["arms"]["random"]["runs"]] == [0, 0]
 
 
@@ -187,7 +195,7 @@ def test_every_seed_has_labels_of_its_own(tmp_path, monkeypatch):
     lines = [["knn", "--labels", "10%"], ["knn"], ["knn", "--labels", "5", "--label-seeds", "7"]]
     made = a_study(tmp_path, seeds=3, evaluators=lines)
     drawn = {}
-    for job in made.jobs(made.trainings({})):
+    for job in made.jobs(made.trainings()):
         if "knn.py" in job.command[1]:
             said = re.search(r"--label-seeds ([\d ]+)", " ".join(job.command))
             drawn[tuple(job.name.split())] = said and said[1].strip()
@@ -205,7 +213,7 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
         a: dict(recipe=a, settings=[*TINY, "train.steps=3"], search_space=search_space)
         for a in ("mae", "simmim", "beit")
     }
-    write_plan(tmp_path, arms=arms, controls=[], tuning=dict(flops=1e8, lr_factors=[1], judge=["knn"]))
+    write_plan(tmp_path, arms=arms, controls=[], tuning=dict(flops=1e8, seed=100, judge=["knn"]))
     monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--dry-run", "--arms", "mae,beit", "--no-tuning"])
     study.main()
     commands = [line for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
@@ -219,33 +227,37 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
             study.main()
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "edge"),
-    [((0.1, 0.2, 0.1), False), ((0.1, 0.2, None), False), ((0.3, 0.2, 0.1), True), ((0.1, 0.2, 0.2), False)],
-)
-def test_the_best_of_trials_may_be_at_the_edge(accuracies, edge):
-    trials = [(["optim.lr=9", f"optim.lr={lr}"], a) for lr, a in zip((1, 2, 3), accuracies, strict=True)]
-    assert studies.at_the_edge(trials) is edge
-    assert not studies.at_the_edge(trials[:1])  # of one there is no edge
+def deciding():
+    """The arms that a plan needs to decide, and one more."""
+    return {
+        "mae": dict(recipe="mae", role="masking", settings=TINY),
+        "noise": dict(recipe="gaussian", role="noise", settings=TINY),
+        "plain": dict(recipe="gaussian", role="autoencoder", settings=[*TINY, "objective.corruption=none"]),
+        "short": dict(like="mae", role="equal-images", budget=0.39),
+        "random": dict(recipe="mae", role="scratch", settings=[*TINY, "train.flops=null", "train.steps=0"]),
+    }
 
 
 @pytest.mark.parametrize(
     ("narrowed", "settings", "decides", "words"),
     [
-        ((5, None, "knn", False), ["runtime.compile=false"], True, ["evaluators=knn"]),
-        ((1, None, None, False), ["train.flops=1e9"], True, ["seeds=1"]),
+        ((2, None, "knn", False), ["runtime.compile=false"], True, ["evaluators=knn"]),
+        ((5, None, None, False), [], False, []),  # more seeds than were planned are as bad as fewer
+        ((1, None, None, False), [], False, ["seeds=1"]),
+        ((None, None, None, False), ["train.flops=2e9"], True, []),
+        ((None, None, None, False), ["train.flops=1e9"], False, []),  # not the one that decides
         ((None, None, None, False), ["train.flops=3e9"], False, []),
-        ((None, "mae", None, False), [], False, ["arms=mae,random"]),  # the control stays beside it
-        ((None, "mae,simmim", None, False), [], True, []),  # these are all
+        ((None, "noise", None, False), [], False, ["arms=noise,random"]),  # the control stays beside it
+        ((None, "short", None, False), [], False, ["arms=mae,short,random"]),  # and what an arm is like
+        ((None, "mae,noise,plain,short", None, False), [], True, []),  # these are all
         ((None, None, None, True), [], False, ["untuned"]),
         ((None, None, None, False), ["backbone.embed_dim=12"], False, []),
     ],
 )
 def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arms = {name: dict(recipe=name, settings=TINY) for name in ("mae", "simmim")}
-    arms["random"] = dict(recipe="mae", settings=[*TINY, "train.steps=0"])
-    tuning = dict(flops=1e8, lr_factors=[1], judge=["knn"])
+    arms = deciding()
+    tuning = dict(flops=1e8, seed=100, judge=["knn"])
     write_plan(tmp_path, arms=arms, seeds=2, budgets=[1e9, 2e9], decides=True, tuning=tuning)
     plan = plans.read("tiny.yaml")
     assert plan.narrow(*narrowed) == words
@@ -259,7 +271,7 @@ def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch
     write_plan(tmp_path, budgets=["1e9", "2e9"], arms=arms, controls=[])
     plan = plans.read("tiny.yaml")
     assert plan.spend(["train.steps=3"]) == ["train.steps=3"] and plan.budgets == []
-    tuning = dict(flops=1e8, lr_factors=[1], judge=["knn"])
+    tuning = dict(flops=1e8, seed=100, judge=["knn"])
     longer = [["finetune", "--extra-flops", "budget"]]
     write_plan(tmp_path, budgets=["1e9", "2e9"], arms=arms, controls=[], tuning=tuning, evaluators=longer)
     plan = plans.read("tiny.yaml")
@@ -276,22 +288,131 @@ def test_other_images_of_the_same_name_are_no_part_of_a_study(tmp_path, monkeypa
     write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=settings)), controls=[])
     shutil.copytree(colours, "other/colours")
     made = Study(plans.read("tiny.yaml"), colours, [], [], 1)
-    [training] = made.trainings({})
+    [training] = made.trainings()
     recipe = pretrain.read("mae", list(training.settings), colours)
     assert pretrain.pretrain(recipe, training.run) == 0
-    assert Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings({}) == [training]
+    assert Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings() == [training]
     with pytest.raises(UserError, match=r"a run with other settings \(data.name\)"):
         Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
 
 
 def test_failed_trials_are_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    made = a_study(tmp_path, tuning=dict(flops=1e8, lr_factors=[1], judge=["knn"]))
-    monkeypatch.setattr(study, "work", lambda jobs, at_once, folder: jobs[:1])
-    assert study.run(made, made.trial_jobs(), 1, accept_failed=False) == 1
-    assert "1 of 2 jobs of the trials failed" in capsys.readouterr().out
+    tuning = dict(flops=1e8, seed=100, judge=["knn"])
+    made = a_study(tmp_path, tuning=tuning)
+    monkeypatch.setattr(study, "work", lambda jobs, at_once, folder, then: jobs[:1])
+    assert study.run(made, 1, accept_failed=False) == 1
+    assert "1 jobs of the trials failed" in capsys.readouterr().out
     with pytest.raises(UserError, match="All trials of mae failed"):
-        study.run(made, made.trial_jobs(), 1, accept_failed=True)
+        study.run(made, 1, accept_failed=True)
+    # a failed one beside others ends the walk on its side
+    made = a_study(tmp_path, tuning=tuning)
+    known = accuracies(monkeypatch, lambda rate: None if rate > 1.5e-3 else rate)
+    failed = []
+    while coming := made.next_trials(failed):
+        failed += [trial.run for trial in coming if known(rate_of(trial.settings)) is None]
+    assert [(rate_of(t.settings), t.accuracy) for t in made.trials["mae"]] == [
+        (1.5e-3, 1.5e-3),
+        (7.5e-4, 7.5e-4),
+        (3e-3, None),
+    ]
+    assert made.chosen["mae"] == ["optim.lr=0.0015"]
+
+
+def accuracies(monkeypatch, of_rate):
+    """Trials reach this accuracy, by their learning rate, once they were asked for."""
+    asked = set()
+
+    def known(run, judge):
+        settings = [t for t in RECIPES[run]]
+        value = of_rate(rate_of(settings)) if run in asked else None
+        asked.add(run)
+        return value
+
+    RECIPES = {}
+    training = Study._training
+
+    def remember(self, arm, budget, more, accuracy=None):
+        made = training(self, arm, budget, more, accuracy)
+        RECIPES[made.run] = made.settings
+        return made
+
+    monkeypatch.setattr(Study, "_training", remember)
+    monkeypatch.setattr(trainings, "judged", known)
+    return of_rate
+
+
+def test_rates_of_fine_tuning_are_chosen_at_the_tuning_s_seed(tmp_path, monkeypatch):
+    """Once for each arm and evaluator, after its best trial; for the untrained arm from an initialisation."""
+    monkeypatch.chdir(tmp_path)
+    line = ["finetune", "--labels", "10%", "--lr", "1e-3", "2e-3"]
+    arms = deciding()
+    arms["random"]["evaluators"] = [[*line, "--extra-flops", "budget"]]
+    tuning = dict(flops=1e8, seed=100, judge=["knn"])
+    made = a_study(tmp_path, arms=arms, budgets=[1e9], seeds=2, evaluators=[line], tuning=tuning, controls=[])
+    accuracies(monkeypatch, lambda rate: -abs(rate - 1.5e-3))
+    while made.next_trials():
+        pass
+    found = made.jobs(made.trainings())
+    choosing = [job for job in found if "--held-out" in job.command]
+    assert len(choosing) == 4 and not any("--label-seeds" in job.command for job in choosing)
+    starts = {job.run for job in choosing}
+    assert {made.at[arm].run for arm in ("mae", "noise", "plain")} < starts and len(starts) == 4
+    [scratch] = [job for job in found if job.marks and job.kind == "trial random"]
+    assert {"train.steps=0", "train.seed=100", "data.hold_out=true"} < set(scratch.command) and scratch.run in starts
+    deciding_ones = [job for job in found if "--lr-of" in job.command]
+    assert len(deciding_ones) == 5 * 2
+    for job in deciding_ones:
+        run = job.command[job.command.index("--lr-of") + 1]
+        assert [str(other.run) for other in choosing if other in job.needs] == [run]
+    of_like = [job for job in deciding_ones if job.needs[0].kind == "pre-training short"]
+    assert {job.command[job.command.index("--lr-of") + 1] for job in of_like} == {str(made.at["mae"].run)}
+
+
+def test_jobs_are_ordered_seed_by_seed_across_all_arms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = a_study(tmp_path, arms=deciding(), budgets=[1e9], seeds=3, controls=[])
+    trained = [(job.kind, job.run.name.rpartition("-s")[2]) for job in made.jobs(made.trainings()) if job.marks]
+    assert trained == [(f"pre-training {arm}", str(seed)) for seed in range(3) for arm in deciding()]
+
+
+def test_the_manifest_says_what_was_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tuning = dict(flops=1e8, seed=123, judge=["knn", "--labels", "10%"])
+    arms = deciding() | dict(check=dict(recipe="supervised", role="positive-check", seeds=1, settings=TINY))
+    made = a_study(tmp_path, arms=arms, budgets=[1e9], seeds=2, decides=True, tuning=tuning)
+    said = json.loads(made.describe(made.trainings()))
+    assert (said["plan"], said["data"], said["decides"], said["seeds"], said["budget"]) == (
+        "tiny",
+        "digits",
+        True,
+        2,
+        1e9,
+    )
+    assert said["tuning"] == dict(flops=1e8, seed=123, judge=["knn", "--labels", "10%"])
+    about = {
+        name: [arm[key] for key in ("recipe", "role", "budget", "seeds", "like")] for name, arm in said["arms"].items()
+    }
+    assert about["short"] == ["mae", "equal-images", 0.39, 2, "mae"]
+    assert about["check"] == ["supervised", "positive-check", 1, 1, None]
+    short = said["arms"]["short"]["runs"]
+    assert [(t["seed"], t["budget"]) for t in short] == [(0, 3.9e8), (1, 3.9e8)]
+    assert all("train.flops=3.9e+08" in t["settings"] for t in short)
+    assert set(said["trials"]) == {"mae", "noise", "plain", "check"}
+    assert all(t["seed"] == 123 for trials in said["trials"].values() for t in trials)
+
+
+def test_a_training_whose_evaluations_are_done_is_not_needed(tmp_path):
+    def job(name, *needs, done=False, marks=False):
+        mark = tmp_path / "runs" / name / "done" / "x.json"
+        if done:
+            files.write(mark, "{}")
+        return Job(name, "kind", [], mark, list(needs), marks=marks)
+
+    lost, half, alone = (job(name, marks=True) for name in ("lost", "half", "alone"))
+    there = job("there", marks=True, done=True)
+    everything = [lost, job("a", lost, done=True), half, job("b", half, done=True), job("c", half), alone, there]
+    assert [j.name for j in jobs.needed(everything)] == ["a", "half", "b", "c", "alone", "there"]
 
 
 def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
@@ -309,9 +430,19 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
     ("changes", "said"),
     [
         (dict(budgets=["much"]), "budgets of tiny.yaml must hold numbers above 0"),
-        (dict(tuning=dict(flops=1)), "tuning of tiny.yaml must have the keys flops, lr_factors, judge"),
-        (dict(tuning=dict(flops=1, lr_factors=2, judge=["knn"])), "lr_factors of tuning of tiny.yaml must be a list"),
-        (dict(tuning=dict(flops=1, lr_factors=[2], judge=["finetune"])), "must be linear_probe or knn"),
+        (dict(tuning=dict(flops=1)), "tuning of tiny.yaml must have the keys flops, seed, judge"),
+        (dict(tuning=dict(flops=1, seed="a", judge=["knn"])), "seed of tuning of tiny.yaml must be a whole number"),
+        (dict(tuning=dict(flops=1, seed=99, judge=["knn"])), "tuning.seed of tiny.yaml must be 100 or more"),
+        (dict(tuning=dict(flops=1, seed=100, judge=["finetune"])), "must be linear_probe or knn"),
+        (dict(arms=dict(a=dict(recipe="mae", like="b"))), "must name a recipe, or an arm that it is like"),
+        (dict(arms=dict(a=dict(recipe="mae"), b=dict(like="c"))), "'b' of tiny.yaml cannot be like 'c': name one of a"),
+        (dict(arms=dict(a=dict(recipe="mae", budget=0))), "budget of arm 'a' of tiny.yaml must hold numbers above 0"),
+        (dict(arms=deciding() | dict(a=dict(recipe="mae", role="noise")), decides=True), "exactly one .* noise, not 2"),
+        (dict(arms=dict(a=dict(recipe="mae", role="masking")), decides=True), "exactly one .* role noise, not 0"),
+        (
+            dict(arms=deciding() | dict(a=dict(like="mae", budget=2, role="equal-images")), decides=True),
+            "at most one arm may have the role equal-images, not 2",
+        ),
         (dict(arms=dict(a=dict(recipe="mae", settings=[{"train.steps": 3}]))), "settings of arm 'a'.* a list of words"),
         (
             dict(arms=dict(a=dict(recipe="mae", search_space="optim.lr=1"))),
@@ -319,8 +450,8 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         ),
         (dict(arms=dict(a=dict(recipe="mae", seeds=0))), "seeds of arm 'a' of tiny.yaml must be a whole number from 1"),
         (dict(arms=dict(a=dict(recipe="mae", evaluators=5))), "evaluators of arm 'a' of tiny.yaml must be a list"),
-        (dict(decides=True), "not meant for the digits"),
-        (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of noise, masking"),
+        (dict(decides=True, arms=deciding()), "not meant for the digits"),
+        (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of masking, noise"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "not an evaluator"),
         (dict(evaluators=[["finetune", "--extra-flops", "budget"]]), "the plan has no budgets: add them"),
@@ -359,49 +490,43 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
     plan = plans.read(name)
     images = None if name in ("compare", "denoising") else colours  # the digits are too small for the others
     made = Study(plan, images, [], [], 1)
-    trainings = made.trainings({})
-    assert len(made.jobs(trainings)) > len(trainings) > plan.seeds
-    for arm in plan.arms.values():
-        for search_space in [[text] for text in arm.search_space] or [[]]:
+    trained = made.trainings()
+    assert len(made.jobs(trained)) > len(trained) > plan.seeds
+    for name, arm in plan.arms.items():
+        source = plan.arms[arm.like or name]
+        for search_space in [[text] for text in source.search_space] or [[]]:
             small = ["backbone.embed_dim=48", "backbone.depth=1"]
-            recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings, *search_space, *small], images)
+            settings = [*plan.settings, *source.settings, *search_space, *arm.settings, *small]
+            recipe = pretrain.read(plan.recipe_of(name), settings, images)
             train = data.load(recipe.data, "train")
             recipe.add_dataset_info(train.info())
             objective = pretrain.build(recipe, train)
             assert pretrain.budget(recipe, objective, train)[1] > 0
 
 
-def test_the_full_plan_is_the_one_of_the_document(tmp_path, monkeypatch, colours):
+@pytest.mark.parametrize("name", ["denoising-small", "denoising-gpu", "denoising-full"])
+def test_the_plans_that_decide_have_what_the_rule_asks(name, tmp_path, monkeypatch, colours):
     monkeypatch.chdir(tmp_path)
-    plan = plans.read("denoising-full")
-    text = (ROOT / "docs/denoising-study.md").read_text()
-    section = text[text.index("## Arms") : text.index("## Data, budget")]
-    named = {
-        name
-        for line in section.splitlines()
-        if line.startswith("| `")
-        for name in re.findall("`([a-z-]+)`", line.split("|")[1])
-    }
-    assert named - set(plan.arms) - set(plan.controls) == {
-        *("scratch", "scratch-long", "supervised-noise", "supervised-drop")  # fine-tunings of random
-    }
+    plan = plans.read(name)
+    [budget] = plan.budgets
     made = Study(plan, colours, [], [], 1)
-    assert {len(trials) for trials in made.trials.values()} == {8} and set(made.trials) == set(plan.arms) - {"random"}
-    trainings = made.trainings({})
-    made.describe(trainings)
-    said = json.loads((made.folder / "study.json").read_text())["arms"]["random"]["finetuned"]
-    for labels, opponents, augmented in ((0.1, 5, 4), (1.0, 5, 0)):
-        changed = [what["changed"] for what in said if labels in what["labels"]]
-        plain = [c for c in changed if not rule.AUGMENTATIONS.keys() & c.keys()]
-        assert (len(plain), len(changed) - len(plain)) == (opponents, augmented)
-        assert sum(c.get("extra_flops") == 2.2e16 for c in plain) == 2
-        assert all(c["optim.layer_decay"] == 1 and c["extra_flops"] == 2.2e16 for c in changed if c not in plain)
-        assert sum("optim.layer_decay" not in c for c in plain) == 1 and all(len(c["optim.lr"]) == 4 for c in changed)
-    for name, arm in plan.arms.items():
-        recipe = pretrain.read(arm.recipe, [*plan.settings, *arm.settings], colours)
-        assert recipe.backbone.pos_embed == "sincos", name
-    judged = {t.arm for t in trainings if t.settings[-1] == "train.seed=4"}
-    assert judged == {name for name, arm in plan.arms.items() if arm.role}
+    said = json.loads(made.describe(made.trainings()))
+    assert said["decides"] and said["seeds"] == 6 and said["tuning"]["seed"] == 100 and said["budget"] == budget
+    by_role = {arm["role"]: arm for arm in said["arms"].values()}
+    assert set(by_role) == {*plans.CLAIMED, *plans.CHECKS} and len(by_role) == len(said["arms"])
+    changed = [what["changed"] for what in by_role["scratch"]["finetuned"]]
+    assert all(c["optim.layer_decay"] == 1 and len(c["optim.lr"]) == 3 for c in changed)
+    assert [c.get("extra_flops") for c in changed] == [None, budget, budget]
+    assert ["objective.noise_sigma" in c for c in changed] == [False, False, True]
+    assert len({what["protocol"] for what in by_role["scratch"]["finetuned"]}) == 3
+    assert by_role["equal-images"]["budget"] == 0.39 and by_role["equal-images"]["like"] == "mae"
+    for role in ("masking", "noise", "autoencoder", "equal-images"):
+        [tuned] = by_role[role]["finetuned"]
+        assert tuned["labels"] == [0.1] and "extra_flops" not in tuned["changed"]
+        assert [t["seed"] for t in by_role[role]["runs"]] == list(range(6))
+    for role in ("positive-check", "negative-check"):
+        assert [t["seed"] for t in by_role[role]["runs"]] == [0, 1] and not by_role[role]["finetuned"]
+    assert len(made.next_trials()) == 3 + 3  # three settings of noise; the learning rates follow
 
 
 def test_an_unknown_plan_is_refused_with_the_nearest(monkeypatch):

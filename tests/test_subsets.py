@@ -65,7 +65,7 @@ def test_a_class_s_only_image_is_fitted_and_settings_are_chosen_on_the_others():
 
 def test_one_image_of_every_class_cannot_be_held_out():
     assert subsets.folds(np.arange(4)) == 0
-    with pytest.raises(UserError, match="Every class has but one labelled image"):
+    with pytest.raises(UserError, match="Every class has only one labelled image"):
         subsets.hold_out(np.arange(4), seed=0)
 
 

@@ -28,7 +28,7 @@ less stable than all the others, one of its intervals in six misses the truth. I
 arms contain it in 94 % or more over the pairs, and in 86 % for the worst pair. If only one arm varies between seeds,
 the intervals of differences contain it in 90 %. From OWN seeds on, each arm and each difference uses its own variance
 alone. With one seed, the variance between seeds is unknown. A claim that decides something does not borrow
-(eval/verdict.py).
+(eval/compare/rule.py).
 
 **Near 0 and 100 %.** mean ± half-width is shown where it lies within the possible range. Otherwise, and where all or no
 images are classified correctly, an accuracy has Wilson's interval: the p with (mean - p)² <= (t · SE over seeds)² +
@@ -91,7 +91,17 @@ class Estimate:
 
     def half_width_at(self, level: float) -> float:
         """The half-width of the two-sided interval at this level."""
-        return math.hypot(_quantile(self.freedom, level) * self.se_seeds, _quantile(0, level) * self.se_images)
+        of_seeds, of_images = _quantile(self.freedom, level) * self.se_seeds, _quantile(0, level) * self.se_images
+        half: float = (of_seeds**2 + of_images**2) ** 0.5  # not math.hypot: a simulation has arrays here
+        return half
+
+    def lower(self, alpha: float) -> float:
+        """The one-sided lower bound: with probability alpha at most, it lies above the true value."""
+        return self.mean - self.half_width_at(1 - 2 * alpha)
+
+    def upper(self, alpha: float) -> float:
+        """The one-sided upper bound: with probability alpha at most, it lies below the true value."""
+        return self.mean + self.half_width_at(1 - 2 * alpha)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -120,7 +130,7 @@ class Estimate:
     @property
     def detectable(self) -> float:
         """The smallest true difference that such a comparison detects with a power of 80 % at the 5 % level."""
-        return math.hypot(_shift(self.freedom) * self.se_seeds, _shift(0) * self.se_images)
+        return math.hypot(shift(self.freedom) * self.se_seeds, shift(0) * self.se_images)
 
     @property
     def seeds_for_a_point(self) -> int | None:
@@ -128,7 +138,7 @@ class Estimate:
 
         None if no number of seeds would on these images, or if there is one seed, from which it cannot be computed.
         """
-        if self.images_only or _shift(0) * self.se_limit >= POINT:
+        if self.images_only or shift(0) * self.se_limit >= POINT:
             return None
         if self.pooled and self.detectable <= POINT:
             return self.seeds
@@ -136,7 +146,7 @@ class Estimate:
         def enough(seeds: int) -> bool:
             residual = (self.se_images**2 - self.se_limit**2) * self.seeds / seeds
             of_seeds = self.se_seeds * math.sqrt(self.seeds / seeds)
-            return math.hypot(_shift(seeds - 1) * of_seeds, _shift(0) * math.sqrt(self.se_limit**2 + residual)) <= POINT
+            return math.hypot(shift(seeds - 1) * of_seeds, shift(0) * math.sqrt(self.se_limit**2 + residual)) <= POINT
 
         high = 2
         while not enough(high):
@@ -231,12 +241,13 @@ def _quantile(freedom: int, level: float) -> float:
 
 
 @functools.lru_cache
-def _shift(freedom: int) -> float:
-    """The difference, in standard errors, that a two-sided t-test detects with a power of 80 %; 0: a normal test."""
-    normal = _quantile(0, LEVEL) + float(stats.norm.ppf(POWER))
+def shift(freedom: int, level: float = LEVEL) -> float:
+    """The difference, in standard errors, that a t-test detects with a power of 80 %; 0 degrees of freedom: a normal
+    test. level: of the two-sided interval; a one-sided test at alpha has 1 - 2 alpha."""
+    normal = _quantile(0, level) + float(stats.norm.ppf(POWER))
     if freedom == 0 or freedom > 1000:
         return normal
-    critical = _quantile(freedom, LEVEL)
+    critical = _quantile(freedom, level)
     # the probability of a value below -critical is neglected: at this power it is under 1e-5
     found = optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - POWER, normal / 2, 20 * critical)
     return float(found)

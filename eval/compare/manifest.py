@@ -3,6 +3,11 @@
 from typing import Any, NotRequired, TypedDict
 
 
+def share(budget: float, fraction: float) -> float:
+    """The FLOPs of an arm that is trained for a fraction of a budget, in the six digits that commands print."""
+    return float(f"{budget * fraction:g}")
+
+
 class TrainingEntry(TypedDict):
     """One pre-training of a study, or a trial of it."""
 
@@ -29,6 +34,9 @@ class ArmEntry(TypedDict):
 
     recipe: str
     role: str
+    budget: float  # the fraction of the study's budgets that it was trained for
+    seeds: int  # planned
+    like: str | None  # the arm whose settings and tuned choice it took
     finetuned: list[FineTuningEntry]
     runs: list[TrainingEntry]
 
@@ -37,7 +45,7 @@ class TuningEntry(TypedDict):
     """How the arms were tuned."""
 
     flops: float
-    lr_factors: list[float]
+    seed: int
     judge: list[str]
 
 
@@ -47,6 +55,8 @@ class Manifest(TypedDict):
     plan: str
     data: str
     decides: bool
+    seeds: int  # the plan's: 0 … seeds - 1
+    budget: float | None  # FLOPs: the largest of the plan's, which counts; None: each recipe has its own
     labels_by_seed: NotRequired[bool]  # whether each seed drew its own labels; absent in old files
     arms: dict[str, ArmEntry]
     controls: dict[str, str]  # the folder of each control's rows

@@ -75,8 +75,8 @@ class Metric:
 
 
 def most(parts: set[float | str]) -> float | str:
-    """The largest of these label fractions: a share counts as more than any number per class."""
-    shares = [part for part in parts if not isinstance(part, str)]
-    if shares:
-        return max(shares)
+    """The largest of these subsets of the labels: a fraction counts as more than any number per class."""
+    fractions = [part for part in parts if not isinstance(part, str)]
+    if fractions:
+        return max(fractions)
     return max((part for part in parts if isinstance(part, str)), key=lambda part: int(part.split()[0]))

@@ -21,7 +21,7 @@ from ssl_vit.files import fingerprint
 from ssl_vit.recipe import read_settings
 
 FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between runs of one recipe, besides the seed
-CONTROLS = ("autoencoder", "scratch", "control")  # roles in a study
+CONTROLS = ("autoencoder", "scratch", "positive-check", "negative-check", "control")  # roles in a study
 BUDGET = ("train.flops", "train.epochs", "train.steps")
 
 

@@ -159,14 +159,14 @@ class EvalSet:
         """A group's scores by a metric. Raw pixels have no pooling: they have the same scores for every pooling."""
         found = self.scores.get(metric, {}).get(group)
         if found is None and group.pixels:
-            alike = [c for c, of in self.scores.items() if group in of and _alike(c, metric)]
+            alike = [c for c, by_group in self.scores.items() if group in by_group and _alike(c, metric)]
             found = self.scores[alike[0]][group] if alike else None
         return found
 
     def reached(self, group: Group | None, protocol: str, labels: float | str) -> Scores | None:
         """A group's scores by this protocol with this label fraction, for any pooling; None if there are none."""
         alike = [self.scores[c] for c in self.scores if (c.protocol, c.labels) == (protocol, labels)]
-        return next((of[group] for of in alike if group in of), None)
+        return next((by_group[group] for by_group in alike if group in by_group), None)
 
     def by_group(self, metric: Metric) -> dict[Group, Scores]:
         return {g: scores for g in self.groups if (scores := self.scores_of(g, metric)) is not None}

@@ -2,11 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.compare.manifest import Manifest
+from eval.compare.manifest import Manifest, share
 from eval.compare.runs import Group, group_runs, read_run
 from eval.compare.scores import EvalSet, read_eval_sets
 from eval.measure import results
@@ -26,8 +25,9 @@ class StudyResults:
 
     @property
     def budgets(self) -> list[float]:
-        """The pre-training budgets in FLOPs, ascending; [] if each recipe has its own."""
-        found = {t["budget"] for arm in self.manifest["arms"].values() for t in arm["runs"]}
+        """The study's budgets in FLOPs, ascending; [] if each recipe has its own."""
+        arms = [arm for arm in self.manifest["arms"].values() if arm["budget"] == 1]
+        found = {t["budget"] for arm in arms for t in arm["runs"]}
         return sorted(budget for budget in found if budget is not None)
 
     @property
@@ -39,26 +39,37 @@ class StudyResults:
         return mine[0] if mine else None
 
     def group(self, arm: str, budget: float | None) -> Group | None:
-        """The runs of an arm with this budget, or of an untrained arm; None if they were not evaluated."""
-        runs = self.manifest["arms"][arm]["runs"] if arm in self.manifest["arms"] else []
-        folders = {Path(t["run"]) for t in runs if t["budget"] == budget or t["steps"] == 0}
+        """The runs of an arm with its share of this budget, or of an untrained arm; None if they were not evaluated."""
+        if arm not in self.manifest["arms"]:
+            return None
+        entry = self.manifest["arms"][arm]
+        own = None if budget is None else share(budget, entry["budget"])
+        folders = {Path(t["run"]) for t in entry["runs"] if t["budget"] == own or t["steps"] == 0}
         return next((g for g in self.groups if g.runs[0].folder in folders), None)
 
 
 def read_study(folder: Path) -> StudyResults:
-    """Read a study's folder in its present state. Raises UserError if it is not a study, or no run was evaluated."""
+    """Read a study's folder in its present state: one in runs/, or the packed results of eval/study.py --results.
+
+    Raises UserError if it is not a study, or no run was evaluated.
+    """
     file = folder / "study.json"
     if not file.exists():
         raise UserError(
             f"{folder} is not a study: {file} is missing. `{shlex.join(commands.typed('study'))} PLAN` creates one."
         )
     manifest: Manifest = json.loads(file.read_text())
+    packed = (folder / "runs").is_dir()
     root = folder.parent.parent  # where the study was started
+
+    def place(run: str) -> Path:
+        return folder / "runs" / Path(run).name if packed else root / run
+
     for arm in manifest["arms"].values():
         for training in arm["runs"]:
-            training["run"] = str(root / training["run"])
+            training["run"] = str(place(training["run"]))
     places = [Path(t["run"]) for arm in manifest["arms"].values() for t in arm["runs"]]
-    places += [root / place for place in manifest["controls"].values()]
+    places += [place(run) for run in manifest["controls"].values()]
     runs = [read_run(place) for place in places if results.read(place)]
     if manifest.get("labels_by_seed"):  # label subsets drawn for another plan, or by hand, would be averaged too
         seeds = {training["seed"] for arm in manifest["arms"].values() for training in arm["runs"]}
@@ -73,15 +84,3 @@ def read_study(folder: Path) -> StudyResults:
         )
     groups = group_runs(runs, manifest["arms"])
     return StudyResults(folder, manifest, groups, read_eval_sets(groups))
-
-
-def at_the_edge(trials: list[tuple[Sequence[str], float | None]]) -> bool:
-    """Whether the best of these trials (settings, accuracy) has the largest or smallest of several learning rates, so
-    that a better one may lie outside the range. Of equally good trials the first counts."""
-    done = [(accuracy, _rate(settings)) for settings, accuracy in trials if accuracy is not None]
-    tried = {_rate(settings) for settings, _ in trials}
-    return len(tried) > 1 and bool(done) and max(done, key=lambda trial: trial[0])[1] in (min(tried), max(tried))
-
-
-def _rate(settings: Sequence[str]) -> float:
-    return [float(text.removeprefix("optim.lr=")) for text in settings if text.startswith("optim.lr=")][-1]

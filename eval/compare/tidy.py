@@ -8,7 +8,7 @@ A line holds one number: the accuracy of a group (a recipe with all its seeds) b
 control. Numbers are fractions, not percentages. Columns:
 
     data, split, n             the eval set, and its number of images
-    classes, chance, majority  the number of classes; 1 / classes; the share of the most frequent class of these images
+    classes, chance, majority  the number of classes; 1 / classes; the fraction of these in the most frequent class
     group, recipe, control     its name on the page; the recipe; 1 for a control
     protocol, pooling, layer, labels    the metric, as in results.jsonl (labels: label_fraction)
     labelled_images            the number of training images whose labels were used; empty if the rows lack it

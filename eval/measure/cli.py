@@ -13,16 +13,21 @@ from accelerate import PartialState
 from eval.measure import features, results
 from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
+from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say, say_once
+from ssl_vit.settings import known
 
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """The arguments that all evaluators share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--backbone", nargs="+", required=True, help="runs, timm models or folders, pixels, pixels-pca64"
+        "--backbone",
+        nargs="+",
+        required=True,
+        help="runs, weights as in docs/weights.md (files, folders, timm models, owner/name), pixels, pixels-pca64",
     )
     parser.add_argument(
         "--data", help="a name, a folder, owner/name, or a run: its images; default: those of the first run"
@@ -33,7 +38,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
         nargs="+",
         default=[None],
         metavar="PART",
-        help="labelled training images: all, a share such as 1%%, or a number per class; smaller subsets are nested",
+        help="labelled training images: all, a fraction such as 1%%, or a number per class; smaller subsets are nested",
     )
     parser.add_argument(
         "--label-seeds",
@@ -80,10 +85,11 @@ class EvalRequest:
                 raise UserError(f"Two backbones are called {source.folder.name}: evaluate them one after the other.")
             self.sources.append(source)
         self.folders = {source.folder.name: source.folder for source in self.sources}  # by the name in their rows
-        self._loaded: dict[int | None, tuple[data.ImageSet, data.ImageSet]] = {}
+        self._loaded: dict[tuple[int | None, tuple[int, int] | None], tuple[data.ImageSet, data.ImageSet]] = {}
 
     def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
-        """(training images, images to evaluate on), with as many channels as the backbone takes."""
+        """(training images, images to evaluate on), with as many channels as the backbone takes, and with permuted
+        pixels for a run that was trained on such."""
         saw = source.settings.get("data", {})
         left_out = saw.get("hold_out") and saw["subset"] is None and saw["subset_seed"] == self.config.subset_seed
         if self.held_out and saw and not left_out:
@@ -91,8 +97,11 @@ class EvalRequest:
                 f"{source.name} may have seen the held-out tenth: it was not trained with data.hold_out=true."
             )
         channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
-        if channels not in self._loaded:
+        key = channels, source.size if source.permuted else None
+        if key not in self._loaded:
             config = dataclasses.replace(self.config, in_chans=channels, hold_out=self.held_out)
+            if source.permuted:
+                config.permute_pixels, config.img_size = True, list(known(source.size))
             train = with_labels(data.load(config, "train")).to(self.state.device)
             config.in_chans, config.range = train.channels, train.range and list(train.range)
             role = "held out" if self.held_out else "report"
@@ -103,8 +112,8 @@ class EvalRequest:
                 raise _unlabelled(config.name, train, test)
             if len(set(train.labels.tolist())) < 2:
                 raise UserError(f"All training images of {config.name} are of one class: there is nothing to classify.")
-            self._loaded[channels] = train, test
-        return self._loaded[channels]
+            self._loaded[key] = train, test
+        return self._loaded[key]
 
     def labelled_images(
         self, source: features.Source
@@ -204,7 +213,7 @@ def part(text: str) -> float | None:
     number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     whole = number >= 1 and text.isdigit()  # "1.0" is refused, because it could mean all
     if not whole and not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"write all, a share such as 1%, or a number per class, not {text}")
+        raise argparse.ArgumentTypeError(f"write all, a fraction such as 1%, or a number per class, not {text}")
     return number
 
 

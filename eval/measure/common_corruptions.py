@@ -32,7 +32,7 @@ FAMILIES = dict(
 PARAMETERS = {
     "gaussian-noise": ((0.04, 0.08, 0.1), (0.08, 0.18, 0.38)),  # standard deviation
     "shot-noise": ((500, 100, 50), (60, 12, 3)),  # photons of a white pixel
-    "impulse-noise": ((0.01, 0.03, 0.07), (0.03, 0.09, 0.27)),  # share of the values
+    "impulse-noise": ((0.01, 0.03, 0.07), (0.03, 0.09, 0.27)),  # fraction of the values
     "gaussian-blur": ((0.4, 0.7, 1.0), (1.0, 3.0, 6.0)),  # standard deviation in pixels
     "defocus-blur": (((0.3, 0.4), (0.5, 0.6), (1.5, 0.1)), ((3, 0.1), (6, 0.5), (10, 0.5))),  # radius, softness
     "brightness": ((0.05, 0.15, 0.3), (0.1, 0.3, 0.5)),  # added to the value of HSV
@@ -45,7 +45,7 @@ PARAMETERS = {
 
 def kinds(channels: int) -> list[tuple[str, str]]:
     """(family, kind) of all corruptions of images with this many channels. Only RGB has saturation."""
-    return [(f, kind) for f, of in FAMILIES.items() for kind in of if kind != "saturate" or channels == 3]
+    return [(f, kind) for f, kinds in FAMILIES.items() for kind in kinds if kind != "saturate" or channels == 3]
 
 
 def benchmark(size: Sequence[int]) -> str:
@@ -100,9 +100,9 @@ def _poisson_limits(photons: int) -> Tensor:
     return (at_most * 2.0**32).long() + (level << 32)
 
 
-def _impulse_noise(images: Tensor, share: float, draw: Draw) -> Tensor:
+def _impulse_noise(images: Tensor, fraction: float, draw: Draw) -> Tensor:
     u = draw.uniform("impulse-noise", *images.shape[1:])
-    return torch.where(u < share / 2, 0.0, torch.where(u < share, 1.0, images))
+    return torch.where(u < fraction / 2, 0.0, torch.where(u < fraction, 1.0, images))
 
 
 # --- blur -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Frozen features of a backbone: a run, a timm model, or raw pixels as the control.
+"""Frozen features of a backbone: a run, weights of any layout that is known, or raw pixels as the control.
 
 They are computed once per backbone and images, on all processes, and stored in SOURCE/features/ as .npy files.
 """
@@ -52,17 +52,24 @@ class Source:
         """The number of blocks that have features."""
         return self.backbone.depth if self.backbone else 1
 
+    @property
+    def permuted(self) -> bool:
+        """Whether it is a run on images with permuted pixels (data.permute_pixels), which it is then shown always."""
+        return bool(self.settings.get("data", {}).get("permute_pixels"))
+
 
 def data_of(settings: dict) -> recipes.Data:
     """The images of a pre-training, as its recipe.yaml names them: all of them even if it was trained on a subset, with
     their own size, channels, mean and std. hflip stays as in the recipe, because only the user knows the labels.
+    Permuted pixels do not: each run is shown images as in its own training, every other backbone those that are stored.
     """
-    facts = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
-    return recipes.Data(**settings["data"] | facts | dict(hold_out=False))
+    info = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
+    return recipes.Data(**settings["data"] | info | dict(hold_out=False, permute_pixels=False))
 
 
 def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
-    """A run directory, a timm folder or model, or a control. data, size: those of the backbones it is compared with."""
+    """A run directory, weights as `ssl_vit.weights.load` takes them, or a control. data, size: those of the backbones
+    that it is compared with."""
     path = Path(name)
     backbone = None if name in CONTROLS else weights.load(name).eval()
     if backbone and (path / "recipe.yaml").exists():
@@ -73,10 +80,13 @@ def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | No
 
 
 def folder_of(name: str, data: str) -> Path:
-    """The folder for the rows of a backbone that is not a run. Folders of the same name are distinguished by a hash."""
-    path = Path(name)
-    own = f"-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}" if path.exists() else ""
-    return Path("runs") / f"{path.name}{own}-{recipes.short(data)}"
+    """The folder for the rows of a backbone that is not a run. Those of files and folders of the same name, and of the
+    same weights with other options, are distinguished by a hash."""
+    source = weights.parse(name)
+    telling = weights.resolved(name) if source.path.exists() or source.options else ""
+    own = f"-{hashlib.sha256(telling.encode()).hexdigest()[:6]}" if telling else ""
+    called = source.path.name if source.path.exists() else source.where.replace("/", "--").replace(":", "-")
+    return Path("runs") / f"{called}{own}-{recipes.short(data)}"
 
 
 @dataclass
@@ -98,7 +108,7 @@ class Features:
 
 
 def extract(source: Source, images: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)) -> Features:
-    """The features after these blocks. Every process computes its share, and returns all of them.
+    """The features after these blocks. Every process computes some of the rows and returns all.
 
     Raises UserError, naming the image, if a feature is not a finite number.
     """
@@ -154,7 +164,7 @@ def _compute(
     wanted: dict[tuple[int, str], Path],
     shapes: dict[tuple[int, str], int],
 ) -> None:
-    """Compute these files of features; each process writes its share of the rows."""
+    """Compute these files of features; each process writes its own rows."""
     partial = {k: file.with_suffix(".partial.npy") for k, file in wanted.items()}
     if state.is_main_process:
         gigabytes = 4e-9 * len(images) * sum(shapes[k] for k in wanted)

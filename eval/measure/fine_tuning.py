@@ -25,6 +25,7 @@ ELSEWHERE = {
     "data.subset_seed": "pass --label-seeds",
     "data.hold_out": "pass several --lr, and the best is chosen on held-out images",
     **dict.fromkeys(("data.in_chans", "data.mean", "data.std"), "it belongs to the backbone's weights"),
+    "data.permute_pixels": "it is that of the pre-training",
     **{
         f"backbone.{f.name}": "it belongs to the backbone that is fine-tuned"
         for f in dataclasses.fields(recipes.Backbone)
@@ -33,15 +34,20 @@ ELSEWHERE = {
 }
 
 
+STEPS = 300  # the fewest steps of a training, however few images it has
+
+
 @dataclass
 class Schedule:
     """How to fine-tune. settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for
-    the recipe's; lr_of: a run whose chosen rate is used; extra: FLOPs to train beyond the recipe's epochs."""
+    the recipe's; lr_of: a run whose chosen rate is used; extra: FLOPs to train beyond the recipe's epochs; held_out:
+    whether rates are only chosen, on what the pre-training left out."""
 
     settings: list[str]
     rates: list[float]
     lr_of: Path | None = None
     extra: float = 0.0
+    held_out: bool = False
 
     @property
     def changed(self) -> dict:
@@ -59,6 +65,13 @@ class Schedule:
         if self.extra:
             changed["extra_flops"] = self.extra
         return changed
+
+    def few(self, images: int) -> list[str]:
+        """The setting of STEPS, if the recipe's epochs are fewer steps on so few images and the user set no length."""
+        train = pretrain.read("finetune", self.settings, None).train
+        given = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in self.settings)
+        short = train.epochs is not None and train.epochs * images < STEPS * train.batch_size
+        return [f"train.steps={STEPS}"] if short and not given else []
 
     @property
     def recipe(self) -> str:
@@ -78,6 +91,7 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
     )
+    cli.add_held_out(parser)
     parser.add_argument("--lr-of", type=Path, metavar="RUN", help="use the one of --lr that was chosen for this run")
     parser.add_argument("--extra-flops", type=float, default=0.0, metavar="F", help="train for this many more FLOPs")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of recipes/finetune.yaml")
@@ -95,7 +109,11 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
         settings, rates = [*settings, f"optim.lr={rates[0]}"], []
     if args.lr_of and not rates:
         raise UserError("--lr-of uses a choice among several --lr: give those too, or leave it out.")
+    if args.held_out and (args.lr_of or not rates):
+        raise UserError("--held-out chooses among several --lr: give those, without --lr-of.")
+    if args.held_out and args.label_seeds != [0]:
+        raise UserError("--held-out draws the labels by the seed of the held-out tenth: leave --label-seeds out.")
     if not 0 <= args.extra_flops < float("inf"):
         raise UserError(f"--extra-flops must be 0 or more, not {args.extra_flops:g}.")
     pretrain.read("finetune", settings, None)
-    return args, Schedule(settings, rates, args.lr_of, args.extra_flops)
+    return args, Schedule(settings, rates, args.lr_of, args.extra_flops, args.held_out)

@@ -142,7 +142,7 @@ def sweep(
             for rate, found in head(chunk).items():
                 parts[rate].append(Predictions.of([found], truth[at : at + len(chunk)]))
             at += len(chunk)
-        answers |= {(name, rate): Predictions.join(of) for rate, of in parts.items()}
+        answers |= {(name, rate): Predictions.join(batches) for rate, batches in parts.items()}
     return answers
 
 

@@ -24,10 +24,10 @@ class Predictions:
         parts, at = [(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))], 0
         for weights in chunks:
             rows = np.arange(len(weights))
-            shares = weights / weights.sum(1, keepdims=True)
+            p = weights / weights.sum(1, keepdims=True)
             predicted = weights.argmax(1)
             true = truth[at : at + len(weights)]
-            parts.append((predicted, shares[rows, predicted], shares[rows, true]))
+            parts.append((predicted, p[rows, predicted], p[rows, true]))
             at += len(weights)
         predicted, *probabilities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return cls(predicted, *(values.astype(np.float32) for values in probabilities))

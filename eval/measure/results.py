@@ -34,7 +34,7 @@ PACKAGES = ("torch", "timm", "accelerate", "datasets", "faiss-cpu", "scikit-lear
 class Stored(TypedDict):
     """The file of predictions behind a row, predictions/ROW.npz: arrays (n,)."""
 
-    index: np.ndarray  # int32, of the image in its split
+    index: NotRequired[np.ndarray]  # int32, of the image in its split: 0 … n - 1, as packed files do not say
     predicted: np.ndarray  # int32, classes
     true: np.ndarray
     p_predicted: NotRequired[np.ndarray]  # float16, the probability of the predicted class; absent in old files

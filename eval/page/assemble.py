@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from eval.compare import rule
+from eval.compare import evidence
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet
 from eval.compare.studies import StudyResults
@@ -26,13 +26,12 @@ def report(
     runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in eval_sets))
-    blocks: list[Block] = []
+    blocks: list[Block] = verdict_section.blocks(evidence.read(study)) if study and study.manifest["decides"] else []
+    blocks += [Heading("All arms")] if blocks else []
     for eval_set in eval_sets:
         deciding = study_sections.deciding_metrics(study) if study and eval_set is study.eval_set else []
         blocks += summary(eval_set, deciding)
     blocks += several_origins(runs)
-    if study and study.manifest["decides"] and study.manifest["data"] in rule.DATA:
-        blocks += verdict_section.blocks(rule.collect([study]))
     blocks += study_sections.primary(study) + study_sections.budgets(study) if study else []
     mains = []
     for eval_set in eval_sets:

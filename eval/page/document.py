@@ -93,7 +93,7 @@ class Gallery:
 class Confusion:
     """A confusion matrix: how often images of each class (row) were predicted as each class (column).
 
-    Shades show the share of the row. counts: (K, K); images: the number of images of each class.
+    Shades show the fraction of the row. counts: (K, K); images: the number of images of each class.
     """
 
     names: list[str]
@@ -291,15 +291,15 @@ def _rows(sources: list[tuple[str, str]]) -> str:
 
 
 def _html_confusion(block: Confusion) -> str:
-    """The shade of a cell shows its share of the row, in tenths; cells with a count of 0 are empty."""
+    """The shade of a cell shows its fraction of the row, in tenths; cells with a count of 0 are empty."""
     head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in block.names)
     lines = []
     for row, (name, counts) in enumerate(zip(block.names, block.counts, strict=True)):
         cells = []
         for column, count in enumerate(counts):
-            share = count / max(1, counts.sum())
-            kinds = [f"s{math.ceil(10 * share)}"] * bool(count) + ["right"] * (row == column)
-            text = f"{100 * share:.0f}" if count else ""
+            fraction = count / max(1, counts.sum())
+            kinds = [f"s{math.ceil(10 * fraction)}"] * bool(count) + ["right"] * (row == column)
+            text = f"{100 * fraction:.0f}" if count else ""
             cells.append(f'<td class="{" ".join(kinds)}">{text}</td>' if kinds else "<td></td>")
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td>{block.images[row]:,}</td></tr>')
     return (

@@ -60,7 +60,7 @@ def read_answers(files: list[Path]) -> Answers:
     parts = []
     for file in files:
         with np.load(file) as stored:
-            parts.append(dict(stored))
+            parts.append(dict(index=np.arange(len(stored["true"]))) | dict(stored))
     join = {key: np.concatenate([part[key] for part in parts]) for key in ("predicted", "true", "index")}
     known = all("p_predicted" in part for part in parts)
     p = np.concatenate([part["p_predicted"] for part in parts]).astype(np.float64) if known else None
@@ -85,7 +85,7 @@ def calibration(
     for m in np.unique(place):
         inside = place == m
         found.append((float(confidence[inside].mean()), float(right[inside].mean()), int(inside.sum())))
-    error = sum(count * abs(mean - share) for mean, share, count in found) / len(confidence)
+    error = sum(count * abs(mean - accuracy) for mean, accuracy, count in found) / len(confidence)
     return error, found
 
 
@@ -143,18 +143,18 @@ def _group(
 def _classes(counts: np.ndarray, names: list[str], rows: int) -> Block:
     """The confusion matrix; with many classes, the accuracy of each class, or of the lowest and the highest."""
     totals, right = counts.sum(1), counts.diagonal()
-    shares = np.divide(right, totals, out=np.full(len(counts), np.nan), where=totals > 0)
+    accuracies = np.divide(right, totals, out=np.full(len(counts), np.nan), where=totals > 0)
     images = totals // rows
     if len(names) <= MATRIX:
         words = "The percentage of the images of each class (row) that were predicted as each class (column)."
         return Confusion(names, counts, images.tolist(), words)
-    there = [int(c) for c in np.argsort(shares, kind="stable") if totals[c]]
+    there = [int(c) for c in np.argsort(accuracies, kind="stable") if totals[c]]
     caption = "The accuracy on the images of each class, lowest first."
     if len(there) > LISTED:
         half = LISTED // 2
         caption = f"The accuracy on the images of the {half} lowest and the {half} highest of {len(there):,} classes."
         there = there[:half] + there[-half:]
-    lines = [(Cell(names[c]), [Cell(percent(shares[c])), Cell(f"{images[c]:,}")]) for c in there]
+    lines = [(Cell(names[c]), [Cell(percent(accuracies[c])), Cell(f"{images[c]:,}")]) for c in there]
     return Table([("", ["accuracy, %", "images"])], [("", lines)], caption)
 
 
@@ -164,8 +164,8 @@ def _pairs(counts: np.ndarray, names: list[str]) -> list[Block]:
     order = [i for i in np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED] if wrong.flat[i]]
     lines = []
     for true, predicted in (divmod(int(i), len(counts)) for i in order):
-        share = wrong[true, predicted] / counts[true].sum()
-        cells = [Cell(names[predicted]), Cell(percent(share)), Cell(f"{wrong[true, predicted]:,}")]
+        fraction = wrong[true, predicted] / counts[true].sum()
+        cells = [Cell(names[predicted]), Cell(percent(fraction)), Cell(f"{wrong[true, predicted]:,}")]
         lines.append((Cell(names[true]), cells))
     caption = "The most frequent confusions: the percentage of the true class's images, and the count over all seeds."
     return [Table([("", ["predicted as", "%", "count"])], [("", lines)], caption)] if lines else []

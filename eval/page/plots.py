@@ -16,7 +16,7 @@ from html import escape
 import numpy as np
 from scipy import optimize
 
-from eval.compare.words import between, number
+from eval.compare.words import between, number, percent
 
 WIDTH = 400  # units; text is then at least 11 px high on a phone 360 px wide
 SMALL = 300  # the width of a chart that is one of many
@@ -58,12 +58,17 @@ class Series:
 
 @dataclass
 class Dot:
-    """A row of a dot chart: a value with its bounds (low, high). A row without a value is a heading."""
+    """A row of a dot chart: a value with its bounds (low, high). A row without a value is a heading.
+
+    points: the values that it is the mean of; thresholds: values to compare the bounds with.
+    """
 
     name: str
     value: float | None = None
     bounds: tuple[float, float] = (0.0, 0.0)
     colour: int | None = None
+    points: Sequence[float] = ()
+    thresholds: Sequence[float] = ()
 
 
 def lines(
@@ -114,15 +119,17 @@ def lines(
     return _svg(width, height, title, subtitle, parts)
 
 
-def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
+def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: bool = False) -> str:
     """A chart with a row for each value and its interval. zero: values are differences, hollow if not distinguishable
-    from zero."""
-    names = [_split(row.name) for row in rows]
+    from zero. brief: the numbers beside them are the values alone."""
+    names = [[row.name] if row.value is None else _split(row.name) for row in rows]
     measured = [row for row in rows if row.value is not None]
-    numbers = [between(row.value, *row.bounds, "+" if zero else "") for row in rows if row.value is not None]
+    sign = "+" if zero else ""
+    told = [between(row.value, *row.bounds, sign) for row in rows if row.value is not None]
+    numbers = [percent(row.value, sign) for row in rows if row.value is not None] if brief else told
     left = 14 + max(_length(name) for name, row in zip(names, rows, strict=True) if row.value is not None)
     right = 14 + max(map(len, numbers)) * MINOR * 0.56
-    ends = [end for row in measured for end in row.bounds] + ([0.0] if zero else [])
+    ends = [end for row in measured for end in (*row.bounds, *row.points, *row.thresholds)] + ([0.0] if zero else [])
     top, height = 56, 56 + sum(12 + 16 * len(name) for name in names) + 30
     scale, ticks = _axis(ends, left + 8, WIDTH - right - 8, False, *((None,) if zero else (0.0, 1.0)))
     places = _apart([(scale(t), f"{100 * t:g}".replace("-", "−")) for t in ticks])
@@ -130,23 +137,31 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False) -> str:
     parts += [_text(x, height - 8, label, "soft", MINOR, "middle") for x, label in places]
     if zero:
         parts.append(_line(scale(0), top, scale(0), height - 26, "ink", 1.2))
-    y, remaining = top + 0.0, iter(numbers)
+    y, remaining = top + 0.0, zip(numbers, told, strict=True)
     for row, name in zip(rows, names, strict=True):
         tall = 12 + 16 * len(name)
         middle = y + tall / 2
         colour = _colour(row)
-        for i, words in enumerate(name):
-            kind = ("soft", MINOR, 600) if row.value is None else ("ink", TEXT if i == 0 else MINOR, 400)
-            parts.append(_text(0, middle + 4.5 + 16 * (i - (len(name) - 1) / 2), words, *kind[:2], weight=kind[2]))
-        if row.value is not None:
-            words = next(remaining)
+        if row.value is None:
+            halo = "stroke:var(--ground);stroke-width:4;paint-order:stroke"  # over the lines of the axis
+            parts.append(_text(0, middle + 4.5, row.name, "soft", MINOR, weight=600, style=halo))
+        else:
+            for i, words in enumerate(name):
+                place = middle + 4.5 + 16 * (i - (len(name) - 1) / 2)
+                parts.append(_text(0, place, words, "ink", TEXT if i == 0 else MINOR))
+            words, hover = next(remaining)
             low, high = map(scale, row.bounds)
+            for threshold in row.thresholds:
+                x = scale(threshold)
+                parts.append(_line(x, y + 2, x, y + tall - 2, "ink", 1.4, "3 2"))
+            for point in row.points:
+                parts.append(_circle(scale(point), middle + 8, 2, "soft", "ground", 0.6))
             fill = "ground" if zero and row.bounds[0] <= 0 <= row.bounds[1] else colour
             parts.append(
-                f"<g><title>{escape(row.name)}: {words}</title>"
+                f"<g><title>{escape(row.name)}: {hover}</title>"
                 + _line(low, middle, high, middle, colour, 3, round=True)
-                + f'<circle cx="{scale(row.value):.1f}" cy="{middle:.1f}" r="5.5" style="fill:var(--{fill});'
-                + f'stroke:var(--{colour});stroke-width:2"/></g>'
+                + _circle(scale(row.value), middle, 5.5, fill, colour, 2)
+                + "</g>"
             )
             parts.append(_text(WIDTH, middle + 4.5, words, "ink", MINOR, "end"))
         y += tall
@@ -253,9 +268,16 @@ def _svg(width: int, height: float, title: str, subtitle: str, parts: list[str])
 
 
 def _text(
-    x: float, y: float, text: str, colour: str, size: float = TEXT, anchor: str = "start", weight: int = 400
+    x: float,
+    y: float,
+    text: str,
+    colour: str,
+    size: float = TEXT,
+    anchor: str = "start",
+    weight: int = 400,
+    style: str = "",
 ) -> str:
-    style = f"fill:var(--{colour});font-size:{size}px;font-weight:{weight}"
+    style = f"fill:var(--{colour});font-size:{size}px;font-weight:{weight};{style}"
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{escape(text)}</text>'
 
 
@@ -265,6 +287,11 @@ def _line(
     style = f"stroke:var(--{colour});stroke-width:{width}" + (f";stroke-dasharray:{dash}" if dash else "")
     style += ";stroke-linecap:round" if round else ""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" style="{style}"/>'
+
+
+def _circle(x: float, y: float, radius: float, fill: str, stroke: str, width: float) -> str:
+    style = f"fill:var(--{fill});stroke:var(--{stroke});stroke-width:{width:g}"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" style="{style}"/>'
 
 
 def _colour(mark: Series | Dot) -> str:

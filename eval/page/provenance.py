@@ -85,15 +85,15 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
         Code(command),
         Text(
             "from the rows in results.jsonl of these run directories and the predictions beside them. The HTML page "
-            "lists the rows behind each table and chart under it. An accuracy is the share of test images whose class "
-            "was predicted correctly."
+            "lists the rows behind each table and chart under it. An accuracy is the fraction of test images "
+            "whose class was predicted correctly."
         ),
         Heading("The protocols", 3),
         Items(definitions),
         Heading("The intervals", 3),
         Text(INTERVALS),
         Heading("The code behind the rows", 3),
-        Items([(commit, f"{versions}. Runs: {', '.join(sorted(of))}") for (commit, versions), of in made.items()]),
+        Items([(commit, f"{versions}. Runs: {', '.join(sorted(runs))}") for (commit, versions), runs in made.items()]),
     ]
 
 

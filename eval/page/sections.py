@@ -43,20 +43,20 @@ def robustness(eval_set: EvalSet, suffix: str) -> list[Block]:
 
 def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) -> Table:
     means: list[dict[Group, Scores]] = [{} for _ in wanted]
-    for metrics, of in zip(wanted.values(), means, strict=True):
+    for metrics, by_group in zip(wanted.values(), means, strict=True):
         for group in eval_set.groups:
             found = [scores for c in metrics if (scores := eval_set.scores_of(group, c)) is not None]
             if len(found) == len(metrics) and all(scores.seeds == found[0].seeds for scores in found):
                 rows = [row for scores in found for row in scores.rows]
-                of[group] = Scores(found[0].seeds, np.mean([scores.correct for scores in found], 0), rows)
-        pool_seeds(of)
+                by_group[group] = Scores(found[0].seeds, np.mean([scores.correct for scores in found], 0), rows)
+        pool_seeds(by_group)
     parts: dict[bool, list] = {False: [], True: []}
     for group in eval_set.groups:
-        cells = [Cell(with_interval(of[group].estimate)) if group in of else Cell() for of in means]
+        cells = [Cell(with_interval(m[group].estimate)) if group in m else Cell() for m in means]
         if any(cell.text for cell in cells):
             parts[group.control].append((named(group.label), cells))
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
-    used = [scores for of in means for scores in of.values()]
+    used = [scores for by_group in means for scores in by_group.values()]
     words = f"{caption} {borrowed(scores.estimate for scores in used)}".strip()
     return Table([("", list(wanted))], filled, words, charts.sources_of(used))
 

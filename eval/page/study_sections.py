@@ -5,7 +5,7 @@ from eval.compare.manifest import FineTuningEntry
 from eval.compare.metrics import PRIMARY, Metric
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, contrast
-from eval.compare.studies import StudyResults, at_the_edge
+from eval.compare.studies import StudyResults
 from eval.compare.words import borrowed, labels_in_words, number, percent, with_interval
 from eval.page import charts
 from eval.page.document import Block, Cell, Folded, Heading, Table, Text, named
@@ -22,8 +22,7 @@ CHANGES = {  # settings in which a plan's fine-tunings of one arm differ
 def deciding_metrics(study: StudyResults) -> list[Metric]:
     """The primary metrics by which a study's arms are compared with each of their controls.
 
-    Fine-tuning is left out if there are several from scratch: the opponent is the best of those, and the verdict finds
-    it.
+    Fine-tuning is left out if there are several from scratch: the verdict compares with each of them.
     """
     arms = study.manifest["arms"].values()
     if study.eval_set is None or not any(arm["role"] for arm in arms):
@@ -137,34 +136,30 @@ def _gain(estimate: intervals.Estimate) -> Cell:
 
 
 def trials(study: StudyResults) -> list[Block]:
-    """Every trial of the arms' tuning, with its accuracy on held-out training images."""
+    """The walk of each arm's tuning, with the accuracy of every trial on held-out training images."""
     tuning, trials_of = study.manifest["tuning"], study.manifest["trials"]
     if tuning is None or not trials_of:
         return []
-    lengths = {len(tried) for tried in trials_of.values()}
-    counts = sorted({min(lengths), max(lengths)})
+    counts = sorted({min(map(len, trials_of.values())), max(map(len, trials_of.values()))})
     parts = []
     for arm, tried in trials_of.items():
         common = set.intersection(*(set(trial["settings"]) for trial in tried))
+        used = study.manifest["arms"][arm]["runs"][0]["settings"]
         rows = []
-        for trial in sorted(tried, key=lambda t: -(t["accuracy"] or 0.0)):
-            own = " ".join(text for text in trial["settings"] if text not in common)
-            rows.append((Cell(own), [Cell("failed" if trial["accuracy"] is None else percent(trial["accuracy"]))]))
+        for trial in tried:
+            own = [text for text in trial["settings"] if text not in common]
+            accuracy = "failed" if trial["accuracy"] is None else percent(trial["accuracy"])
+            rows.append((Cell(" ".join(own)), [Cell(accuracy + " (chosen)" * (set(own) <= set(used)))]))
         parts.append((arm, rows))
+    like = [f"{name} those of {arm['like']}" for name, arm in study.manifest["arms"].items() if arm["like"]]
     words = (
         f"Each arm was tuned by {' to '.join(map(str, counts))} trial{'s' * (counts[-1] > 1)} at "
-        f"{tuning['flops']:.3g} FLOPs and seed 0, trained on nine tenths of the training images and scored on the last "
-        f"tenth by {' '.join(tuning['judge'])}. The arm is then trained with the best settings."
+        f"{tuning['flops']:.3g} FLOPs and seed {tuning['seed']}, trained on nine tenths of the training images and "
+        f"scored on the last tenth by {' '.join(tuning['judge'])}: first each setting at the recipe's learning rate, "
+        "then the best of them at twice and half that rate, and on by factors of two until the best lay between two "
+        "others. The arm is then trained with the best settings."
     )
-    edge = [
-        arm
-        for arm, tried in trials_of.items()
-        if at_the_edge([(trial["settings"], trial["accuracy"]) for trial in tried])
-    ]
-    if edge:
-        words += (
-            " The best learning rate is the largest or smallest that was tried, so that a better one may lie outside "
-            f"the range, for {listed(edge)}."
-        )
-    table = Table([("", ["accuracy, %"])], parts, "On held-out training images.")
+    if like:
+        words += f" An arm may take another's: {listed(like)}."
+    table = Table([("", ["accuracy, %"])], parts, "On held-out training images, in the order of the trials.")
     return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]

@@ -31,7 +31,7 @@ def accuracies(
     lines: dict[tuple[str, ...], dict[str, list]] = {}
     for line, column, measured in found:
         lines.setdefault(line, {}).setdefault(column, []).append(measured)
-    cells = ([*line, *(_cell(of.get(column, [])) for column in columns)] for line, of in lines.items())
+    cells = ([*line, *(_cell(by_column.get(column, [])) for column in columns)] for line, by_column in lines.items())
     return aligned([[*head, *columns], *cells], left=len(head))
 
 

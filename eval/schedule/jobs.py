@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,17 +54,34 @@ class Job:
     def ready(self) -> bool:
         return all(job.done for job in self.needs) and (self.after is None or self.after.ended)
 
+    @property
+    def run(self) -> Path:
+        """The folder that it writes to."""
+        return self.mark.parent.parent
 
-def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
+    @property
+    def script(self) -> Path:
+        """Its script, relative to the project."""
+        return Path(self.command[1]).relative_to(ROOT)
+
+
+def needed(jobs: list[Job]) -> list[Job]:
+    """Without the trainings whose evaluations are all done: nobody needs their weights any more."""
+    used = {id(job) for other in jobs if not other.done for job in other.needs}
+    evaluated = {id(job) for other in jobs for job in other.needs}
+    return [job for job in jobs if job.done or not job.marks or id(job) in used or id(job) not in evaluated]
+
+
+def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], object] = lambda run: None) -> list[Job]:
     """Run all jobs, this many at once; returns those that failed. When told to stop, it stops the running ones.
 
     folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
-    SHOWN seconds.
+    SHOWN seconds. then: called with a job's run when the job is done.
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     times = Times(folder / "logs" / "seconds.jsonl")
     running: dict[Job, Command] = {}
-    devices = _devices(at_once)
+    devices = devices_for(at_once)
     begun = shown = time.monotonic()
 
     def tell(word: str, job: Job, more: str) -> None:
@@ -103,13 +120,15 @@ def work(jobs: list[Job], at_once: int, folder: Path) -> list[Job]:
                 devices.append(job.device)
             seconds = time.monotonic() - job.started
             if code == 0 and not job.marks:
-                files.write(job.mark, json.dumps(dict(command=job.command, seconds=round(seconds, 1))))
+                words = shlex.join(["python", str(job.script), *job.command[2:]])
+                files.write(job.mark, json.dumps(dict(command=words, seconds=round(seconds, 1))))
             job.failed = code != 0 or not job.done
             if job.failed:
                 last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
                 tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
             else:
                 times.add(job.kind, seconds)
+                then(job.run)
                 tell("done", job, f", {seconds:.0f} s")
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -165,7 +184,7 @@ def progress(jobs: list[Job], running: Collection[Job], times: Times, at_once: i
 def _how_far(job: Job) -> str:
     """How long a job has been running and, for a pre-training, the last step that it logged."""
     words = f", {(time.monotonic() - job.started) / 60:.0f} min"
-    log = job.mark.parent.parent / "log.jsonl"
+    log = job.run / "log.jsonl"
     if job.marks and log.exists():
         for line in reversed(log.read_text().splitlines()):
             try:
@@ -177,7 +196,7 @@ def _how_far(job: Job) -> str:
 
 def _start(job: Job, log: Path) -> Command:
     files.write(log, f"$ {shlex.join(job.command)}\n")
-    module = ".".join(Path(job.command[1]).relative_to(ROOT).with_suffix("").parts)
+    module = ".".join(job.script.with_suffix("").parts)
     variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
     command = Command(module, job.command[1:], log, variables)
     job.started = time.monotonic()
@@ -188,7 +207,7 @@ def _log(folder: Path, job: Job) -> Path:
     return folder / "logs" / f"{job.name.replace(' ', '-')}.txt"
 
 
-def _devices(at_once: int) -> list[str]:
+def devices_for(at_once: int) -> list[str]:
     """A GPU for each of the jobs at once, among those that this process may use; [] if there are none."""
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

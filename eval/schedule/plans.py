@@ -19,34 +19,42 @@ from ssl_vit.errors import UserError, nearest
 PLANS = recipes.RECIPES / "study"
 EVALUATORS = ("linear_probe", "knn", "finetune", "robustness", "difficulty")
 JUDGES = ("linear_probe", "knn")  # evaluators of trials: those that can use held-out images
-# an arm's role in the verdict (eval/verdict.py); control: shown among the controls
-ROLES = ("", "noise", "masking", "other", "autoencoder", "scratch", "control")
+# An arm's role in the verdict (eval/verdict.py). A plan that decides has one arm of each of CLAIMED, and at most one of
+# each of the others but control, which is only shown among the controls; "" is compared with all of them.
+CLAIMED = ("masking", "noise", "autoencoder", "scratch")
+CHECKS = ("equal-images", "positive-check", "negative-check")
+ROLES = ("", *CLAIMED, *CHECKS, "control")
+FIRST_SEED = 100  # of tuning: below are the seeds that decide
 
 
 @dataclass
 class Arm:
-    """One way to pre-train: a recipe with settings.
+    """One way to pre-train: a recipe with settings, or like another arm.
 
-    search_space: settings of which tuning chooses one; seeds, evaluators: its own, instead of the plan's.
+    search_space: settings of which tuning chooses one; budget: the fraction of the plan's budgets that it is trained
+    for; seeds, evaluators: its own, instead of the plan's. like: an arm whose recipe, settings and tuned choice it
+    takes; its own settings come last, and it is not tuned itself.
     """
 
-    recipe: str
+    recipe: str = ""
     settings: list[str] = field(default_factory=list)
     role: str = ""
     search_space: list[str] = field(default_factory=list)
+    budget: float = 1.0
+    like: str | None = None
     seeds: int | None = None
     evaluators: list[list[str]] | None = None
 
 
 @dataclass
 class Tuning:
-    """Trials of every trained arm, at seed 0: each factor of its learning rate × each setting of its search_space.
+    """The trials of every trained arm, a walk (eval/schedule/walk.py) at one seed and one budget in FLOPs.
 
     They train on nine tenths of the images. `judge`, an evaluator with its arguments, scores them on the last tenth.
     """
 
     flops: float
-    lr_factors: list[float]
+    seed: int
     judge: list[str]
 
 
@@ -54,8 +62,9 @@ class Tuning:
 class Plan:
     """evaluators: each a name and its arguments, where `budget` stands for the largest of the budgets.
 
-    budgets: training FLOPs; every arm is trained at each of them, with a full schedule of its own. decides: whether the
-    verdict's rule (docs/denoising-study.md) is meant to be applied.
+    budgets: training FLOPs; every arm is trained at each of them, with a full schedule of its own. seeds: the arms are
+    trained with the seeds below this number. decides: whether the verdict's rule (docs/denoising-study.md) is meant to
+    be applied.
     """
 
     name: str
@@ -71,6 +80,9 @@ class Plan:
     def seeds_of(self, arm: str) -> int:
         return self.arms[arm].seeds or self.seeds
 
+    def recipe_of(self, arm: str) -> str:
+        return self.arms[self.arms[arm].like or arm].recipe
+
     def evaluators_of(self, arm: str) -> list[list[str]]:
         lines = self._lines(arm)
         return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
@@ -78,8 +90,8 @@ class Plan:
     def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
         """Keep a part of the plan, by comma-separated names, or change its number of seeds; returns what was changed.
 
-        Untrained arms are always kept. With fewer arms, or without tuning, the plan decides nothing. Raises UserError
-        for an unknown name.
+        Untrained arms are always kept, and those that a kept one is like. With fewer arms, another number of seeds, or
+        without tuning, the plan decides nothing. Raises UserError for an unknown name.
         """
         changed = []
         if arms is not None:
@@ -87,7 +99,9 @@ class Plan:
                 if name not in self.arms:
                     known = ", ".join(self.arms)
                     raise UserError(f"{self.name} has no arm {name!r}.{nearest(name, self.arms)} Arms: {known}.")
-            kept = {n: arm for n, arm in self.arms.items() if n in arms.split(",") or "train.steps=0" in arm.settings}
+            wanted = set(arms.split(","))
+            wanted |= {like for name in wanted if (like := self.arms[name].like)}
+            kept = {n: arm for n, arm in self.arms.items() if n in wanted or "train.steps=0" in arm.settings}
             if len(kept) < len(self.arms):
                 changed.append(f"arms={','.join(kept)}")
             self.arms = kept
@@ -96,18 +110,19 @@ class Plan:
             changed.append("untuned")
         self.decides &= not changed
         if evaluators is not None:
-            wanted = evaluators.split(",")
+            asked = evaluators.split(",")
             there = {line[0] for arm in self.arms for line in self._lines(arm)}
-            for name in wanted:
+            for name in asked:
                 if name not in there:
                     known = ", ".join(name for name in EVALUATORS if name in there)
                     raise UserError(f"{self.name} has no evaluator {name!r}. Evaluators: {known}.")
-            self.evaluators = [line for line in self.evaluators if line[0] in wanted]
+            self.evaluators = [line for line in self.evaluators if line[0] in asked]
             for own in self.arms.values():
                 if own.evaluators is not None:
-                    own.evaluators = [line for line in own.evaluators if line[0] in wanted]
-            changed.append(f"evaluators={','.join(sorted(wanted))}")
+                    own.evaluators = [line for line in own.evaluators if line[0] in asked]
+            changed.append(f"evaluators={','.join(sorted(asked))}")
         if seeds is not None:
+            self.decides &= seeds == self.seeds
             if any(self.seeds_of(arm) > seeds for arm in self.arms):
                 changed.append(f"seeds={seeds}")
             self.seeds = seeds
@@ -129,7 +144,7 @@ class Plan:
         key, _, value = lengths[-1].partition("=")
         if key == "train.flops":
             flops = _number(value, "train.flops", Path("the command line"))
-            self.decides &= flops in self.budgets
+            self.decides &= flops == max(self.budgets)
             if self.tuning:
                 self.tuning.flops *= flops / max(self.budgets)
             self.budgets = [flops]
@@ -167,6 +182,9 @@ def read(name: str) -> Plan:
     plan.evaluators = _evaluators(plan.evaluators, path)
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
     plan.tuning = None if plan.tuning is None else _tuning(stated["tuning"], path)
+    _check_likes(plan, path)
+    if plan.decides:
+        _check_roles(plan, path)
     if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
         raise UserError(f"An evaluator of {path} uses the word budget, but the plan has no budgets: add them.")
     return plan
@@ -181,12 +199,16 @@ def _arm(name: str, what: dict, path: Path) -> Arm:
     try:
         arm = Arm(**what)
     except TypeError:
-        keys = ", ".join(f.name for f in dataclasses.fields(Arm) if f.name != "recipe")
+        keys = ", ".join(f.name for f in dataclasses.fields(Arm) if f.name not in ("recipe", "like"))
         raise UserError(
-            f"Arm {name!r} of {path} must name a recipe, and may have {keys}: {{recipe: mae, settings: […]}}."
+            f"Arm {name!r} of {path} must name a recipe, or an arm that it is like, and may have {keys}: "
+            "{recipe: mae, settings: […]}."
         ) from None
     where = f"arm {name!r} of {path}"
     _check(arm, dict(recipe=str, settings=list, role=str, search_space=list), where)
+    if bool(arm.recipe) == bool(arm.like) or (arm.like and arm.search_space):
+        raise UserError(f"The {where} must name a recipe, or an arm that it is like, and then no search_space.")
+    arm.budget = _number(arm.budget, f"budget of arm {name!r}", path)
     if arm.seeds is not None:
         _check(arm, dict(seeds=int), where)
     if arm.role not in ROLES:
@@ -195,6 +217,25 @@ def _arm(name: str, what: dict, path: Path) -> Arm:
         _check(arm, dict(evaluators=list), where)
         arm.evaluators = _evaluators(arm.evaluators, path)
     return arm
+
+
+def _check_likes(plan: Plan, path: Path) -> None:
+    """Raises UserError if an arm is like one that does not exist, or that is like another itself."""
+    own = [name for name, arm in plan.arms.items() if not arm.like]
+    for name, arm in plan.arms.items():
+        if arm.like and arm.like not in own:
+            raise UserError(f"Arm {name!r} of {path} cannot be like {arm.like!r}: name one of {', '.join(own)}.")
+
+
+def _check_roles(plan: Plan, path: Path) -> None:
+    """Raises UserError if a plan that decides lacks an arm that its claims are about, or has two."""
+    roles = [arm.role for arm in plan.arms.values()]
+    for role in CLAIMED:
+        if roles.count(role) != 1:
+            raise UserError(f"{path} decides, so exactly one arm must have the role {role}, not {roles.count(role)}.")
+    for role in CHECKS:
+        if roles.count(role) > 1:
+            raise UserError(f"{path} decides, so at most one arm may have the role {role}, not {roles.count(role)}.")
 
 
 def _check(what: Plan | Arm | Tuning, kinds: dict[str, type], where: str) -> None:
@@ -225,9 +266,10 @@ def _tuning(what: dict, path: Path) -> Tuning:
     except TypeError:
         keys = ", ".join(f.name for f in dataclasses.fields(Tuning))
         raise UserError(f"tuning of {path} must have the keys {keys}, and no others.") from None
-    _check(tuning, dict(lr_factors=list), f"tuning of {path}")
+    _check(tuning, dict(seed=int), f"tuning of {path}")
+    if tuning.seed < FIRST_SEED:
+        raise UserError(f"tuning.seed of {path} must be {FIRST_SEED} or more: smaller seeds are for what is compared.")
     tuning.flops = _number(tuning.flops, "tuning.flops", path)
-    tuning.lr_factors = [_number(value, "tuning.lr_factors", path) for value in tuning.lr_factors]
     [tuning.judge] = _evaluators([tuning.judge], path)
     if tuning.judge[0] not in JUDGES:
         raise UserError(f"tuning.judge of {path} must be {' or '.join(JUDGES)}: those can judge on held-out images.")

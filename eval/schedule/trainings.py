@@ -1,22 +1,25 @@
 """The trainings and evaluations of a plan on certain images, as jobs.
 
 from eval.schedule.trainings import Study
-jobs = Study(plan, "cifar10", [], [], threads=1).jobs(trainings)
+study = Study(plan, "cifar10", [], [], threads=1)
+jobs = study.jobs(study.trainings())
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from eval.compare.manifest import ArmEntry, FineTuningEntry, Manifest, TrainingEntry, TuningEntry
+from eval.compare.manifest import ArmEntry, FineTuningEntry, Manifest, TrainingEntry, TuningEntry, share
 from eval.compare.metrics import PRIMARY, most
 from eval.measure import cli, features, fine_tuning, results
+from eval.schedule import walk
 from eval.schedule.jobs import Job
-from eval.schedule.plans import Plan, Tuning
-from ssl_vit import commands, files, pretrain
+from eval.schedule.plans import Plan
+from ssl_vit import commands, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
@@ -37,7 +40,11 @@ class Training:
 
 
 class Study:
-    """A plan on certain images. Raises UserError if a recipe rejects its settings, or a run of that name has others."""
+    """A plan on certain images. Raises UserError if a recipe rejects its settings, or a run of that name has others.
+
+    trials: those of each arm so far, in the order of its walk; chosen: the settings of the best trial of each arm whose
+    walk has ended, and at: that trial.
+    """
 
     def __init__(self, plan: Plan, images: str | None, settings: list[str], given: list[str], threads: int):
         """given: everything that the command line changes in the plan; the study's folder is named after it.
@@ -47,66 +54,87 @@ class Study:
         self.plan, self.images, self.settings, self.threads = plan, images, settings, threads
         own = [f"-{fingerprint(sorted(given))}"] if given else []  # as in the names of runs
         self.folder = Path("runs") / "".join([f"{plan.name}-{recipes.short(images or 'digits')}", *own])
-        self.trials = self._trials(plan.tuning) if plan.tuning else {}
-        self.trainings({})  # everything is checked before anything runs
+        self.trials: dict[str, list[Training]] = {}
+        self.chosen: dict[str, list[str]] = {}
+        self.at: dict[str, Training] = {}
+        self.trainings()  # everything is checked before anything runs
+        self.next_trials()
 
-    def _training(self, arm: str, budget: float | None, more: list[str]) -> Training:
+    def _training(self, arm: str, budget: float | None, more: list[str], accuracy: float | None = None) -> Training:
+        """more: its seed, and what tuning adds, which an arm's settings override if it is like another."""
+        what = self.plan.arms[arm]
         own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
-        own += [*self.plan.arms[arm].settings, *more]
+        own += [*self.plan.arms[what.like].settings, *more, *what.settings] if what.like else [*what.settings, *more]
         try:
-            recipe = pretrain.read(self.plan.arms[arm].recipe, own, self.images)
+            recipe = pretrain.read(self.plan.recipe_of(arm), own, self.images)
         except UserError as error:
             raise UserError(f"Arm {arm!r} of {self.plan.name}: {error}") from None
         run = Path("runs") / recipe.run_name()
         refuse_other(run, recipe)
         steps = recipe.train.steps if recipe.train.flops is None else None
         identity = {key: value for key, value in recipe.as_dict().items() if key not in recipes.MAY_CHANGE}
-        return Training(arm, budget, recipe.train.seed, tuple(own), run, steps, fingerprint(identity, 12))
+        return Training(arm, budget, recipe.train.seed, tuple(own), run, steps, fingerprint(identity, 12), accuracy)
 
-    def _trials(self, tuning: Tuning) -> dict[str, list[Training]]:
-        """The trials of each arm that is trained."""
-        found: dict[str, list[Training]] = {}
-        for name, arm in self.plan.arms.items():
-            if self._training(name, None, []).steps == 0:
-                continue
-            found[name] = []
-            for own in [[setting] for setting in arm.search_space] or [[]]:
-                lr = pretrain.read(
-                    arm.recipe, [*self.plan.settings, *self.settings, *arm.settings, *own], None
-                ).optim.lr
-                for factor in tuning.lr_factors:
-                    tried = [*own, f"optim.lr={factor * lr:g}", "data.hold_out=true", "train.seed=0"]
-                    tried += [f"train.flops={tuning.flops:g}"]  # last, so that it overrides the arm's own length
-                    found[name].append(self._training(name, tuning.flops, tried))
-        return found
+    def _tuned(self) -> list[str]:
+        """The arms that have trials: those that are trained, and like no other."""
+        trained = [arm for arm, what in self.plan.arms.items() if not what.like]
+        return [arm for arm in trained if self._training(arm, None, []).steps != 0] if self.plan.tuning else []
 
-    def choose(self) -> dict[str, list[str]]:
-        """The settings of each arm's best trial, the first if several are equal. Failed trials are not chosen."""
-        chosen: dict[str, list[str]] = {}
-        if self.plan.tuning is None:
-            return chosen
-        for arm, trials in self.trials.items():
-            trials = [replace(t, accuracy=judged(t.run, self.plan.tuning.judge)) for t in trials]
-            self.trials[arm] = trials
-            done = [(t.accuracy, t) for t in trials if t.accuracy is not None]
-            if not done:
+    def _trial(self, arm: str, trial: walk.Trial) -> Training:
+        tuning, what = self.plan.tuning, self.plan.arms[arm]
+        assert tuning is not None
+        own = [trial.setting] if trial.setting else []
+        lr = pretrain.read(what.recipe, [*self.plan.settings, *self.settings, *what.settings, *own], None).optim.lr
+        own += [f"optim.lr={lr * trial.factor:g}", *self._left_out]
+        own += [f"train.flops={tuning.flops:g}"]  # last, so that it overrides the arm's own length
+        found = self._training(arm, tuning.flops, own)
+        return replace(found, accuracy=judged(found.run, tuning.judge))
+
+    @property
+    def _left_out(self) -> list[str]:
+        """The settings of a trial: its seed draws the tenth that it is judged on, too, and the labels for that."""
+        assert self.plan.tuning is not None
+        seed = self.plan.tuning.seed
+        return ["data.hold_out=true", f"data.subset_seed={seed}", f"train.seed={seed}"]
+
+    def next_trials(self, failed: Collection[Path] = ()) -> list[Training]:
+        """The trials to run next; [] when all arms are tuned. failed: the runs of those that did.
+
+        Raises UserError if all settings of an arm have failed.
+        """
+        coming: list[Training] = []
+        for arm in self._tuned():
+            settings = self.plan.arms[arm].search_space
+            tried: dict[walk.Trial, Training] = {}
+            left: list[Training] = []
+            while not left and (following := walk.following(settings, _accuracies(tried))):
+                found = {trial: self._trial(arm, trial) for trial in following}
+                left = [t for t in found.values() if t.accuracy is None and t.run not in failed]
+                tried |= found
+            self.trials[arm] = list(tried.values())
+            best = None if left else walk.best(settings, _accuracies(tried))
+            if best is None and not left:
                 raise UserError(f"All trials of {arm} failed: see {self.folder / 'logs'}.")
-            _, best = max(done, key=lambda trial: trial[0])
-            keys = {"optim.lr", *(text.partition("=")[0] for text in self.plan.arms[arm].search_space)}
-            chosen[arm] = [text for text in best.settings if text.partition("=")[0] in keys]
-        return chosen
+            if best is not None:
+                keys = {"optim.lr", *(text.partition("=")[0] for text in settings)}
+                self.at[arm] = tried[best]
+                self.chosen[arm] = [text for text in tried[best].settings if text.partition("=")[0] in keys]
+            coming += left
+        return coming
 
-    def trainings(self, chosen: dict[str, list[str]]) -> list[Training]:
-        """Every arm with every budget and seed, with the settings chosen for it, or the first of its search_space."""
+    def trainings(self) -> list[Training]:
+        """Every seed of every arm at each budget, with the settings chosen for it, or the first of its search_space."""
         found: list[Training] = []
         budgets: list[float | None] = [*self.plan.budgets] or [None]
         for seed in range(max(map(self.plan.seeds_of, self.plan.arms))):
-            for arm in self.plan.arms:
+            for arm, what in self.plan.arms.items():
+                source = what.like or arm
+                own = self.chosen.get(source, self.plan.arms[source].search_space[:1])
                 for budget in budgets:
                     if seed >= self.plan.seeds_of(arm):
                         continue
-                    own = chosen.get(arm, self.plan.arms[arm].search_space[:1])
-                    training = self._training(arm, budget, [*own, f"train.seed={seed}"])
+                    spent = None if budget is None else share(budget, what.budget)
+                    training = self._training(arm, spent, [*own, f"train.seed={seed}"])
                     same = [other.arm for other in found if other.identity == training.identity]
                     if same and same != [arm]:
                         raise UserError(f"Arm {arm!r} is the same as {same[0]!r}: leave one of them out.")
@@ -116,24 +144,22 @@ class Study:
 
     def controls(self) -> dict[str, Path]:
         """The folder of each control's rows."""
-        name = pretrain.read(next(iter(self.plan.arms.values())).recipe, [], self.images).data.name
+        name = pretrain.read(self.plan.recipe_of(next(iter(self.plan.arms))), [], self.images).data.name
         return {control: features.folder_of(control, name) for control in self.plan.controls}
 
-    def trial_jobs(self) -> list[Job]:
-        """The commands that tune the arms."""
+    def trial_jobs(self, trials: list[Training]) -> list[Job]:
+        """The commands that train and judge these trials."""
         found: list[Job] = []
-        if self.plan.tuning is None:
-            return found
-        for arm, trials in self.trials.items():
-            for trial in trials:
-                job = self._pretraining(trial, f"trial {arm}")
-                judge = self._evaluation(str(trial.run), trial.run, self.plan.tuning.judge, ["--held-out"], [job])
-                found += [job, judge]
+        for trial in trials:
+            assert self.plan.tuning is not None
+            job = self._pretraining(trial, f"trial {trial.arm}")
+            more = ["--held-out", *labelled(self.plan.tuning.judge, [trial.seed])]
+            found += [job, self._evaluation(str(trial.run), trial.run, self.plan.tuning.judge, more, [job])]
         return found
 
     def jobs(self, trainings: list[Training]) -> list[Job]:
-        """The commands that train and evaluate."""
-        found: list[Job] = []
+        """The commands that choose the rates of fine-tuning, then those that train and evaluate, seed by seed."""
+        found, choices = self._choices(trainings)
         first: dict[tuple, tuple[Job, Path]] = {}  # the first seed's job, by arm, budget and evaluator
         for training in trainings:
             budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
@@ -145,13 +171,14 @@ class Study:
                 needs, more = [job], labelled(line, [training.seed])
                 if line[0] == "difficulty" and (key in first or training.steps == 0):
                     continue  # all seeds have the same task
-                if line[0] == "finetune" and key in first and schedule_of(line)[1].rates:  # chosen at the first seed
-                    needs, more = [job, first[key][0]], [*more, "--lr-of", str(first[key][1])]
+                choice = choices.get((self._source(training.arm), fingerprint(line)), first.get(key))
+                if line[0] == "finetune" and choice and schedule_of(line)[1].rates:
+                    needs, more = [job, choice[0]], [*more, "--lr-of", str(choice[1])]
                 evaluation = self._evaluation(str(training.run), training.run, line, more, needs, after, number)
                 first.setdefault(key, (evaluation, training.run))
                 found.append(evaluation)
                 after = evaluation
-        start = found[0]
+        start = next(job for job in found if job.run == trainings[0].run)
         for control, rows in self.controls().items():
             after = None
             for number, line in enumerate(self.plan.evaluators):
@@ -164,8 +191,35 @@ class Study:
                 after = evaluation
         return found
 
+    def _source(self, arm: str) -> str:
+        """The arm whose tuning counts for this one."""
+        return self.plan.arms[arm].like or arm
+
+    def _choices(self, trainings: list[Training]) -> tuple[list[Job], dict[tuple[str, str], tuple[Job, Path]]]:
+        """(jobs, {(arm, evaluator): (job, run)}): each fine-tuning's rate is chosen once, after the best trial of its
+        arm, or for an untrained arm from an initialisation of the tuning's seed. Without tuning there are none."""
+        found: list[Job] = []
+        choices: dict[tuple[str, str], tuple[Job, Path]] = {}
+        for arm in dict.fromkeys(training.arm for training in trainings) if self.plan.tuning else ():
+            source = self._source(arm)
+            start = self.at[source] if source in self.at else self._training(source, None, self._left_out)
+            if source not in self.at and start.steps != 0:
+                continue  # its trials are not done yet
+            job = next((job for job in found if job.run == start.run), None)
+            for number, line in enumerate(self.plan.evaluators_of(arm)):
+                key = source, fingerprint(line)
+                if line[0] == "finetune" and key not in choices and schedule_of(line)[1].rates:
+                    if job is None:
+                        job = self._pretraining(start, f"trial {source}")
+                        found.append(job)
+                    evaluation = self._evaluation(str(start.run), start.run, line, ["--held-out"], [job], None, number)
+                    evaluation.kind += " (choosing the rate)"
+                    found.append(evaluation)
+                    choices[key] = evaluation, start.run
+        return found, choices
+
     def _pretraining(self, training: Training, kind: str) -> Job:
-        command = [str(commands.script("pretrain")), "--recipe", self.plan.arms[training.arm].recipe]
+        command = [str(commands.script("pretrain")), "--recipe", self.plan.recipe_of(training.arm)]
         command += [] if self.images is None else ["--data", self.images]
         command += [f"runtime.num_threads={self.threads}", *training.settings]
         mark = training.run / "backbone" / "config.json"
@@ -195,34 +249,44 @@ class Study:
         kind = f"{name}-{number}" + (" (rate known)" if "--lr-of" in more else "")
         return Job(f"{rows.name} {name}-{number}", kind, [sys.executable, *command], mark, needs, after)
 
-    def describe(self, trainings: list[Training]) -> None:
-        """Write study.json, the manifest for the report and the verdict."""
+    def describe(self, trainings: list[Training]) -> str:
+        """study.json, the manifest for the report and the verdict."""
+        plan = self.plan
         arms: dict[str, ArmEntry] = {}
-        for training in trainings:
-            arm = self.plan.arms[training.arm]
-            tuned = [line for line in self.plan.evaluators_of(training.arm) if line[0] == "finetune"]
-            entry = ArmEntry(recipe=arm.recipe, role=arm.role, finetuned=[_finetuned(line) for line in tuned], runs=[])
-            arms.setdefault(training.arm, entry)["runs"].append(_plain(training))
-        tuning = self.plan.tuning
+        for name, arm in plan.arms.items():
+            tuned = [line for line in plan.evaluators_of(name) if line[0] == "finetune"]
+            arms[name] = ArmEntry(
+                recipe=plan.recipe_of(name),
+                role=arm.role,
+                budget=arm.budget,
+                seeds=plan.seeds_of(name),
+                like=arm.like,
+                finetuned=[_finetuned(line) for line in tuned],
+                runs=[_plain(training) for training in trainings if training.arm == name],
+            )
+        tuning = plan.tuning
         manifest = Manifest(
-            plan=self.plan.name,
+            plan=plan.name,
             data=recipes.short(self.images or "digits"),
-            decides=self.plan.decides,
-            labels_by_seed=not any("--label-seeds" in line for a in arms for line in self.plan.evaluators_of(a)),
+            decides=plan.decides,
+            seeds=plan.seeds,
+            budget=max(plan.budgets, default=None),
+            labels_by_seed=not any("--label-seeds" in line for arm in arms for line in plan.evaluators_of(arm)),
             arms=arms,
             controls={name: str(folder) for name, folder in self.controls().items()},
-            tuning=None
-            if tuning is None
-            else TuningEntry(flops=tuning.flops, lr_factors=tuning.lr_factors, judge=tuning.judge),
+            tuning=None if tuning is None else TuningEntry(flops=tuning.flops, seed=tuning.seed, judge=tuning.judge),
             trials={arm: [_plain(trial) for trial in trials] for arm, trials in self.trials.items()},
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.write(self.folder / "study.json", json.dumps(manifest, indent=1) + "\n")
+        return json.dumps(manifest, indent=1) + "\n"
+
+
+def _accuracies(tried: dict[walk.Trial, Training]) -> walk.Tried:
+    return {trial: training.accuracy for trial, training in tried.items()}
 
 
 def judged(run: Path, judge: list[str]) -> float | None:
     """A trial's accuracy on the held-out images: the judge's primary row with the most labels."""
-    parts = {cli.describe_part(cli.part(word)) for word in _labels(judge) or ["all"]}
+    parts = {cli.describe_part(cli.part(word)) for word in labels_in(judge) or ["all"]}
     by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
     wanted: dict[str, object] = by[judge[0]] | dict(label_fraction=most(parts))
     rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
@@ -249,12 +313,12 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
 
 def labelled(line: list[str], seeds: list[int]) -> list[str]:
     """The argument that makes an evaluator draw another label subset for each seed; [] if it uses all labels."""
-    if "--label-seeds" in line or set(_labels(line)) <= {"all"}:
+    if "--label-seeds" in line or set(labels_in(line)) <= {"all"}:
         return []
     return ["--label-seeds", *map(str, seeds)]
 
 
-def _labels(line: list[str]) -> list[str]:
+def labels_in(line: list[str]) -> list[str]:
     """The values of --labels in an evaluator's arguments; [] if it is not given."""
     at = line.index("--labels") + 1 if "--labels" in line else len(line)
     return list(takewhile(lambda word: not word.startswith("-"), line[at:]))

@@ -1,6 +1,6 @@
-"""The contract of a backbone, which any timm model keeps: features, its own evaluation view, a classifier.
+"""The contract of a backbone, which any timm model can fulfil: features, its own evaluation view, a classifier.
 
-A backbone is a plain timm model behind one seam: plain timm weights in, plain timm weights out. Images arrive in
+A backbone is a plain timm model behind one interface: plain timm weights in, plain timm weights out. Images arrive in
 [0, 1]; the backbone applies its own mean and std, which travel with its weights.
 """
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Unsupported(Exception):
-    """Why a timm model does not fit behind the seam."""
+    """The reason why a timm model cannot be a backbone."""
 
 
-# what timm's models raise on images, or with settings, that they were not made for
+# what timm's models raise on images or settings that they were not made for
 FAULTS = (
     *(Unsupported, AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError),
     *(TypeError, ValueError, ZeroDivisionError),
@@ -36,7 +36,7 @@ FAULTS = (
 
 
 def reason(error: Exception) -> str:
-    """A fault of timm's in one line."""
+    """The message of an error of timm's, in one line."""
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
@@ -70,9 +70,9 @@ class Backbone(nn.Module):
 
     @property
     def evaluation_view(self) -> views.Evaluation:
-        """What the model is shown of a whole image when it is evaluated, as published with its weights.
+        """The view of a whole image on which the model is evaluated, as published with its weights.
 
-        Raises UserError for a view that is not known here.
+        Raises UserError for a view that is not supported.
         """
         published = resolve_data_config(pretrained_cfg=self.model.pretrained_cfg)
         view = {key: published[key] for key in ("crop_pct", "interpolation", "crop_mode")}
@@ -100,10 +100,10 @@ class Backbone(nn.Module):
     ) -> list[tuple[Float[Tensor, "B _ _"], Float[Tensor, "B _ _ _"]]]:
         """[(prefix tokens (B, P, D), patch tokens (B, H, W, D))] after each of these blocks.
 
-        Of the last block they are the model's own `forward_features`, its final norm included, if it has one there.
-        Those of an earlier block pass the final norm too where all blocks have the model's width; in models whose
-        width grows with depth they are as the block leaves them, and prefix tokens are given where timm gives them.
-        Deterministic and never masked: call in eval mode. P is 0 for models without prefix tokens.
+        The last block's are the model's own `forward_features`, which include its final norm if it has one there.
+        An earlier block's pass the final norm too if all blocks have the model's width; in models whose width grows
+        with depth they are the block's output, with prefix tokens if timm returns them. They are deterministic and
+        never masked: call this in eval mode. P is 0 for models without prefix tokens.
         """
         x, last = self.normalise(images), self.depth - 1
         wanted = [b % self.depth for b in blocks]
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         return [found[b] for b in wanted]
 
     def _earlier(self, x: Tensor, blocks: list[int]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """(block, (prefix, patches)) of blocks before the last, in their order."""
+        """(block, (prefix, patches)) of blocks before the last, in order."""
         if not blocks:
             return
         call = self.model.forward_intermediates
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compute the features of one black image. Raises UserError naming the model if it has none that we can use."""
+        """Compute the features of one black image. Raises UserError naming the model if they cannot be used."""
         training = self.training
         self.eval()
         try:
@@ -176,9 +176,9 @@ class Backbone(nn.Module):
         return name
 
     def add_classifier(self, classes: int) -> None:
-        """Give the model a linear head for so many classes, zero-initialised, so that training starts at ln K.
+        """Give the model a zero-initialised linear head for this many classes, so that training starts at ln K.
 
-        Raises UserError if the model takes none.
+        Raises UserError if the model accepts none.
         """
         self._give_head(classes)
 
@@ -189,12 +189,12 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _give_head(self, classes: int, **pool: str | bool) -> None:
-        """Reset the classifier, with the timm arguments that say what it reads, and try it."""
+        """Reset the classifier, with timm's arguments for its pooling, and try it."""
         training = self.training
         self.eval()
         try:
             self.model.reset_classifier(classes, *([pool["global_pool"]] if pool else []))
-            found = self.model.get_classifier()  # of distilled models two
+            found = self.model.get_classifier()  # two in distilled models
             for head in found if isinstance(found, tuple | list | nn.ModuleList) else [found]:
                 for weight in head.parameters():
                     nn.init.zeros_(weight)

@@ -1,4 +1,4 @@
-"""A new backbone for these images by the recipe, or around weights that exist."""
+"""A new backbone, built by the recipe or around an existing model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ SIZES = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14}
 def build(
     config: recipes.Backbone, data: recipes.Data, seed: int, interpolation: views.Interpolation = "bilinear"
 ) -> Backbone:
-    """A new backbone for these images, its weights drawn from the seed. interpolation: of the views it is trained on.
+    """A new backbone for these images, its weights drawn from the seed. interpolation: of its training views.
 
     Raises UserError for what cannot be built.
     """
@@ -39,7 +39,7 @@ def build(
     if not is_vit:
         of_vit = ("embed_dim", "depth", "num_heads", "init_values", "reg_tokens", "drop_path_rate")
         unset = {f.name: f.default for f in dataclasses.fields(config) if f.name in of_vit and getattr(config, f.name)}
-        if unset:  # by the command line, or by the recipe alone
+        if unset:  # on the command line or in the recipe
             settings = " ".join(f"backbone.{k}={'null' if v is None else v}" for k, v in unset.items())
             raise UserError(f"{name} is no plain ViT and has no {', '.join(unset)}: set {settings}, or name a vit_*.")
     else:
@@ -57,7 +57,7 @@ def build(
         shape = dict(embed_dim=config.embed_dim, depth=config.depth, num_heads=config.num_heads)
         args |= {key: value for key, value in shape.items() if value is not None}
     model, args = _create(name, {key: value for key, value in args.items() if value is not None}, size, seed)
-    if not is_vit:  # whose published rates are no setting of the recipe, and draw from the global generator
+    if not is_vit:  # the published rates are not settings of the recipe, and draw from the global generator
         for part in model.modules():
             if isinstance(part, DropPath):
                 part.drop_prob = 0.0
@@ -69,7 +69,7 @@ def build(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model.apply(xavier)
-            if is_vit:  # as the linear layer that it is
+            if is_vit:  # which is a linear layer too
                 weight = model.get_parameter("patch_embed.proj.weight")
                 nn.init.xavier_uniform_(weight.view(len(weight), -1))
     if isinstance(model, VisionTransformer):

@@ -1,6 +1,6 @@
-"""timm's models, with what we ask of them said for type checkers: timm has no class for it and promises a Module.
+"""Types of timm's models for type checkers: timm has no class for what they share and promises only a Module.
 
-While a program runs, `TimmModel` is torch's Module and `PlainViT` timm's VisionTransformer.
+At run time `TimmModel` is torch's Module, and `PlainViT` is timm's VisionTransformer.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ else:
 
 
 def is_plain(model: TimmModel) -> TypeGuard[PlainViT]:
-    """Whether it is a ViT whose tokens are the patches: those of a hybrid see each other before they are tokens."""
+    """Whether it is a ViT whose tokens are the patches: in a hybrid, convolutions mix them before."""
     is_vit = isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
     return is_vit and model.pos_embed is not None
 

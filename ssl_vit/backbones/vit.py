@@ -85,7 +85,7 @@ class TokenBackbone(Backbone):
         tokens = tokens + at[:, own_prefix:]
         if keep is not None:
             tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
-        # in timm's order; a distilled DeiT's second token is learnt from its teacher's labels there
+        # in timm's order; the second token of a distilled DeiT learns from its teacher's labels
         own = [t for t in (m.cls_token, getattr(m, "dist_token", None), m.reg_token) if t is not None]
         if not own:
             return tokens
@@ -107,7 +107,7 @@ class TokenBackbone(Backbone):
         return normed
 
     def add_classifier(self, classes: int, pool: str = "token") -> None:
-        """As above. pool: "token" (class token) or "avg" (mean of the patches); the final norm stays before it."""
+        """As in `Backbone`. pool: "token" (class token) or "avg" (mean of the patches), after the final norm."""
         if pool == "avg" and hasattr(self.model, "dist_token"):
             raise UserError(
                 f"{self.name} reads its class and distillation tokens, each by a head of its own: use "
@@ -138,7 +138,7 @@ class TokenBackbone(Backbone):
         paths = [m for m in self.model.modules() if isinstance(m, AddressedDropPath)]
         if not paths or not self.training:
             return
-        assert draw is not None, "stochastic depth draws nothing by itself"
+        assert draw is not None, "stochastic depth needs a draw"
         uniform = draw.uniform("drop path", batch // len(draw.rows), len(paths)).transpose(0, 1).flatten(0, 1)
         for i, path in enumerate(paths):
             path.scale = ((uniform[:, i] >= path.rate) / (1 - path.rate)).view(-1, 1, 1)
@@ -180,8 +180,8 @@ def fix_sincos_positions(model: VisionTransformer) -> None:
 
 
 def draw_class_token(model: nn.Module, seed: int) -> None:
-    """Normal of std 0.02, as in the official MAE, DINO and DeiT (BEiT's is cut at one deviation), where timm has 1e-6;
-    so is DeiT's distillation token. Drawn at addresses of their own: no other weight of a seed depends on them."""
+    """Draw the class token, and DeiT's distillation token, from a normal of std 0.02, as in the official MAE, DINO and
+    DeiT (BEiT truncates it at one deviation; timm's std is 1e-6). No other weight of a seed depends on these draws."""
     draw = Draw(seed, 0, torch.tensor([0]))
     for name in ("cls_token", "dist_token"):
         token = getattr(model, name, None)

@@ -5,8 +5,8 @@ lives on the device and is indexed there. Others are decoded, and cropped from t
 
     pixels ← decoding ← copies ← folders ← sources ← image_set ← batches
 
-pixels is the law of how a stored image becomes uint8; folders and copies see to it that every image counts once and on
-one side; ledger keeps what was found, used and left out, and why.
+pixels defines how a stored image becomes uint8. folders and copies make sure that every image counts once and in one
+split. ledger keeps what was found, used and left out, and why.
 """
 
 from ssl_vit.data.batches import Chunk, chunks, evaluation_views

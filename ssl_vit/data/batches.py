@@ -21,7 +21,7 @@ from ssl_vit.settings import known
 
 @dataclass
 class Chunk:
-    """Rows of one step on one process. crops: what workers made of photos, uint8 (B, V, C, h, w) by view."""
+    """Rows of one step on one process. crops: of photos, made by workers, uint8 (B, V, C, h, w) by view."""
 
     draw: Draw
     indices: Tensor
@@ -135,7 +135,7 @@ def _start(loader: DataLoader) -> Iterator:
     finally:
         signal.signal(signal.SIGCHLD, ended)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    # at its exit Python would end those left by a SIGTERM, which they ignore, and wait for them
+    # at exit Python would send the remaining workers SIGTERM, which they ignore, and wait for them
     atexit.register(_kill, getattr(batches, "_workers", []))
     return batches
 
@@ -153,7 +153,7 @@ def _batches(loader: DataLoader) -> Iterator:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except (RuntimeError, EOFError, OSError) as error:  # the latter two where it dies while it hands over a batch
+    except (RuntimeError, EOFError, OSError) as error:  # the latter two if it dies while it hands over a batch
         workers = getattr(batches, "_workers", [])
         dead = wait([worker.sentinel for worker in workers], timeout=1)
         if not dead and "DataLoader worker (pid" not in str(error):

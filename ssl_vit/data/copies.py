@@ -1,6 +1,6 @@
-"""Images that are there more than once, byte for byte: in files, or in the cells of tables.
+"""Images that occur more than once, byte for byte, in files or in the cells of tables.
 
-Only those of equal size are compared: first by their ends, then, if these agree, whole. What was found among many is
+Only images of equal size are compared: first their last bytes and, if these agree, all. The result for many images is
 kept on disk, so that a later start reads nothing.
 """
 
@@ -18,18 +18,18 @@ import pyarrow.compute
 from ssl_vit.data import decoding
 from ssl_vit.errors import UserError, say_once
 
-MANY = 5000  # images of equal size from which on what was found among them is kept on disk
+MANY = 5000  # from this many images of equal size on, the result is kept on disk
 END = 4096  # bytes that are compared first
 
 
 def of_files(paths: list[str], status: list[tuple[int, int]]) -> dict[int, int]:
-    """{index of a file: of the first with the same bytes}, for all but the first. status: their (size, time)."""
+    """{index of a copy: index of the first file with the same bytes}. status: the files' (size, time)."""
     sizes = [size for size, _ in status]
     return _first(sizes, lambda i: _end(paths[i]), lambda i: _digest(paths[i]), lambda i: (paths[i], *status[i]))
 
 
 def of_cells(splits: dict[str, datasets.Dataset], column: str) -> dict[tuple[str, int], tuple[str, int]]:
-    """{(split, row): of the first with the same bytes}, for all but the first. Cells without bytes are no copies."""
+    """{(split, row) of a copy: that of the first cell with the same bytes}. Cells without bytes are not compared."""
     cells: list[tuple[str, int, pyarrow.Array, int]] = []
     sizes = []
     for split, rows in splits.items():
@@ -58,10 +58,10 @@ def of_cells(splits: dict[str, datasets.Dataset], column: str) -> dict[tuple[str
 
 
 def tell(train: str, lost: int, left: int, others: str, example: str) -> None:
-    """Say how many training images were left out for lying in other splits too. Raises UserError if none is left."""
+    """Say how many training images were left out, being in other splits too. Raises UserError if none is left."""
     if not left:
-        raise UserError(f"All images of {train} lie in {others} too: nothing is left to train on.")
-    say_once(f"Left out of {train}: {lost:,} images that lie in {others} too, byte for byte; the first: {example}.")
+        raise UserError(f"All images of {train} are also in {others}: nothing is left to train on.")
+    say_once(f"Left out of {train}: {lost:,} images that are also in {others}, byte for byte; the first: {example}.")
 
 
 def _first(
@@ -85,7 +85,7 @@ def _first(
 
 
 def _parts(indices, key: Callable[[int], Hashable]) -> list[list[int]]:
-    """The indices by what key says of them; those that are alone are left out."""
+    """The indices grouped by key; those that are alone in their group are left out."""
     groups = defaultdict(list)
     for i in indices:
         groups[key(i)].append(i)
@@ -95,8 +95,8 @@ def _parts(indices, key: Callable[[int], Hashable]) -> list[list[int]]:
 def _read(groups: list[list[int]], read: Callable[[int], bytes]) -> list[list[int]]:
     indices = [i for group in groups for i in group]
     with ThreadPoolExecutor(8) as pool:
-        said = dict(zip(indices, pool.map(read, indices), strict=True))
-    return [part for group in groups for part in _parts(group, said.__getitem__)]
+        content = dict(zip(indices, pool.map(read, indices), strict=True))
+    return [part for group in groups for part in _parts(group, content.__getitem__)]
 
 
 def _end(path: str) -> bytes:
@@ -104,7 +104,7 @@ def _end(path: str) -> bytes:
         with open(path, "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - END))
             return stream.read()
-    except OSError:  # decoding it will name it
+    except OSError:  # decoding will report it
         return path.encode()
 
 

@@ -1,4 +1,4 @@
-"""The rows of a table → uint8 images: what a set is like, all of it decoded once, and what is kept on disk."""
+"""The rows of a table → uint8 images: what a set is like, how it is decoded once, and the cache on disk."""
 
 import hashlib
 import os
@@ -18,9 +18,9 @@ from ssl_vit.data import pixels
 from ssl_vit.data.pixels import Rules, Stored, one_line
 from ssl_vit.errors import UserError, say
 
-LAW = 2  # the version of how stored values become uint8: what was decoded by another is not used
+LAW = 2  # version of the conversion to uint8: images decoded by another version are not used
 PROBE = 256  # images whose headers are read to learn what a set is like
-FILE = "ssl_vit.file"  # the column with an image file's path under its split; no column of a user's has this name
+FILE = "ssl_vit.file"  # the column with an image file's path under its split; no user's column has this name
 FIRST = "ssl_vit.first"  # the column with the name or row of the first of equal images
 
 Kind = tuple[str, str, bool, bool]  # of an image: form, mode, whether it has alpha, whether it was turned upright
@@ -69,7 +69,7 @@ class Reader:
                 f"Column {self.column!r} names the image file {path!r}, which is not in {', '.join(self.folders[:3])}: "
                 "put it there, or choose another column with data.image_column=…"
             )
-        raise UserError(f"Image {where} is there twice, as {found[0]} and {found[1]}: store absolute paths.")
+        raise UserError(f"Image {where} exists twice, as {found[0]} and {found[1]}: store absolute paths.")
 
 
 def _dtype(feature) -> str | None:
@@ -135,7 +135,7 @@ def probe(read: Callable[[int], Stored], n: int, skip_broken: bool, title: str) 
             if not skip_broken:
                 raise _advised(error) from None
     if not good:
-        raise UserError(f"None of {len(tried)} images tried of {title} can be decoded; the last: {error}")
+        raise UserError(f"None of the {len(tried)} images tried in {title} can be decoded; the last: {error}")
     found = good.values()
     sizes = {stored.size for stored in found}
     return Look(
@@ -148,7 +148,7 @@ def probe(read: Callable[[int], Stored], n: int, skip_broken: bool, title: str) 
 
 
 def span(read: Callable[[int], Stored], indices: list[int]) -> dict:
-    """low, high: of all colour values deeper than 8 bits in these images. Broken images are left to the decoding."""
+    """low, high: of all colour values deeper than 8 bits in these images. Decoding reports the broken ones."""
 
     def one(i: int) -> tuple[float, float] | None:
         try:
@@ -198,7 +198,7 @@ def refuse_alike(decode: Callable[[int], Tensor], indices: list[int], title: str
 def alike(count: int, title: str) -> UserError:
     """The error of a set that shows one image only."""
     return UserError(
-        f"All {count:,} images looked at of {title} have the same pixels once decoded: check data.range (values deeper "
+        f"All {count:,} inspected images of {title} have the same pixels once decoded: check data.range (values deeper "
         "than 8 bits), data.background (alpha), and the files."
     )
 
@@ -206,7 +206,7 @@ def alike(count: int, title: str) -> UserError:
 def decode_all(
     read: Callable[[int], Stored], rules: Rules, n: int, shape: tuple[int, int, int] | None, skip_broken: bool
 ) -> dict:
-    """All images of one shape, decoded by threads. Without a shape they are only looked through for broken ones.
+    """All images of one shape, decoded by threads. Without a shape they are only searched for broken ones.
 
     Returns images: uint8 (N, *shape), or None if there is no shape or not all have it; kept: int64 (N,), which of the n
     these are, or None for all; broken: why the others are not; digest of the images; alike: whether all are the same;
@@ -270,7 +270,7 @@ def decode_all(
 
 
 def cached(identity: str, make: Callable[[], dict], announcement: str | None = None) -> dict:
-    """What make() returns, made once per machine and kept on disk; its tensors are mapped, not read.
+    """What make() returns, made once per machine and kept on disk; its tensors are memory-mapped.
 
     Raises UserError if the cache cannot be written or read.
     """

@@ -2,8 +2,8 @@
 
 - Folders: SPLIT/CLASS/*.jpg, SPLIT/*.jpg, CLASS/*.jpg or just *.jpg, at any depth; a folder whose only folder holds
   the splits (as archives unpack) is that folder.
-- Links: a folder or file that is reached twice, by links or hard links, counts once, where it really lies if it lies
-  here.
+- Links: a folder or file that is reached twice, by links or hard links, counts once: at its real place if that is
+  under the folder.
 - Copies: files with the same bytes stay in their split, as published sets have them, but leave the training split where
   another split has them too, and are held out together.
 """
@@ -105,14 +105,14 @@ def _add(found: Found, entry: os.DirEntry) -> None:
                     entry.is_symlink(),
                 )
             )
-        except OSError:  # a dead link: decoding it will name it
+        except OSError:  # a dead link: decoding will report it
             found.images.append(File(entry.path, 0, 0, (entry.path,), True))
 
 
 def splits(
     root: Path, found: Found, train: str | None, report: str | None, label: str | None
 ) -> tuple[dict[str, datasets.Dataset], dict]:
-    """(rows by split, what was left out and why). Beside splits, every other top folder is one, for the user to name.
+    """(rows by split, what was left out and why). Every other top folder beside splits is one if the user names it.
 
     Raises UserError where there are no images, or where splits lie too deep to be told from classes.
     """
@@ -209,13 +209,13 @@ def _descend(
         if "train" in kinds and len(kinds) > 1:
             raise UserError(
                 f"{root} has no splits, but {Path(root, *folder)} has ({listed(sorted(inside)[:5])}): they would be "
-                "mixed. Pass --data of the folder that holds train and test, or move them up (train/CLASS, test/CLASS)."
+                "mixed. Pass the folder that holds train and test as --data, or move them up (train/CLASS, test/CLASS)."
             )
     return root, paths, []
 
 
 def _once(found: Found, members: dict[str, list[int]], train: str | None, others: list[str], left_out: dict) -> dict:
-    """Take from `members` what counts already. Returns {index of a file: of the first with the same bytes}.
+    """Take from `members` the files that count already. Returns {index of a copy: index of the first with its bytes}.
 
     left_out: gets the counts. others: the splits that no training image may be in.
     """

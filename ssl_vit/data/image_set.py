@@ -21,7 +21,8 @@ from ssl_vit.data import decoding, ledger
 from ssl_vit.data.pixels import Rules
 from ssl_vit.data.sources import Rows, labels_of, place, rows_of
 from ssl_vit.errors import UserError, say_once
-from ssl_vit.settings import pair
+from ssl_vit.randomness import permutation
+from ssl_vit.settings import known, pair
 
 
 @dataclass
@@ -55,7 +56,7 @@ class ImageSet:
         return self
 
     def part(self, chosen: Tensor) -> "ImageSet":
-        """These images, int64 (M,) on the CPU (decoding processes see no other), alone."""
+        """The subset of these images, int64 (M,) on the CPU, the only device of decoding processes."""
         return dataclasses.replace(
             self,
             labels=None if self.labels is None else self.labels[chosen],
@@ -66,34 +67,65 @@ class ImageSet:
             names=self.names and functools.partial(_names, self.names, chosen),
         )
 
+    def permuted(self) -> "ImageSet":
+        """The same set as if it were stored with scrambled pixels: place i of every image shows what was at place p[i].
+
+        p is one fixed permutation of all H·W places of the grid, the same for all images, channels, splits, seeds and
+        runs; it depends on H·W alone. Views are made afterwards: a crop cuts permuted pixels, and where it is resized,
+        unrelated ones are blended. So of an image's structure all values are kept and all neighbourhoods are lost, as a
+        control for what needs them.
+        Raises UserError if the images are not in memory, since they may differ in size then.
+        """
+        if self.images is None:
+            raise UserError(
+                f"data.permute_pixels=true needs images of one size that fit data.cache_gb, and those of {self.name} "
+                f"({self.split}) differ in size or do not fit."
+            )
+        say_once(f"The pixels of {self.name} ({self.split}) are permuted, in all images alike (data.permute_pixels).")
+        height, width = self.images.shape[-2:]
+        order = torch.from_numpy(permutation(0, 0, height * width, "pixels"))
+        return dataclasses.replace(
+            self,
+            images=self.images.flatten(2)[..., order].view_as(self.images),
+            fingerprint=_fingerprint(f"{self.fingerprint} permuted", None),
+        )
+
     def labelled(self) -> "ImageSet":
-        """Those that have a label; the same set if all have one or none has."""
+        """The images that have a label; the same set if all have one or none has."""
         if self.labels is None or bool((self.labels >= 0).all()):
             return self
         return self.part((self.labels >= 0).nonzero().flatten().cpu())
 
     def info(self) -> dict:
-        """What the data are, for the recipe: size, channels, mean and std in [0, 1], flip; range, if it has one."""
+        """What the recipe needs to know: size, channels, mean and std in [0, 1], flip; range, if the set has one."""
         if self.images is not None:
             mean, std = _mean_std(self.images)
-        elif self.channels == 3:  # ImageNet's, as every codebase of the field has them
+        elif self.channels == 3:  # ImageNet's, as in every codebase of the field
             mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         else:
             mean, std = [0.5] * self.channels, [0.25] * self.channels
         size = self.size and (self.size[0] if self.size[0] == self.size[1] else list(self.size))
-        facts = dict(img_size=size, in_chans=self.channels, mean=mean, std=std, hflip=self.flip)
-        return facts if self.range is None else facts | dict(range=list(self.range))
+        info = dict(img_size=size, in_chans=self.channels, mean=mean, std=std, hflip=self.flip)
+        return info if self.range is None else info | dict(range=list(self.range))
 
 
 def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> ImageSet:
     """The images that `config` names. classes: the training set's, so that labels agree.
 
-    role: "train"; "held out", what `data.hold_out` leaves out of it; or "report", the split of the figures.
+    role: "train"; "held out", what `data.hold_out` leaves out of it; or "report", the report split.
     Raises UserError for an unknown name, a missing path, an unreachable hub, an empty folder, a broken image.
     """
     whole = _load(config, "report" if role == "report" else "train", classes)
-    if config.hflip is not None:  # what the recipe says of the images counts
+    if config.hflip is not None:  # the recipe wins
         whole.flip = config.hflip
+    if config.permute_pixels:
+        whole = whole.permuted()
+        if config.img_size is not None and config.size != whole.size:
+            stored, asked = ("x".join(map(str, known(size))) for size in (whole.size, config.size))
+            raise UserError(
+                f"data.permute_pixels=true needs images that are stored at the model's size, and those of {whole.name} "
+                f"({whole.split}) are {stored}, not {asked}."
+            )
     if role == "report" or (config.subset is None and not config.hold_out):
         return whole
     labels = np.zeros(len(whole), dtype=int) if whole.labels is None else whole.labels.numpy()
@@ -122,28 +154,28 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     look = decoding.probe(read, len(rows), config.skip_broken, title)
     channels, size = config.in_chans or look.channels, look.size
     content = _identity(rows, found, channels, config)
-    fits = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
+    in_cache = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
     span, limits = None, None if config.range is None else pair(config.range)
     if limits and not look.deep and role == "train":
-        say_once(f"data.range is not used: the images of {title} that were looked at have 8 bits.")
+        say_once(f"data.range is not used: the inspected images of {title} have 8 bits.")
     if look.deep and limits is None:
-        span, limits = _range(read, look, len(rows) if fits else None, content, title)
+        span, limits = _range(read, look, len(rows) if in_cache else None, content, title)
     rules = Rules(channels, limits, config.background)
     decode = functools.partial(decoding.decode, read, rules)
     images, kept, broken, seen, clipped = None, None, [], look.seen, None
-    if fits or config.skip_broken:
-        shape = (channels, *size) if size is not None and fits else None
+    if in_cache or config.skip_broken:
+        shape = (channels, *size) if size is not None and in_cache else None
         stored = decoding.cached(
             f"{content} {rules} {shape} {config.skip_broken}",
             functools.partial(decoding.decode_all, read, rules, len(rows), shape, config.skip_broken),
-            f"{'Decoding' if fits else 'Looking for broken images among'} {len(rows):,} images of {title}, once …",
+            f"{'Decoding' if in_cache else 'Looking for broken images among'} {len(rows):,} images of {title}, once …",
         )
         images, kept, broken = stored["images"], stored["kept"], stored["broken"]
         content, clipped = stored["digest"] or f"{content} {limits} {broken}", stored["clipped"]
         seen = Counter(dict(stored["seen"]))
         if broken:
             say_once(f"Left out {len(broken)} broken image(s) of {title}; the first: {broken[0]}")
-        if fits and images is None:
+        if in_cache and images is None:
             say_once(f"The images of {title} differ in size: workers decode them when they are needed.")
             size = None
         if stored["alike"]:
@@ -183,11 +215,11 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
 def _range(
     read: decoding.Reader, look: decoding.Look, count: int | None, content: str, title: str
 ) -> tuple[dict, tuple[float, float]]:
-    """(the values found, black and white) of a set deeper than 8 bits: by all `count` images, or those looked at."""
+    """(the values found, black and white) of a set deeper than 8 bits: by all `count` images or the inspected ones."""
     if len(look.deep) > 1:
         raise UserError(
-            f"The images of {title} hold {' and '.join(look.deep)}: say with data.range=[LOW, HIGH] which values are "
-            "black and white in all of them."
+            f"The images of {title} hold {' and '.join(look.deep)}: set data.range=[LOW, HIGH], the values of black "
+            "and white in all of them."
         )
     indices = look.indices if count is None else list(range(count))
     span = decoding.cached(f"range {content} {len(indices)}", functools.partial(decoding.span, read, indices))
@@ -232,7 +264,7 @@ def _digits(role: str, channels: int) -> ImageSet:
 
 def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipes.Data) -> str:
     """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint; and
-    what is made of them."""
+    how they will be decoded."""
     image = found.image
     if decoding.FILE in rows.column_names:
         files: list[object] = [
@@ -247,7 +279,7 @@ def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipe
 def _stat(path: str) -> tuple[int, int]:
     try:
         found = os.stat(path)
-    except OSError:  # a dead link: decoding it will name it
+    except OSError:  # a dead link: decoding will report it
         return 0, 0
     return found.st_size, found.st_mtime_ns
 

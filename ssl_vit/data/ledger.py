@@ -1,4 +1,4 @@
-"""What became of a set's files: what was found, used and left out and why, what they were. Nothing leaves uncounted."""
+"""The ledger of a set's files: what was found, used and left out, and why. Every file is counted."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -56,13 +56,13 @@ def entry(
 
 
 def tell(entry: dict) -> None:
-    """Say it in a short paragraph, once."""
+    """Print the ledger as a short paragraph, once."""
     used, looked, found = entry["used"], entry["looked_at"], entry["found"]
     size = entry["size"]
     sides = "of several sizes" if size is None else f"of {size[0]}x{size[1]}"
-    of = "" if looked >= used else f" ({looked:,} looked at)"
+    inspected = "" if looked >= used else f" ({looked:,} inspected)"
     images = "image" if used == 1 else "images"
-    kinds = f"{counts(entry['formats'])}; {counts(entry['modes'])}{of}"
+    kinds = f"{counts(entry['formats'])}; {counts(entry['modes'])}{inspected}"
     words = [f"{entry['title']}: {used:,} {images} {sides}, {kinds}"]
     if entry["turned_upright"]:
         words.append(f"{entry['turned_upright']:,} turned upright by EXIF")
@@ -85,7 +85,9 @@ def tell(entry: dict) -> None:
     if found.get("other_files"):
         text += f" Other files: {counts(found['other_files'])}."
     if found.get("image_files_beside"):
-        text += f" Of {found['image_files_beside']:,} image files beside the tables those are read that a row names."
+        text += (
+            f" Of {found['image_files_beside']:,} image files beside the tables, only those that a row names are read."
+        )
     say_once(text)
 
 
@@ -104,8 +106,8 @@ def _between(least: int, most: int) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def _count(seen: Counter[Kind], of: Callable[..., str]) -> dict[str, int]:
+def _count(seen: Counter[Kind], key: Callable[..., str]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for kind, n in seen.items():
-        found[of(*kind)] += n
+        found[key(*kind)] += n
     return dict(found)

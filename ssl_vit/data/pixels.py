@@ -1,6 +1,6 @@
 """One stored image → its values as they are stored, upright, (H, W, C) of any depth; and those → uint8 (C, H, W).
 
-The one place that reads images and the one law for all of them: files, bytes and arrays; training and evaluation.
+The one place that reads images, with the same rules for files, bytes and arrays, in training and evaluation.
 
 - Upright: the EXIF orientation is applied, as `datasets`, browsers and phones do.
 - Depth: 8-bit values stay as they are. Deeper ones keep their depth until the set's range maps them to 0..255; none is
@@ -46,7 +46,7 @@ TURNS = {  # EXIF orientation → what makes stored values (H, W, C) upright
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a),
 }
-GREY, DEEP = ("1", "L", "LA", "La"), ("I", "F")  # modes of Pillow's; of the deep ones, their first letter
+GREY, DEEP = ("1", "L", "LA", "La"), ("I", "F")  # Pillow's modes; for the deep ones, their first letter
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Stored:
-    """An image of which only the header is read yet. channels: of colour; alpha: one more, the last of values()."""
+    """An image of which only the header is read so far. channels: of colour; alpha: one more, the last in values()."""
 
     where: str
     form: str  # PNG, TIFF, array, …
@@ -143,8 +143,8 @@ def _to_bytes(stored: Stored, values: np.ndarray, limits: tuple[float, float] | 
         return values * np.uint8(255), 0
     if limits is None:
         raise UserError(
-            f"Image {stored.where} holds {stored.dtype} values, unlike the images that were looked at first: say with "
-            "data.range=[LOW, HIGH] which are black and white."
+            f"Image {stored.where} holds {stored.dtype} values, unlike the images that were inspected first: set "
+            "data.range=[LOW, HIGH], the values of black and white."
         )
     low, high = limits
     clipped = int(((values < low) | (values > high)).sum())
@@ -190,7 +190,7 @@ def _array(where: str, array: np.ndarray, layout: str | None, form: str = "array
 
 
 def _channels_first(where: str, shape: tuple[int, ...], layout: str | None) -> bool:
-    """Whether an array is (C, H, W): as told, or by the axis that has 1, 3 or 4 entries, or that is the shortest."""
+    """Whether an array is (C, H, W): by `layout`, or else by the axis that has 1, 3 or 4 entries or is the shortest."""
     if layout is not None:
         return layout == "chw"
     first, last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)

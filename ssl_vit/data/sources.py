@@ -28,7 +28,7 @@ from ssl_vit.data.pixels import one_line
 from ssl_vit.errors import UserError, nearest, say_once
 from ssl_vit.settings import known
 
-# Data facts of known names: hub id, image and label column, report split, whether a flip keeps the label.
+# Known data sets by name: hub id, image and label column, report split, whether a flip keeps the label.
 HUB = {
     "fashion-mnist": ("zalando-datasets/fashion_mnist", "image", "label", "test", True),
     "cifar10": ("uoft-cs/cifar10", "img", "label", "test", True),
@@ -36,7 +36,7 @@ HUB = {
     "tiny-imagenet": ("zh-plus/tiny-imagenet", "image", "label", "valid", True),
     "imagenet-1k": ("ILSVRC/imagenet-1k", "image", "label", "validation", True),
 }
-KNOWN = HUB | {facts[0]: facts for facts in HUB.values()}  # by their hub ids too
+KNOWN = HUB | {known_set[0]: known_set for known_set in HUB.values()}  # by their hub ids too
 NAMES = ("digits", *HUB)
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "images", "pixel_values"), ("label", "labels", "fine_label", "class")
 # what `datasets` says before it lists the configurations of a set
@@ -45,9 +45,9 @@ CONFIGURATIONS = re.compile(r"(?:available configs|not found\. Available|[Cc]onf
 
 @dataclass
 class Rows:
-    """One split. label: its column, or None; flip: whether flips keep it; folders: where the paths in cells lead from.
+    """One split. label: its column, or None; flip: whether flips keep it; folders: what paths in cells are relative to.
 
-    files: what identifies the tables on this disk; ledger: what was found and what left out, beside these rows.
+    files: what identifies the tables on this disk; ledger: what was found and left out, beside these rows.
     """
 
     rows: datasets.Dataset
@@ -66,7 +66,7 @@ def place(name: str) -> Path:
 
 
 def rows_of(config: recipes.Data, role: str) -> Rows:
-    """The rows of one split: "train" or "report". Raises UserError for what is not there."""
+    """The rows of one split: "train" or "report". Raises UserError if they do not exist."""
     unknown = (config.name, None, None, None, True)
     named = config.name in NAMES
     local = config.name and not named and place(config.name).exists()
@@ -87,7 +87,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
             f"Unknown data {config.name!r}.{nearest(config.name, NAMES)} Give one of {', '.join(NAMES)}, "
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
-    if not any(FILE in part.column_names for part in splits.values()):  # else they are apart already
+    if not any(FILE in part.column_names for part in splits.values()):  # image folders are separated already
         splits, apart = _apart(splits, config.train_split, image)
         ledger = ledger | apart
     split, rows = _choose_split(splits, config, role, report, label)
@@ -108,7 +108,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
         )
     if label is None:
         for column in (c for c in LABEL_COLUMNS if c in columns):
-            say_once(f"Column {column!r} of {config.name} is not taken for labels: it holds {_no_class(rows, column)}.")
+            say_once(f"Column {column!r} of {config.name} is not read as labels: it holds {_no_class(rows, column)}.")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return Rows(rows, split, known(image), label, flip, lookup, files, ledger)
@@ -117,7 +117,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
 def _apart(
     splits: dict[str, datasets.Dataset], train: str | None, image: str | None
 ) -> tuple[dict[str, datasets.Dataset], dict]:
-    """(the splits of tables without the training images that another split has too, and with FIRST; what that was)"""
+    """(splits of tables, without training images that are also in another split, and with FIRST; what was left out)"""
     own = train or _training(splits)
     column = image or (own in splits and _image_column(splits[own])) or ""
     judged = [name for name in splits if name != own and name.lower() not in SPLITS["train"]]
@@ -194,7 +194,7 @@ def _labelled(rows: datasets.Dataset, label: str | None) -> bool:
 def _choose_split(
     splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None, label: str | None
 ) -> tuple[str, datasets.Dataset]:
-    """The training split, or the one whose figures are reported; without the latter, a hashed tenth of the former."""
+    """The training split, or the report split: where there is none, a hashed tenth of the former."""
 
     def named(*kinds: str) -> str | None:
         return next((s for kind in kinds for name in SPLITS[kind] for s in splits if s.lower() == name), None)
@@ -204,7 +204,7 @@ def _choose_split(
         report, other = named("test", "val"), named("val")
         if role == "report" and report is not None and other is not None and train not in (report, other):
             if not _labelled(splits[report], label) and _labelled(splits[other], label):
-                say_once(f"The {report} split of {config.name} has no labels: figures are of {other}.")
+                say_once(f"The {report} split of {config.name} has no labels: accuracies are reported on {other}.")
                 report = other
     for key, split in (("train_split", train), ("report_split", report)):
         if split not in splits and (key == "train_split" or split is not None):
@@ -253,8 +253,8 @@ def _load_dataset(source: str, configuration: str | None, **options) -> dict[str
         if listed is None:
             raise
         names = ", ".join(name.strip("[]' ") for name in listed[1].split(","))
-        said = f"no configuration {configuration!r}" if configuration else "several configurations"
-        raise UserError(f"{source} has {said}; there are {names}: choose one with data.config=NAME.") from None
+        problem = f"no configuration {configuration!r}" if configuration else "several configurations"
+        raise UserError(f"{source} has {problem}; there are {names}: choose one with data.config=NAME.") from None
 
 
 def _hub_answers() -> bool:
@@ -302,8 +302,8 @@ def _has_images(table: str) -> bool:
 def _status(root: Path, files: list[str]) -> str:
     """What identifies tables: their places under the root, sizes and times."""
     status = [(os.path.relpath(file, root), os.stat(file)) for file in sorted(files) if os.path.exists(file)]
-    told = json.dumps([(file, found.st_size, found.st_mtime_ns) for file, found in status])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = json.dumps([(file, found.st_size, found.st_mtime_ns) for file, found in status])
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _parquet(path: Path, configuration: str | None, files: str) -> dict[str, datasets.Dataset]:
@@ -321,7 +321,7 @@ def _parquet(path: Path, configuration: str | None, files: str) -> dict[str, dat
 
 
 def _refuse_cache() -> None:
-    """Raises UserError if what failed is not the set, but that the library `datasets` has no place to work in."""
+    """Raises UserError if the failure is not the set's: the library `datasets` cannot write its own cache."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ class Batch:
 
 @dataclass
 class DatasetInfo:
-    """What an objective is told of the run it is built for."""
+    """What an objective knows of the run it is built for."""
 
     size: tuple[int, int]
     flip: float  # probability of a horizontal flip: 0 where it would change the label
@@ -63,9 +63,7 @@ class Objective(nn.Module):
     config: object  # of that type
     views: ViewSpec  # what views one image becomes, by name
     labelled: bool = False  # whether labels are needed
-    micro_batch_multiple: int = (
-        1  # a micro-batch holds whole groups of so many rows: 2 where row r is mixed with row r^1
-    )
+    micro_batch_multiple: int = 1  # a micro-batch holds whole groups of this many rows: 2 if r is mixed with r xor 1
 
     def __init__(self, config: object, backbone: Backbone, info: DatasetInfo):
         super().__init__()
@@ -95,7 +93,7 @@ class Objective(nn.Module):
         """Once, before training: learn what the targets need from unaugmented images in [0, 1], into buffers."""
 
     def begin_step(self) -> None:
-        """Forget what an interrupted try of this step gathered."""
+        """Forget what an interrupted attempt at this step accumulated."""
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": the mean over rows, float32, …}; the other scalars are logged."""
@@ -105,25 +103,25 @@ class Objective(nn.Module):
         """After gradients are averaged over processes: drop those of frozen layers."""
 
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """After the optimizer moved: EMA teachers, centres. Once per step; reduce sums a tensor over the processes."""
+        """After the optimizer's step, once: EMA teachers, centres. reduce: sums a tensor over the processes."""
 
     def encoder_inputs(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the encoder reads of images in [0, 1], if the task is to recover masked or corrupted patches, else None:
+        """What is given of images in [0, 1], if the task is to recover masked or corrupted patches, else None:
         (standardised images (B, C, H, W), 0 where a patch is removed; removed, bool (B, N); mask, bool (B, N): the
-        patches over which the loss is averaged)."""
+        patches over which the loss is averaged). The encoder reads it, or the decoder of an encoder of clean images."""
         return None
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
-        """Pictures of what was learnt, by file name: a row of panels for each of the images in [0, 1]."""
+        """Pictures of what was learnt, by file name: one row of panels for each image in [0, 1]."""
         return {}
 
     def alarm(self, logged: dict[str, float]) -> str | None:
-        """One sentence if the logged scalars say that training has failed in a way this objective knows."""
+        """One sentence if the logged scalars show a failure that this objective knows."""
         return None
 
     @property
     def requires_full_batch(self) -> str | None:
-        """What ties the rows of a batch together, so that it must not be cut; None if nothing does."""
+        """The name of what ties the rows of a batch together, so that it must not be cut; None if nothing does."""
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
             return f"BatchNorm in {type(self.backbone.model).__name__}"
         return None

@@ -77,7 +77,7 @@ class DINO(Objective):
             raise UserError("DINO reads the class token, and this backbone has none.")
         if len(config.local_crops_scale) != 2 or config.local_crops_scale[0] > config.local_crops_scale[1]:
             raise UserError(
-                f"objective.local_crops_scale must be two rising fractions, not {config.local_crops_scale}."
+                f"objective.local_crops_scale must be two increasing fractions, not {config.local_crops_scale}."
             )
         if info.views.augmentation not in ("crop+flip", "dino"):
             raise UserError(

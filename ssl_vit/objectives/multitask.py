@@ -8,7 +8,7 @@ the augmentation. Of n tasks, each with a weight w and the mean loss L over its 
 | rows | one task       | sum of w · L / n: the mean over rows of w · its loss | the tasks' mean   |
 | all  | all tasks      | sum of w · L                                         | the tasks' sum    |
 
-Either way every step trains all tasks. Exported is the shared backbone, not a task's average of it (DINO's teacher).
+Either way every step trains all tasks. The shared backbone is exported, not a task's average of it (DINO's teacher).
 
 Self-supervised tasks on one trunk, a head each: Doersch and Zisserman 2017, arXiv 1708.07860.
 """
@@ -40,7 +40,7 @@ class MultitaskConfig:
         MISSING,
         'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.noise_sigma=[0,0.5]"]',
     )
-    loss_weights: list[float] = setting([], "of each task's loss; []: 1 for all", above=0)
+    loss_weights: list[float] = setting([], "weight of each task's loss; []: 1 for all", above=0)
     mix: Literal["rows", "all"] = setting("rows", "an image does one task, the tasks taking turns, or all of them")
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Multitask(Objective):
         return dict(loss=sum(losses[1:], losses[0]) / self.turns, **scalars)
 
     def part(self, batch: Batch, place: int) -> Batch:
-        """What the task in this place sees: its rows and views, and random numbers of its own."""
+        """The batch of the task in this place: its rows and views, and random numbers of its own."""
 
         def mine(rows: Tensor) -> Tensor:
             rounds: Tensor = rows.unflatten(0, (-1, self.turns, self.group))
@@ -181,7 +181,7 @@ class Multitask(Objective):
 
 
 def read_task(text: str) -> recipes.Recipe:
-    """The recipe of a task, as objective.tasks names it. Raises UserError for what is none."""
+    """The recipe of a task, as objective.tasks names it. Raises UserError if it is not one."""
     try:
         name, *settings = shlex.split(text)
     except ValueError:  # no word, or a quote that is not closed
@@ -192,7 +192,7 @@ def read_task(text: str) -> recipes.Recipe:
         if not word.startswith("objective."):
             raise UserError(
                 f"objective.tasks: {word!r} in {text!r} is no setting of an objective: write objective.key=value, "
-                "without blanks or in quotes; all else is of the whole run."
+                "without blanks or in quotes; all other settings apply to the whole run."
             )
 
     def schema(objective: str) -> type[Any]:
@@ -216,13 +216,13 @@ def in_full(text: str) -> str:
 
 
 def distinct(names: list[str]) -> list[str]:
-    """The names, those numbered that occur more than once: a, b, a → a-1, b, a-2."""
+    """The names, with a number where one occurs more than once: a, b, a → a-1, b, a-2."""
     return [f"{n}-{names[: i + 1].count(n)}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 @contextmanager
 def said_of(name: str) -> Iterator[None]:
-    """Whatever a task refuses, it is named."""
+    """Name the task in a UserError that is raised inside."""
     try:
         yield
     except UserError as error:

@@ -1,21 +1,24 @@
 """Corrupt an image and recover it: masking is one corruption among many.
 
-| recipe       | mask           | masked patches in the encoder             | corruption | target            | head    |
-|--------------|----------------|-------------------------------------------|------------|-------------------|---------|
-| mae          | 75 % at random | dropped                                   |            | normalised pixels | decoder |
-| simmim       | 60 % at random | mask tokens                               |            | pixels, L1        | linear  |
-| beit         | 40 % in blocks | mask tokens                               |            | k-means tokens    | linear  |
-| masked-patch | 50 % at random | 80 % mask tokens, 10 % others, 10 % kept  |            | 512 mean colours  | linear  |
-| gaussian     | none           |                                           | noise      | pixels            | decoder |
+| recipe        | mask           | masked patches in the encoder            | corruption | target            | head    |
+|---------------|----------------|------------------------------------------|------------|-------------------|---------|
+| mae           | 75 % at random | dropped                                  |            | normalised pixels | decoder |
+| simmim        | 60 % at random | mask tokens                              |            | pixels, L1        | linear  |
+| beit          | 40 % in blocks | mask tokens                              |            | k-means tokens    | linear  |
+| masked-patch  | 50 % at random | 80 % mask tokens, 10 % others, 10 % kept |            | 512 mean colours  | linear  |
+| gaussian      | none           |                                          | noise      | pixels            | decoder |
+| clean-encoder | none           | (the encoder gets the clean image)       | noise      | pixels            | decoder |
 
 The loss is averaged over the masked patches, or over all patches if there is no mask. With `encoder_input=corrupted`
-the corruption applies to the masked patches alone; otherwise to the visible ones. So noise on half of the patches,
-blur, shuffled patches, noise and masking at once, and the plain autoencoder are settings too. With `mask=causal` or
-`prefix` nothing is corrupted: each patch is predicted from those before it. The targets of `target=features` come from
-an EMA teacher that sees the clean image.
+the corruption applies to the masked patches alone; with `visible` and `mask_token` to the visible ones. So noise on
+half of the patches, blur, shuffled patches, noise and masking at once, and the plain autoencoder are settings too. With
+`encoder_input=clean` the decoder gets the corrupted image, and one vector of what the encoder made of the clean image.
+With `mask=causal` or `prefix` nothing is corrupted: each patch is predicted from those before it. The targets of
+`target=features` come from an EMA teacher that sees the clean image.
 
 Papers: MAE arXiv 2111.06377, SimMIM 2111.09886, BEiT 2106.08254, masked patch prediction 2010.11929 (ViT, appendix
-B.1.2), denoising 2401.14404 (l-DAE), next patches 2401.08541 (AIM), features 2202.03555 (data2vec).
+B.1.2), denoising 2401.14404 (l-DAE), clean encoder 2311.17901 (SODA), next patches 2401.08541 (AIM), features
+2202.03555 (data2vec).
 """
 
 import copy
@@ -26,7 +29,8 @@ from functools import partial
 from typing import Literal
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from ssl_vit import corruption, targets
@@ -48,8 +52,10 @@ class ReconstructConfig:
         "masked patches; causal: all later ones in raster order; prefix: all after a first part of random length",
     )
     mask_ratio: float = setting(0.75, "fraction of the patches that is masked", above=0, at_most=1)
-    encoder_input: Literal["visible", "mask_token", "corrupted"] = setting(
-        "visible", "masked patches in the encoder: dropped (visible), mask tokens, or their corrupted pixels"
+    encoder_input: Literal["visible", "mask_token", "corrupted", "clean"] = setting(
+        "visible",
+        "masked patches in the encoder: dropped (visible), mask tokens, their corrupted pixels, or their clean pixels, "
+        "with the corrupted ones in the decoder",
     )
     replace_ratio: float = setting(
         0.0, "mask_token: fraction of the masked patches that shows another patch", at_least=0, at_most=1
@@ -88,7 +94,7 @@ class Reconstruct(Objective):
     Config = ReconstructConfig
     config: ReconstructConfig
     backbone: TokenBackbone
-    decoder: "Decoder | LinearHead"
+    decoder: "Decoder | Denoiser | LinearHead"
     shows = True
 
     def __init__(self, config: ReconstructConfig, backbone: Backbone, info: DatasetInfo):
@@ -129,7 +135,11 @@ class Reconstruct(Objective):
             dim, heads = config.decoder_embed_dim, config.decoder_num_heads
             if dim % heads:
                 raise UserError(f"objective.decoder_embed_dim={dim} is not divisible by decoder_num_heads={heads}.")
-            self.decoder = Decoder(embed_dim, prefix, self.grid, width, dim, config.decoder_depth, heads)
+            if config.encoder_input == "clean":
+                values = math.prod(patch) * channels
+                self.decoder = Denoiser(embed_dim, prefix, self.grid, values, width, dim, config.decoder_depth, heads)
+            else:
+                self.decoder = Decoder(embed_dim, prefix, self.grid, width, dim, config.decoder_depth, heads)
         else:
             self.decoder = LinearHead(embed_dim, prefix, width)
 
@@ -169,6 +179,9 @@ class Reconstruct(Objective):
         order = self.mask_order(draw)
         ids_keep, mask = corruption.split(order, self.num_masked)
         corrupted, noise, level = self.corrupt(images, order, mask, draw)
+        if c.encoder_input == "clean":
+            latent = b(images, draw=draw)
+            return self.decoder(latent, patchify(b.normalise(corrupted), b.patch_size)), mask, noise, level
         if c.encoder_input == "visible":
             return self.decoder(b(corrupted, keep=ids_keep, draw=draw), ids_keep), mask, noise, level
         replace = partial(self.replace_tokens, order) if c.encoder_input == "mask_token" else None
@@ -199,10 +212,10 @@ class Reconstruct(Objective):
         return corruption.replace_patches(patches, order, self.num_masked, count) if count else patches
 
     def removed(self, order: Tensor) -> Tensor:
-        """bool (B, N): the masked patches of which nothing reaches the encoder."""
+        """bool (B, N): the masked patches of which no pixel is given."""
         c = self.config
         shown = round(c.replace_ratio * self.num_masked) + round(c.keep_ratio * self.num_masked)
-        if c.encoder_input == "corrupted":
+        if c.encoder_input in WHOLE:
             shown = self.num_masked
         return corruption.split(order, self.num_masked - shown)[1]
 
@@ -233,7 +246,7 @@ class Reconstruct(Objective):
             corrupted = corruption.blur(images, draw.uniform("blur", 1).flatten(), pair(c.blur_sigma))
         else:
             corrupted = corruption.shuffle(images, b.patch_size, order[:, order.shape[1] - self.num_masked :])
-        if c.encoder_input == "corrupted" and c.mask != "none":  # the masked patches alone
+        if c.encoder_input in WHOLE and c.mask != "none":  # the masked patches alone
             corrupted = torch.where(corruption.mask_pixels(mask, self.grid, b.patch_size), corrupted, images)
         return corrupted, noise, level
 
@@ -248,7 +261,7 @@ class Reconstruct(Objective):
         return unpatchify(patches.masked_fill(removed[..., None], 0.0), b.patch_size, self.grid), removed, mask
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
-        """Original, input to the encoder, and the reconstruction of the masked patches."""
+        """Original, what is given of it corrupted, and the reconstruction of the masked patches."""
         b, patch = self.backbone, self.backbone.patch_size
         clean = b.normalise(images)
         prediction, mask, _, _ = self.predict(images, draw)
@@ -284,20 +297,28 @@ class Reconstruct(Objective):
             manner = ", with the mean and variance of the average patch of the input"
         if c.mask in NEXT:
             return ["original", "input to the encoder", f"each patch, predicted from the true ones before it{manner}"]
+        given = "input to the decoder" if c.encoder_input == "clean" else "input to the encoder"
         masked = " of the masked patches" * (c.mask != "none")
-        return ["original", "input to the encoder", f"reconstruction{masked}{manner}"][: 2 + (c.target != "features")]
+        return ["original", given, f"reconstruction{masked}{manner}"][: 2 + (c.target != "features")]
 
 
 NEXT = ("causal", "prefix")  # every patch is predicted from those before it
+WHOLE = ("corrupted", "clean")  # inputs of the encoder that lack no patch
 
 
 def check_settings(config: ReconstructConfig) -> None:
     """Raises UserError for settings that contradict each other."""
     c = config
-    if c.mask in ("none", *NEXT) and c.encoder_input != "corrupted":
+    whole = ("corrupted",) if c.mask in NEXT else WHOLE
+    if c.mask in ("none", *NEXT) and c.encoder_input not in whole:
         raise UserError(
-            f"objective.mask={c.mask} hides no patch from the encoder, so objective.encoder_input must be corrupted, "
-            f"not {c.encoder_input}."
+            f"objective.mask={c.mask} hides no patch from the encoder, so objective.encoder_input must be "
+            f"{' or '.join(whole)}, not {c.encoder_input}."
+        )
+    if c.encoder_input == "clean" and (c.corruption == "none" or not c.decoder_depth):
+        raise UserError(
+            "objective.encoder_input=clean gives the decoder the corrupted image: set objective.corruption, and "
+            "objective.decoder_depth of 1 or more."
         )
     if c.mask in NEXT and c.corruption != "none":
         raise UserError(f"objective.mask={c.mask} reads clean patches: set objective.corruption=none.")
@@ -360,6 +381,76 @@ class Decoder(nn.Module):
             x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
         predictions: Tensor = self.head(self.norm(x))
         return predictions[:, self.prefix :]
+
+
+class Denoiser(nn.Module):
+    """The decoder of a clean encoder: a small ViT that gets the corrupted patches, and of the encoder's output no more
+    than one vector, the mean of the patch tokens. SODA (Hudson et al. 2023, arXiv 2311.17901, section 3).
+
+    As in SODA the vector reaches the decoder by modulation alone: behind every layer norm, its projections scale and
+    shift all tokens alike, h ← (1 + scale) · norm(h) + shift. Every token gets it in every layer, where a prepended
+    token would first have to be attended to. SODA's decoder is a U-Net with group norms, which knows the noise level,
+    predicts the noise in another view of the image, and has parts of the vector dropped in training. Here the view is
+    the same, nothing is dropped, and the decoder is not told the level, as in the recipe gaussian.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        prefix: int,
+        grid: tuple[int, int],
+        values: int,
+        out: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+    ):
+        super().__init__()
+        self.prefix = prefix
+        self.embed = nn.Linear(values, dim)
+        self.register_buffer("positions", sincos_positions(dim, grid)[None], persistent=False)
+        self.blocks = nn.ModuleList(ModulatedBlock(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, out)
+        self.apply(xavier)
+        self.bottleneck = nn.Linear(embed_dim, (4 * depth + 2) * dim)  # scale and shift of every norm
+        nn.init.normal_(self.bottleneck.weight, std=0.02)
+        nn.init.zeros_(self.bottleneck.bias)
+
+    def forward(self, latent: Tensor, corrupted: Tensor) -> Tensor:
+        """Encoder output (B, P + N, D) of the clean image, standardised corrupted patches (B, N, values)
+        → predictions (B, N, out)."""
+        vector = latent[:, self.prefix :].mean(1)
+        *pairs, last = self.bottleneck(vector)[:, None].chunk(2 * len(self.blocks) + 1, -1)
+        x = self.embed(corrupted) + self.positions
+        for block, first, second in zip(self.blocks, pairs[::2], pairs[1::2], strict=True):
+            x = block(x, first, second)
+        predictions: Tensor = self.head(modulate(self.norm(x), last))
+        return predictions
+
+
+class ModulatedBlock(nn.Module):
+    """A transformer block whose norms have no weights of their own: they are handed in, for every image."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.attn = Attention(dim, num_heads, qkv_bias=True)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """x (B, N, D); scale and shift of the first and of the second norm, side by side (B, 1, 2·D) → (B, N, D)."""
+        x = x + self.attn(modulate(self.norm1(x), first))
+        x = x + self.mlp(modulate(self.norm2(x), second))
+        return x
+
+
+def modulate(normed: Tensor, by: Tensor) -> Tensor:
+    """Tokens (B, N, D), scaled by 1 + the first half of `by` (B, 1, 2·D) and shifted by the second."""
+    scale, shift = by.chunk(2, -1)
+    return normed * (1 + scale) + shift
 
 
 class LinearHead(nn.Module):

@@ -104,7 +104,7 @@ class Supervised(Objective):
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
         if self.average is None:
             return
-        # as TensorFlow's moving average: a short run would else export its start
+        # as in TensorFlow's moving average: a short run would otherwise export almost its initial weights
         update_ema(self.average, self.backbone, min(known(self.config.model_ema_decay), (1 + step) / (10 + step)))
         for ours, theirs in zip(self.average.buffers(), self.backbone.buffers(), strict=True):
             ours.copy_(theirs)

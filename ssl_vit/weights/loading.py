@@ -1,47 +1,100 @@
-"""Weights into backbones: of runs, timm folders and timm models. Only safetensors and `weights_only` files are read: no
-pickle ever runs."""
+"""Weights into backbones: of runs, files, folders, timm models and models on the hub, whose layout is recognised.
+
+A source may end in what its file does not tell, as `FILE,num_heads=6,mean=imagenet,std=imagenet` (source.py).
+"""
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from timm.layers import resample_abs_pos_embed
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason, wrap
-from ssl_vit.backbones.timm_models import create_model
-from ssl_vit.errors import UserError, nearest
+from ssl_vit.backbones.timm_models import TimmModel, create_model
+from ssl_vit.errors import UserError, nearest, say_once
+from ssl_vit.weights import fitting, foreign, hub
+from ssl_vit.weights.source import Source, parse
 
 SHAPE = ("backbone.embed_dim", "backbone.depth", "backbone.num_heads", "backbone.patch_size")
 
 
-def load(source: str) -> Backbone:
-    """The backbone of a run directory, a timm folder, or a timm model with its published weights.
+def load(text: str) -> Backbone:
+    """The backbone of a run directory, of a file or folder of weights, of a timm model with its published weights, or
+    of a model on the Hugging Face hub.
 
-    Raises UserError if there is none, or if it cannot be read.
+    Raises UserError if there is none, if it cannot be read, or if it does not tell what must be known.
     """
-    path = Path(source)
-    folder = path / "backbone" if (path / "recipe.yaml").exists() else path
-    try:
-        if folder.is_dir() or folder != path:
-            config = json.loads((folder / "config.json").read_text())
-            model = create_model(f"local-dir:{folder}", pretrained=True)
-            facts, args = config["pretrained_cfg"], config.get("model_args", {})
-        elif source in timm.list_models(pretrained=True) or source in timm.list_models():
-            model = create_model(source, pretrained=True)
-            facts, args = model.pretrained_cfg, {}
-        else:
+    source = parse(text)
+    if (source.path / "recipe.yaml").exists():
+        return _of_timm_folder(source, source.path / "backbone", of_run=True)
+    if not source.path.exists() and source.where not in {*timm.list_models(), *timm.list_models(pretrained=True)}:
+        if not hub.is_name(source.where):
             names = timm.list_models(pretrained=True)
-            raise UserError(f"There is no run, timm folder or timm model {source!r}.{nearest(source, names)}")
-    except FileNotFoundError as error:
-        if not folder.is_dir() and folder == path:  # timm's client, when the hub is out of reach
-            raise UserError(f"The weights of {source} are not here, and could not be fetched: {error}") from None
-        unfinished = " (the run has not finished: start it again and it goes on)" if folder != path else ""
+            raise UserError(
+                f"There is no run, file, folder or timm model {source.where!r}.{nearest(source.where, names)}"
+            )
+        source.fetched = hub.fetch(source.where)
+    if not source.path.exists():
+        return _of_timm(source)
+    if source.path.is_file():
+        return foreign.load(source)
+    if _is_timm_folder(source.path):
+        return _of_timm_folder(source, source.path)
+    return foreign.load(source)
+
+
+def _is_timm_folder(folder: Path) -> bool:
+    try:
+        return "architecture" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _of_timm(source: Source) -> Backbone:
+    """A timm model with its published weights."""
+    args = _size(source)
+    try:
+        model = create_model(source.where, pretrained=True, **args)
+    except FileNotFoundError as error:  # timm's client, when the hub is out of reach
+        raise UserError(f"The weights of {source.where} are not here, and could not be fetched: {error}") from None
+    except (SafetensorError, OSError, *FAULTS) as error:
+        raise UserError(f"The backbone {source.where} cannot be read: {reason(error)}.") from None
+    return _sized(model, model.pretrained_cfg, args)
+
+
+def _of_timm_folder(source: Source, folder: Path, of_run: bool = False) -> Backbone:
+    """The backbone of a run, or of a folder in timm's own format."""
+    args = _size(source)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model = create_model(f"local-dir:{folder}", pretrained=True, **args)
+        return _sized(model, config["pretrained_cfg"], config.get("model_args", {}) | args)
+    except FileNotFoundError:
+        unfinished = " (the run has not finished: start it again and it goes on)" if of_run else ""
         raise UserError(f"{folder} holds no backbone{unfinished}.") from None
     except (SafetensorError, OSError, *FAULTS) as error:
-        raise UserError(f"The backbone {source} cannot be read: {reason(error)}.") from None
+        raise UserError(f"The backbone {source.where} cannot be read: {reason(error)}.") from None
+
+
+def _size(source: Source) -> dict[str, Any]:
+    """timm's argument for images of another size, the one option where all else is known."""
+    others = [key for key in source.options if key != "img_size"]
+    if others:
+        raise UserError(
+            f"{source.where} itself tells its {others[0]}: leave out ,{others[0]}=…; img_size alone can be set."
+        )
+    return dict(source.options)
+
+
+def _sized(model: TimmModel, facts: dict[str, Any], args: dict[str, Any]) -> Backbone:
+    if "img_size" in args:
+        model.pretrained_cfg = {
+            **model.pretrained_cfg,
+            "input_size": (len(facts["mean"]), *to_2tuple(args["img_size"])),
+        }
     return wrap(model, facts["mean"], facts["std"], args)
 
 
@@ -66,17 +119,8 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
     Raises UserError naming what differs, and the settings that fit.
     """
     old = load(source)
-    weights = _without_classifier(old)
-    if isinstance(backbone, TokenBackbone) and isinstance(old, TokenBackbone):
-        new_grid, old_grid = backbone.model.patch_embed.grid_size, old.model.patch_embed.grid_size
-        if new_grid != old_grid:
-            prefix = 0 if old.model.no_embed_class else old.num_prefix_tokens
-            weights["pos_embed"] = resample_abs_pos_embed(
-                weights["pos_embed"], new_grid, old_grid, num_prefix_tokens=prefix
-            )
     own = _without_classifier(backbone)
-    if not isinstance(backbone, TokenBackbone) and backbone.name == old.name and backbone.input_size != old.input_size:
-        weights = _resized(weights, backbone)
+    weights, said = fitting.fit(_without_classifier(old), old, backbone)
     wrong = {
         "is in this backbone alone": own.keys() - weights.keys(),
         "is in the weights alone": weights.keys() - own.keys(),
@@ -86,16 +130,18 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
     # of the number of heads no weight's shape tells
     if any(wrong.values()) or theirs.get("backbone.num_heads") != ours.get("backbone.num_heads"):
         differ = {key: value for key, value in ours.items() if theirs.get(key, value) != value}
-        fitting = {key: value for key, value in theirs.items() if key in SHAPE or key in differ}
+        settings = {key: value for key, value in theirs.items() if key in SHAPE or key in differ}
         if differ and theirs.keys() == ours.keys():
-            said = _settings(differ)
+            what = _settings(differ)
         else:
-            said = "; ".join(f"{min(names)} {what}" for what, names in wrong.items() if names)
-            fitting = {"backbone.name": old.model.pretrained_cfg["architecture"], **fitting}
-        raise UserError(f"The weights of {source} do not fit this backbone ({said}): set {_settings(fitting)}.")
+            what = "; ".join(f"{min(names)} {where}" for where, names in wrong.items() if names)
+            settings = {"backbone.name": old.model.pretrained_cfg["architecture"], **settings}
+        raise UserError(f"The weights of {source} do not fit this backbone ({what}): set {_settings(settings)}.")
     backbone.model.load_state_dict(weights, strict=False)
     backbone.mean.copy_(old.mean)
     backbone.std.copy_(old.std)
+    for sentence in said:
+        say_once(f"{source}: {sentence}")
     return backbone
 
 
@@ -104,12 +150,6 @@ def _without_classifier(backbone: Backbone) -> dict[str, Tensor]:
     named = backbone.model.pretrained_cfg.get("classifier") or ("head", "fc", "classifier")
     layers = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
     return {key: value for key, value in backbone.model.state_dict().items() if not key.startswith(layers)}
-
-
-def _resized(weights: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """Positions, and biases of relative positions, resampled to the backbone's grid by timm's own loader."""
-    fit = getattr(sys.modules[type(backbone.model).__module__], "checkpoint_filter_fn", None)
-    return weights if fit is None else fit(dict(weights), backbone.model)
 
 
 def _settings(values: dict[str, int | str]) -> str:

@@ -87,6 +87,9 @@ def pytest(folder: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def main(names: list[str]) -> int:
+    if {"-h", "--help"} & set(names):
+        print(__doc__)
+        return 0
     mutants = [m for m in everyone() if not names or m.name.startswith(tuple(names))]
     if not mutants:
         print(f"There is no mutant {' or '.join(names)}. There are: {', '.join(m.name for m in everyone())}.")

@@ -1,0 +1,173 @@
+"""What a study measured, as the rule of the denoising study needs it: contrasts of two arms, or what lacks of them.
+
+    from eval.compare.evidence import read
+    read(read_study(folder)).probe("noise", "masking").estimate      # eval.compare.intervals.Estimate
+
+A contrast is paired by seed and crossed with the test images. Arms are found by their roles (eval/schedule/plans.py),
+and only what the plan asks for counts: rows of other seeds, or of another fine-tuning, lie beside it unused.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.compare import intervals
+from eval.compare.metrics import Metric
+from eval.compare.runs import Group
+from eval.compare.scores import Scores
+from eval.compare.studies import StudyResults
+from ssl_vit.errors import UserError, listed
+
+LABELS = 0.1
+FT10, LP10 = "FT10", "LP10"
+METRICS = {FT10: "fine-tuned, 10 % of the labels", LP10: "linear probe, 10 % of the labels"}
+LINEAR = Metric("linear-sweep", "chosen", -1, LABELS)
+NEEDED = ("masking", "noise", "autoencoder", "scratch")  # roles of which a plan that decides has one arm each
+CHECKS = ("positive-check", "negative-check")
+NOISE = "objective.noise_sigma"
+AUGMENTATIONS = (NOISE, "objective.patch_drop_rate")  # settings of a fine-tuning that corrupt its images
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An arm's accuracy minus another's, by one metric. difference: (S, n), or None with what lacks of it."""
+
+    metric: str
+    arm: str
+    than: str
+    difference: np.ndarray | None = None
+    lacking: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def estimate(self) -> intervals.Estimate:
+        """With this contrast's own variance over seeds. Raises ValueError if it was not measured."""
+        if self.difference is None:
+            raise ValueError(f"{self.arm} − {self.than} by {self.metric} was not measured")
+        return intervals.interval(self.difference)
+
+    @property
+    def by_seed(self) -> list[float]:
+        return [] if self.difference is None else self.difference.mean(1).tolist()
+
+
+@dataclass(frozen=True)
+class FromScratch:
+    """A training from scratch that the plan has. long: for as many FLOPs more as the others were pre-trained.
+
+    It is then called scratch-long; in brackets stands what corrupts its images.
+    """
+
+    name: str
+    long: bool
+    corruption: str | None  # the setting that corrupts its images
+    scores: Scores | None
+
+
+class Evidence:
+    """The contrasts of one study."""
+
+    def __init__(self, study: StudyResults):
+        self.study = study
+        self.manifest = study.manifest
+        self.budget = self.manifest["budget"]
+        self.seeds: list[int | None] = list(range(self.manifest["seeds"]))
+        self.arms = {arm["role"]: name for name, arm in self.manifest["arms"].items() if arm["role"]}  # by role
+
+    def probe(self, role: str, other: str) -> Contrast:
+        """One role's linear probe minus another's. Their seeds are the study's; those of a check are its own."""
+        seeds = self.seeds
+        if role in CHECKS:
+            seeds = list(range(self.manifest["arms"][self.arms[role]]["seeds"]))
+        return _contrast(LP10, (self.arms[role], self._linear(role)), (self.arms[other], self._linear(other)), seeds)
+
+    def tuned(self, role: str, other: FromScratch | str) -> Contrast:
+        """One role's fine-tuning minus another's, or minus a training from scratch."""
+        theirs = (other.name, other.scores) if isinstance(other, FromScratch) else self._side(other)
+        return _contrast(FT10, self._side(role), theirs, self.seeds)
+
+    def is_fine_tuned(self, role: str) -> bool:
+        """Whether the plan fine-tunes the arm with 10 % of the labels."""
+        return bool(self._protocols(self.arms[role]))
+
+    def scratch(self) -> list[FromScratch]:
+        """The trainings from scratch with 10 % of the labels that the plan has."""
+        arm, found = self.arms["scratch"], []
+        for entry in self.manifest["arms"][arm]["finetuned"]:
+            extra = entry["changed"].get("extra_flops")
+            if LABELS in entry["labels"] and extra in (None, self.budget):
+                corruption = next((key for key in AUGMENTATIONS if key in entry["changed"]), None)
+                name = "scratch-long" if extra else "scratch"
+                if corruption:
+                    name += f" ({_level(corruption, entry['changed'][corruption])})"
+                scores = self._reached(arm, entry["protocol"])
+                found.append(FromScratch(name, bool(extra), corruption, scores))
+        return found
+
+    def group(self, arm: str) -> Group | None:
+        """The runs of an arm, if they were evaluated."""
+        return self.study.group(arm, self.budget)
+
+    def _linear(self, role: str) -> Scores | None:
+        eval_set, group = self.study.eval_set, self.group(self.arms[role])
+        return eval_set.scores.get(LINEAR, {}).get(group) if eval_set and group else None
+
+    def _side(self, role: str) -> tuple[str, Scores | None]:
+        arm = self.arms[role]
+        return arm, next((self._reached(arm, protocol) for protocol in self._protocols(arm)), None)
+
+    def _protocols(self, arm: str) -> list[str]:
+        return [
+            entry["protocol"]
+            for entry in self.manifest["arms"][arm]["finetuned"]
+            if LABELS in entry["labels"] and "extra_flops" not in entry["changed"]
+        ]
+
+    def _reached(self, arm: str, protocol: str) -> Scores | None:
+        eval_set = self.study.eval_set
+        return eval_set.reached(self.group(arm), protocol, LABELS) if eval_set else None
+
+
+def _level(corruption: str, value: float | list[float]) -> str:
+    """A corruption in words: the range of the noise's standard deviation, or the share of dropped patches."""
+    if corruption != NOISE:
+        return f"{value} dropped"
+    low, high = value if isinstance(value, list) else (value, value)
+    return f"σ ≤ {high:.3g}" if low == 0 else f"σ {low:.3g} to {high:.3g}" if low < high else f"σ = {high:.3g}"
+
+
+def _contrast(
+    metric: str, one: tuple[str, Scores | None], other: tuple[str, Scores | None], seeds: list[int | None]
+) -> Contrast:
+    lacking = []
+    for name, scores in (one, other):
+        gone = [seed for seed in seeds if scores is None or seed not in scores.seeds]
+        if gone:
+            lacking.append(f"{name} by {metric}, seed{'s' * (len(gone) > 1)} {listed(list(map(str, gone)))}")
+    if lacking or one[1] is None or other[1] is None:
+        return Contrast(metric, one[0], other[0], lacking=tuple(lacking))
+    return Contrast(metric, one[0], other[0], np.subtract(one[1].at(seeds), other[1].at(seeds), dtype=np.float64))
+
+
+def read(study: StudyResults) -> Evidence:
+    """The evidence of a study. Raises UserError if it decides nothing, or if settings were chosen at deciding seeds."""
+    manifest = study.manifest
+    if not manifest["decides"]:
+        raise UserError(
+            f"{study.folder} decides nothing: its plan is not meant to, or was run in part (--arms, --no-tuning) or "
+            "with other settings."
+        )
+    for role in NEEDED:
+        arms = [name for name, arm in manifest["arms"].items() if arm["role"] == role]
+        if len(arms) != 1:
+            raise UserError(
+                f"{study.folder} has {len(arms)} arms of the role {role}, and a verdict is on one: choose it by trials."
+            )
+    for arm, trials in manifest["trials"].items():
+        deciding = sorted({trial["seed"] for trial in trials if trial["seed"] < manifest["seeds"]})
+        if deciding:
+            raise UserError(
+                f"{study.folder} chose the settings of {arm} at seed {deciding[0]}, which decides: tune at seeds of "
+                "100 and more."
+            )
+    return Evidence(study)

@@ -1,0 +1,199 @@
+"""Files and folders of weights → tensors by name. Only safetensors and `weights_only` files are read: no pickle ever
+runs."""
+
+import argparse
+import json
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ssl_vit.errors import UserError, listed
+
+# what training codes keep the weights under, in the order of preference; averaged ones first, as timm does
+WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "module")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+KINDS = "a .pth, .pt or .bin of PyTorch or a .safetensors"
+
+
+@dataclass
+class Contents:
+    """What a file or folder of weights holds.
+
+    wrappers: the keys under which the tensors lay; architecture: of timm, if the file names it; configs: the JSON files
+    of a folder by name; dropped: {what was left behind: its keys}.
+    """
+
+    where: str
+    tensors: dict[str, Tensor]
+    wrappers: list[str] = field(default_factory=list)
+    prefix: str = ""
+    architecture: str | None = None
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, pattern: str, what: str) -> None:
+        """Leave behind the tensors whose whole name matches."""
+        names = [name for name in self.tensors if re.fullmatch(pattern, name)]
+        for name in names:
+            del self.tensors[name]
+        if names:
+            self.dropped.setdefault(what, []).extend(names)
+
+
+def read(path: Path, take: str | None = None) -> Contents:
+    """The weights in a file, or in a folder of Hugging Face's or OpenCLIP's. take: "teacher" (default) or "student".
+
+    Raises UserError, with the remedy, for a file that holds none.
+    """
+    if not path.is_dir():
+        return _unwrap(_open(path), path, take)
+    configs = {file.name: _json(file) for file in sorted(path.glob("*.json")) if file.name in CONFIGS}
+    tree: dict[str, Any] = {}
+    for file in _files(path, configs):
+        tree |= _open(file)
+    contents = _unwrap(tree, path, take)
+    contents.configs = configs
+    return contents
+
+
+CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json", "adapter_config.json")
+
+
+def _files(folder: Path, configs: dict[str, Any]) -> list[Path]:
+    """The files of a folder's weights; several where they are sharded."""
+    if "adapter_config.json" in configs:
+        raise _adapters(folder)
+    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    if index is not None:
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {listed(missing)}, which its {index.name} names: fetch the whole folder.")
+        return [folder / name for name in names]
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder} holds no {listed(list(WEIGHTS)).replace(' and ', ' or ')}: pass {KINDS} file.")
+    return found[:1]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}): fetch the folder again.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _open(path: Path) -> Any:
+    """What a file holds: a dict of tensors, or of dicts of them."""
+    with open(path, "rb") as stream:
+        head = stream.read(512)
+    if not head:
+        raise UserError(f"{path} is empty: fetch or copy it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS and not the weights: run git lfs pull.")
+    if re.fullmatch(rb"[\t\n\r -~]+", head):
+        raise UserError(f"{path} is a text and no weights: pass {KINDS} file.")
+    damaged = UserError(f"{path} is damaged or not whole: fetch or copy it again.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError):
+            raise damaged from None
+    if not head.startswith((b"PK", b"\x80")):
+        raise UserError(f"{path} is no file of PyTorch: pass {KINDS} file.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in which training codes keep their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise damaged from None
+        raise _pickled(path) from None
+    except RuntimeError as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript program and no plain weights: in Python, "
+                f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pth') writes them."
+            ) from None
+        raise damaged from None
+    except (EOFError, OSError, ValueError, KeyError):
+        raise damaged from None
+
+
+def _pickled(path: Path) -> UserError:
+    """The error for a file whose reading could run any code."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # whatever else its reader meets in a file that is refused anyway
+        names = []
+    what = f" ({', '.join(sorted(names)[:3])})" if names else ""
+    return UserError(
+        f"{path} is a pickle of Python objects{what}, and reading it could run any code: if you trust it, run "
+        f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pth') where its code is "
+        "installed (if it holds a dict, on the module or state dict in it), and pass weights.pth."
+    )
+
+
+def _adapters(where: Path) -> UserError:
+    return UserError(
+        f"{where} holds LoRA adapters without the weights that they change: merge them (in peft, "
+        "model.merge_and_unload().save_pretrained(FOLDER)) and pass that folder."
+    )
+
+
+def _unwrap(tree: Any, path: Path, take: str | None) -> Contents:
+    """The tensors of the one model in what a file held."""
+    wrappers: list[str] = []
+    architecture = None
+    while isinstance(tree, dict):
+        if isinstance(tree.get("arch"), str):
+            architecture = tree["arch"]
+        order = (take, *WRAPPERS) if take else ("teacher", "student", *WRAPPERS)
+        inside = next((key for key in order if isinstance(tree.get(key), dict)), None)
+        if inside is None:
+            break
+        tree = tree[inside]
+        wrappers.append(inside)
+    tensors = {k: v for k, v in tree.items() if isinstance(v, Tensor)} if isinstance(tree, dict) else {}
+    if any("lora_" in name for name in tensors):
+        raise _adapters(path)
+    if not tensors:
+        keys = {str(key) for key in tree} if isinstance(tree, dict) else set()
+        if {"param_groups", "optimizer"} & keys:
+            raise UserError(
+                f"{path} holds the state of an optimizer and no weights: pass the file of the model, which training "
+                "codes save beside it."
+            )
+        raise UserError(f"{path} holds no weights by name: pass the state dict of a model.")
+    contents = Contents(str(path), tensors, wrappers, architecture=architecture)
+    _strip(contents, take)
+    return contents
+
+
+def _strip(contents: Contents, take: str | None) -> None:
+    """Take away what stands before the names of the backbone, such as `module.backbone.`; others are left behind."""
+    for wrapper in ("module.", "_orig_mod.", "module."):  # of DDP and torch.compile, one within the other
+        if all(name.startswith(wrapper) for name in contents.tensors):
+            contents.tensors = {name.removeprefix(wrapper): value for name, value in contents.tensors.items()}
+    end = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(end) for name in contents.tensors if name.endswith(end)]
+    wanted = [prefix for prefix in prefixes if (take or "teacher") in prefix] or prefixes
+    if len(wanted) > 1:
+        raise UserError(f"{contents.where} holds several backbones ({listed(wanted)}): save the one you want alone.")
+    prefix = wanted[0] if wanted else ""
+    if take and take not in (*contents.wrappers, *prefix.split(".")):
+        raise UserError(f"{contents.where} holds no {take}: leave out ,take={take}.")
+    if prefix:
+        others = [name for name in contents.tensors if not name.startswith(prefix)]
+        for name in others:
+            del contents.tensors[name]
+            contents.dropped.setdefault("beside the backbone", []).append(name)
+        contents.tensors = {name.removeprefix(prefix): value for name, value in contents.tensors.items()}
+        contents.prefix = prefix

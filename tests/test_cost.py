@@ -1,0 +1,65 @@
+"""What a plan would cost: counted jobs, FLOPs by hand, and nothing written."""
+
+import re
+import sys
+
+import pytest
+import yaml
+from test_study import deciding
+
+from eval import study
+from eval.schedule import cost
+
+LINE = ["finetune", "--labels", "20", "--lr", "1e-3", "2e-3", "train.steps=3", "train.batch_size=32"]
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """The words of --plan for a tiny plan, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    arms = deciding()
+    arms["noise"]["search_space"] = ["objective.noise_sigma=[0,0.5]", "objective.noise_sigma=[0,1]"]
+    arms["random"]["evaluators"] = [LINE, [*LINE, "--extra-flops", "budget"]]
+    tuning = dict(flops=1e8, seed=100, judge=["knn"])
+    plan = dict(arms=arms, seeds=2, budgets=[1e9], tuning=tuning, evaluators=[["knn", "--labels", "50%"], LINE])
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(plan))
+
+    def call():
+        monkeypatch.setattr(sys, "argv", ["study.py", "tiny.yaml", "--jobs", "1", "--plan"])
+        assert study.main() == 0
+        assert not (tmp_path / "runs").exists()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_jobs_and_flops_are_those_of_the_plan(said, monkeypatch):
+    monkeypatch.setattr(cost, "_rate", lambda *rest: (1e6, "made up", 1e6))
+    text = said()
+    found = {
+        words[0]: words[1:] for line in text.splitlines() if (words := re.split(r"  +|(?<=least) +", line.strip()))
+    }
+    depth, width, tokens, patch = 2, 16, 17, 2 * 2
+    block = 2 * tokens * width * (4 * width + 2 * 4 * width) + 4 * tokens**2 * width
+    embed, head = 2 * (tokens - 1) * patch * width, 2 * width * 10
+    forward = depth * block + embed + head
+    tuned = 3 * 32 * (3 * forward - embed)
+    trained = 2 * (3 * 1e9 + 0.39e9)
+    expected = {
+        "trials, at least": (3 + 4 + 3, 10 * 1e8),
+        "choosing fine-tuning's rates, at least": (5, 2 * (5 * tuned + 1e9)),
+        "pre-training": (10, trained),
+        "fine-tuning": (4 * 2 + 2 * 2, 12 * tuned + 2e9),
+        "knn": (4 * 2, 8 * (round(0.5 * 1437) + 360) * (forward - head)),
+    }
+    for kind, (jobs, flops) in expected.items():
+        assert found[kind] == [str(jobs), f"{flops:.2g}", f"{flops / 1e6 / 3600:.2f}"], kind
+    assert found["all"][0] == str(10 + 5 + 10 + 12 + 8)
+    assert found["noise"] == ["noise", "gaussian", "1", "2", "4+"]
+    assert found["short"] == ["equal-images", "like mae", "0.39", "2", "."]
+    assert "At 0.001 GFLOP/s: made up." in text and "With 2 seeds and 360 test images" in text
+
+
+def test_the_rate_is_measured(said):
+    [rate, steps] = re.search(r"At ([\d.]+) GFLOP/s: 1 at once, (\d+) steps of mae", said()).groups()
+    assert 1e-3 < float(rate) < 1e4 and int(steps) >= 12
