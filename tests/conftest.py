@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from ssl_vit import backbones, errors, objectives, system
@@ -82,6 +83,7 @@ def start(main: Callable[[], int], folder: Path, log: Path, *arguments: str) -> 
 def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[str, ...]) -> None:
     # tqdm's own lock is one for parent and children: a child killed while it draws its bar would keep it from all.
     tqdm.set_lock(threading.RLock())
+    AcceleratorState._reset_state(reset_partial_state=True)  # else it is as many processes as the parent was
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     os.chdir(folder)
     sys.argv = [f"{main.__module__.replace('.', '/')}.py", *arguments]

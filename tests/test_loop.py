@@ -132,7 +132,7 @@ def test_sigterm_saves_first(tmp_path):
     started = Started(tmp_path, *arguments("mae", steps, "--output", str(stopped), "runtime.save_every=1000"))
     until(lambda: steps_done(stopped) >= 2)
     assert started.kill(signal.SIGTERM) == 143
-    assert "The same command goes on" in started.said
+    assert "The same command resumes from there." in started.said
     [saved] = (stopped / "checkpoints").iterdir()
     assert 2 <= int(re.findall(r"\d+", saved.name)[0]) < 100
     run(tmp_path, *arguments("mae", steps, "--output", str(stopped)))
