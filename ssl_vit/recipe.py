@@ -491,14 +491,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], config: type[Any] | No
     A setting that the old recipe lacks counts as its default; a resolved value that it lacks does not count, nor does
     the path of the images, if they are the same. config: the objective's Config, for its defaults.
     """
-    defaults = {name: asdict(cls()) for name, cls in SECTIONS.items()}
+    filled: dict[str, Any] = defaults()
     if config is not None:
-        defaults["objective"] = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    a, b = flat(defaults) | flat(old), flat(new)
+        filled["objective"] = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    a, b = flat(filled) | flat(old), flat(new)
     keys = {k for k in a.keys() | b.keys() if k in a or not k.startswith("resolved.")}
     if "images.fingerprint" in a and a["images.fingerprint"] == b.get("images.fingerprint"):
         keys.discard("data.name")
     return sorted(k for k in keys if k.split(".")[0] not in MAY_CHANGE and a.get(k) != b.get(k))
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """{section: {key: default}} of all settings but the objective's: what a run counts as having that lacks them."""
+    return {name: asdict(cls()) for name, cls in SECTIONS.items()}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -230,6 +230,17 @@ def test_the_best_is_marked_with_all_that_are_not_distinguishable(tmp_path):
     assert best(mae + dino + many(tmp_path, "beit", 0.78)) == {"beit"}
 
 
+def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
+    newer = settings("mae", 1, data__permute_pixels=False)  # runs of seed 0 were made before the setting existed
+    older, other = settings("mae"), settings("mae", 2, data__permute_pixels=True)
+    folders = [tmp_path / f"mae-s{seed}" for seed in range(3)]
+    for seed, tree in enumerate((older, newer, other)):
+        write_run(folders[seed], "mae", 0.6, seed, tree)
+    together, apart = groups_of(folders)
+    assert [run.seed for run in together.runs] == [0, 1] and [run.seed for run in apart.runs] == [2]
+    assert (together.label, apart.label) == ("mae (data.permute_pixels=False)", "mae (data.permute_pixels=True)")
+
+
 def test_differences_are_paired_by_seed(tmp_path):
     a, b = many(tmp_path, "mae", 0.6), many(tmp_path, "dino", 0.5)
     test = the_test([*a, *b[1:], *controls(tmp_path)])

@@ -18,7 +18,7 @@ from eval.measure import results
 from ssl_vit import commands
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
-from ssl_vit.recipe import read_settings
+from ssl_vit.recipe import defaults, read_settings
 
 FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between runs of one recipe, besides the seed
 CONTROLS = ("autoencoder", "scratch", "positive-check", "negative-check", "control")  # roles in a study
@@ -129,10 +129,14 @@ def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list
 
 
 def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:
-    """{section.key: value} of the settings that define the recipe, without those that are null, or not yet known."""
-    flat = {"recipe": run.settings.get("recipe")}
+    """{section.key: value} of the settings that define the recipe, without those that are null.
+
+    A setting that the run lacks, as it came with a later version, counts as its default.
+    """
+    flat, filled = {"recipe": run.settings.get("recipe")}, defaults()
     for section, values in run.settings.items():
         if section not in FREE and section != "recipe":
+            values = filled.get(section, {}) | values
             flat |= {f"{section}.{key}": value for key, value in values.items() if value is not None}
     return {key: value for key, value in flat.items() if key != "train.seed" and key not in without}
 
