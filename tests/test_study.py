@@ -520,7 +520,7 @@ def test_the_plans_that_decide_have_what_the_rule_asks(name, tmp_path, monkeypat
     assert ["objective.noise_sigma" in c for c in changed] == [False, False, True]
     assert len({what["protocol"] for what in by_role["scratch"]["finetuned"]}) == 3
     assert by_role["equal-images"]["budget"] == 0.39 and by_role["equal-images"]["like"] == "mae"
-    for role in ("masking", "noise", "autoencoder"):
+    for role in ("masking", "noise"):
         [tuned] = by_role[role]["finetuned"]
         assert tuned["labels"] == [0.1] and "extra_flops" not in tuned["changed"]
     for role in ("masking", "noise", "autoencoder", "equal-images"):  # the last is read by linear probe alone

@@ -198,6 +198,14 @@ def test_noise_against_mae_at_its_thresholds(difference, lead, answer):
     assert (tuned.noise.said, tuned.noise_tuned.said) == (rule.EQUIVALENT, answer)
 
 
+def test_without_a_fine_tuned_autoencoder_noise_is_not_called_equivalent_by_fine_tuning():
+    """Nothing shows then that fine-tuning could tell objectives apart; BETTER and WORSE need no such proof."""
+    bare = [("autoencoder", PLAIN)]
+    level, better, worse = (decided({("noise", PLAIN): 60 + d}, without=bare).noise_tuned for d in (0, 2, -2))
+    assert (level.said, better.said, worse.said) == (rule.UNSIZED, rule.BETTER, rule.WORSE)
+    assert 100 * better.contrast.estimate.mean == pytest.approx(2, abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("per_image", "words"),
     [(-1.4, "per FLOP, not per image"), (3, "per FLOP, not per image"), (-1.6, "per FLOP, and per image")],

@@ -155,8 +155,10 @@ def decide(evidence: Evidence) -> Verdict:
     positive, negative = (_check(evidence, role) for role in CHECKS)
     noise, instrument = evidence.probe("noise", "masking"), evidence.probe("masking", "autoencoder")
     tuned = tuned_instrument = per_image = None
-    if all(map(evidence.is_fine_tuned, ("noise", "masking", "autoencoder"))):
-        tuned, tuned_instrument = evidence.tuned("noise", "masking"), evidence.tuned("masking", "autoencoder")
+    if all(map(evidence.is_fine_tuned, ("noise", "masking"))):
+        tuned = evidence.tuned("noise", "masking")
+        if evidence.is_fine_tuned("autoencoder"):
+            tuned_instrument = evidence.tuned("masking", "autoencoder")
     if "equal-images" in evidence.arms:
         per_image = evidence.probe("noise", "equal-images")
     asked = [c for answer in claims.values() for c in answer.conditions] + [noise, instrument]
@@ -173,15 +175,17 @@ def decide(evidence: Evidence) -> Verdict:
     if negative.contrast:
         negative.passed = negative.contrast.estimate.mean < 0
     verdict = Verdict(claims, [positive, negative], _size(noise, instrument), instrument=instrument)
-    if tuned and tuned_instrument:
+    if tuned:
         verdict.noise_tuned = _size(tuned, tuned_instrument)
     if per_image:
         verdict.noise_per_image = _size(per_image, instrument)
     return verdict
 
 
-def _size(contrast: Contrast, instrument: Contrast) -> Size:
-    return Size(str(size(contrast.estimate, could_tell(instrument.estimate))), contrast)
+def _size(contrast: Contrast, instrument: Contrast | None) -> Size:
+    """Of a contrast; without an instrument it is never EQUIVALENT."""
+    clear = np.asarray(False) if instrument is None else could_tell(instrument.estimate)
+    return Size(str(size(contrast.estimate, clear)), contrast)
 
 
 def _claims(evidence: Evidence) -> dict[str, Answer]:
