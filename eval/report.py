@@ -49,7 +49,8 @@ def main() -> None:
     study = read_study(args.study) if args.study else None
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     eval_sets = study.eval_sets if study else read_eval_sets(groups)
-    title, blocks, mains = report(groups, eval_sets, command, study)
+    dense = read_eval_sets(groups, "mIoU")
+    title, blocks, mains = report(groups, eval_sets, dense, command, study)
     old = args.output / "report.md"
     earlier = re.findall(r"^!\[.*\]\(([\w.-]+)\.svg\)$", old.read_text() if old.exists() else "", re.MULTILINE)
     drawn = charts_in(blocks)
@@ -57,7 +58,7 @@ def main() -> None:
         files.write(args.output / f"{name}.svg", svg)
     files.write(args.output / "report.md", markdown(title, blocks, args.output))
     files.write(args.output / "report.html", html(title, blocks))
-    files.write(args.output / "report.csv", tidy(eval_sets))
+    files.write(args.output / "report.csv", tidy([*eval_sets, *dense]))
     for name in set(earlier) - set(drawn):  # of an earlier report there
         (args.output / f"{name}.svg").unlink(missing_ok=True)
     for table in mains:

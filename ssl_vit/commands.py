@@ -22,6 +22,7 @@ COMMANDS = {
     "linear-probe": "eval.linear_probe",
     "finetune": "eval.finetune",
     "robustness": "eval.robustness",
+    "segmentation": "eval.segmentation",
     "difficulty": "eval.difficulty",
     "study": "eval.study",
     "report": "eval.report",

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -326,20 +325,22 @@ def test_the_configuration_is_a_setting_of_the_run():
 
 
 def test_an_unreachable_hub_is_not_waited_for(monkeypatch):
-    def refuse(*_, **__):
+    asked = []
+
+    def refuse(*address, **__):
+        asked.append(address)
         raise OSError
 
     monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sources.datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
     monkeypatch.setattr(sources.socket, "create_connection", refuse)
-    started = time.perf_counter()
     with pytest.raises(UserError, match="--data PATH"):
         load("nobody/nothing")
-    assert time.perf_counter() - started < 5
+    assert len(asked) == 1 and sources.datasets.config.HF_HUB_OFFLINE  # its client does not try again and again
 
 
-def test_twenty_thousand_files_are_listed_quickly(tmp_path, monkeypatch):
+def test_twenty_thousand_files_are_listed_without_opening_them(tmp_path, monkeypatch):
     images = [png(pixels(i)) for i in range(7)]
     for c in range(20):
         (tmp_path / "set" / "train" / f"class{c:02d}").mkdir(parents=True)
@@ -349,9 +350,7 @@ def test_twenty_thousand_files_are_listed_quickly(tmp_path, monkeypatch):
     opened = []
     real = Image.open
     monkeypatch.setattr(pixels_of.Image, "open", lambda file: opened.append(file) or real(file))
-    started = time.perf_counter()
     images = load(tmp_path / "set", cache_gb=0)
-    assert time.perf_counter() - started < 10  # half a second; the imagefolder loader took 34
     assert len(images) > 17_500 and len(images.classes) == 20 and len(opened) < 270
     monkeypatch.setattr(copies, "_end", pytest.fail)  # which of them are copies is remembered
     load(tmp_path / "set", cache_gb=0)

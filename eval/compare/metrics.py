@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 
 PRIMARY = "knn-k20"
-MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune")  # protocols, after the primary
-POOLINGS = dict(cls="class token", mean="mean of patches", concat="both", chosen="chosen on train")
+# protocols, after the primary; the last are of segmentations, which stand in tables of their own
+MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune", "segmentation")
+POOLINGS = dict(cls="class token", mean="mean of patches", concat="both", chosen="chosen on train", patches="mIoU")
 NAMES = {
     "random": "random init",
     "pixels": "raw pixels",
@@ -21,6 +22,8 @@ NAMES = {
     "logistic": "logistic regression",
     "finetune": "fine-tuned",
     "robust-": "linear, on corrupted images",
+    "segmentation-linear": "linear probe of patches",
+    "segmentation-knn-k20": "k-NN among patches (k = 20)",
 }
 
 

@@ -4,7 +4,8 @@
     [eval_set] = read_eval_sets(groups)               # groups: eval.compare.runs.group_runs
     contrast(eval_set.by_group(eval_set.primary[0]), *groups[:2])
 
-An EvalSet holds the images that rows were measured on. Rows of different eval sets are never compared.
+An EvalSet holds the images that rows were measured on, and by what: accuracy, or mIoU of segmentation. Rows of
+different eval sets are never compared.
 """
 
 import collections
@@ -15,17 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.compare import intervals
+from eval.compare import intervals, iou
 from eval.compare.metrics import MAIN, POOLINGS, PRIMARY, Metric, most
 from eval.compare.runs import Group, Run
 from eval.compare.words import floors
 from eval.measure import results
 from ssl_vit.errors import UserError
 
+ACCURACY = "accuracy"
+
 
 @dataclass
 class Scores:
-    """The scores of a group by one metric. correct (S, n): in [0, 1], the mean over the label subsets of a seed.
+    """The scores of a group by one metric. correct (S, n): in [0, 1], the mean over the label subsets of a seed; of a
+    segmentation the pseudo-values of its mIoU (eval.compare.iou).
 
     files: the predictions of each row. pool: the variance between seeds, pooled over the groups (pool_seeds).
     """
@@ -82,10 +86,15 @@ def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> interva
 
 @dataclass
 class EvalSet:
-    """The images and labels that a set of rows was measured on, and the scores of each group by each metric."""
+    """The images and labels that a set of rows was measured on, and the scores of each group by each metric.
+
+    measured: "accuracy" or "mIoU". truth: the class of each image (n,); of a segmentation the pixels of each class that
+    each image shows (n, K).
+    """
 
     data: str
     split: str
+    measured: str
     truth: np.ndarray
     first: Run  # the run that `truth` was read from, with which the others must agree
     groups: list[Group] = field(default_factory=list)
@@ -116,7 +125,9 @@ class EvalSet:
 
     @property
     def floors(self) -> str:
-        """Chance and the majority rate, in words."""
+        """Chance and the majority rate of an accuracy, in words."""
+        if self.measured != ACCURACY:
+            return ""
         return floors(self.classes, float(self.majority.correct.mean()))
 
     @property
@@ -132,7 +143,7 @@ class EvalSet:
 
     @property
     def main(self) -> list[Metric]:
-        """The primary protocol, linear probes and fine-tuning."""
+        """The primary protocol, linear probes and fine-tuning; the probes of a segmentation."""
         return self.metrics(lambda c: self.whole(c) and (c.protocol == PRIMARY or c.protocol.startswith(MAIN)))
 
     @functools.cached_property
@@ -176,20 +187,23 @@ def _alike(pixels: Metric, metric: Metric) -> bool:
     return pixels.protocol == metric.protocol and pixels.labels == metric.labels and pixels.pooling not in POOLINGS
 
 
-def read_eval_sets(groups: list[Group]) -> list[EvalSet]:
-    """The rows of all groups by the images they were measured on. Raises UserError if the images of one name differ."""
+def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSet]:
+    """The rows of all groups by the images they were measured on, those of accuracies or of segmentations ("mIoU").
+
+    Raises UserError if the images of one name differ.
+    """
     eval_sets: dict[tuple, EvalSet] = {}
     cells: dict[tuple, dict] = collections.defaultdict(dict)
     for group in groups:
         for run in group.runs:
-            for row in run.rows:
+            for row in (row for row in run.rows if row["metric"] == measured):
                 key = row["eval_data"], row["split"]
-                answers = _answers(run, row)
-                eval_set = eval_sets.setdefault(key, EvalSet(*key, answers["true"], run))
-                if not np.array_equal(eval_set.truth, answers["true"]):
+                truth, right = _answers(run, row)
+                eval_set = eval_sets.setdefault(key, EvalSet(*key, measured, truth, run))
+                if not np.array_equal(eval_set.truth, truth):
                     raise UserError(
                         f"{eval_set.first.folder} and {run.folder} were evaluated on different images of "
-                        f"{row['eval_data']} ({row['split']}; n = {len(eval_set.truth)} and {len(answers['true'])}): "
+                        f"{row['eval_data']} ({row['split']}; n = {len(eval_set.truth)} and {len(truth)}): "
                         "evaluate both on the same images."
                     )
                 eval_set.groups += [] if group in eval_set.groups else [group]
@@ -202,7 +216,7 @@ def read_eval_sets(groups: list[Group]) -> list[EvalSet]:
                         f"{twice[0]} and {twice[1]}: delete the outdated one."
                     )
                 file = run.folder / row["predictions"]
-                cell[row["subset_seed"]] = row, answers["predicted"] == answers["true"], file
+                cell[row["subset_seed"]] = row, right, file
     for (data, split, metric, group), by_seed in cells.items():
         correct = np.stack([np.mean([right for _, right, _ in cell.values()], axis=0) for cell in by_seed.values()])
         rows, _, files = zip(*(measured for cell in by_seed.values() for measured in cell.values()), strict=True)
@@ -219,12 +233,15 @@ def read_eval_sets(groups: list[Group]) -> list[EvalSet]:
     return list(eval_sets.values())
 
 
-def _answers(run: Run, row: dict) -> dict[str, np.ndarray]:
+def _answers(run: Run, row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(the truth, the scores (n,)) of a row."""
     file = run.folder / row["predictions"]
     if not file.exists():
         raise UserError(f"{file} is missing; evaluate {run.folder} again ({row['protocol']}), or delete its row.")
     with np.load(file) as stored:
-        return dict(stored)
+        if row["metric"] == ACCURACY:
+            return stored["true"], stored["predicted"] == stored["true"]
+        return stored["confusion"].sum(2), iou.pseudo_values(stored["confusion"])
 
 
 def ranked(by_group: dict[Group, Scores], controls: bool) -> list[Group]:

@@ -29,7 +29,7 @@ import io
 from eval.compare.intervals import Estimate
 from eval.compare.metrics import Metric
 from eval.compare.runs import Group
-from eval.compare.scores import EvalSet, Scores, contrast, spent_on
+from eval.compare.scores import ACCURACY, EvalSet, Scores, contrast, spent_on
 
 COLUMNS = (
     "data split n classes chance majority group recipe control protocol pooling layer labels labelled_images quantity "
@@ -47,10 +47,9 @@ def tidy(eval_sets: list[EvalSet]) -> str:
         for metric in sorted(eval_set.scores, key=lambda metric: (metric.order, str(metric.labels))):
             by_group = eval_set.by_group(metric)
             for group, scores in by_group.items():
-                own = dict(_of(eval_set, metric, group, scores), quantity="accuracy", against="")
-                writer.writerow(
-                    own | _numbers(scores.estimate) | dict(balanced_accuracy=f"{eval_set.balanced(scores):.6g}")
-                )
+                own = dict(_of(eval_set, metric, group, scores), quantity=eval_set.measured, against="")
+                balanced = f"{eval_set.balanced(scores):.6g}" if eval_set.measured == ACCURACY else ""
+                writer.writerow(own | _numbers(scores.estimate) | dict(balanced_accuracy=balanced))
                 for other in [g for g in by_group if g.control and g is not group]:
                     difference = contrast(by_group, group, other)
                     if difference is not None:
@@ -66,13 +65,15 @@ def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict
     for name, key in (("eval_flops", "eval_flops"), ("eval_images", "eval_images"), ("eval_seconds", "seconds")):
         value = spent_on(scores, key)
         costs[name] = "" if value is None else f"{value:.6g}"
+    floors = dict(chance="", majority="")
+    if eval_set.measured == ACCURACY:
+        floors = dict(chance=f"{eval_set.chance:.6g}", majority=f"{eval_set.majority.correct.mean():.6g}")
     return dict(
         data=eval_set.data,
         split=eval_set.split,
         n=len(eval_set.truth),
         classes=eval_set.classes,
-        chance=f"{eval_set.chance:.6g}",
-        majority=f"{eval_set.majority.correct.mean():.6g}",
+        **floors,
         group=group.label_in(metric),
         recipe=group.recipe,
         control=int(group.control),

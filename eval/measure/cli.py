@@ -20,8 +20,8 @@ from ssl_vit.settings import known
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The arguments that all evaluators share."""
+def parser(doc: str, labels: bool = True) -> argparse.ArgumentParser:
+    """The arguments that all evaluators share. labels: with those that choose how many labels are used."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument(
         "--backbone",
@@ -32,6 +32,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", help="a name, a folder, owner/name, or a run: its images; default: those of the first run"
     )
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: cores / local processes")
+    if not labels:
+        return parser
     parser.add_argument(
         "--labels",
         type=part,
@@ -48,7 +51,6 @@ def parser(doc: str) -> argparse.ArgumentParser:
         metavar="SEED",
         help="seeds that draw these subsets (default: 0)",
     )
-    parser.add_argument("--threads", type=positive, help="CPU threads; default: cores / local processes")
     return parser
 
 
@@ -75,7 +77,8 @@ class EvalRequest:
         elif args.data:
             config = recipes.Data(name=args.data)
         self.held_out = getattr(args, "held_out", False)
-        self.parts = [(part, seed) for part in args.labels for seed in (args.label_seeds if part else [None])]
+        asked = getattr(args, "labels", [None])
+        self.parts = [(part, seed) for part in asked for seed in (args.label_seeds if part else [None])]
         self.sources: list[features.Source] = []
         for name in args.backbone:
             source = features.open_source(name, config, size)

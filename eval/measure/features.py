@@ -27,6 +27,7 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.flops import count
 
 CONTROLS = ("pixels", "pixels-pca64")
+Vectors = Callable[["Source", Tensor, list[int]], dict[tuple[int, str], Tensor]]
 VERSION = 2  # to be raised when the code computes different features from the same weights and images
 
 
@@ -107,17 +108,25 @@ class Features:
         return {pooling: values for (b, pooling), values in self.arrays.items() if b == block}
 
 
-def extract(source: Source, images: ImageSet, state: PartialState, blocks: Sequence[int] = (-1,)) -> Features:
+def extract(
+    source: Source,
+    images: ImageSet,
+    state: PartialState,
+    blocks: Sequence[int] = (-1,),
+    vectors: Vectors | None = None,
+    view: views.Evaluation | None = None,
+) -> Features:
     """The features after these blocks. Every process computes some of the rows and returns all.
 
+    vectors: how an image becomes vectors, by default `pool`; view: what the backbone is shown, by default `view_of`.
     Raises UserError, naming the image, if a feature is not a finite number.
     """
-    view = view_of(source, images)
+    vectors, view = vectors or pool, view or view_of(source, images)
     if source.backbone is not None:
         source.backbone.to(state.device)
     blocks = sorted({block % source.depth for block in blocks})
     zero = torch.zeros(1, images.channels, *view.size, device=state.device)
-    shapes = {key: value.shape[1] for key, value in pool(source, zero, blocks).items()}
+    shapes = {key: value.shape[1] for key, value in vectors(source, zero, blocks).items()}
     flops = count(source.backbone, lambda twin: twin.features(zero.cpu())) if source.backbone else 0.0
 
     folder = source.folder / "features"
@@ -128,7 +137,7 @@ def extract(source: Source, images: ImageSet, state: PartialState, blocks: Seque
         state.wait_for_everyone()
         missing = {k: file for k, file in arrays.items() if not file.exists()}
         if missing:
-            _compute(source, images, state, view, missing, shapes)
+            _compute(source, images, state, view, vectors, missing, shapes)
     return Features({k: np.load(file, mmap_mode="r") for k, file in arrays.items()}, flops)
 
 
@@ -161,6 +170,7 @@ def _compute(
     images: ImageSet,
     state: PartialState,
     view: views.Evaluation,
+    vectors: Vectors,
     wanted: dict[tuple[int, str], Path],
     shapes: dict[tuple[int, str], int],
 ) -> None:
@@ -179,7 +189,7 @@ def _compute(
     batches = evaluation_views(images, view, state.device, torch.from_numpy(mine))
     with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
         at = mine[0] if len(mine) else 0
-        arrays_of = pooled(source, blocks)
+        arrays_of = pooled(source, blocks, vectors)
         for found in (part for batch in batches for part in arrays_of(batch)):
             count = len(next(iter(found.values())))
             for k in arrays:
@@ -242,9 +252,10 @@ def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str
     return found
 
 
-def pooled(source: Source, blocks: list[int]) -> Piecewise:
-    """pool() on parts of batches, as float32 arrays."""
-    return Piecewise(lambda part: {k: v.float().cpu().numpy() for k, v in pool(source, part, blocks).items()})
+def pooled(source: Source, blocks: list[int], vectors: Vectors | None = None) -> Piecewise:
+    """pool(), or other vectors, on parts of batches, as float32 arrays."""
+    of = vectors or pool
+    return Piecewise(lambda part: {k: v.float().cpu().numpy() for k, v in of(source, part, blocks).items()})
 
 
 def pca(train: np.ndarray, dimensions: int = 64) -> Callable[[np.ndarray], np.ndarray]:

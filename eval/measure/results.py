@@ -11,9 +11,9 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -59,6 +59,19 @@ def write(
     A row replaces an earlier one of the same identity, even if that was measured on another number of test images: the
     images of that name have changed since. images: the test images; the names of their classes and files are stored in
     one file beside the predictions."""
+    arrays = []
+    for found in predictions:
+        found = Predictions(found) if isinstance(found, np.ndarray) else found
+        stored = Stored(predicted=found.predicted.astype(np.int32), true=truth.astype(np.int32))
+        if found.p_predicted is not None and found.p_true is not None:
+            stored["p_predicted"] = found.p_predicted.astype(np.float16)
+            stored["p_true"] = found.p_true.astype(np.float16)
+        arrays.append(stored)
+    store(folder, rows, arrays, images)
+
+
+def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], images: ImageSet | None = None) -> None:
+    """`write`, with the arrays (n, …) behind each row as they are stored."""
     if images is not None:
         names = dict(images=f"predictions/images-{images.fingerprint}.json")
         about = dict(
@@ -70,19 +83,11 @@ def write(
     file = folder / "results.jsonl"
     with files.Lock(folder / ".results.lock"):
         known = {row_id(row, "n"): row for row in read(folder)}
-        for row, found in zip(rows, predictions, strict=True):
+        for row, stored in zip(rows, arrays, strict=True):
             row["predictions"] = f"predictions/{row_id(row)}.npz"
-            found = Predictions(found) if isinstance(found, np.ndarray) else found
-            arrays = Stored(
-                index=np.arange(len(truth), dtype=np.int32),
-                predicted=found.predicted.astype(np.int32),
-                true=truth.astype(np.int32),
-            )
-            if found.p_predicted is not None and found.p_true is not None:
-                arrays["p_predicted"] = found.p_predicted.astype(np.float16)
-                arrays["p_true"] = found.p_true.astype(np.float16)
+            index = np.arange(len(next(iter(stored.values()))), dtype=np.int32)
             with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
-                np.savez_compressed(stream, **arrays)
+                np.savez_compressed(stream, index=index, **stored)
             known[row_id(row, "n")] = row
         files.write(file, "".join(json.dumps(row) + "\n" for row in known.values()))
 

@@ -6,7 +6,7 @@ from eval.compare import evidence
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet
 from eval.compare.studies import StudyResults
-from eval.page import charts, mistakes, sections, study_sections, verdict_section
+from eval.page import charts, mistakes, sections, segmentation_section, study_sections, verdict_section
 from eval.page.document import (
     Block,
     Figure,
@@ -20,12 +20,16 @@ from eval.page.tables import comparisons, details, main_table
 
 
 def report(
-    groups: list[Group], eval_sets: list[EvalSet], command: str, study: StudyResults | None = None
+    groups: list[Group],
+    eval_sets: list[EvalSet],
+    dense: list[EvalSet],
+    command: str,
+    study: StudyResults | None = None,
 ) -> tuple[str, list[Block], list[Table]]:
-    """Title, content, and the main tables. study: the study whose arms the runs are."""
+    """Title, content, and the main tables. dense: the segmentations; study: the study whose arms the runs are."""
     runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
-    names = ", ".join(dict.fromkeys(eval_set.data for eval_set in eval_sets))
+    names = ", ".join(dict.fromkeys(eval_set.data for eval_set in [*eval_sets, *dense]))
     blocks: list[Block] = verdict_section.blocks(evidence.read(study)) if study and study.manifest["decides"] else []
     blocks += [Heading("All arms")] if blocks else []
     for eval_set in eval_sets:
@@ -46,8 +50,11 @@ def report(
             + charts.by_block(eval_set, suffix)
         )
         blocks += sections.robustness(eval_set, suffix) + sections.rates(eval_set) + mistakes.by_class(eval_set, suffix)
+    for eval_set in dense:
+        found, main = segmentation_section.blocks(eval_set)
+        blocks, mains = blocks + found, [*mains, main]
     blocks += sections.difficulty(groups) + (study_sections.trials(study) if study else [])
-    blocks += charts.curves(groups) + gallery(groups) + provenance(runs, eval_sets, command)
+    blocks += charts.curves(groups) + gallery(groups) + provenance(runs, [*eval_sets, *dense], command)
     kind = "arm" if study else "recipe"
     what = f"{recipes} {kind}{'s' * (recipes > 1)} compared" if recipes else "Controls"
     return f"{what} on {names}", blocks, mains

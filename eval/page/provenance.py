@@ -24,6 +24,12 @@ DEFINITIONS = {
     "linear-dino": "A linear classifier on frozen features, trained as in the DINO paper.",
     "logistic": "Logistic regression on frozen features; its regularisation is chosen on a held-out slice of train.",
     "robust-": "The linear probe, trained on clean features, on corrupted test images.",
+    "segmentation-linear": "A linear layer on the patch features of whole images, fitted by L-BFGS to the fractions of "
+    "the classes in each patch; its penalty is chosen on a held-out tenth of train. Scores are resized to the mask "
+    "(bilinear). The mIoU is the mean over the classes of intersection over union, of the pixels of all test images; "
+    "its intervals are by the jackknife over images.",
+    "segmentation-knn-k20": "The fractions of the classes in the 20 most similar patches of training images (centred "
+    "cosine), weighted by exp(similarity / 0.07); 50,000 patches at most are searched.",
     "finetune": "All weights are trained further, with labels. For the random initialisation, this is training from "
     "scratch. A code after the name stands for other settings; different settings never share a column.",
 }

@@ -3,10 +3,10 @@
 Sets whose images share one size and fit `data.cache_gb` are decoded once into a uint8 tensor that is kept on disk,
 lives on the device and is indexed there. Others are decoded, and cropped from the original, by worker processes.
 
-    pixels ← decoding ← copies ← folders ← sources ← image_set ← batches
+    pixels ← decoding ← masks ← copies ← folders ← sources ← image_set ← batches
 
 pixels defines how a stored image becomes uint8. folders and copies make sure that every image counts once and in one
-split. ledger keeps what was found, used and left out, and why.
+split. masks finds the classes of pixels, for segmentation. ledger keeps what was found, used and left out, and why.
 """
 
 from ssl_vit.data.batches import Chunk, chunks, evaluation_views

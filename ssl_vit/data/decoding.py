@@ -38,6 +38,11 @@ class Reader:
 
     def __call__(self, i: int) -> Stored:
         """Raises UserError, naming the image."""
+        where, source = self.source(i)
+        return pixels.look(where, source, self.layout, self.pages)
+
+    def source(self, i: int) -> tuple[str, bytes | str | np.ndarray]:
+        """(the name of row i in messages; its bytes, its file, or its array). Raises UserError, naming the image."""
         row = self.rows[i]
         cell = row[self.column]
         if isinstance(cell, bytes):
@@ -55,7 +60,7 @@ class Reader:
                 source = np.asarray(cell, dtype=_dtype(self.rows.features[self.column]))
             except (TypeError, ValueError):  # lists of several lengths
                 source = np.empty(0)
-        return pixels.look(where, source, self.layout, self.pages)
+        return where, source
 
     def _find(self, where: str, path: str) -> str:
         """The file of a cell: as it stands, or beside the table."""

@@ -4,6 +4,7 @@
   the splits (as archives unpack) is that folder.
 - Links: a folder or file that is reached twice, by links or hard links, counts once: at its real place if that is
   under the folder.
+- Masks: files in masks/ beside images/ are the classes of those images' pixels, and no images (masks.take).
 - Copies: files with the same bytes stay in their split, as published sets have them, but leave the training split where
   another split has them too, and are held out together.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import datasets
 
-from ssl_vit.data import copies
+from ssl_vit.data import copies, masks
 from ssl_vit.data.decoding import FILE, FIRST
 from ssl_vit.data.pixels import SUFFIXES
 from ssl_vit.errors import UserError, listed, say_once
@@ -121,6 +122,7 @@ def splits(
             f"No images found under {root}: looked for {', '.join(sorted(SUFFIXES))} and *.parquet"
             + (f"; there are {counts(found.others)}." if found.others else ".")
         )
+    found.images, mask_of, unmatched = masks.take(root, found.images)
     root, paths, names = _descend(
         root, [Path(file.path).relative_to(root).parts for file in found.images], train, report
     )
@@ -135,7 +137,7 @@ def splits(
             members[parts[0] if names else "train"].append(i)
     if beside or loose:
         _say_left_out(root, names, {top: len(members[top]) for top in beside}, loose)
-    left_out = dict(beside_splits=sum(len(members[top]) for top in beside) + loose)
+    left_out = dict(beside_splits=sum(len(members[top]) for top in beside) + loose, masks_without_image=unmatched)
     own = train or next((s for kind in SPLITS["train"] for s in names if s.lower() == kind), None)
     judged = [name for name in names if name != own and name.lower() not in SPLITS["train"]]
     firsts = _once(found, members, own, judged, left_out)
@@ -155,6 +157,9 @@ def splits(
         if any(i in firsts for i in chosen):
             columns[FIRST] = [os.path.join(*inner[firsts.get(i, i)]) for i in chosen]
             features[FIRST] = datasets.Value("string")
+        if mask_of:
+            columns["mask"] = [mask_of.get(found.images[i].path) for i in chosen]
+            features["mask"] = datasets.Image(decode=False)
         if several and None not in classes[split]:
             # with all names of the split, so that a held-out tenth of it has no class that the rest does not know
             columns["label"] = classes[split]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_vit import recipe as recipes
 from ssl_vit import subsets
-from ssl_vit.data import decoding, ledger
+from ssl_vit.data import decoding, ledger, masks
 from ssl_vit.data.pixels import Rules
 from ssl_vit.data.sources import Rows, labels_of, place, rows_of
 from ssl_vit.errors import UserError, say_once
@@ -40,6 +40,7 @@ class ImageSet:
     images: Tensor | None = None
     photo: Callable[[int], Tensor] | None = None
     flip: bool = True
+    masks: Callable[[int], Tensor] | None = None  # i → the class of each pixel of image i, uint8 (H, W)
     names: Callable[[], list[str]] | None = None  # the files' paths under the split, in order, if they are files
     range: tuple[float, float] | None = None  # black and white of values deeper than 8 bits
     ledger: dict = dataclasses.field(default_factory=dict)  # what was found, used and left out, and why
@@ -64,6 +65,7 @@ class ImageSet:
             count=len(chosen),
             images=None if self.images is None else self.images[chosen],
             photo=self.photo and functools.partial(decoding.photo, self.photo, chosen),
+            masks=self.masks and functools.partial(decoding.photo, self.masks, chosen),
             names=self.names and functools.partial(_names, self.names, chosen),
         )
 
@@ -187,6 +189,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     if labels is not None and not bool((labels >= 0).any()):
         labels, classes = None, None
     count = len(rows) if kept is None else len(kept)
+    mask_of = masks.reader(rows, found.folders)
     used = rules if look.deep else Rules(channels, None, config.background)
     entry = ledger.entry(title, found.ledger, seen, size, count, broken, labels, classes, used, span, clipped)
     ledger.tell(entry)
@@ -204,6 +207,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
         if images is None
         else None,
         flip=found.flip,
+        masks=mask_of and functools.partial(decoding.photo, mask_of, kept),
         names=functools.partial(_names, functools.partial(rows.__getitem__, decoding.FILE), kept)
         if decoding.FILE in rows.column_names
         else None,

@@ -109,8 +109,9 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     if label is None:
         for column in (c for c in LABEL_COLUMNS if c in columns):
             say_once(f"Column {column!r} of {config.name} is not read as labels: it holds {_no_class(rows, column)}.")
-    if isinstance(rows.features[image], datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
+    for name, feature in rows.features.items():  # of images and masks
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
     return Rows(rows, split, known(image), label, flip, lookup, files, ledger)
 
 

@@ -4,12 +4,14 @@ timm's own checkpoint filters do the renaming where they know a layout. Here sta
 is, which tensors are left behind, and the arguments that build the model. docs/weights.md has the table.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.beit import Beit
 
 from ssl_vit.backbones import sincos_positions
 from ssl_vit.errors import UserError
@@ -153,10 +155,11 @@ def _beit(contents: Contents, layout: Layout, source: Source) -> Plan:
         init_values=1e-5 if "blocks.0.gamma_1" in tensors else 0,  # timm takes None for the model's own
         use_abs_pos_emb="pos_embed" in tensors,
         use_rel_pos_bias=table is not None,
-        use_fc_norm="fc_norm.weight" in tensors,
         global_pool=source.option("global_pool", "avg" if "fc_norm.weight" in tensors else "token"),
         num_classes=tensors["head.weight"].shape[0] if "head.weight" in tensors else 0,
     )
+    if "use_fc_norm" in inspect.signature(Beit.__init__).parameters:  # older versions of timm decide by the pooling
+        args["use_fc_norm"] = "fc_norm.weight" in tensors
     architecture = named("beit_{size}_patch{patch}_224", "beit_base_patch16_224", shape)
     seen = view(ask, published)
     ask.refuse(architecture)

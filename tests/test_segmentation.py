@@ -1,0 +1,346 @@
+"""Segmentation: masks as they are stored, the probes, mIoU and its intervals."""
+
+import csv
+import io
+import shutil
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, jaccard_score
+from test_loop import TINY
+
+from eval import report as reports
+from eval import segmentation
+from eval.compare import intervals, iou
+from eval.compare.runs import group_runs, read_run
+from eval.compare.scores import read_eval_sets
+from eval.measure import dense, dense_sets, features, results
+from ssl_vit import data, pretrain
+from ssl_vit import recipe as recipes
+from ssl_vit.data import masks
+from ssl_vit.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def png(values, mode=None):
+    stream = io.BytesIO()
+    image = Image.fromarray(values)
+    if mode == "P":
+        image = image.convert("L")
+        image.putpalette([c for i in range(256) for c in ((37 * i) % 256, (91 * i) % 256, i)])
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def scene(size=(12, 16), seed=0):
+    """(an image whose left and right part differ in colour, its mask: 0 on the left, 1 on the right)"""
+    rng = np.random.default_rng(seed)
+    at = rng.integers(4, size[1] - 4)
+    mask = np.zeros(size, np.uint8)
+    mask[:, at:] = 1
+    image = np.where(mask[..., None] == 1, [200, 60, 30], [20, 90, 200]) + rng.integers(-140, 141, (*size, 3))
+    return image.clip(0, 255).astype(np.uint8), mask
+
+
+def parquet(folder, change=lambda split, i, mask: mask, count=(12, 4), mode=None):
+    for number, split in enumerate(("train", "test")):
+        pairs = [scene(seed=100 * number + i) for i in range(count[number])]
+        cells = dict(
+            image=[dict(bytes=png(image), path=None) for image, _ in pairs],
+            mask=[dict(bytes=png(change(split, i, mask), mode), path=None) for i, (_, mask) in enumerate(pairs)],
+        )
+        kinds = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(cells, features=kinds).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+def both(folder):
+    config = recipes.Data(name=str(folder))
+    return data.load(config, "train"), data.load(config, "report")
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [None, "P"])
+def test_masks_are_read_as_indices_not_as_colours(tmp_path, mode):
+    train, test = both(parquet(tmp_path / "set", mode=mode))
+    assert len(train) == 12 and train.labels is None
+    for i in range(len(test)):
+        assert torch.equal(test.masks(i), torch.from_numpy(scene(seed=100 + i)[1]))
+    assert torch.equal(train.part(torch.tensor([5, 2])).masks(1), train.masks(2))
+
+
+@pytest.mark.parametrize("inner", ["{split}/{kind}", "{kind}/{split}"])
+def test_a_folder_of_masks_beside_the_images_holds_masks_and_no_images(tmp_path, inner):
+    for number, split in enumerate(("train", "test")):
+        for i in range(3):
+            image, mask = scene(seed=10 * number + i)
+            for kind, values, end in (("images", image, ""), ("masks", mask, "_mask")):
+                folder = tmp_path / inner.format(split=split, kind=kind)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(folder / f"scene{i}{end}.png")
+    (tmp_path / "train" / "masks" if inner[1] == "s" else tmp_path / "masks" / "train").joinpath(
+        "stray.png"
+    ).write_bytes(png(scene(seed=77)[1]))
+    train, test = both(tmp_path)
+    assert len(train) == len(test) == 3 and train.labels is None
+    assert [torch.equal(test.masks(i), torch.from_numpy(scene(seed=10 + i)[1])) for i in range(3)] == [True] * 3
+    assert train.ledger["found"]["left_out"]["masks_without_image"] == 1
+
+
+def test_a_class_called_masks_stays_a_class(tmp_path):
+    for number, kind in enumerate(("helmets", "masks")):
+        for i in range(4):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(scene(seed=10 * number + i)[0]).save(tmp_path / kind / f"{i}.png")
+    images = data.load(recipes.Data(name=str(tmp_path)), "train")
+    assert images.masks is None and images.classes == ["helmets", "masks"]
+
+
+def test_masks_that_are_no_classes_are_refused():
+    grey, colour = np.full((4, 5), 3, np.uint8), RNG.integers(0, 255, (4, 5, 3)).astype(np.uint8)
+    assert masks.of(png(grey), "a.png").tolist() == grey.tolist()
+    assert masks.of(png(np.repeat(grey[..., None], 3, 2)), "a.png").tolist() == grey.tolist()
+    assert masks.of(np.array([[0, 7]]), "a.png").tolist() == [[0, 7]]
+    for wrong, words in (
+        (png(colour), "The mask of a.png does not hold the class of each pixel but colours"),
+        (np.array([[0.5]]), "but float64 of shape"),
+        (np.array([[300]]), "classes from 300 to 300: 0 to 255"),
+        (b"no image", "The mask of a.png cannot be read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            masks.of(wrong, "a.png")
+
+
+def test_classes_are_those_of_training_and_the_ignored_do_not_count(tmp_path, capsys):
+    def change(split, i, mask):
+        mask = mask * 4 + 1  # classes 1 and 5
+        mask[0] = 255
+        mask[1] = 7
+        return mask
+
+    folder = parquet(tmp_path / "set", change)
+    train, test = both(folder)
+    (found, of_test), names, classes = dense_sets.masks_of(str(folder), train, test, [7])
+    assert (names, classes) == (["1", "5"], 2)
+    expected = scene(seed=103)[1].copy()
+    expected[:2] = dense.IGNORED
+    assert np.array_equal(of_test[3], expected) and len(found) == 12
+    (folder / "classes.txt").write_text("a\nb\nc\nd\ne\nf\ng\nunlabelled\n")
+    assert dense_sets.masks_of(str(folder), train, test, [])[1:] == (["b", "f"], 2)
+    assert "Pixels of 'unlabelled' do not count" in capsys.readouterr().out
+    (folder / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match="have a class 7, and classes.txt names 2"):
+        dense_sets.masks_of(str(folder), train, test, [])
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path):
+    stranger = parquet(tmp_path / "stranger", lambda split, i, mask: mask + 9 * (split == "test" and i == 2))
+    with pytest.raises(UserError, match="that those of the training images lack: 9, 10.*--ignore 9 10"):
+        dense_sets.masks_of(str(stranger), *both(stranger), [])
+    size = parquet(tmp_path / "size", lambda split, i, mask: mask[:-1] if i == 2 else mask)
+    with pytest.raises(UserError, match="The mask of image row 2 of size .train. is 11x16, and the image 12x16"):
+        dense_sets.masks_of(str(size), *both(size), [])
+    one = parquet(tmp_path / "one", lambda split, i, mask: mask * 0)
+    with pytest.raises(UserError, match="fewer than two classes"):
+        dense_sets.masks_of(str(one), *both(one), [])
+    bare = [data.load(recipes.Data(name="digits"), role) for role in ("train", "report")]
+    assert dense_sets.masks_of("digits", *bare, [])[2] == 11
+    for images in bare:
+        images.name = "others"
+    with pytest.raises(UserError, match="others .train. has no masks"):
+        dense_sets.masks_of("others", *bare, [])
+
+
+# -- probes and figures -----------------------------------------------------------------------------------------------
+
+
+def test_fractions_share_pixels_between_patches():
+    mask = np.array([[0, 0, 1], [0, 1, 1], [2, 2, dense.IGNORED]], np.uint8)
+    found = dense.fractions(mask, (2, 2), 3).reshape(2, 2, 3)
+    # a patch is 1.5 pixels a side: whole, half and quarter pixels, of 2.25 in all
+    assert found[0, 0] == pytest.approx(np.array([1 + 0.5 + 0.5, 0.25, 0]) / 2.25)
+    assert found[1, 1] == pytest.approx(np.array([0, 0.25 + 0.5, 0.5]) / 2.25)
+    whole = dense.fractions(mask, (3, 3), 3)
+    assert whole.argmax(1)[:8].tolist() == mask.flatten()[:8].tolist() and whole[8].tolist() == [0, 0, 0]
+
+
+def test_miou_is_that_of_scikit_learn():
+    truth, predicted = (
+        RNG.integers(0, 4, (6, 20, 30)).astype(np.uint8),
+        RNG.integers(0, 4, (6, 20, 30)).astype(np.uint8),
+    )
+    predicted[predicted == 3] = truth[predicted == 3]
+    truth[0, :5] = dense.IGNORED
+    counts = np.stack([dense.confusion(p, t, 4) for p, t in zip(predicted, truth, strict=True)])
+    there = truth != dense.IGNORED
+    assert np.array_equal(counts.sum(0), confusion_matrix(truth[there], predicted[there]))
+    assert dense.miou(counts) == pytest.approx(jaccard_score(truth[there], predicted[there], average="macro"))
+    absent = np.zeros((1, 3, 3), int)
+    absent[0, 0, 0] = absent[0, 1, 0] = 1
+    assert dense.ious(absent[0])[:2].tolist() == [0.5, 0] and np.isnan(dense.ious(absent[0])[2])
+    assert dense.miou(absent) == 0.25
+
+
+def test_scores_are_resized_and_a_pixel_takes_the_highest():
+    scores = np.zeros((1, 2, 2))
+    scores[0, 0, 0] = scores[0, 1, 1] = 1
+    assert dense.segment(scores, (1, 4)).tolist() == [[0, 0, 1, 1]]
+
+
+def halves(n=60, grid=(2, 3), seed=0):
+    """Patches of two classes whose features overlap a little, with masks of whole patches."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 2, (n, *grid))
+    features = rng.normal(size=(n, *grid, 4)) + 1.2 * truth[..., None]
+    shown = [np.kron(t, np.ones((4, 4))).astype(np.uint8) for t in truth]
+    return dense.Patches(features.astype(np.float32), shown, 2)
+
+
+def test_the_linear_probe_is_logistic_regression_on_patches():
+    train, test = halves(), halves(seed=1)
+    penalty = 1e-2
+    features, shares = train.labelled
+    mean, std = features.mean(0), features.std(0)
+    # scikit-learn sums the loss, and halves the squared norm of its one difference of weights w1 − w0 = 2·w1
+    model = LogisticRegression(C=1 / (penalty * len(features)), tol=1e-8).fit(
+        (features - mean) / std, shares[:, 1] > 0.5
+    )
+    expected = model.decision_function(((test.features - mean) / std).reshape(-1, 4))
+    found = dense.linear(train, penalty)(test.features)
+    assert (found[..., 1] - found[..., 0]).flatten() == pytest.approx(expected, abs=2e-3)
+
+
+def test_patches_without_pixels_that_count_are_not_fitted():
+    train = halves()
+    spoilt = [mask.copy() for mask in train.masks]
+    features = train.features.copy()
+    for i in range(0, 60, 2):
+        spoilt[i][:4, :4] = dense.IGNORED
+        features[i, 0, 0] = 1e6
+    wise = dense.linear(dense.Patches(features, spoilt, 2), 1e-3)
+    assert dense.miou(dense.confusions(halves(seed=1), wise)) > 0.7
+
+
+def test_nearest_votes_by_the_fractions_of_similar_patches():
+    features = np.zeros((1, 1, 4, 2), np.float32)
+    features[0, 0] = [[1, 0], [0.9, 0.1], [-1, 0.2], [-0.9, -0.1]]
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1]], np.uint8)  # the second patch is half of each
+    scores = dense.nearest(dense.Patches(features, [mask], 2), k=2)(features[:, :, :1])
+    bank = features[0, 0] - features[0, 0].mean(0)
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    weight = np.exp(((bank @ bank[0])[:2] - 1) / dense.TEMPERATURE)
+    assert scores[0, 0, 0] == pytest.approx((weight / weight.sum()) @ [[1, 0], [0.5, 0.5]], abs=1e-5)
+
+
+def test_intervals_by_pseudo_values_cover_as_a_bootstrap_does():
+    rng = np.random.default_rng(3)
+    sure = rng.beta(6, 3, (80, 1, 1))
+    truth = rng.integers(0, 3, (80, 30, 30))
+    predicted = np.where(rng.random((80, 30, 30)) < sure, truth, rng.integers(0, 3, (80, 30, 30)))
+    counts = np.stack([dense.confusion(p, t, 3) for p, t in zip(predicted, truth, strict=True)])
+    values = iou.pseudo_values(counts)
+    assert values.mean() == pytest.approx(dense.miou(counts), abs=1e-12)
+    drawn = [dense.miou(counts[rng.integers(0, 80, 80)]) for _ in range(2000)]
+    assert intervals.interval(values[None]).se_images == pytest.approx(np.std(drawn), rel=0.1)
+
+
+def test_a_class_of_one_image_keeps_its_iou_when_that_is_left_out():
+    counts = np.zeros((3, 2, 2), int)
+    counts[:, 0, 0] = 10
+    counts[0, 1] = [2, 2]
+    assert np.isfinite(iou.pseudo_values(counts)).all()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with the runs of two seeds and raw pixels, all evaluated on scenes of two parts."""
+    folder = tmp_path_factory.mktemp("measured")
+    scenes = parquet(folder / "scenes", lambda split, i, mask: np.vstack([mask[:1] * 0 + 9, mask[1:]]), (20, 8))
+    (folder / "scenes" / "classes.txt").write_text("left\nright" + "\nunused" * 7 + "\nvoid\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for seed in (0, 1):
+            settings = [*TINY, *SMALL["mae"], "data.img_size=[12,16]", "train.steps=2", f"train.seed={seed}"]
+            recipe = pretrain.read("mae", settings, str(scenes))
+            assert pretrain.pretrain(recipe, folder / "runs" / f"mae-s{seed}") == 0
+        words = ["--backbone", "runs/mae-s0", "runs/mae-s1", "pixels", "--data", "./scenes", "--threads", "1"]
+        patch.setattr(sys, "argv", ["segmentation.py", *words])
+        segmentation.main()
+    return folder
+
+
+def test_rows_hold_what_the_probes_get_right(measured):
+    rows = results.read(measured / "runs" / "mae-s0")
+    assert [row["protocol"] for row in rows] == ["segmentation-linear", "segmentation-knn-k20"]
+    for row in rows:
+        assert (row["metric"], row["classes"], row["class_names"]) == ("mIoU", 2, ["left", "right"])
+        assert (row["n"], row["train_n"], row["eval_images"], row["split"]) == (8, 20, 28, "test")
+        counts = np.load(measured / "runs" / "mae-s0" / row["predictions"])["confusion"]
+        assert counts.shape == (8, 2, 2) and counts.sum((1, 2)).tolist() == [11 * 16] * 8  # a row of each is void
+        shown = [(scene(seed=100 + i)[1][1:] == 1).sum() for i in range(8)]
+        assert counts[:, 1].sum(1).tolist() == shown
+        assert row["miou"] == pytest.approx(dense.miou(counts)) == pytest.approx(np.mean(row["iou"]), abs=1e-6)
+        assert row["pixel_accuracy"] == pytest.approx(np.trace(counts.sum(0)) / counts.sum())
+    pixels = results.read(measured / "runs" / "pixels-scenes")
+    assert pixels[0]["recipe"] == "pixels" and pixels[0]["grid"] == [12, 16] and 0.5 < pixels[0]["miou"] < 0.999
+    tried = rows[0]["settings"]["tried"]
+    assert set(tried) == {f"{p:g}" for p in dense.PENALTIES}
+    assert tried[f"{rows[0]['settings']['penalty']:g}"] == max(tried.values())
+    assert Image.open(measured / "runs" / "mae-s0" / "pictures" / "scenes-segmentation.png").size[0] > 4 * 160
+
+
+def test_the_penalty_is_chosen_without_the_images_it_is_chosen_on(measured, monkeypatch):
+    train = halves(n=40)
+    fitted = []
+    real = dense.linear
+    monkeypatch.setattr(dense, "linear", lambda part, penalty: fitted.append(len(part)) or real(part, penalty))
+    segmentation.linear(train)
+    assert fitted == [36] * len(dense.PENALTIES) + [40]
+
+
+def test_the_report_has_a_section_for_it_and_no_accuracy_of_it(measured, monkeypatch):
+    monkeypatch.chdir(measured)
+    monkeypatch.setattr(sys, "argv", ["report.py", "runs/mae-s0", "runs/mae-s1", "runs/pixels-scenes"])
+    reports.main()
+    text = (measured / "runs" / "report" / "report.md").read_text()
+    assert "## Segmentation: scenes (test)" in text and "## Accuracy" not in text and "Chance" not in text
+    rows = [results.read(measured / "runs" / f"mae-s{seed}")[0] for seed in (0, 1)]
+    found = list(csv.DictReader((measured / "runs" / "report" / "report.csv").open()))
+    [own] = [r for r in found if r["group"] == "mae" and r["protocol"] == "segmentation-linear" and not r["against"]]
+    assert own["quantity"] == "mIoU" and (own["chance"], own["balanced_accuracy"]) == ("", "")
+    assert float(own["mean"]) == pytest.approx(np.mean([row["miou"] for row in rows]), abs=1e-5)
+    page = (measured / "runs" / "report" / "report.html").read_text()
+    nearest = [results.read(measured / "runs" / f"mae-s{seed}")[1] for seed in (0, 1)]  # the first table
+    of_left = f"{100 * np.mean([row['iou'][0] for row in nearest]):.1f}"
+    assert of_left in page.partition("Intersection over union of each class")[2].partition("right")[0]
+
+
+def test_masks_of_another_evaluation_are_not_compared(measured, tmp_path):
+    copies = [tmp_path / name for name in ("a", "b")]
+    for seed, folder in enumerate(copies):
+        shutil.copytree(measured / "runs" / f"mae-s{seed}", folder)
+    file = copies[1] / results.read(copies[1])[0]["predictions"]
+    stored = dict(np.load(file))
+    stored["confusion"][0, 0, 0] += 1
+    np.savez(file, **stored)
+    with pytest.raises(UserError, match="were evaluated on different images of scenes"):
+        read_eval_sets(group_runs([read_run(folder) for folder in copies]), "mIoU")
+
+
+def test_permuted_pixels_are_refused(measured):
+    source = features.Source("run", measured, dict(data=dict(permute_pixels=True)), None, None)
+    with pytest.raises(UserError, match="trained on permuted pixels"):
+        dense_sets.load(recipes.Data(name=str(measured / "scenes")), 3, source)
