@@ -248,6 +248,7 @@ def test_intervals_by_pseudo_values_cover_as_a_bootstrap_does():
     truth = rng.integers(0, 3, (80, 30, 30))
     predicted = np.where(rng.random((80, 30, 30)) < sure, truth, rng.integers(0, 3, (80, 30, 30)))
     counts = np.stack([dense.confusion(p, t, 3) for p, t in zip(predicted, truth, strict=True)])
+    counts *= rng.integers(1, 30, (80, 1, 1)) ** 2  # images of many sizes: one by one they would count alike
     values = iou.pseudo_values(counts)
     assert values.mean() == pytest.approx(dense.miou(counts), abs=1e-12)
     drawn = [dense.miou(counts[rng.integers(0, 80, 80)]) for _ in range(2000)]
