@@ -16,7 +16,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import flops, monitor
+from ssl_vit import batch_norm, flops, monitor, recomputation
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, say
@@ -129,12 +129,14 @@ class Engine:
         self.index, self.first = accelerator.process_index, accelerator.is_main_process
         self.kind = kind(recipe, accelerator)
         self.model: nn.Module = objective
-        self._copy: Objective | None = None
+        self._copy = copy.deepcopy(objective).cpu() if self.kind == "fsdp2" and self.first else None
+        if recipe.runtime.activation_checkpointing:
+            recomputation.recompute(blocks(objective))
         if self.kind == "ddp":
             self.model = replicate(accelerator, objective, len(objective.backbone.mean))
         elif self.kind == "fsdp2":
-            self._copy = copy.deepcopy(objective).cpu() if self.first else None
             shard(objective, self.device)
+        self._batch_norms = batch_norm.shareable(objective) if self.processes > 1 else []
         # flags travel here: on the device's own group they would wait for what the device computes
         self._flags: dist.ProcessGroup | None = None
         if self.processes > 1:
@@ -148,15 +150,22 @@ class Engine:
         """Around the forward and backward pass of a micro-batch: gradients are averaged over processes in the last."""
         if self.kind == "fsdp2":
             self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]  # of FSDPModule
-        if self.kind == "ddp" and not last:
-            with self.accelerator.no_sync(self.model):
-                yield
-        else:
+        with batch_norm.shared(self._batch_norms, self.gather), nullcontext() if last else self.apart():
             yield
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Around a forward and backward pass in which replicas exchange nothing."""
+        return self.accelerator.no_sync(self.model) if self.kind == "ddp" else nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes."""
         return self.accelerator.reduce(tensor, "sum") if self.processes > 1 else tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of each process → (processes, …) on all of them, with gradients."""
+        blank = torch.zeros_like(tensor)
+        parts = [tensor if process == self.index else blank for process in range(self.processes)]
+        return Sum.apply(torch.stack(parts))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
@@ -232,6 +241,20 @@ class Engine:
         return value
 
 
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes; of its gradients too, as each process has a part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return Sum.forward(ctx, gradient)
+
+
 def kind(recipe: recipes.Recipe, accelerator: Accelerator) -> Kind:
     """How the objective lies on the devices: one process has nothing to share."""
     if accelerator.num_processes == 1:
@@ -262,10 +285,14 @@ def unused(objective: Objective, channels: int) -> list[str]:
 def shard(objective: Objective, device: torch.device) -> None:
     """Shard the objective over the processes, in place: each transformer block gathers its own weights when it runs."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for name, module in objective.named_modules():
-        if re.search(r"(^|\.)blocks\.\d+$", name):
-            fully_shard(module, mesh=mesh)
+    for block in blocks(objective):
+        fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
+
+
+def blocks(objective: Objective) -> list[nn.Module]:
+    """The transformer blocks of backbone, teacher and decoder."""
+    return [module for name, module in objective.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)]
 
 
 def like(value: Any, own: Any) -> Any:

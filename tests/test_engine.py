@@ -23,6 +23,7 @@ STEPS = ["train.steps=6", "monitor.knn_every=3", "runtime.keep_every=3"]
 TASKS = ["mae", *SMALL["mae"]], ["dino", *SMALL["dino"]], ["supervised"]
 RECIPES = {  # name: (recipe, its settings)
     **{name: (name, []) for name in SMALL},
+    "recomputed": ("dino", [*SMALL["dino"], "backbone.drop_path_rate=0.3", "runtime.activation_checkpointing=true"]),
     "features": ("mae", ["objective.target=features"]),
     "clipped": ("mae", ["optim.clip_grad=0.5", "optim.clip_mode=global", "optim.layer_decay=0.7"]),
     "clipped each": ("dino", ["optim.clip_grad=0.05", "optim.clip_mode=parameter"]),
