@@ -11,11 +11,13 @@ holds a part of the weights, gradients and optimizer state. One process works on
 
 import copy
 import os
+import platform
 import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,16 +25,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import batch_norm, flops, monitor, recomputation
+from ssl_vit import batch_norm, checkpoint, flops, monitor, recomputation, shards
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
-from ssl_vit.errors import UserError, say
+from ssl_vit.errors import UserError, listed, say
 from ssl_vit.objectives.base import Objective
 
 Kind = Literal["plain", "ddp", "fsdp2"]
@@ -98,6 +100,17 @@ def resolve_precision(recipe: recipes.Recipe) -> None:
         recipe.train.precision = "bf16" if able else "fp32"
 
 
+def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:
+    """Raises UserError on a process that has another value of a fact than the first one. facts: {what it is of: it}."""
+    [first] = broadcast_object_list([facts])
+    different = [what for what, value in facts.items() if first[what] != value]
+    if different:
+        raise UserError(
+            f"Process {accelerator.process_index}, on {platform.node()}, has other {listed(different)} than the first "
+            "process: give all machines the same."
+        )
+
+
 def told_to_use_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return told("ACCELERATE_USE_CPU")
@@ -138,12 +151,11 @@ class Engine:
             shard(objective, self.device)
         self._batch_norms = batch_norm.shareable(objective) if self.processes > 1 else []
         # flags travel here: on the device's own group they would wait for what the device computes
-        self._flags: dist.ProcessGroup | None = None
-        if self.processes > 1:
-            group = dist.new_group(backend="gloo")
-            assert isinstance(group, dist.ProcessGroup)
-            self._flags = group
+        self._flags = gloo_group() if self.processes > 1 else None
         self._asked: tuple[Tensor, dist.Work] | None = None
+        # and checkpoints here, beside training
+        self._parts = gloo_group() if self.processes > 1 else None
+        self._background = ThreadPoolExecutor(1)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -196,15 +208,35 @@ class Engine:
         stop, save = flags.tolist()
         return Asked(bool(stop), bool(save))
 
-    # -- whole, as one process holds it -------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state of training as one process would have it, which any number of processes can load; whole on the
-        first process alone."""
-        return self._gathered(dict(objective=self.objective.state_dict(), optimizer=optimizer.state_dict()))
+    def save(self, run: checkpoint.Run, step: int, optimizer: torch.optim.Optimizer) -> "Future[None] | None":
+        """Write the state after `step` steps; of several processes in the background, which the Future waits for.
 
-    def load(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """Raises RuntimeError, ValueError or KeyError if it is of another model."""
+        Raises UserError if it cannot be written, here or through the Future.
+        """
+        if self._parts is None:
+            with run.saving(step, ".pt") as partial, open(partial, "wb") as stream:
+                torch.save(dict(objective=self.objective.state_dict(), optimizer=optimizer.state_dict()), stream)
+            return None
+        tensors: shards.Tensors = {f"objective.{key}": value for key, value in self.objective.state_dict().items()}
+        for place, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{key}": value for key, value in entry.items()}
+        share = shards.share(tensors, self.index, self.processes)
+        return self._background.submit(self._write, self._parts, run, step, share)
+
+    def _write(self, group: dist.ProcessGroup, run: checkpoint.Run, step: int, share: shards.Tensors) -> None:
+        with run.saving(step) if self.first else run.helping(step) as partial:
+            shards.write(partial, share, group)
+
+    def load(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
+        """Read a checkpoint of any number of processes. Raises UserError if it is damaged; RuntimeError, ValueError or
+        KeyError if it is of another model."""
+        if path.is_dir():
+            self._load_parts(path, optimizer)
+            return
+        with checkpoint.reading(path):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=self.kind == "fsdp2")
         weights, moments = state["objective"], state["optimizer"]
         if self.kind == "fsdp2":
             own = self.objective.state_dict()
@@ -216,6 +248,29 @@ class Engine:
             }
         self.objective.load_state_dict(weights)
         optimizer.load_state_dict(moments)
+
+    def _load_parts(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        """From a folder: each process reads its parts alone."""
+        with checkpoint.reading(folder):
+            sizes = shards.sizes(folder)
+        tensors: shards.Tensors = {f"objective.{key}": value for key, value in self.objective.state_dict().items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name in sizes.keys() - tensors.keys():
+            part, place, key = name.split(".", 2)
+            if part != "optimizer" or int(place) >= len(parameters):
+                raise KeyError(name)
+            own, size = parameters[int(place)], sizes[name]
+            tensors[name] = torch.empty_like(own) if own.shape == size else torch.empty(size)
+            moments.setdefault(int(place), {})[key] = tensors[name]
+        for name, tensor in tensors.items():
+            if tensor.shape != sizes.get(name):
+                raise ValueError(f"{name} has the shape {sizes.get(name)}, and here {tuple(tensor.shape)}")
+        with checkpoint.reading(folder):
+            shards.read(folder, tensors)
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))
+
+    # -- whole, as one process holds it -------------------------------------------------------------------------------
 
     @contextmanager
     def whole(self) -> Iterator[Objective]:
@@ -239,6 +294,13 @@ class Engine:
             full = value.full_tensor()
             return full.cpu() if self.first else None
         return value
+
+
+def gloo_group() -> dist.ProcessGroup:
+    """All processes, over the network: what passes there does not wait for the devices."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 class Sum(torch.autograd.Function):
