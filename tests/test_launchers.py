@@ -203,7 +203,7 @@ def slurm(tmp_path, monkeypatch):
         for daemon in daemons:
             daemon.wait(30)
         if own:
-            subprocess.run(["munged", "--stop"])
+            subprocess.run(["runuser", "-u", "munge", "--", "munged", "--stop"])
 
 
 def of(job: str, field: str) -> str:
