@@ -1,22 +1,29 @@
-"""The run's state: one writer, whole checkpoints, a log that never runs ahead of them."""
+"""The run's state: one writer, whole checkpoints, a log that never runs ahead of them.
+
+A checkpoint of one process is a file, step-00000500.pt; of several it is a folder of that name, written by all of them
+while training goes on. One process has nobody to share the work with: a file is simpler, safe to read, and in place
+before the next step. Either kind is read by any number of processes.
+"""
 
 import json
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from ssl_vit import commands, files
+from ssl_vit import commands, files, peers
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
-KEEP = re.compile(r"step-(\d{8})\.pt$")
+NAME = re.compile(r"step-(\d{8})(\.pt)?$")
+PATIENCE = 20  # seconds that a failing run waits for the checkpoint that is being written
 
 
 class Run:
@@ -73,41 +80,39 @@ class Run:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> dict[int, Path]:
-        """{steps done: file}, in order."""
-        found = {int(m[1]): p for p in (self.path / "checkpoints").glob("*.pt") if (m := KEEP.search(p.name))}
+        """{steps done: file or folder}, in order."""
+        found = {int(m[1]): p for p in (self.path / "checkpoints").glob("*") if (m := NAME.search(p.name))}
         return dict(sorted(found.items()))
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps beside the older checkpoint, rename it into place, delete the older one.
+    @contextmanager
+    def saving(self, step: int, suffix: str = "") -> Iterator[Path]:
+        """A path beside the older checkpoint at which to write the state after `step` steps. When the block ends it is
+        renamed into place, and the older checkpoint is deleted.
 
         Raises UserError if the disk is full; the older checkpoint then stays.
         """
-        file = self.path / "checkpoints" / f"step-{step:08d}.pt"
-        older = list(self.checkpoints())
-        intact = f"The checkpoint of step {older[-1]} is intact" if older else "There is no earlier checkpoint"
-        with (
-            files.writing(file, f"{intact}. Make room and start the same command again.") as partial,
-            open(partial, "wb") as stream,
-        ):
-            torch.save(state, stream)
+        with files.writing(self._place(step, suffix), self._make_room()) as partial:
+            yield partial
         for old, path in self.checkpoints().items():
             if old < step:
-                path.unlink()
+                files.remove(path)
 
-    def load(self) -> tuple[int, dict[str, Any]] | None:
-        """(steps done, state) of the newest checkpoint, or None. Raises UserError if it cannot be read."""
-        found = self.checkpoints()
-        if not found:
-            return None
-        step, file = list(found.items())[-1]
+    @contextmanager
+    def helping(self, step: int) -> Iterator[Path]:
+        """The same path for the other processes, while the first one is `saving`."""
+        target = self._place(step)
         try:
-            return step, torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch's readers raise a dozen types for a damaged file
-            detail = " ".join(str(error).split())[:120]
-            raise UserError(
-                f"The checkpoint {file} is damaged ({detail}). Delete it to continue from an earlier one, or "
-                "from the start."
-            ) from None
+            yield files.partial(target)
+        except (OSError, RuntimeError) as error:
+            raise files.cannot_write(target, error, self._make_room()) from None
+
+    def _place(self, step: int, suffix: str = "") -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}{suffix}"
+
+    def _make_room(self) -> str:
+        older = list(self.checkpoints())
+        intact = f"The checkpoint of step {older[-1]} is intact" if older else "There is no earlier checkpoint"
+        return f"{intact}. Make room and start the same command again."
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -129,25 +134,46 @@ class Run:
         return next((line for line in reversed(lines) if "seconds" in line), {})
 
 
-class Saver:
-    """Saves the state of training when it is due. All processes call it, and the first one writes.
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around code that reads a checkpoint. Raises UserError if it cannot be read."""
+    try:
+        yield
+    except Exception as error:  # torch's readers raise a dozen types for a damaged file
+        detail = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"The checkpoint {path} is damaged ({detail}). Delete it to continue from an earlier one, or from the "
+            "start."
+        ) from None
 
-    state: gives it, in the form of one process. check: called with the steps done; raises UserError if their state
-    must not be saved.
+
+class Saver:
+    """Saves the state of training when it is due. All processes call it.
+
+    write: given the steps done, writes the checkpoint, or returns what is still writing it. check: called with the
+    steps done; raises UserError if their state must not be saved.
     """
 
     def __init__(
         self,
-        run: Run,
-        state: Callable[[], dict[str, Any]],
+        write: Callable[[int], "Future[None] | None"],
         runtime: recipes.Runtime,
         check: Callable[[int], None],
         done: int,
-        writes: bool,
     ):
-        self.run, self.state, self.runtime = run, state, runtime
-        self.check, self.writes = check, writes
+        self.write, self.runtime, self.check = write, runtime, check
         self.saved, self._at = done, time.monotonic()  # steps done at the last checkpoint; its time
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """What was begun is finished; of several processes all must be there for that."""
+        if error is None:
+            self.settle()
+        elif self._writing is not None and not peers.lost(error):
+            wait([self._writing], PATIENCE)
 
     @property
     def overdue(self) -> bool:
@@ -158,7 +184,17 @@ class Saver:
     def save(self, step: int) -> None:
         """Save the state after `step` steps. Raises UserError if it must not be saved or cannot be written."""
         self.check(step)
-        state = self.state()
-        if self.writes:
-            self.run.save(step, state)
+        self.settle()
+        self._writing = self.write(step)
         self.saved, self._at = step, time.monotonic()
+
+    def look(self) -> None:
+        """Raises UserError if what is still writing a checkpoint has failed."""
+        if self._writing is not None and self._writing.done():
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint is written. Raises UserError if it cannot be."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None

@@ -11,28 +11,30 @@ holds a part of the weights, gradients and optimizer state. One process works on
 
 import copy
 import os
+import platform
 import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import flops, monitor
+from ssl_vit import batch_norm, checkpoint, flops, monitor, recomputation, shards
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
-from ssl_vit.errors import UserError, say
+from ssl_vit.errors import UserError, listed, say
 from ssl_vit.objectives.base import Objective
 
 Kind = Literal["plain", "ddp", "fsdp2"]
@@ -98,6 +100,17 @@ def resolve_precision(recipe: recipes.Recipe) -> None:
         recipe.train.precision = "bf16" if able else "fp32"
 
 
+def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:
+    """Raises UserError on a process that has another value of a fact than the first one. facts: {what it is of: it}."""
+    [first] = broadcast_object_list([facts])
+    different = [what for what, value in facts.items() if first[what] != value]
+    if different:
+        raise UserError(
+            f"Process {accelerator.process_index}, on {platform.node()}, has other {listed(different)} than the first "
+            "process: give all machines the same."
+        )
+
+
 def told_to_use_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return told("ACCELERATE_USE_CPU")
@@ -129,34 +142,42 @@ class Engine:
         self.index, self.first = accelerator.process_index, accelerator.is_main_process
         self.kind = kind(recipe, accelerator)
         self.model: nn.Module = objective
-        self._copy: Objective | None = None
+        self._copy = copy.deepcopy(objective).cpu() if self.kind == "fsdp2" and self.first else None
+        if recipe.runtime.activation_checkpointing:
+            recomputation.recompute(blocks(objective))
         if self.kind == "ddp":
             self.model = replicate(accelerator, objective, len(objective.backbone.mean))
         elif self.kind == "fsdp2":
-            self._copy = copy.deepcopy(objective).cpu() if self.first else None
             shard(objective, self.device)
+        self._batch_norms = batch_norm.shareable(objective) if self.processes > 1 else []
         # flags travel here: on the device's own group they would wait for what the device computes
-        self._flags: dist.ProcessGroup | None = None
-        if self.processes > 1:
-            group = dist.new_group(backend="gloo")
-            assert isinstance(group, dist.ProcessGroup)
-            self._flags = group
+        self._flags = gloo_group() if self.processes > 1 else None
         self._asked: tuple[Tensor, dist.Work] | None = None
+        # and checkpoints here, beside training
+        self._parts = gloo_group() if self.processes > 1 else None
+        self._background = ThreadPoolExecutor(1)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch: gradients are averaged over processes in the last."""
         if self.kind == "fsdp2":
             self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]  # of FSDPModule
-        if self.kind == "ddp" and not last:
-            with self.accelerator.no_sync(self.model):
-                yield
-        else:
+        with batch_norm.shared(self._batch_norms, self.gather), nullcontext() if last else self.apart():
             yield
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Around a forward and backward pass in which replicas exchange nothing."""
+        return self.accelerator.no_sync(self.model) if self.kind == "ddp" else nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes."""
         return self.accelerator.reduce(tensor, "sum") if self.processes > 1 else tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of each process → (processes, …) on all of them, with gradients."""
+        blank = torch.zeros_like(tensor)
+        parts = [tensor if process == self.index else blank for process in range(self.processes)]
+        return Sum.apply(torch.stack(parts))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
@@ -187,15 +208,35 @@ class Engine:
         stop, save = flags.tolist()
         return Asked(bool(stop), bool(save))
 
-    # -- whole, as one process holds it -------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state of training as one process would have it, which any number of processes can load; whole on the
-        first process alone."""
-        return self._gathered(dict(objective=self.objective.state_dict(), optimizer=optimizer.state_dict()))
+    def save(self, run: checkpoint.Run, step: int, optimizer: torch.optim.Optimizer) -> "Future[None] | None":
+        """Write the state after `step` steps; of several processes in the background, which the Future waits for.
 
-    def load(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """Raises RuntimeError, ValueError or KeyError if it is of another model."""
+        Raises UserError if it cannot be written, here or through the Future.
+        """
+        if self._parts is None:
+            with run.saving(step, ".pt") as partial, open(partial, "wb") as stream:
+                torch.save(dict(objective=self.objective.state_dict(), optimizer=optimizer.state_dict()), stream)
+            return None
+        tensors: shards.Tensors = {f"objective.{key}": value for key, value in self.objective.state_dict().items()}
+        for place, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{key}": value for key, value in entry.items()}
+        share = shards.share(tensors, self.index, self.processes)
+        return self._background.submit(self._write, self._parts, run, step, share)
+
+    def _write(self, group: dist.ProcessGroup, run: checkpoint.Run, step: int, share: shards.Tensors) -> None:
+        with run.saving(step) if self.first else run.helping(step) as partial:
+            shards.write(partial, share, group)
+
+    def load(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
+        """Read a checkpoint of any number of processes. Raises UserError if it is damaged; RuntimeError, ValueError or
+        KeyError if it is of another model."""
+        if path.is_dir():
+            self._load_parts(path, optimizer)
+            return
+        with checkpoint.reading(path):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=self.kind == "fsdp2")
         weights, moments = state["objective"], state["optimizer"]
         if self.kind == "fsdp2":
             own = self.objective.state_dict()
@@ -207,6 +248,29 @@ class Engine:
             }
         self.objective.load_state_dict(weights)
         optimizer.load_state_dict(moments)
+
+    def _load_parts(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        """From a folder: each process reads its parts alone."""
+        with checkpoint.reading(folder):
+            sizes = shards.sizes(folder)
+        tensors: shards.Tensors = {f"objective.{key}": value for key, value in self.objective.state_dict().items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name in sizes.keys() - tensors.keys():
+            part, place, key = name.split(".", 2)
+            if part != "optimizer" or int(place) >= len(parameters):
+                raise KeyError(name)
+            own, size = parameters[int(place)], sizes[name]
+            tensors[name] = torch.empty_like(own) if own.shape == size else torch.empty(size)
+            moments.setdefault(int(place), {})[key] = tensors[name]
+        for name, tensor in tensors.items():
+            if tensor.shape != sizes.get(name):
+                raise ValueError(f"{name} has the shape {sizes.get(name)}, and here {tuple(tensor.shape)}")
+        with checkpoint.reading(folder):
+            shards.read(folder, tensors)
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))
+
+    # -- whole, as one process holds it -------------------------------------------------------------------------------
 
     @contextmanager
     def whole(self) -> Iterator[Objective]:
@@ -230,6 +294,27 @@ class Engine:
             full = value.full_tensor()
             return full.cpu() if self.first else None
         return value
+
+
+def gloo_group() -> dist.ProcessGroup:
+    """All processes, over the network: what passes there does not wait for the devices."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes; of its gradients too, as each process has a part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return Sum.forward(ctx, gradient)
 
 
 def kind(recipe: recipes.Recipe, accelerator: Accelerator) -> Kind:
@@ -262,10 +347,14 @@ def unused(objective: Objective, channels: int) -> list[str]:
 def shard(objective: Objective, device: torch.device) -> None:
     """Shard the objective over the processes, in place: each transformer block gathers its own weights when it runs."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for name, module in objective.named_modules():
-        if re.search(r"(^|\.)blocks\.\d+$", name):
-            fully_shard(module, mesh=mesh)
+    for block in blocks(objective):
+        fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
+
+
+def blocks(objective: Objective) -> list[nn.Module]:
+    """The transformer blocks of backbone, teacher and decoder."""
+    return [module for name, module in objective.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)]
 
 
 def like(value: Any, own: Any) -> Any:

@@ -65,6 +65,8 @@ def run(main: Callable[[], int | None]) -> None:
     """
     message = ""
     try:
+        if peers.strangers():
+            raise UserError(peers.introduction())
         code = main() or 0
     except UserError as error:
         message, code = f"error: {error}", 2

@@ -32,26 +32,31 @@ def writing(target: Path, remedy: str = ROOM) -> Iterator[Path]:
     Parent folders are made. Raises UserError, naming the target, the reason and the remedy, if it cannot be written;
     the earlier content then stays, and nothing is left beside it.
     """
-    partial = target.with_name(f"{target.name}.partial")
+    beside = partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        yield partial
-        _sync(partial)
+        remove(beside)
+        yield beside
+        _sync(beside)
         if target.is_dir():  # a folder cannot be replaced by another in one step
-            _remove(target)
-        os.replace(partial, target)
+            remove(target)
+        os.replace(beside, target)
     # torch and safetensors raise errors of their own for a full disk
     except (OSError, RuntimeError, SafetensorError) as error:
         raise cannot_write(target, error, remedy) from None
     finally:
-        _remove(partial)
+        remove(beside)
+
+
+def partial(target: Path) -> Path:
+    """Where the content of `target` is written to."""
+    return target.with_name(f"{target.name}.partial")
 
 
 def write(target: Path, content: str | bytes, remedy: str = ROOM) -> None:
     """The file with this content, whole or not at all. Raises UserError as `writing`."""
-    with writing(target, remedy) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with writing(target, remedy) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def append(target: Path, text: str, remedy: str = ROOM) -> None:
@@ -106,7 +111,8 @@ def fingerprint(value: object, digits: int = 6) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

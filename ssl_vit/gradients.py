@@ -105,7 +105,9 @@ class Gradients:
         """Where several processes hold the model each, find the micro-batch that fits on all of them.
 
         A forward and backward pass of grey images, with room for what the optimizer has not allocated yet. A sharded
-        model cannot be tried so: a process that fails would leave the others in its collectives.
+        model cannot be tried so: a process that fails leaves the others in its collectives, and its own blocks half
+        gathered, a state from which fully_shard has no way back. There the first step is the try: if memory runs out,
+        all end, and the next start takes half as many.
         """
         if self.devices.kind != "ddp":
             return
@@ -119,7 +121,7 @@ class Gradients:
             trained = [] if optimizer.state else [p for p in objective.parameters() if p.requires_grad]
             moments = [torch.empty_like(p) for p in trained for _ in range(2)]
             channels, rows = len(objective.backbone.mean), self.micro_batch_size
-            with self.devices.micro_batch(last=False):
+            with self.devices.apart():
                 self._backward(flops.grey(objective, channels, objective.labelled, rows, self.devices.device), 1.0)
             del moments
         except RuntimeError as error:
@@ -217,20 +219,22 @@ def choose_micro_batch_size(
 
 def check_full_batch(objective: Objective, micro_batch_size: int, batch_size: int, processes: int) -> None:
     """Raises UserError if the loss needs the whole batch at once and gets less."""
-    tie = objective.requires_full_batch
-    if not tie or micro_batch_size >= batch_size:
-        return
-    without = ""
-    if "BatchNorm in" in tie:
-        without = ", or take a backbone without it"
-    if "objective.use_bn_in_head" in tie:
-        without = ", or set objective.use_bn_in_head=false (see recipes/dino.yaml)"
-    if processes > 1:
+    statistics, tie = objective.batch_statistics, objective.requires_full_batch
+    if tie and processes > 1:
         raise UserError(
             f"{tie} needs the whole batch of {batch_size} at once, and it is shared by {processes} processes: run one "
-            f"process on one GPU (CUDA_VISIBLE_DEVICES=0){without}."
+            "process on one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+    share = batch_size // processes
+    if not (tie or statistics) or micro_batch_size >= share:
+        return
+    without = ""
+    if statistics and not tie:
+        without = ", or take a backbone without it"
+        if "objective.use_bn_in_head" in statistics:
+            without = ", or set objective.use_bn_in_head=false (see recipes/dino.yaml)"
+    whole = f"the whole batch of {batch_size}" if processes == 1 else f"a process's whole share of {share} images"
     raise UserError(
-        f"{tie} needs the whole batch of {batch_size} at once, and the device has {micro_batch_size} at a time: set "
-        f"runtime.per_device_batch_size={batch_size} if so many fit, or lower train.batch_size{without}."
+        f"{tie or statistics} needs {whole} at once, and the device has {micro_batch_size} at a time: set "
+        f"runtime.per_device_batch_size={share} if so many fit, or lower train.batch_size{without}."
     )

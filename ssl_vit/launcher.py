@@ -1,6 +1,11 @@
 """`accelerate launch`, with its arguments, but without its stack where a process fails: that process has said why.
 
-python ssl_vit/launcher.py --num_processes 4 --multi_gpu ssl_vit/pretrain.py --recipe mae
+    python ssl_vit/launcher.py --num_processes 4 --multi_gpu ssl_vit/pretrain.py --recipe mae
+
+Under `srun --ntasks-per-node=1` it takes the number of machines and its own from Slurm.
+
+It passes a signal on and waits for its processes for two minutes, in which they finish the step and save; torch's own
+launcher kills them after 30 seconds. Its exit code is theirs, or 128 plus the signal's number.
 """
 
 import logging
@@ -9,17 +14,26 @@ import signal
 import sys
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ssl_vit import peers
 
+GRACE = "120"  # seconds
+
 
 def main() -> int:
     logging.disable(logging.ERROR)  # of torchrun, here: not in the processes
     os.environ[peers.LAUNCHER] = "1"
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
+    arguments = launch_command_parser().parse_args()
+    if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:  # one launcher on each node, started by srun
+        arguments.num_machines = arguments.num_machines or int(os.environ["SLURM_STEP_NUM_NODES"])
+        if arguments.machine_rank is None:
+            arguments.machine_rank = int(os.environ["SLURM_NODEID"])
     try:
-        launch_command(launch_command_parser().parse_args())
+        launch_command(arguments)
     except ChildFailedError as failed:
         process, failure = failed.get_first_failure()
         if failure.exitcode < 0:
@@ -28,6 +42,15 @@ def main() -> int:
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stopped:
         return 128 + stopped.sigval
+    except (ConnectionError, DistNetworkError) as error:
+        place = f"{arguments.main_process_ip or 'this machine'}:{arguments.main_process_port}"
+        reason = " ".join(str(error).split())[:120]
+        print(
+            f"error: The launchers cannot meet at {place} ({reason}). Take another --main_process_port, the same on "
+            "all machines, and as --main_process_ip the first machine's name.",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

@@ -1,9 +1,12 @@
 """One message where a run of several processes fails: that of the process that failed first.
 
-They find each other through the store that torchrun and `accelerate launch` keep, which outlives each of them.
+They find each other through the store that torchrun and `accelerate launch` keep, which outlives each of them. Tasks of
+`srun python` have none, and are refused.
 """
 
 import os
+import shlex
+import sys
 import traceback
 from datetime import timedelta
 
@@ -22,9 +25,42 @@ def several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def strangers() -> int:
+    """Tasks of this kind that srun started without a launcher, each of which takes itself for the only one; or 0."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return tasks if tasks > 1 and "WORLD_SIZE" not in os.environ else 0
+
+
+def introduction() -> str:
+    """What to type instead of `srun python` with several tasks."""
+    from ssl_vit.commands import current, launchable
+
+    name, tasks = current(), strangers()
+    script = shlex.join([*(launchable(name) if name else sys.argv[:1]), *sys.argv[1:]])
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    each = f"--nproc_per_node {tasks // nodes} {script}"
+    if nodes == 1:
+        command = f"srun -n 1 -c {tasks} torchrun --standalone {each}"
+    else:
+        command = (
+            f"srun --ntasks-per-node=1 torchrun --nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint $(hostname):29500 "
+            f"--rdzv_id $SLURM_JOB_ID {each}"
+        )
+    where = "" if nodes == 1 else ", in a script for sbatch"
+    return (
+        f"srun started {tasks} tasks that do not know of each other. Start one launcher on each node{where} "
+        f"(docs/scaling.md): {command}"
+    )
+
+
+class Lost(Exception):
+    """Another process has gone."""
+
+
 def lost(error: BaseException) -> bool:
     """Whether an error says that another process has gone."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    return said or isinstance(error, Lost)
 
 
 def message(error: Exception) -> str:
@@ -36,6 +72,8 @@ def message(error: Exception) -> str:
 
 def failed_first() -> bool:
     """Whether no process of this run has asked before; also where there is no launcher's store to tell."""
+    if strangers():
+        return os.environ["SLURM_PROCID"] == "0"
     if not several() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import DistError, TCPStore

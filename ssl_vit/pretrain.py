@@ -72,6 +72,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     lr, _ = recipe.learning_rate()
     run = checkpoint.Run(path)
     settings = resolved(recipe, images, objective, accelerator, flops_per_image)
+    engine.check_same(accelerator, identity(settings))
     if first:
         run.lock()
         run.claim(settings, type(recipe.objective))
@@ -99,7 +100,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     monitor.start_trackers(accelerator, path, settings)
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
-    saver = checkpoint.Saver(run, lambda: devices.state(optimizer), recipe.runtime, watch.check, done, writes=first)
+    saver = checkpoint.Saver(lambda step: devices.save(run, step, optimizer), recipe.runtime, watch.check, done)
     gradients = Gradients(devices, recipe, objective, images, path, watch.say)
     plan = gradients.plan(Order(recipe.train.seed, len(images), recipe.train.batch_size), range(done, total))
     decoding = system.workers(recipe.runtime.num_workers)
@@ -107,7 +108,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     objective.train()
     if done < total:
         gradients.probe(optimizer)
-    with stop, watch, gradients.out_of_memory_ends_all():
+    with stop, watch, gradients.out_of_memory_ends_all(), saver:
         for step in range(done, total):
             try:
                 with watch.waiting():
@@ -124,6 +125,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             optimizer.step()
             objective.on_optimizer_step(step, total, devices.sum)
             asked = devices.agree(Asked(stop.requested, saver.overdue))
+            saver.look()
 
             scalars |= dict(grad_norm=engine.plain(norm)) if norm is not None else {}
             watch.step(step, scalars, now)
@@ -140,6 +142,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                         weights.save(whole.exported, path / "backbones" / f"step-{at:08d}")
             if asked.stop and at < total:
                 devices.settle()
+                saver.settle()
                 say(f"Stopped after step {at} of {total}, saved. The same command resumes from there.")
                 return stop.code
 
@@ -242,18 +245,29 @@ def resolved(
     )
 
 
+def identity(settings: dict) -> dict[str, str]:
+    """What all processes must have alike: {images, settings, code: fingerprint}."""
+    own = {key: value for key, value in settings.items() if key not in (*recipes.MAY_CHANGE, "images")}
+    code = sorted(Path(__file__).parent.rglob("*.py"))
+    return dict(
+        images=settings["images"]["fingerprint"],
+        settings=files.fingerprint(own),
+        code=files.fingerprint([torch.__version__, *(file.read_text() for file in code)]),
+    )
+
+
 def resume(run: checkpoint.Run, devices: engine.Engine, optimizer: torch.optim.Optimizer, total: int) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done. Raises UserError if it cannot be used."""
-    done, state = run.load() or (0, None)
+    done, path = max(run.checkpoints().items(), default=(0, None))
     [first] = broadcast_object_list([done])
     if done != first:
         raise UserError(
             f"The first process finds the checkpoint of step {first} in {run.path}, and this one that of step {done}: "
             "the run directory must be on a file system that all machines share."
         )
-    if state is not None:
+    if path is not None:
         try:
-            devices.load(state, optimizer)
+            devices.load(path, optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoint of step {done} in {run.path} belongs to another model "

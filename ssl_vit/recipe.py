@@ -153,6 +153,10 @@ class Runtime:
         0, "steps between backbones that are kept for the evaluators; 0: the last one only", at_least=0
     )
     compile: bool = setting(False, "torch.compile the transformer blocks")
+    activation_checkpointing: bool = setting(
+        False,
+        "compute activations of the transformer blocks again in the backward pass: less memory, a third more time",
+    )
     engine: Literal["auto", "ddp", "fsdp2"] = setting(
         "auto",
         "several processes: replicate the model (ddp) or shard it (fsdp2); auto: ddp, or as accelerate launch says",

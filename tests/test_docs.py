@@ -101,7 +101,10 @@ def parse(name: str, words: list[str], usage: bool) -> None:
 def check(words: list[str]) -> None:
     """Raises ValueError or UserError if a command names something that is not there."""
     usage = any(word.startswith("[") or re.search(r"[…|]", word) for word in words)
-    launcher = next((i for i, word in enumerate(words) if word in ("accelerate", "torchrun")), None)
+    launchers = "accelerate", "torchrun", "ssl_vit/launcher.py"
+    launcher = next((i for i, word in enumerate(words) if word in launchers), None)
+    if words[-1] == launchers[-1]:
+        return
     if words[0] == "ssl-vit":
         name, arguments = words[1], words[2:]
         if name.startswith("-"):
@@ -109,7 +112,7 @@ def check(words: list[str]) -> None:
     elif words[0] == "./launch.sh":
         return check_launch(words[1:], usage)
     elif launcher is not None or words[0] == "python":
-        at = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
+        at = next(i for i, word in enumerate(words) if i > (launcher or 0) and (word.endswith(".py") or word == "-m"))
         file, arguments = words[at], words[at + 1 :]
         if file == "-m":
             file, arguments = f"{arguments[0].replace('.', '/')}.py", arguments[1:]

@@ -513,12 +513,23 @@ def test_a_batch_that_must_not_be_cut_is_refused(tmp_path):
         ),
     ],
 )
-def test_a_batch_that_must_not_be_cut_names_both_ways_out_of_several_processes(name, settings, instead):
+def test_batch_statistics_are_shared_by_processes_and_refused_where_a_process_cuts_its_share(name, settings, instead):
     objective = small_objective(name, "backbone.drop_path_rate=0", *settings)
-    with pytest.raises(errors.UserError, match="shared by 2 processes") as error:
-        gradients.check_full_batch(objective, 16, 32, 2)
-    assert "one process on one GPU (CUDA_VISIBLE_DEVICES=0)" in str(error.value) and instead in str(error.value)
     gradients.check_full_batch(objective, 32, 32, 1)
+    gradients.check_full_batch(objective, 16, 32, 2)
+    with pytest.raises(errors.UserError, match="needs a process's whole share of 16 images at once") as error:
+        gradients.check_full_batch(objective, 8, 32, 2)
+    assert "per_device_batch_size=16" in str(error.value) and instead in str(error.value)
+
+
+def test_a_loss_over_pairs_is_refused_by_micro_batches_and_processes():
+    objective = small_objective("mae")
+    objective.__class__ = type("Pairs", (type(objective),), dict(requires_full_batch="The contrastive loss"))
+    gradients.check_full_batch(objective, 32, 32, 1)
+    with pytest.raises(errors.UserError, match="The contrastive loss needs the whole batch of 32 at once, and the dev"):
+        gradients.check_full_batch(objective, 16, 32, 1)
+    with pytest.raises(errors.UserError, match="shared by 2 processes: run one process on one GPU"):
+        gradients.check_full_batch(objective, 16, 32, 2)
 
 
 def test_the_device_is_named():

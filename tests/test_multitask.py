@@ -168,9 +168,11 @@ def test_fits_alarms_and_whole_batches_are_those_of_the_tasks():
     logged = {"loss": 1.0, "beit_loss": 1.0, "dino_kl": 0.001, "dino_teacher_entropy": largest}
     assert objective.alarm(logged).startswith("The task dino: DINO has collapsed")
     assert objective.alarm(logged | {"dino_teacher_entropy": largest / 2, "dino_kl": 0.8}) is None
-    assert objective.requires_full_batch is None
+    assert objective.batch_statistics is objective.requires_full_batch is None
     tied = small_objective("multitask", tasks("mae", "dino").replace("use_bn_in_head=false", "use_bn_in_head=true"))
-    assert tied.requires_full_batch == "objective.use_bn_in_head=true of the task dino"
+    assert (
+        tied.requires_full_batch is None and tied.batch_statistics == "objective.use_bn_in_head=true of the task dino"
+    )
 
 
 def test_frozen_layers_stay_and_pictures_are_named_after_their_task():

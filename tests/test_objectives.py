@@ -274,9 +274,9 @@ def test_every_objective_s_settings_are_documented(name):
 
 
 def test_batch_norm_in_the_head_requires_the_full_batch():
-    assert small_objective("dino", "objective.use_bn_in_head=false").requires_full_batch is None
+    assert small_objective("dino", "objective.use_bn_in_head=false").batch_statistics is None
     tied = small_objective("dino", "objective.use_bn_in_head=true")
-    assert "use_bn_in_head" in tied.requires_full_batch
+    assert "use_bn_in_head" in tied.batch_statistics and tied.requires_full_batch is None
     rows = torch.arange(32)
     whole, _ = gradients(tied.double(), [rows])
     parts, _ = gradients(tied, list(rows.split(8)))

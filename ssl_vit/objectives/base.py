@@ -120,10 +120,17 @@ class Objective(nn.Module):
         return None
 
     @property
-    def requires_full_batch(self) -> str | None:
-        """The name of what ties the rows of a batch together, so that it must not be cut; None if nothing does."""
+    def batch_statistics(self) -> str | None:
+        """The name of a BatchNorm, if there is one: several processes share its statistics, and none may cut its rows
+        into micro-batches."""
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
             return f"BatchNorm in {type(self.backbone.model).__name__}"
+        return None
+
+    @property
+    def requires_full_batch(self) -> str | None:
+        """The name of what else ties the rows of a batch together, such as a loss over pairs of them, so that it must
+        not be cut by micro-batches or processes; None if nothing does."""
         return None
 
     @property

@@ -30,7 +30,7 @@ class DINOConfig:
     bottleneck_dim: int = setting(256, "bottleneck dimension of the head, L2-normalised", at_least=2)
     norm_last_layer: bool = setting(True, "weight-normalise the last layer with its gain fixed at 1; steadier")
     use_bn_in_head: bool = setting(
-        False, "BatchNorm in the head: an official option, for small data; requires the full batch at once"
+        False, "BatchNorm in the head: an official option, for small data; excludes accumulation"
     )
     student_temp: float = setting(0.1, "softmax temperature of the student", above=0)
     teacher_temp: float = setting(
@@ -119,8 +119,8 @@ class DINO(Objective):
         return self.teacher
 
     @property
-    def requires_full_batch(self) -> str | None:
-        return "objective.use_bn_in_head=true" if self.config.use_bn_in_head else super().requires_full_batch
+    def batch_statistics(self) -> str | None:
+        return "objective.use_bn_in_head=true" if self.config.use_bn_in_head else super().batch_statistics
 
     def begin_step(self) -> None:
         self.teacher_sum.zero_()

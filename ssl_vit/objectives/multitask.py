@@ -167,11 +167,15 @@ class Multitask(Objective):
         return None
 
     @property
+    def batch_statistics(self) -> str | None:
+        return self._first(lambda task: task.batch_statistics)
+
+    @property
     def requires_full_batch(self) -> str | None:
-        tied = [
-            f"{task.requires_full_batch} of the task {name}" for name, task in self.each() if task.requires_full_batch
-        ]
-        return tied[0] if tied else None
+        return self._first(lambda task: task.requires_full_batch)
+
+    def _first(self, tie: Callable[[Objective], str | None]) -> str | None:
+        return next((f"{what} of the task {name}" for name, task in self.each() if (what := tie(task))), None)
 
     def each(self) -> Iterator[tuple[str, Objective]]:
         """The tasks with their names."""

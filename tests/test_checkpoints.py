@@ -1,0 +1,203 @@
+"""Checkpoints of several processes: the same bits in any number of them, none lost, none half written."""
+
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_batch, small_objective, small_recipe
+from several import Several
+from test_engine import started, state
+from test_loop import Started, arguments, log_of, steps_done, until
+
+from ssl_vit import checkpoint, engine, optim, shards
+from ssl_vit.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def exchange() -> int:
+    """Train two steps and save, or load; write what this process then has, whole, to a file."""
+    action, kind, folder = sys.argv[1:]
+    recipe = small_recipe("dino", f"runtime.engine={kind}")
+    devices = engine.Engine(Accelerator(cpu=True), recipe, small_objective("dino"))
+    objective, run = devices.objective, checkpoint.Run(Path(folder))
+    optimizer = optim.build(objective, recipe.optim, 1e-3)
+    if action == "load":
+        [path] = run.checkpoints().values()
+        devices.load(path, optimizer)
+    else:
+        for step in range(2):
+            with devices.micro_batch(last=True):
+                devices.model(make_batch(objective, torch.arange(8), step))["loss"].backward()
+            optimizer.step()
+            objective.on_optimizer_step(step, 10, devices.sum)
+        saver = checkpoint.Saver(lambda step: devices.save(run, step, optimizer), recipe.runtime, lambda _: None, 0)
+        with saver:
+            saver.save(2)
+            with torch.no_grad():  # what training does while a checkpoint is written
+                before = [parameter.clone() for parameter in objective.parameters()]
+                for parameter in objective.parameters():
+                    parameter.zero_()
+            saver.settle()
+        with torch.no_grad():
+            for parameter, value in zip(objective.parameters(), before, strict=True):
+                parameter.copy_(value)
+    tensors = {f"objective.{key}": value for key, value in objective.state_dict().items()}
+    for place, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{place}.{key}": value for key, value in entry.items()}
+    whole = {key: engine.plain(value) for key, value in tensors.items()}
+    torch.save(whole, Path(folder, f"{action}-{devices.index}.pt"))
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("ddp", 2), ("auto", 1)),
+        pytest.param(("fsdp2", 2), ("fsdp2", 4), marks=pytest.mark.matrix),
+        pytest.param(("fsdp2", 4), ("ddp", 2), marks=pytest.mark.matrix),
+        pytest.param(("ddp", 4), ("fsdp2", 2), marks=pytest.mark.matrix),
+        pytest.param(("auto", 1), ("fsdp2", 2), marks=pytest.mark.matrix),
+    ],
+)
+def test_what_was_saved_is_loaded_bit_for_bit(before, after, tmp_path):
+    for action, (kind, count) in dict(save=before, load=after).items():
+        several = Several(exchange, tmp_path, action, kind, str(tmp_path), count=count)
+        assert several.wait() == [0] * count, several.said
+    [path] = (tmp_path / "checkpoints").iterdir()
+    assert path.name == ("step-00000002.pt" if before[1] == 1 else "step-00000002")
+    if before[1] > 1:  # no process wrote more than its share
+        written = [file.stat().st_size for file in path.glob("*.distcp")]
+        assert len(written) == before[1] and max(written) < 1.5 * sum(written) / before[1]
+    saved = torch.load(tmp_path / "save-0.pt")
+    assert any(key.startswith("optimizer.") and value.any() for key, value in saved.items())
+    for rank in range(after[1]):
+        loaded = torch.load(tmp_path / f"load-{rank}.pt")
+        assert loaded.keys() == saved.keys()
+        assert [key for key, value in saved.items() if not torch.equal(loaded[key], value)] == []
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of two processes that was stopped after step 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    several = started(folder, "mae", "fsdp2", "monitor.knn_every=0", "train.steps=1000000", "--output", "run")
+    until(lambda: (folder / "run/checkpoints/step-00000004").exists() or several.processes[0].exitcode is not None)
+    for process in several.processes:
+        process.kill()
+    several.wait()
+    for path in (folder / "run/checkpoints").iterdir():
+        if path.name != "step-00000004":
+            shutil.rmtree(path)
+    return folder
+
+
+def cut(folder: Path) -> None:
+    largest = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:2000])
+
+
+DAMAGE = {
+    "a part is missing": lambda folder: next(folder.glob("*.distcp")).unlink(),
+    "a part is cut": cut,
+    "no contents": lambda folder: (folder / ".metadata").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_one_sentence(damage, stopped, tmp_path):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    DAMAGE[damage](tmp_path / "run/checkpoints/step-00000004")
+    again = Started(tmp_path, *arguments("mae", "train.steps=1000000", "--output", "run"))
+    assert again.wait() == 2
+    last = again.said.rpartition("error:")[2]
+    assert "The checkpoint run/checkpoints/step-00000004 is damaged" in last and "Delete it" in last
+    assert "Traceback" not in again.said
+
+
+@pytest.mark.matrix
+def test_several_say_once_that_a_checkpoint_is_damaged(stopped, tmp_path):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    cut(tmp_path / "run/checkpoints/step-00000004")
+    again = started(tmp_path, "mae", "ddp", "train.steps=1000000", "--output", "run")
+    assert set(again.wait()) <= {1, 2} and again.said.count("is damaged") == 1 == again.said.count("error:")
+
+
+def test_a_checkpoint_of_another_model_is_one_sentence(stopped):
+    path = stopped / "run/checkpoints/step-00000004"
+    objective = small_objective("mae", "backbone.embed_dim=32")
+    devices = engine.Engine(Accelerator(cpu=True), small_recipe("mae"), objective)
+    with pytest.raises(ValueError, match="has the shape"):
+        devices.load(path, optim.build(objective, small_recipe("mae").optim, 1.0))
+    shallow = small_objective("mae", "backbone.depth=1")
+    devices = engine.Engine(Accelerator(cpu=True), small_recipe("mae"), shallow)
+    with pytest.raises(KeyError, match="objective.backbone.model.blocks.1"):
+        devices.load(path, optim.build(shallow, small_recipe("mae").optim, 1.0))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_of_one_process_ends_all_and_the_older_checkpoint_stays(tmp_path, monkeypatch):
+    """Found in the background, said at the next step."""
+    write, calls = shards.write, []
+
+    def full(folder, tensors, group):
+        calls.append(folder)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            monkeypatch.setattr(shards.dcp.filesystem, "_write_item", lambda *_: _full())
+        write(folder, tensors, group)
+
+    def _full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "write", full)
+    several = started(tmp_path, "mae", "ddp", "train.steps=1000000", "monitor.knn_every=0", "--output", "run")
+    assert set(several.wait()) <= {1, 2}, several.said
+    said = "(No space left on device). The checkpoint of step 4 is intact. Make room and start the same command again."
+    assert several.said.count(said) == 1 == several.said.count("error:") and "Traceback" not in several.said
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """And what was begun before a failure is finished: the next start has it."""
+    write = shards.write
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(shards, "write", lambda *given: time.sleep(1) or write(*given))
+    calls = []
+
+    def broken(self, *given):
+        calls.append(1)
+        if len(calls) == 7 and os.environ["RANK"] == "1":
+            raise UserError("Broken in step 7.")
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    several = started(tmp_path, "mae", "ddp", "train.steps=1000000", "monitor.knn_every=0", "--output", "run")
+    assert set(several.wait()) <= {1, 2}, several.said
+    assert several.said.count("error: Broken in step 7.") == 1 == several.said.count("error:")
+    assert steps_done(tmp_path / "run") >= 6
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
+    assert state(tmp_path / "run") and log_of(tmp_path / "run")
+
+
+def test_a_save_that_failed_is_raised_at_the_next_step():
+    writing: Future[None] = Future()
+    saver = checkpoint.Saver(lambda step: writing, small_recipe("mae").runtime, lambda step: None, 0)
+    saver.look()
+    saver.save(3)
+    saver.look()
+    writing.set_exception(UserError("Cannot write."))
+    with pytest.raises(UserError, match="Cannot write"):
+        saver.look()
+    with pytest.raises(UserError, match="Cannot write"), saver:
+        pass  # nor does the end of training pass over it
