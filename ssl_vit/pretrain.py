@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_vit import (
@@ -190,16 +191,26 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             flip=0.5 if recipe.data.hflip else 0.0,
             classes=len(images.classes) if images.classes else None,
             views=recipe.views,
+            batch_size=recipe.train.batch_size,
         )
         return cls(recipe.objective, backbone, info)
 
 
 def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) -> tuple[int, float]:
-    """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`."""
+    """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`.
+
+    What was spent on what the run learns from, such as a tokenizer, counts as its own.
+    """
     per_image = flops.per_image(objective, known(recipe.data.in_chans), objective.labelled)
     t = recipe.train
     if t.flops is not None:
-        return math.ceil(t.flops / (per_image * t.batch_size)), per_image
+        before = sum(objective.inherited.values())
+        if t.flops <= before:
+            raise UserError(
+                f"train.flops={t.flops:.3g} is spent already: {' and '.join(objective.inherited)} took {before:.3g}. "
+                "Raise it."
+            )
+        return math.ceil((t.flops - before) / (per_image * t.batch_size)), per_image
     if t.steps is not None:
         return t.steps, per_image
     return math.ceil(known(t.epochs) * len(images) / t.batch_size), per_image
@@ -235,6 +246,7 @@ def resolved(
             lr=lr,
             lr_rule=rule,
             flops_per_image=flops_per_image,
+            inherited_flops=sum(objective.inherited.values()),
             precision=recipe.train.precision,
             labelled=objective.labelled,
         ),
@@ -277,7 +289,8 @@ def compile_blocks(objective: Objective) -> None:
 def finish(
     run: checkpoint.Run, recipe: recipes.Recipe, objective: Objective, images: data.ImageSet, device: torch.device
 ) -> list[Path]:
-    """Write the pictures, then the backbone, whose presence says that the run is finished. Returns the pictures."""
+    """Write the pictures and what other runs need, then the backbone, whose presence says that the run is finished.
+    Returns the pictures."""
     objective.eval()
     made = []
     if objective.shows:
@@ -288,6 +301,9 @@ def finish(
         for name, sheet in shown.items():
             made.append(run.path / "pictures" / f"{name}.png")
             pictures.save(sheet, made[-1], title)
+    for name, tensors in objective.parts().items():
+        with files.writing(run.path / f"{name}.safetensors") as partial:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
     weights.save(objective.exported, run.path / "backbone")
     command = shlex.join([*typed("knn"), "--backbone", str(run.path)])
     say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: {command}")

@@ -125,6 +125,9 @@ class Backbone:
     weight_init: Literal["trunc_normal", "xavier"] = setting(
         "trunc_normal", "initial linear weights: timm's and DINO's, or MAE's"
     )
+    rescale_residual: bool = setting(
+        False, "divide the last weights of block l's attention and MLP by sqrt(2 l) at the start, as BEiT"
+    )
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)
     drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)

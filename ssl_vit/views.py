@@ -57,6 +57,7 @@ class View:
     solarize: float = 0.0
     three_augment: bool = False  # instead of these three: exactly one of them (DeiT III, section 4; arXiv 2204.07118)
     interpolation: Interpolation = "bilinear"  # of the crop
+    same_as: str | None = None  # has the box, flip and colours of the view of that name, at a size of its own
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def finish(
 
 def _numbers(name: str, view: View, draw: Draw) -> Tensor:
     """The uniform numbers of all that follows the box, (B, V, 12) on the CPU: the flip's, then `colour`'s eleven."""
-    return draw.uniform(f"view.{name}.colour", view.count or 1, 12, device="cpu")
+    return draw.uniform(f"view.{view.same_as or name}.colour", view.count or 1, 12, device="cpu")
 
 
 def _coloured(view: View, crops: Tensor, u: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Int[Ten
     As in torchvision's RandomResizedCrop: the first of ten tries that lies in the image, else the largest central box
     whose aspect is allowed.
     """
-    u = draw.uniform(f"view.{name}.box", view.count or 1, 22, device="cpu").double()
+    u = draw.uniform(f"view.{view.same_as or name}.box", view.count or 1, 22, device="cpu").double()
     low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
     area = height * width * (view.scale[0] + (view.scale[1] - view.scale[0]) * u[..., :10])
     aspect = torch.exp(low + (high - low) * u[..., 10:20])
