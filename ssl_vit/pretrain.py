@@ -102,7 +102,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
     saver = checkpoint.Saver(run, lambda: devices.state(optimizer), recipe.runtime, watch.check, done, writes=first)
     gradients = Gradients(devices, recipe, objective, images, path, watch.say)
-    plan = gradients.plan(Order(recipe.train.seed, len(images), recipe.train.batch_size), range(done, total))
+    plan = gradients.plan(
+        Order(recipe.train.seed, len(images), recipe.train.batch_size, recipe.views.repeats), range(done, total)
+    )
     decoding = system.workers(recipe.runtime.num_workers)
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, decoding)
     objective.train()
@@ -178,6 +180,11 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
         )
     if not len(known(recipe.data.mean)) == len(known(recipe.data.std)) == recipe.data.in_chans:
         raise UserError(f"data.mean and data.std must have {recipe.data.in_chans} values, one per channel.")
+    if recipe.views.augmentation == "rand-augment" and recipe.data.in_chans != 3:
+        raise UserError(
+            f"views.augmentation=rand-augment changes the colours of RGB images, and these have {recipe.data.in_chans} "
+            "channel(s): set views.augmentation=crop+flip, or data.in_chans=3."
+        )
     recipe.data.img_size = list(recipe.data.size)
     with torch.random.fork_rng():
         backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
@@ -192,6 +199,7 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             classes=len(images.classes) if images.classes else None,
             views=recipe.views,
             batch_size=recipe.train.batch_size,
+            class_names=images.classes,
         )
         return cls(recipe.objective, backbone, info)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ssl_vit import recipe as recipes
 from ssl_vit import weights
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
@@ -31,12 +32,24 @@ def load_patches(text: str, key: str, channels: int, grid: tuple[int, int]) -> T
     if not isinstance(teacher, TokenBackbone):
         raise UserError(f"{key}={text} is no plain ViT, and has no features of patches: name one that is.")
     size = grid[0] * teacher.patch_size[0], grid[1] * teacher.patch_size[1]
-    if teacher.input_size != size:
-        text += f",img_size={size[0]},{size[1]}"
-        resized = load(text, key, channels)
-        assert isinstance(resized, TokenBackbone)  # as the one of another size
-        return resized
+    resized = load_for(text, key, channels, size)
+    assert isinstance(resized, TokenBackbone)  # as the one of another size
+    return resized
+
+
+def load_for(text: str, key: str, channels: int, size: tuple[int, int]) -> Backbone:
+    """The same, for images of this size (H, W): a plain ViT's positions are resampled to it."""
+    teacher = load(text, key, channels)
+    if isinstance(teacher, TokenBackbone) and teacher.input_size != size:
+        return load(f"{text},img_size={size[0]},{size[1]}", key, channels)
     return teacher
+
+
+def classes(text: str) -> list[str] | None:
+    """The names of the classes that a run was trained on, in order; None for anything else."""
+    file = Path(text) / "recipe.yaml"
+    found: list[str] | None = recipes.read_settings(file)["images"]["classes"] if file.exists() else None
+    return found
 
 
 def cost(text: str) -> dict[str, float]:

@@ -47,6 +47,7 @@ SMALL = {
         "objective.decoder_num_heads=2",
     ],
     "supervised": ["backbone.drop_path_rate=0.2"],
+    "deit": ["backbone.drop_path_rate=0.2", "objective.mixup=0.8", "objective.reprob=0.25", "views.repeats=3"],
 }
 BACKBONE = ["backbone.embed_dim=16", "backbone.depth=2", "backbone.num_heads=2", "data.img_size=16", "data.in_chans=3"]
 

@@ -42,6 +42,7 @@ class DatasetInfo:
     classes: int | None  # None: no labels
     views: recipes.Views
     batch_size: int  # rows of a whole step
+    class_names: list[str] | None = None  # in the order of the labels
 
     def single_view(self) -> ViewSpec:
         """The recipe's augmentation, as one view called "image"."""
@@ -50,6 +51,8 @@ class DatasetInfo:
             spec = views.none(self.size)
         elif self.views.augmentation == "crop+flip":
             spec = views.crop_flip(self.size, self.flip, scale)
+        elif self.views.augmentation == "rand-augment":
+            spec = views.rand_augment(self.size, self.flip, scale, self.views.magnitude)
         elif self.views.augmentation == "three-augment":
             spec = views.three_augment(self.size, self.flip, scale)
         else:
