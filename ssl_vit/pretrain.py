@@ -36,6 +36,7 @@ from ssl_vit import (
     optim,
     overview,
     pictures,
+    plan,
     system,
     views,
     weights,
@@ -355,6 +356,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
     parser.add_argument("--init-from", help="a run or weights to start from, as backbone.init_from=…; docs/weights.md")
     parser.add_argument("--print-output", action="store_true", help="print the run directory and do nothing")
+    parser.add_argument("--plan", action="store_true", help="print what the run would be and cost, and do nothing")
+    parser.add_argument("--gpu", default="A100", help="for --plan: the GPU, or several, as 8xH100 (default A100)")
     parser.add_argument("--print-schema", action="store_true", help="print a JSON Schema of recipes, for editors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")
     args = parser.parse_intermixed_args()
@@ -370,6 +373,10 @@ def main() -> int:
     recipe = read(args.recipe, settings, args.data)
     if args.help:
         print(help_text(recipe))
+        return 0
+    if args.plan:
+        devices, gpu = plan.parse(args.gpu)
+        print(plan.make(recipe, build, devices, gpu).text(recipe.name, devices, gpu))
         return 0
     path = args.output or Path("runs") / recipe.run_name()
     if args.print_output:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssl_vit.decoders import Decoder
 from ssl_vit.errors import UserError
+from ssl_vit.losses import full_precision
 from ssl_vit.randomness import Draw
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Quantizer(nn.Module):
     def vectors(self, encoded: Float[Tensor, "B N D"]) -> Float[Tensor, "B N d"]:
         """Patch tokens of the encoder (B, N, D) → unit vectors (B, N, d)."""
         projected = self.project(encoded)
-        with torch.autocast(encoded.device.type, enabled=False):
+        with full_precision(encoded):
             return F.normalize(projected.to(self.codebook.codes.dtype), dim=-1)
 
     def forward(
@@ -139,7 +140,7 @@ class Quantizer(nn.Module):
         """Patch tokens of the encoder (B, N, D) → (what the decoder makes of their codes (B, N, width), the unit
         vectors (B, N, d), their tokens int64 (B, N)). The gradient passes the codes by, straight to the vectors."""
         vectors = self.vectors(encoded)
-        with torch.autocast(encoded.device.type, enabled=False):
+        with full_precision(encoded):
             tokens = self.codebook(vectors)
             through = vectors + (self.codebook.codes[tokens] - vectors).detach()
         return self.decoder(through), vectors, tokens

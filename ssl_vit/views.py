@@ -440,8 +440,8 @@ def mix(
     """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899, section 3.1), each of half the images if both alphas > 0.
 
     images: float (B, C, H, W); targets: float (B, K); mixup, cutmix: alpha of λ ~ Beta(alpha, alpha), 0 for never;
-    prob: of mixing an image at all; mode: "elem" if every image has its own λ and box, "batch" if a step has one. Row r is mixed with row r xor 1 of the global batch, which must lie beside it here;
-    its own weight is λ.
+    prob: of mixing an image at all; mode: "elem" if every image has its own λ and box, "batch" if a step has one.
+    Row r is mixed with row r xor 1 of the global batch, which must lie beside it here; its own weight is λ.
     """
     if mixup == cutmix == 0:
         return images, targets

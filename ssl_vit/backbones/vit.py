@@ -183,11 +183,11 @@ def fix_sincos_positions(model: VisionTransformer) -> None:
 def draw_class_token(model: nn.Module, seed: int) -> None:
     """Draw the class token, and DeiT's distillation token, from a normal of std 0.02, as in the official MAE, DINO and
     DeiT (BEiT truncates it at one deviation; timm's std is 1e-6). No other weight of a seed depends on these draws."""
-    draw = Draw(seed, 0, torch.tensor([0]))
-    for name in ("cls_token", "dist_token"):
-        token = getattr(model, name, None)
-        if token is not None:
-            with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():  # also for a model without memory
+        draw = Draw(seed, 0, torch.tensor([0]))
+        for name in ("cls_token", "dist_token"):
+            token = getattr(model, name, None)
+            if token is not None:
                 token.copy_(0.02 * draw.normal(f"initial {name}", *token.shape[1:]))
 
 

@@ -37,7 +37,7 @@ from ssl_vit import corruption, targets, teachers
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.decoders import Decoder, Denoiser, LinearHead
 from ssl_vit.errors import UserError
-from ssl_vit.losses import masked_mean
+from ssl_vit.losses import full_precision, masked_mean
 from ssl_vit.objectives import tokenizer
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.patches import patchify, unpatchify
@@ -189,7 +189,7 @@ class Reconstruct(Objective):
         images = batch.views["image"]
         prediction, mask, noise, level = self.predict(images, batch.draw)
         target = self.target_of(images, batch.views.get("tokens", images), noise)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             per_patch = self.target.loss(prediction.float() if prediction.dtype.itemsize < 4 else prediction, target)
             if self.config.loss_weighting == "noise_level":
                 per_patch = per_patch / (1 + known(level).flatten(1).square())
@@ -205,7 +205,7 @@ class Reconstruct(Objective):
         clean = known(noise) if self.config.target == "noise" else self.backbone.normalise(images)
         if self.teacher is not None:
             clean = self.teacher(images)[:, self.backbone.num_prefix_tokens :]
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             target: Tensor = self.target(clean)
         return target
 
@@ -267,7 +267,7 @@ class Reconstruct(Objective):
         """(corrupted images in [0, 1], the noise in them, its level); the latter None unless it is gaussian."""
         if self.config.corruption == "none":
             return images, None, None
-        with torch.autocast(images.device.type, enabled=False):  # matrix products of inputs stay float32
+        with full_precision(images):  # matrix products of inputs stay float32
             return self._corrupt(images, order, mask, draw)
 
     def _corrupt(

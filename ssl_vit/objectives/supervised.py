@@ -18,6 +18,7 @@ from torch import Tensor
 from ssl_vit import corruption, teachers, views
 from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason
 from ssl_vit.errors import UserError
+from ssl_vit.losses import full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import known, pair, setting
@@ -135,7 +136,7 @@ class Supervised(Objective):
         if self.teacher is not None:
             return self.distil(images, target, labels, batch.draw)
         logits = self.classify(images, batch.draw)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             logits = logits.to(images.dtype)
             loss = self.loss(logits, target)
         return dict(loss=loss, accuracy=logits.argmax(1).eq(labels).float().mean())
@@ -155,7 +156,7 @@ class Supervised(Objective):
         logits, distilled = (
             model.get_submodule(head)(tokens[:, place]) for place, head in enumerate(("head", "head_dist"))
         )
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             logits, distilled, answers = (values.to(images.dtype) for values in (logits, distilled, answers))
             taught = distillation_loss(distilled, answers, c.distillation_type, c.distillation_tau)
             loss = (1 - c.distillation_alpha) * self.loss(logits, target) + c.distillation_alpha * taught

@@ -27,6 +27,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit import targets, teachers, weights
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
+from ssl_vit.losses import full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.patches import unpatchify
 from ssl_vit.pictures import Sheet
@@ -111,14 +112,14 @@ class Tokenizer(Objective):
         prediction, vectors, tokens = self.quantizer(self.encode(images, batch.draw))
         with torch.no_grad():
             target = self.target(images, batch.views.get("teacher", images))
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             prediction = prediction.to(codebook.codes.dtype)
             if self.teacher is None:
                 error = self.pixels.loss(prediction, target).mean()
             else:
                 error = (1 - F.cosine_similarity(prediction, target.to(prediction.dtype), dim=-1)).mean()
             away = F.mse_loss(vectors, codebook.codes[tokens])
-            if self.training:
+            if self.training and not images.is_meta:  # --plan knows shapes, not tokens
                 codebook.gather(vectors, tokens, batch.draw, self.batch_size)
         return dict(
             loss=error + self.config.commitment * away,
