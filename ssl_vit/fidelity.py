@@ -3,8 +3,8 @@
     python -m ssl_vit.fidelity > docs/fidelity.md
 
 The stored values are those of the papers and their official code, in our units: a warm-up as a fraction of the steps,
-`optim.lr` before `lr_rule`. A test fails when a recipe departs from one without a reason here, and when a reason is given
-for what does not depart.
+`optim.lr` before `lr_rule`. A test fails when a recipe departs from one without a reason here, and when a reason is
+given for what does not depart.
 """
 
 import math
@@ -472,9 +472,9 @@ def page() -> str:
     lines = [
         "# Fidelity: the recipes and the published code",
         "",
-        "Written from the code by `python -m ssl_vit.fidelity > docs/fidelity.md`. For each recipe: what differs from the",
-        "values of the paper and its official code, and why; the number of settings that were compared; and what has no",
-        "setting here. A test fails when a recipe departs from a stored value that is not in its table.",
+        "Written from the code by `python -m ssl_vit.fidelity > docs/fidelity.md`. For each recipe: what differs from",
+        "the values of the paper and its official code, and why; how many settings were compared; and what has no",
+        "setting here. A test fails when a recipe departs from a stored value and its table does not say so.",
     ]
     for name, entry in RECIPES.items():
         found = departures(name)

@@ -90,7 +90,8 @@ class Plan:
             f"{self.warmup:,} steps",
             "learning rate": f"{self.lr:.4g} ({self.lr_rule})",
             "memory": f"about {self.memory:.0f} GB on each device",
-            "time": f"about {overview.duration(self.hours * 3600)} on {devices} x {gpu}, at {UTILISATION:.0%} of the peak",
+            "time": f"about {overview.duration(self.hours * 3600)} on {devices} x {gpu}, "
+            f"at {UTILISATION:.0%} of the peak",
             "disk": f"about {self.disk:.2g} GB for the run",
         }
         width = max(map(len, rows))
@@ -197,11 +198,11 @@ def kept(objective: Objective, channels: int) -> float:
     """Bytes that autograd keeps of one image for the backward pass, in bf16: half of float32."""
     batch = flops.grey(objective, channels, objective.labelled, device=torch.device("meta"))
     seen: dict[int, int] = {}
-    own = {id(weight) for weight in objective.parameters()}
+    own = {weight.untyped_storage()._cdata for weight in [*objective.parameters(), *objective.buffers()]}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own and not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
             seen[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
