@@ -106,6 +106,35 @@ def replace_patches(patches: Tensor, order: Tensor, num_masked: int, count: int)
     return patches.scatter(1, place[..., None].expand_as(source), source)
 
 
+def random_erasing(images: Tensor, noise: Tensor, u: Tensor, prob: float) -> Tensor:
+    """Replace one rectangle of an image by noise, with this probability (Zhong et al. 2017, arXiv 1708.04896).
+
+    As timm's RandomErasing in mode "pixel": 2 to 33 % of the area, aspect log-uniform in [0.3, 1/0.3], the first of ten
+    tries that is smaller than the image.
+
+    images, noise: (B, C, H, W); u: uniform (B, 41) on the CPU, whether, and area, aspect, top and left of ten tries.
+    """
+    height, width = images.shape[-2:]
+    area, aspect, top, left = u[:, 1:].double().view(-1, 4, 10).unbind(1)
+    area = (0.02 + (1 / 3 - 0.02) * area) * height * width
+    aspect = torch.exp((2 * aspect - 1) * math.log(1 / 0.3))
+    tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (tall < height) & (wide < width)
+    first = fits.int().argmax(1, keepdim=True)
+    erased = (u[:, 0] < prob) & fits.any(1)
+    box = [
+        (top * (height - tall + 1)).floor(),
+        (left * (width - wide + 1)).floor(),
+        tall * erased[:, None],
+        wide,
+    ]
+    numbers = torch.stack([part.gather(1, first).squeeze(1) for part in box]).to(images.device)
+    top, left, tall, wide = (part.view(-1, 1, 1, 1) for part in numbers)
+    row, column = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
+    inside = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
+    return torch.where(inside, noise, images)
+
+
 def mask_pixels(
     mask: Bool[Tensor, "B {grid[0]*grid[1]}"], grid: tuple[int, int], patch: tuple[int, int]
 ) -> Bool[Tensor, "B 1 {grid[0]*patch[0]} {grid[1]*patch[1]}"]:

@@ -20,7 +20,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def per_image(objective: Objective, channels: int, labelled: bool) -> float:
     """FLOPs of one image in one optimizer step, all its views, heads, decoder and teacher included."""
-    batch = grey(objective, channels, labelled)
+    shapes_only = next(objective.parameters()).device.type == "meta"
+    batch = grey(objective, channels, labelled, device=torch.device("meta" if shapes_only else "cpu"))
     return count(objective, lambda twin: twin.train()(batch)["loss"].backward()) / len(batch.draw.rows)
 
 
@@ -39,7 +40,9 @@ def grey(
 
 def count(module: Module, call: Callable[[Module], object]) -> float:
     """FLOPs of call(a copy of the module)."""
-    twin = copy.deepcopy(module).cpu().float()
+    twin = copy.deepcopy(module).float()
+    if next(twin.parameters()).device.type != "meta":  # where only shapes are known, which are enough
+        twin = twin.cpu()
     for part in twin.modules():
         if "fused_attn" in vars(part):
             vars(part)["fused_attn"] = False

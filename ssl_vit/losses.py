@@ -6,6 +6,7 @@ The objectives compute theirs with these functions; docs/examples/ shows each in
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,11 @@ from ssl_vit.patches import patchify
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast inside, on the tensor's device. (A tensor without memory, of `pretrain.py --plan`, has none.)"""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def pixel_targets(

@@ -149,6 +149,7 @@ class Monitor:
     ):
         self.accelerator, self.run, self.recipe, self.objective = accelerator, run, recipe, objective
         self.total = total
+        self.flops_before = sum(objective.inherited.values())
         self.flops_per_step = flops_per_image * recipe.train.batch_size
         last = run.cut_log(done) if accelerator.is_main_process else {}
         self.seconds = last.get("seconds", 0.0)
@@ -254,7 +255,9 @@ class Monitor:
         if self.accelerator.device.type == "cuda":
             scalars["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         position = dict(
-            images=done * self.recipe.train.batch_size, flops=done * self.flops_per_step, seconds=round(self.seconds, 3)
+            images=done * self.recipe.train.batch_size,
+            flops=self.flops_before + done * self.flops_per_step,
+            seconds=round(self.seconds, 3),
         )
         rates = dict(
             images_per_second=round(images, 1), flops_per_second=round(flops), data_wait=round(waited / elapsed, 4)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_vit import (
@@ -35,6 +36,7 @@ from ssl_vit import (
     optim,
     overview,
     pictures,
+    plan,
     system,
     views,
     weights,
@@ -102,7 +104,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
     saver = checkpoint.Saver(lambda step: devices.save(run, step, optimizer), recipe.runtime, watch.check, done)
     gradients = Gradients(devices, recipe, objective, images, path, watch.say)
-    plan = gradients.plan(Order(recipe.train.seed, len(images), recipe.train.batch_size), range(done, total))
+    plan = gradients.plan(
+        Order(recipe.train.seed, len(images), recipe.train.batch_size, recipe.views.repeats), range(done, total)
+    )
     decoding = system.workers(recipe.runtime.num_workers)
     stream = data.chunks(images, objective.views, plan, recipe.train.seed, device, decoding)
     objective.train()
@@ -180,6 +184,11 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
         )
     if not len(known(recipe.data.mean)) == len(known(recipe.data.std)) == recipe.data.in_chans:
         raise UserError(f"data.mean and data.std must have {recipe.data.in_chans} values, one per channel.")
+    if recipe.views.augmentation == "rand-augment" and recipe.data.in_chans != 3:
+        raise UserError(
+            f"views.augmentation=rand-augment changes the colours of RGB images, and these have {recipe.data.in_chans} "
+            "channel(s): set views.augmentation=crop+flip, or data.in_chans=3."
+        )
     recipe.data.img_size = list(recipe.data.size)
     with torch.random.fork_rng():
         backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
@@ -193,16 +202,27 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             flip=0.5 if recipe.data.hflip else 0.0,
             classes=len(images.classes) if images.classes else None,
             views=recipe.views,
+            batch_size=recipe.train.batch_size,
+            class_names=images.classes,
         )
         return cls(recipe.objective, backbone, info)
 
 
 def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) -> tuple[int, float]:
-    """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`."""
+    """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`.
+
+    What was spent on what the run learns from, such as a tokenizer, counts as its own.
+    """
     per_image = flops.per_image(objective, known(recipe.data.in_chans), objective.labelled)
     t = recipe.train
     if t.flops is not None:
-        return math.ceil(t.flops / (per_image * t.batch_size)), per_image
+        before = sum(objective.inherited.values())
+        if t.flops <= before:
+            raise UserError(
+                f"train.flops={t.flops:.3g} is spent already: {' and '.join(objective.inherited)} took {before:.3g}. "
+                "Raise it."
+            )
+        return math.ceil((t.flops - before) / (per_image * t.batch_size)), per_image
     if t.steps is not None:
         return t.steps, per_image
     return math.ceil(known(t.epochs) * len(images) / t.batch_size), per_image
@@ -238,6 +258,7 @@ def resolved(
             lr=lr,
             lr_rule=rule,
             flops_per_image=flops_per_image,
+            inherited_flops=sum(objective.inherited.values()),
             precision=recipe.train.precision,
             labelled=objective.labelled,
         ),
@@ -291,7 +312,8 @@ def compile_blocks(objective: Objective) -> None:
 def finish(
     run: checkpoint.Run, recipe: recipes.Recipe, objective: Objective, images: data.ImageSet, device: torch.device
 ) -> list[Path]:
-    """Write the pictures, then the backbone, whose presence says that the run is finished. Returns the pictures."""
+    """Write the pictures and what other runs need, then the backbone, whose presence says that the run is finished.
+    Returns the pictures."""
     objective.eval()
     made = []
     if objective.shows:
@@ -302,6 +324,9 @@ def finish(
         for name, sheet in shown.items():
             made.append(run.path / "pictures" / f"{name}.png")
             pictures.save(sheet, made[-1], title)
+    for name, tensors in objective.parts().items():
+        with files.writing(run.path / f"{name}.safetensors") as partial:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
     weights.save(objective.exported, run.path / "backbone")
     command = shlex.join([*typed("knn"), "--backbone", str(run.path)])
     say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: {command}")
@@ -345,6 +370,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="run directory; default: runs/RECIPE-DATA[-HASH]-sSEED")
     parser.add_argument("--init-from", help="a run or weights to start from, as backbone.init_from=…; docs/weights.md")
     parser.add_argument("--print-output", action="store_true", help="print the run directory and do nothing")
+    parser.add_argument("--plan", action="store_true", help="print what the run would be and cost, and do nothing")
+    parser.add_argument("--gpu", default="A100", help="for --plan: the GPU, or several, as 8xH100 (default A100)")
     parser.add_argument("--print-schema", action="store_true", help="print a JSON Schema of recipes, for editors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")
     args = parser.parse_intermixed_args()
@@ -360,6 +387,10 @@ def main() -> int:
     recipe = read(args.recipe, settings, args.data)
     if args.help:
         print(help_text(recipe))
+        return 0
+    if args.plan:
+        devices, gpu = plan.parse(args.gpu)
+        print(plan.make(recipe, build, devices, gpu).text(recipe.name, devices, gpu))
         return 0
     path = args.output or Path("runs") / recipe.run_name()
     if args.print_output:

@@ -84,15 +84,19 @@ class Order:
     """Which image is row r of step s: element t mod n of the permutation of epoch t div n, with t = s·B + r.
 
     No image is dropped and none repeated within an epoch; the batch may be larger than the set.
+
+    repeats: how many rows of a step show the same image, each in another view (Hoffer et al. 2020, arXiv 1901.09335;
+    DeiT's RASampler). A step then takes D = ceil(B / repeats) images from the order, its row r the image s·D + r mod D:
+    neighbours, which mixup pairs, are different images.
     """
 
-    def __init__(self, seed: int, n: int, batch_size: int):
-        self.seed, self.n, self.batch_size = seed, n, batch_size
+    def __init__(self, seed: int, n: int, batch_size: int, repeats: int = 1):
+        self.seed, self.n, self.distinct = seed, n, -(-batch_size // repeats)
         self._epochs: dict[int, np.ndarray] = {}
 
     def indices(self, step: int, rows: np.ndarray) -> np.ndarray:
         """Image indices, int64 (len(rows),), of these rows of the global batch of this step."""
-        epochs, places = np.divmod(step * self.batch_size + rows, self.n)
+        epochs, places = np.divmod(step * self.distinct + rows % self.distinct, self.n)
         chosen = np.empty(len(rows), dtype=np.int64)
         for epoch in np.unique(epochs):
             if epoch not in self._epochs:

@@ -100,8 +100,13 @@ class Data:
 
 @dataclass
 class Views:
-    augmentation: Literal["none", "crop+flip", "dino", "three-augment"] = setting(
-        "crop+flip", "augmentation: none, crop and flip, DINO's colours on top, or DeiT III's 3-Augment"
+    augmentation: Literal["none", "crop+flip", "dino", "three-augment", "rand-augment"] = setting(
+        "crop+flip",
+        "augmentation: none, crop and flip, or on top DINO's colours, DeiT III's 3-Augment or DeiT's RandAugment",
+    )
+    magnitude: float = setting(9.0, "rand-augment: mean of its magnitude", at_least=0, at_most=10)
+    repeats: int = setting(
+        1, "repeated augmentation: views of each image in a step, which then holds fewer images (DeiT: 3)", at_least=1
     )
     scale: list[float] = setting([0.2, 1.0], "area of the random crop, as a fraction of the image")
     interpolation: Literal["bilinear", "bicubic"] = setting(
@@ -124,6 +129,9 @@ class Backbone:
     pos_embed: Literal["learned", "sincos"] = setting("learned", "position embedding; sincos is fixed")
     weight_init: Literal["trunc_normal", "xavier"] = setting(
         "trunc_normal", "initial linear weights: timm's and DINO's, or MAE's"
+    )
+    rescale_residual: bool = setting(
+        False, "divide the last weights of block l's attention and MLP by sqrt(2 l) at the start, as BEiT"
     )
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)

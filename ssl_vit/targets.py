@@ -1,4 +1,4 @@
-"""What must be recovered: pixels, mean colours, or tokens of a codebook that is fitted here.
+"""What must be recovered: pixels, features, mean colours, or tokens: of k-means that is fitted here, or of a tokenizer.
 
 A target turns clean, standardised images into one answer per patch and knows the loss of a prediction against it.
 """
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.losses import distance, pixel_targets, token_loss
-from ssl_vit.patches import patchify
+from ssl_vit.patches import patchify, unpatchify
+from ssl_vit.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -158,3 +160,26 @@ class KMeans(Tokens):
     def codes(self) -> Float[Tensor, "{self.width} D"]:
         """What each class looks like: standardised patches (width, ph·pw·C)."""
         return self.centroids
+
+
+class Learnt(Tokens):
+    """The tokens of a trained tokenizer, which sees its own view of the clean image: BEiT (arXiv 2106.08254, section
+    2.1). Encoder and quantizer are frozen. of_pixels: whether the codes stand for pixels, not for a teacher's features.
+    """
+
+    def __init__(self, encoder: TokenBackbone, quantizer: Quantizer, of_pixels: bool):
+        super().__init__()
+        self.encoder, self.quantizer, self.of_pixels = encoder, quantizer, of_pixels
+        self.width = len(quantizer.codebook.codes)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
+        """Images in [0, 1] as the tokenizer takes them → tokens, int64 (B, N)."""
+        encoded = self.encoder(images)[:, self.encoder.num_prefix_tokens :]
+        tokens: Tensor = self.quantizer.codebook(self.quantizer.vectors(encoded))
+        return tokens
+
+    def picture(self, tokens: Int[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
+        """Tokens (B, N) → images in [0, 1], of the tokenizer's size."""
+        patch, (height, width) = self.encoder.patch_size, self.encoder.input_size
+        made = unpatchify(self.quantizer.decode(tokens).float(), patch, (height // patch[0], width // patch[1]))
+        return (made * self.encoder.std + self.encoder.mean).clamp(0, 1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as per_sample
 
+from ssl_vit import randaugment
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import pair
 
@@ -56,7 +57,9 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
     solarize: float = 0.0
     three_augment: bool = False  # instead of these three: exactly one of them (DeiT III, section 4; arXiv 2204.07118)
+    rand_augment: float | None = None  # magnitude of timm's RandAugment, 0 to 10; None: without it
     interpolation: Interpolation = "bilinear"  # of the crop
+    same_as: str | None = None  # has the box, flip and colours of the view of that name, at a size of its own
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def make(spec: ViewSpec, images: UInt8[Tensor, "B C H W"], draw: Draw) -> dict[s
         else:
             once = whole(images, view.size, interpolation=view.interpolation)
             crops = _flip(once[:, None].expand(-1, flip.shape[1], -1, -1, -1), flip)
-        views[name] = _coloured(view, crops, u)
+        views[name] = _coloured(name, view, crops, u, draw)
     return views
 
 
@@ -135,18 +138,22 @@ def finish(
     views = {}
     for name, view in spec.items():
         u = _numbers(name, view, draw)
-        views[name] = _coloured(view, _flip(crops[name].float() / 255, u[..., 0] < view.flip), u)
+        views[name] = _coloured(name, view, _flip(crops[name].float() / 255, u[..., 0] < view.flip), u, draw)
     return views
 
 
 def _numbers(name: str, view: View, draw: Draw) -> Tensor:
     """The uniform numbers of all that follows the box, (B, V, 12) on the CPU: the flip's, then `colour`'s eleven."""
-    return draw.uniform(f"view.{name}.colour", view.count or 1, 12, device="cpu")
+    return draw.uniform(f"view.{view.same_as or name}.colour", view.count or 1, 12, device="cpu")
 
 
-def _coloured(view: View, crops: Tensor, u: Tensor) -> Tensor:
+def _coloured(name: str, view: View, crops: Tensor, u: Tensor, draw: Draw) -> Tensor:
     """crops: (B, V, C, h, w), u: (B, V, 12) → the view in its final shape."""
     images = colour(view, crops.flatten(0, 1), u[..., 1:].flatten(0, 1))
+    if view.rand_augment is not None:
+        shape = view.count or 1, randaugment.LAYERS, randaugment.NUMBERS
+        numbers = draw.uniform(f"view.{view.same_as or name}.randaugment", *shape, device="cpu")
+        images = randaugment.rand_augment(images, numbers.flatten(0, 1), view.rand_augment)
     return images if view.count is None else images.view_as(crops)
 
 
@@ -159,7 +166,7 @@ def boxes(name: str, view: View, draw: Draw, height: int, width: int) -> Int[Ten
     As in torchvision's RandomResizedCrop: the first of ten tries that lies in the image, else the largest central box
     whose aspect is allowed.
     """
-    u = draw.uniform(f"view.{name}.box", view.count or 1, 22, device="cpu").double()
+    u = draw.uniform(f"view.{view.same_as or name}.box", view.count or 1, 22, device="cpu").double()
     low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
     area = height * width * (view.scale[0] + (view.scale[1] - view.scale[0]) * u[..., :10])
     aspect = torch.exp(low + (high - low) * u[..., 10:20])
@@ -428,12 +435,13 @@ def mix(
     mixup: float,
     cutmix: float,
     prob: float = 1.0,
+    mode: str = "elem",
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
     """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899, section 3.1), each of half the images if both alphas > 0.
 
     images: float (B, C, H, W); targets: float (B, K); mixup, cutmix: alpha of λ ~ Beta(alpha, alpha), 0 for never;
-    prob: of mixing an image at all. Row r is mixed with row r xor 1 of the global batch, which must lie beside it here;
-    its own weight is λ.
+    prob: of mixing an image at all; mode: "elem" if every image has its own λ and box, "batch" if a step has one.
+    Row r is mixed with row r xor 1 of the global batch, which must lie beside it here; its own weight is λ.
     """
     if mixup == cutmix == 0:
         return images, targets
@@ -443,6 +451,8 @@ def mix(
             "mixup pairs row r with row r xor 1, so a micro-batch must hold an even number of rows and start at an "
             f"even one; this one holds {len(draw.rows)} and starts at {int(draw.rows[0])}."
         )
+    if mode == "batch":
+        draw = draw.for_rows(torch.zeros_like(draw.rows))
     u = draw.uniform("mix", 4, device="cpu").double()
     mixed = u[:, 0] < prob
     cut = u[:, 1] < (cutmix > 0) / ((cutmix > 0) + (mixup > 0))
@@ -500,6 +510,13 @@ def none(size: tuple[int, int]) -> ViewSpec:
 def crop_flip(size: tuple[int, int], flip: float, scale: tuple[float, float] = (0.2, 1.0)) -> ViewSpec:
     """Random resized crop and flip (MAE, arXiv 2111.06377, appendix A.1: scale (0.2, 1))."""
     return {"image": View(size, scale=scale, flip=flip)}
+
+
+def rand_augment(
+    size: tuple[int, int], flip: float, scale: tuple[float, float] = (0.08, 1.0), magnitude: float = 9.0
+) -> ViewSpec:
+    """Crop, flip and RandAugment, as DeiT (arXiv 2012.12877, table 9; randaugment.py)."""
+    return {"image": View(size, scale=scale, flip=flip, rand_augment=magnitude)}
 
 
 def three_augment(size: tuple[int, int], flip: float, scale: tuple[float, float] = (0.08, 1.0)) -> ViewSpec:

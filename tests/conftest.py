@@ -38,9 +38,20 @@ SMALL = {
         "objective.bottleneck_dim=8",
         "objective.local_crops_number=2",
     ],
+    "tokenizer": [
+        "objective.vocab_size=8",
+        "objective.code_dim=4",
+        "objective.revive_after=2",
+        "objective.decoder_depth=1",
+        "objective.decoder_embed_dim=16",
+        "objective.decoder_num_heads=2",
+    ],
     "supervised": ["backbone.drop_path_rate=0.2"],
+    "deit": ["backbone.drop_path_rate=0.2", "objective.mixup=0.8", "objective.reprob=0.25", "views.repeats=3"],
 }
 BACKBONE = ["backbone.embed_dim=16", "backbone.depth=2", "backbone.num_heads=2", "data.img_size=16", "data.in_chans=3"]
+
+FACTS = ["data.mean=[0.5, 0.45, 0.4]", "data.std=[0.25, 0.2, 0.3]", "data.hflip=true"]
 
 
 def pytest_addoption(parser):
@@ -92,8 +103,7 @@ def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[st
 
 def small_recipe(name: str, *settings: str) -> recipes.Recipe:
     """A shipped recipe on 16 px RGB images, with a tiny backbone."""
-    facts = ["data.mean=[0.5, 0.45, 0.4]", "data.std=[0.25, 0.2, 0.3]", "data.hflip=true"]
-    overrides = [*BACKBONE, *facts, *SMALL[name], *settings]
+    overrides = [*BACKBONE, *FACTS, *SMALL[name], *settings]
     return recipes.read(name, overrides, None, lambda n: objectives.find(n).Config)
 
 
@@ -104,7 +114,7 @@ def small_objective(name: str, *settings: str, classes: int = 5) -> objectives.O
     size = (recipe.data.img_size,) * 2 if isinstance(recipe.data.img_size, int) else tuple(recipe.data.img_size)
     backbone = backbones.build(recipe.backbone, recipe.data, 0)
     objective = objectives.find(recipe.objective_name)(
-        recipe.objective, backbone, DatasetInfo(size, 0.5, classes, recipe.views)
+        recipe.objective, backbone, DatasetInfo(size, 0.5, classes, recipe.views, recipe.train.batch_size)
     )
     if objective.requires_fit:
         objective.fit(torch.rand(32, recipe.data.in_chans, *size, generator=torch.Generator().manual_seed(1)), 0)

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import small_recipe
+from conftest import small_objective, small_recipe
 from PIL import Image
 
 from ssl_vit import backbones, overview, pretrain, views, weights
@@ -439,3 +439,12 @@ def test_the_header_names_the_shape_that_is_trained():
     count = sum(p.numel() for p in model.parameters()) / 1e6
     said = overview.shape_of(model, recipe.backbone)
     assert said == f"ViT, 16 wide, 3 deep, patch 4, {count:.2f} M parameters"
+
+
+def test_residuals_are_rescaled_as_beit_s():
+    """Only the last weights of each half of block l, by sqrt(2 l), and the rest is of the same seed."""
+    plain, scaled = (small_objective("mae", f"backbone.rescale_residual={on}").backbone.model for on in (False, True))
+    for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        last = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
+        factor = (2 * (1 + int(name.split(".")[1]))) ** -0.5 if last else 1.0
+        torch.testing.assert_close(after, factor * before)

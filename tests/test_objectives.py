@@ -82,7 +82,8 @@ def test_the_backbone_s_weights_are_used_inside_its_forward_alone(way):
     batch = make_batch(objective, torch.arange(4))
     expected = objective(batch)["loss"]
     for backbone in (m for m in objective.modules() if isinstance(m, Backbone)):
-        weights = {p: p.data for name, p in backbone.named_parameters() if "head." not in name}
+        heads = {"head", "head_dist"}
+        weights = {p: p.data for name, p in backbone.named_parameters() if not heads & set(name.split("."))}
 
         def gather(*_, weights=weights):
             for p, value in weights.items():

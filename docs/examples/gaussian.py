@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ssl_vit import corruption, neighbours, views
 from ssl_vit.backbones import fix_sincos_positions, xavier
+from ssl_vit.decoders import Decoder
 from ssl_vit.losses import distance, pixel_targets
-from ssl_vit.objectives.reconstruct import Decoder
 from ssl_vit.schedules import cosine
 
 VIT = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=96, depth=4, num_heads=3, num_classes=0)

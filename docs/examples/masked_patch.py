@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ssl_vit import corruption, neighbours, views
 from ssl_vit.backbones import xavier
+from ssl_vit.decoders import LinearHead
 from ssl_vit.losses import masked_mean, token_loss
-from ssl_vit.objectives.reconstruct import LinearHead
 from ssl_vit.schedules import cosine
 from ssl_vit.targets import Colours
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ssl_vit import corruption, neighbours, views
 from ssl_vit.backbones import fix_sincos_positions, xavier
+from ssl_vit.decoders import LinearHead
 from ssl_vit.losses import distance, masked_mean
-from ssl_vit.objectives.reconstruct import LinearHead
 from ssl_vit.patches import patchify
 from ssl_vit.schedules import cosine
 

@@ -14,7 +14,14 @@ from ssl_vit import recipe as recipes
 from ssl_vit import views
 from ssl_vit.backbones.base import FAULTS, Backbone, reason
 from ssl_vit.backbones.timm_models import TimmModel, create_model, is_plain, published_size
-from ssl_vit.backbones.vit import AddressedDropPath, TokenBackbone, draw_class_token, fix_sincos_positions, xavier
+from ssl_vit.backbones.vit import (
+    AddressedDropPath,
+    TokenBackbone,
+    draw_class_token,
+    fix_sincos_positions,
+    rescale_residual,
+    xavier,
+)
 from ssl_vit.errors import UserError
 from ssl_vit.settings import known
 
@@ -37,7 +44,7 @@ def build(
         raise UserError(f"Unknown backbone {config.name!r}: give one of {', '.join(ours)}, or a model timm knows.")
     is_vit = timm.models.is_model_in_modules(name, ["vision_transformer", "deit"])
     if not is_vit:
-        of_vit = ("embed_dim", "depth", "num_heads", "init_values", "reg_tokens", "drop_path_rate")
+        of_vit = ("embed_dim", "depth", "num_heads", "rescale_residual", "init_values", "reg_tokens", "drop_path_rate")
         unset = {f.name: f.default for f in dataclasses.fields(config) if f.name in of_vit and getattr(config, f.name)}
         if unset:  # on the command line or in the recipe
             settings = " ".join(f"backbone.{k}={'null' if v is None else v}" for k, v in unset.items())
@@ -74,6 +81,8 @@ def build(
                 nn.init.xavier_uniform_(weight.view(len(weight), -1))
     if isinstance(model, VisionTransformer):
         draw_class_token(model, seed)
+        if config.rescale_residual:
+            rescale_residual(model)
     view = views.evaluation(size, interpolation)
     own = dict(crop_pct=view.crop_pct, interpolation=view.interpolation, crop_mode=view.crop_mode)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (data.in_chans, *size), **own}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -182,12 +183,21 @@ def fix_sincos_positions(model: VisionTransformer) -> None:
 def draw_class_token(model: nn.Module, seed: int) -> None:
     """Draw the class token, and DeiT's distillation token, from a normal of std 0.02, as in the official MAE, DINO and
     DeiT (BEiT truncates it at one deviation; timm's std is 1e-6). No other weight of a seed depends on these draws."""
-    draw = Draw(seed, 0, torch.tensor([0]))
-    for name in ("cls_token", "dist_token"):
-        token = getattr(model, name, None)
-        if token is not None:
-            with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():  # also for a model without memory
+        draw = Draw(seed, 0, torch.tensor([0]))
+        for name in ("cls_token", "dist_token"):
+            token = getattr(model, name, None)
+            if token is not None:
                 token.copy_(0.02 * draw.normal(f"initial {name}", *token.shape[1:]))
+
+
+@torch.no_grad()
+def rescale_residual(model: VisionTransformer) -> None:
+    """Divide what block l = 1, 2, … adds to its tokens by sqrt(2·l) at the start (fix_init_weight of BEiT's
+    modeling_finetune.py; arXiv 2106.08254, section 2.5)."""
+    for layer, block in enumerate(model.blocks, 1):
+        for name in ("attn.proj.weight", "mlp.fc2.weight"):
+            block.get_parameter(name).div_(math.sqrt(2 * layer))
 
 
 def xavier(module: nn.Module) -> None:

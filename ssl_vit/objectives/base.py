@@ -6,7 +6,7 @@ batch was cut into micro-batches or processes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -41,6 +41,8 @@ class DatasetInfo:
     flip: float  # probability of a horizontal flip: 0 where it would change the label
     classes: int | None  # None: no labels
     views: recipes.Views
+    batch_size: int  # rows of a whole step
+    class_names: list[str] | None = None  # in the order of the labels
 
     def single_view(self) -> ViewSpec:
         """The recipe's augmentation, as one view called "image"."""
@@ -49,11 +51,21 @@ class DatasetInfo:
             spec = views.none(self.size)
         elif self.views.augmentation == "crop+flip":
             spec = views.crop_flip(self.size, self.flip, scale)
+        elif self.views.augmentation == "rand-augment":
+            spec = views.rand_augment(self.size, self.flip, scale, self.views.magnitude)
         elif self.views.augmentation == "three-augment":
             spec = views.three_augment(self.size, self.flip, scale)
         else:
             spec = {"image": views.dino(self.size, self.size, 0, self.flip, scale, blur=self.views.blur)["global2"]}
         return views.resampled(spec, self.views.interpolation)
+
+    def second_view(self, name: str, backbone: TokenBackbone) -> ViewSpec:
+        """The same crop once more, as a frozen backbone takes it; {} if it takes the view "image" itself."""
+        if backbone.input_size == self.size:
+            return {}
+        view = self.single_view()["image"]
+        own = backbone.evaluation_view.interpolation
+        return {name: replace(view, size=backbone.input_size, interpolation=own, same_as="image")}
 
 
 class Objective(nn.Module):
@@ -69,6 +81,8 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = backbone
+        # FLOPs that were spent before on what this one learns from, such as a tokenizer, by run
+        self.inherited: dict[str, float] = {}
 
     def train(self, mode: bool = True) -> "Objective":
         """Parts without a trainable parameter, such as teachers, stay in eval mode."""
@@ -113,6 +127,10 @@ class Objective(nn.Module):
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
         """Pictures of what was learnt, by file name: one row of panels for each image in [0, 1]."""
+        return {}
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """What other runs need of a finished run beside its backbone: {file: {name: tensor}}."""
         return {}
 
     def alarm(self, logged: dict[str, float]) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_vit import views
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
-from ssl_vit.losses import dino_loss
+from ssl_vit.losses import dino_loss, full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
@@ -136,7 +136,7 @@ class DINO(Objective):
             local = batch.views["local"].transpose(0, 1).flatten(0, 1)
             seen = torch.cat([seen, self.backbone(local, draw=batch.draw.fold_in("local"))[:, 0]])
         student = self.head(seen)  # all crops at once, as BatchNorm's statistics are over them
-        with torch.autocast(two.device.type, enabled=False):
+        with full_precision(two):
             temperature = self.teacher_temp(batch.step, batch.total)
             result = self.cross_entropy(
                 student.to(self.center.dtype).unflatten(0, (-1, rows)),

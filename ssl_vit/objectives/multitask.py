@@ -93,6 +93,8 @@ class Multitask(Objective):
                 built[place] = kinds[place](chosen[place].objective, backbone, info)
         tasks = [built[place] for place in range(len(kinds))]
         self.tasks = nn.ModuleList(tasks)
+        for task in tasks:
+            self.inherited |= task.inherited
 
         # tasks with equal views share them, under the name of the first
         self.specs = [task.views for task in tasks]

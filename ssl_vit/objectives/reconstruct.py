@@ -4,7 +4,7 @@
 |---------------|----------------|------------------------------------------|------------|-------------------|---------|
 | mae           | 75 % at random | dropped                                  |            | normalised pixels | decoder |
 | simmim        | 60 % at random | mask tokens                              |            | pixels, L1        | linear  |
-| beit          | 40 % in blocks | mask tokens                              |            | k-means tokens    | linear  |
+| beit          | 40 % in blocks | mask tokens                              |            | tokens            | linear  |
 | masked-patch  | 50 % at random | 80 % mask tokens, 10 % others, 10 % kept |            | 512 mean colours  | linear  |
 | gaussian      | none           |                                          | noise      | pixels            | decoder |
 | clean-encoder | none           | (the encoder gets the clean image)       | noise      | pixels            | decoder |
@@ -13,8 +13,9 @@ The loss is averaged over the masked patches, or over all patches if there is no
 the corruption applies to the masked patches alone; with `visible` and `mask_token` to the visible ones. So noise on
 half of the patches, blur, shuffled patches, noise and masking at once, and the plain autoencoder are settings too. With
 `encoder_input=clean` the decoder gets the corrupted image, and one vector of what the encoder made of the clean image.
-With `mask=causal` or `prefix` nothing is corrupted: each patch is predicted from those before it. The targets of
-`target=features` come from an EMA teacher that sees the clean image.
+Tokens are those of k-means, or of a run of the recipe tokenizer. With `mask=causal` or `prefix` nothing is corrupted:
+each patch is predicted from those before it. The targets of `target=features` come from an EMA teacher that sees the
+clean image.
 
 Papers: MAE arXiv 2111.06377, SimMIM 2111.09886, BEiT 2106.08254, masked patch prediction 2010.11929 (ViT, appendix
 B.1.2), denoising 2401.14404 (l-DAE), clean encoder 2311.17901 (SODA), next patches 2401.08541 (AIM), features
@@ -29,14 +30,15 @@ from functools import partial
 from typing import Literal
 
 import torch
-from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Attention, Block
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_vit import corruption, targets
-from ssl_vit.backbones import Backbone, TokenBackbone, sincos_positions, xavier
+from ssl_vit import corruption, targets, teachers
+from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit.decoders import Decoder, Denoiser, LinearHead
 from ssl_vit.errors import UserError
-from ssl_vit.losses import masked_mean
+from ssl_vit.losses import full_precision, masked_mean
+from ssl_vit.objectives import tokenizer
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.pictures import Sheet
@@ -71,8 +73,13 @@ class ReconstructConfig:
     noise_pca_dim: int | None = setting(
         None, "gaussian: add the noise to so many principal components of the patches (l-DAE)", at_least=1
     )
-    target: Literal["pixels", "noise", "colour", "kmeans", "features"] = setting(
-        "pixels", "pixels, the noise, the class of the mean colour, k-means tokens, or features of an EMA teacher"
+    target: Literal["pixels", "noise", "colour", "kmeans", "tokenizer", "features"] = setting(
+        "pixels",
+        "pixels, the noise, the class of the mean colour, k-means tokens, those of a tokenizer, or features of an EMA "
+        "teacher",
+    )
+    tokenizer: str | None = setting(
+        None, "take the tokens of this run of the recipe tokenizer; the target is then tokenizer"
     )
     momentum_teacher: float = setting(
         0.996, "features: EMA momentum of the teacher at step 0, rising to 1 on a cosine", at_least=0, at_most=1
@@ -87,6 +94,10 @@ class ReconstructConfig:
     decoder_embed_dim: int = setting(128, "token dimension of the decoder", at_least=1)
     decoder_num_heads: int = setting(4, "attention heads of the decoder", at_least=1)
 
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:
+            self.target = "tokenizer"
+
 
 class Reconstruct(Objective):
     """Corrupt, encode, predict. Shapes: B images, N patches in a grid, K of them visible, P prefix tokens."""
@@ -94,7 +105,7 @@ class Reconstruct(Objective):
     Config = ReconstructConfig
     config: ReconstructConfig
     backbone: TokenBackbone
-    decoder: "Decoder | Denoiser | LinearHead"
+    decoder: Decoder | Denoiser | LinearHead
     shows = True
 
     def __init__(self, config: ReconstructConfig, backbone: Backbone, info: DatasetInfo):
@@ -122,9 +133,12 @@ class Reconstruct(Objective):
             "noise": lambda: targets.Pixels(patch, channels, False, config.loss),
             "colour": lambda: targets.Colours(patch, backbone.mean, backbone.std),
             "kmeans": lambda: targets.KMeans(patch, channels, config.vocab_size),
+            "tokenizer": lambda: self.learnt(known(config.tokenizer), channels),
             "features": lambda: targets.Features(embed_dim, config.loss),
         }
         self.target = kinds[config.target]()
+        if isinstance(self.target, targets.Learnt):
+            self.views |= info.second_view("tokens", self.target.encoder)
         self.teacher = copy.deepcopy(backbone).requires_grad_(False) if config.target == "features" else None
         self.pca = corruption.PatchPCA(patch, channels, config.noise_pca_dim) if config.noise_pca_dim else None
         if config.encoder_input == "mask_token":
@@ -143,6 +157,25 @@ class Reconstruct(Objective):
         else:
             self.decoder = LinearHead(embed_dim, prefix, width)
 
+    def learnt(self, run: str, channels: int) -> targets.Learnt:
+        """The tokens of the tokenizer that this run trained. Raises UserError for one of other channels or patches."""
+        encoder, quantizer, config = tokenizer.load(run)
+        side, own = encoder.input_size, encoder.patch_size
+        grid = side[0] // own[0], side[1] // own[1]
+        if len(encoder.mean) != channels:
+            raise UserError(
+                f"objective.tokenizer={run} takes images of {len(encoder.mean)} channel(s), and these have {channels}: "
+                "train a tokenizer on such images."
+            )
+        if grid != self.grid:
+            raise UserError(
+                f"objective.tokenizer={run} gives {grid[0]}x{grid[1]} tokens, and this backbone has "
+                f"{self.grid[0]}x{self.grid[1]} patches: train a tokenizer whose data.img_size / backbone.patch_size "
+                "is the same."
+            )
+        self.inherited = teachers.cost(run)
+        return targets.Learnt(encoder, quantizer, config.teacher is None)
+
     @property
     def requires_fit(self) -> bool:
         return self.pca is not None or isinstance(self.target, targets.KMeans)
@@ -155,17 +188,26 @@ class Reconstruct(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         images = batch.views["image"]
         prediction, mask, noise, level = self.predict(images, batch.draw)
-        with torch.no_grad():
-            clean = noise if self.config.target == "noise" else self.backbone.normalise(images)
-            if self.teacher is not None:
-                clean = self.teacher(images)[:, self.backbone.num_prefix_tokens :]
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            target = self.target(clean)
-        with torch.autocast(images.device.type, enabled=False):
+        target = self.target_of(images, batch.views.get("tokens", images), noise)
+        with full_precision(images):
             per_patch = self.target.loss(prediction.float() if prediction.dtype.itemsize < 4 else prediction, target)
             if self.config.loss_weighting == "noise_level":
                 per_patch = per_patch / (1 + known(level).flatten(1).square())
             return dict(loss=masked_mean(per_patch, mask, self.expected_masked))
+
+    @torch.no_grad()
+    def target_of(self, images: Tensor, seen: Tensor, noise: Tensor | None) -> Tensor:
+        """What is to be recovered of every patch of clean images in [0, 1]. seen: the same as a tokenizer takes them;
+        noise: what was added to them."""
+        if isinstance(self.target, targets.Learnt):
+            tokens: Tensor = self.target(seen)
+            return tokens
+        clean = known(noise) if self.config.target == "noise" else self.backbone.normalise(images)
+        if self.teacher is not None:
+            clean = self.teacher(images)[:, self.backbone.num_prefix_tokens :]
+        with full_precision(images):
+            target: Tensor = self.target(clean)
+        return target
 
     def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(prediction (B, N, width); mask bool (B, N): the patches over which the loss is averaged; and of gaussian
@@ -225,7 +267,7 @@ class Reconstruct(Objective):
         """(corrupted images in [0, 1], the noise in them, its level); the latter None unless it is gaussian."""
         if self.config.corruption == "none":
             return images, None, None
-        with torch.autocast(images.device.type, enabled=False):  # matrix products of inputs stay float32
+        with full_precision(images):  # matrix products of inputs stay float32
             return self._corrupt(images, order, mask, draw)
 
     def _corrupt(
@@ -276,7 +318,9 @@ class Reconstruct(Objective):
             made = seen - unpatchify(prediction, patch, self.grid)
         elif isinstance(self.target, targets.Pixels):
             made = unpatchify(self.target.picture(prediction, patchify(seen, patch), known), patch, self.grid)
-        elif isinstance(self.target, targets.Tokens):
+        elif isinstance(self.target, targets.Learnt):
+            made = self.picture_of_tokens(images, prediction.argmax(-1), mask) if self.target.of_pixels else seen
+        elif isinstance(self.target, targets.Colours | targets.KMeans):
             made = unpatchify(self.target.codes()[prediction.argmax(-1)], patch, self.grid)
         else:
             made = seen  # features have no picture
@@ -285,6 +329,14 @@ class Reconstruct(Objective):
         panels = torch.stack([clean, seen, made][: len(captions)], 1)
         return dict(reconstruction=Sheet((panels * b.std + b.mean).clamp(0, 1), captions))
 
+    def picture_of_tokens(self, images: Tensor, predicted: Tensor, mask: Tensor) -> Tensor:
+        """What the tokenizer's decoder makes of the predicted tokens (B, N) at the masked patches and of the true ones
+        elsewhere, standardised (B, C, H, W)."""
+        assert isinstance(self.target, targets.Learnt)
+        seen = F.interpolate(images, self.target.encoder.input_size, mode="bilinear", antialias=True)
+        made = self.target.picture(torch.where(mask, predicted, self.target(seen)))
+        return self.backbone.normalise(F.interpolate(made, images.shape[-2:], mode="bilinear"))
+
     def captions(self) -> list[str]:
         """What the panels of `show` are, with how a prediction is drawn."""
         c = self.config
@@ -292,6 +344,7 @@ class Reconstruct(Objective):
             "noise": ": the input minus the predicted noise",
             "colour": ": the most likely mean colour",
             "kmeans": ": the most likely token",
+            "tokenizer": ": decoded from the most likely tokens",
         }.get(c.target, "")
         if isinstance(self.target, targets.Pixels) and self.target.norm_pix_loss:
             manner = ", with the mean and variance of the average patch of the input"
@@ -299,7 +352,8 @@ class Reconstruct(Objective):
             return ["original", "input to the encoder", f"each patch, predicted from the true ones before it{manner}"]
         given = "input to the decoder" if c.encoder_input == "clean" else "input to the encoder"
         masked = " of the masked patches" * (c.mask != "none")
-        return ["original", given, f"reconstruction{masked}{manner}"][: 2 + (c.target != "features")]
+        pictured = c.target != "features" and getattr(self.target, "of_pixels", True)
+        return ["original", given, f"reconstruction{masked}{manner}"][: 2 + pictured]
 
 
 NEXT = ("causal", "prefix")  # every patch is predicted from those before it
@@ -320,6 +374,8 @@ def check_settings(config: ReconstructConfig) -> None:
             "objective.encoder_input=clean gives the decoder the corrupted image: set objective.corruption, and "
             "objective.decoder_depth of 1 or more."
         )
+    if c.target == "tokenizer" and c.tokenizer is None:
+        raise UserError("objective.target=tokenizer needs one: set objective.tokenizer=RUN, of the recipe tokenizer.")
     if c.mask in NEXT and c.corruption != "none":
         raise UserError(f"objective.mask={c.mask} reads clean patches: set objective.corruption=none.")
     if c.mask in ("random", "blocks") and c.encoder_input == "corrupted" and c.corruption == "none":
@@ -340,130 +396,3 @@ def check_settings(config: ReconstructConfig) -> None:
             "objective.replace_ratio and objective.keep_ratio are fractions of the masked patches, at most 1 together, "
             "and require objective.encoder_input=mask_token."
         )
-
-
-class Decoder(nn.Module):
-    """MAE's decoder (section 3 and appendix A.1): mask tokens at the masked places, fixed sine-cosine positions, a few
-    blocks, a linear layer to `out` values per patch. prefix: how many tokens come before the patches."""
-
-    positions: Tensor
-
-    def __init__(
-        self, embed_dim: int, prefix: int, grid: tuple[int, int], out: int, dim: int, depth: int, num_heads: int
-    ):
-        super().__init__()
-        self.prefix = prefix
-        self.embed = nn.Linear(embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        at = torch.cat([torch.zeros(prefix, dim), sincos_positions(dim, grid)])
-        self.register_buffer("positions", at[None], persistent=False)
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]  # as timm itself does
-            for _ in range(depth)
-        )
-        self.norm = norm(dim)
-        self.head = nn.Linear(dim, out)
-        self.apply(xavier)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    def forward(self, latent: Tensor, ids_keep: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """Encoder output (B, P + K, D) at the places ids_keep, int64 (B, K), or of all patches (B, P + N, D)
-        → predictions (B, N, out). attn_mask: which token attends to which, if not all to all."""
-        x = self.embed(latent)
-        if ids_keep is not None:
-            prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
-            n = self.positions.shape[1] - self.prefix
-            full = self.mask_token.to(x.dtype).expand(len(x), n, -1)
-            x = torch.cat([prefix, full.scatter(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]), visible)], 1)
-        x = x + self.positions
-        for block in self.blocks:
-            x = block(x) if attn_mask is None else block(x, attn_mask=attn_mask)
-        predictions: Tensor = self.head(self.norm(x))
-        return predictions[:, self.prefix :]
-
-
-class Denoiser(nn.Module):
-    """The decoder of a clean encoder: a small ViT that gets the corrupted patches, and of the encoder's output no more
-    than one vector, the mean of the patch tokens. SODA (Hudson et al. 2023, arXiv 2311.17901, section 3).
-
-    As in SODA the vector reaches the decoder by modulation alone: behind every layer norm, its projections scale and
-    shift all tokens alike, h ← (1 + scale) · norm(h) + shift. Every token gets it in every layer, where a prepended
-    token would first have to be attended to. SODA's decoder is a U-Net with group norms, which knows the noise level,
-    predicts the noise in another view of the image, and has parts of the vector dropped in training. Here the view is
-    the same, nothing is dropped, and the decoder is not told the level, as in the recipe gaussian.
-    """
-
-    positions: Tensor
-
-    def __init__(
-        self,
-        embed_dim: int,
-        prefix: int,
-        grid: tuple[int, int],
-        values: int,
-        out: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-    ):
-        super().__init__()
-        self.prefix = prefix
-        self.embed = nn.Linear(values, dim)
-        self.register_buffer("positions", sincos_positions(dim, grid)[None], persistent=False)
-        self.blocks = nn.ModuleList(ModulatedBlock(dim, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.head = nn.Linear(dim, out)
-        self.apply(xavier)
-        self.bottleneck = nn.Linear(embed_dim, (4 * depth + 2) * dim)  # scale and shift of every norm
-        nn.init.normal_(self.bottleneck.weight, std=0.02)
-        nn.init.zeros_(self.bottleneck.bias)
-
-    def forward(self, latent: Tensor, corrupted: Tensor) -> Tensor:
-        """Encoder output (B, P + N, D) of the clean image, standardised corrupted patches (B, N, values)
-        → predictions (B, N, out)."""
-        vector = latent[:, self.prefix :].mean(1)
-        *pairs, last = self.bottleneck(vector)[:, None].chunk(2 * len(self.blocks) + 1, -1)
-        x = self.embed(corrupted) + self.positions
-        for block, first, second in zip(self.blocks, pairs[::2], pairs[1::2], strict=True):
-            x = block(x, first, second)
-        predictions: Tensor = self.head(modulate(self.norm(x), last))
-        return predictions
-
-
-class ModulatedBlock(nn.Module):
-    """A transformer block whose norms have no weights of their own: they are handed in, for every image."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.attn = Attention(dim, num_heads, qkv_bias=True)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """x (B, N, D); scale and shift of the first and of the second norm, side by side (B, 1, 2·D) → (B, N, D)."""
-        x = x + self.attn(modulate(self.norm1(x), first))
-        x = x + self.mlp(modulate(self.norm2(x), second))
-        return x
-
-
-def modulate(normed: Tensor, by: Tensor) -> Tensor:
-    """Tokens (B, N, D), scaled by 1 + the first half of `by` (B, 1, 2·D) and shifted by the second."""
-    scale, shift = by.chunk(2, -1)
-    return normed * (1 + scale) + shift
-
-
-class LinearHead(nn.Module):
-    """One linear layer on every patch token (SimMIM, section 3.3; BEiT's token classifier)."""
-
-    def __init__(self, embed_dim: int, prefix: int, out: int):
-        super().__init__()
-        self.prefix = prefix
-        self.head = nn.Linear(embed_dim, out)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, latent: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(B, P + N, D) → (B, N, out)."""
-        predictions: Tensor = self.head(latent[:, self.prefix :])
-        return predictions

@@ -1,6 +1,8 @@
 """Supervised classification: the control that every label-free objective is measured against.
 
-Sources: DeiT (arXiv 2012.12877) for mixup, cutmix and label smoothing; DeiT III (2204.07118) for binary cross-entropy.
+Sources: DeiT (arXiv 2012.12877) for mixup, cutmix, erasing, label smoothing and distillation; DeiT III (2204.07118) for
+binary cross-entropy. With objective.teacher the class token learns from the labels and the distillation token from what
+the teacher answers (DeiT, section 4); the classifier that is evaluated is the mean of both heads.
 """
 
 import copy
@@ -13,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit import corruption, views
-from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit import corruption, teachers, views
+from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason
 from ssl_vit.errors import UserError
+from ssl_vit.losses import full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import known, pair, setting
@@ -27,7 +30,15 @@ class SupervisedConfig:
     smoothing: float = setting(0.0, "label smoothing", at_least=0, at_most=0.99)
     mixup: float = setting(0.0, "alpha of mixup's Beta law; 0: none", at_least=0)
     cutmix: float = setting(0.0, "alpha of cutmix's Beta law; 0: none", at_least=0)
+    mixup_mode: Literal["elem", "batch"] = setting("elem", "every image mixed in its own proportion, or all in one")
     mixup_prob: float = setting(1.0, "probability of mixup or cutmix", at_least=0, at_most=1)
+    reprob: float = setting(0.0, "probability of random erasing", at_least=0, at_most=1)
+    teacher: str | None = setting(
+        None, "a run or model whose answers the distillation token learns; backbone.name=deit_*_distilled_* has one"
+    )
+    distillation_type: Literal["hard", "soft"] = setting("hard", "learn the teacher's decision, or its probabilities")
+    distillation_alpha: float = setting(0.5, "weight of the loss against the teacher", at_least=0, at_most=1)
+    distillation_tau: float = setting(1.0, "soft: temperature of the teacher's and our probabilities", above=0)
     global_pool: Literal["token", "avg"] = setting(
         "token", "what the head reads: the class token, or the mean of the patches"
     )
@@ -66,39 +77,120 @@ class Supervised(Objective):
             backbone.add_classifier(self.classes, config.global_pool)
         else:
             backbone.add_classifier(self.classes)
+        self.teacher: Backbone | None = None
+        if config.teacher is not None:
+            if not hasattr(backbone.model, "dist_token"):
+                raise UserError(
+                    "objective.teacher needs a distillation token, which this backbone has not: set "
+                    "backbone.name=deit_tiny_distilled_patch16_224 backbone.patch_size=auto."
+                )
+            self.teacher = self.load_teacher(config.teacher, info)
+            self.inherited = teachers.cost(config.teacher)
         self.average = None if config.model_ema_decay is None else copy.deepcopy(backbone).requires_grad_(False)
 
     @property
     def exported(self) -> Backbone:
         return self.backbone if self.average is None else self.average
 
+    def load_teacher(self, text: str, info: DatasetInfo) -> Backbone:
+        """The frozen classifier of that name. Raises UserError if it tells other classes apart."""
+        teacher = teachers.load_for(text, "objective.teacher", len(self.backbone.mean), info.size)
+        if not teacher.model.num_classes:
+            raise UserError(
+                f"objective.teacher={text} has no classifier: fine-tune it first (python eval/finetune.py --backbone "
+                f"{text}), or name a supervised run."
+            )
+        if teacher.model.num_classes != self.classes:
+            raise UserError(
+                f"objective.teacher={text} tells {teacher.model.num_classes} classes apart, and these images have "
+                f"{self.classes}: name one that was trained on these classes."
+            )
+        try:
+            with torch.no_grad():
+                teacher.classify(torch.zeros(1, len(teacher.mean), *info.size))
+        except FAULTS as error:
+            raise UserError(
+                f"objective.teacher={text} takes no images of {info.size[0]}x{info.size[1]} ({reason(error)}): name "
+                "another."
+            ) from None
+        names = teachers.classes(text)
+        if names and info.class_names and names != info.class_names:
+            other = next(a for a, b in zip(names, info.class_names, strict=True) if a != b)
+            raise UserError(
+                f"objective.teacher={text} was trained on other classes, such as {other!r}: name one that was trained "
+                "on those of these images."
+            )
+        return teacher
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         c, images, labels = self.config, batch.views["image"], known(batch.labels)
         target = F.one_hot(labels, self.classes).to(images.dtype)
         target = target * (1 - c.smoothing) + c.smoothing / self.classes
+        if c.reprob:
+            images = self.erase(images, batch.draw)
         if c.mixup or c.cutmix:
-            images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mixup_prob)
+            images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mixup_prob, c.mixup_mode)
         if c.noise_sigma:
             unit, level = batch.draw.normal("noise", *images.shape[1:]), batch.draw.uniform("noise level", 1, 1, 1)
             images = images + self.backbone.std * corruption.noise(unit, level, pair(c.noise_sigma))[0]
+        if self.teacher is not None:
+            return self.distil(images, target, labels, batch.draw)
         logits = self.classify(images, batch.draw)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             logits = logits.to(images.dtype)
-            if c.loss == "ce":
-                loss = F.cross_entropy(logits, target)
-            else:
-                loss = F.binary_cross_entropy_with_logits(logits, target)
-        accuracy = logits.argmax(1).eq(labels).float().mean()
-        return dict(loss=loss, accuracy=accuracy)
+            loss = self.loss(logits, target)
+        return dict(loss=loss, accuracy=logits.argmax(1).eq(labels).float().mean())
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits (B, K) against probabilities (B, K)."""
+        if self.config.loss == "ce":
+            return F.cross_entropy(logits, target)
+        return F.binary_cross_entropy_with_logits(logits, target)
+
+    def distil(self, images: Tensor, target: Tensor, labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """The class token against the labels, the distillation token against the teacher on the same images."""
+        c, teacher, model = self.config, known(self.teacher), self.backbone.model
+        with torch.no_grad():
+            answers = teacher.classify(images)
+        tokens = self.encode(images, draw)
+        logits, distilled = (
+            model.get_submodule(head)(tokens[:, place]) for place, head in enumerate(("head", "head_dist"))
+        )
+        with full_precision(images):
+            logits, distilled, answers = (values.to(images.dtype) for values in (logits, distilled, answers))
+            taught = distillation_loss(distilled, answers, c.distillation_type, c.distillation_tau)
+            loss = (1 - c.distillation_alpha) * self.loss(logits, target) + c.distillation_alpha * taught
+        return dict(
+            loss=loss,
+            distillation=taught.detach(),
+            agreement=distilled.argmax(1).eq(answers.argmax(1)).float().mean(),
+            accuracy=((logits + distilled) / 2).argmax(1).eq(labels).float().mean(),
+        )
+
+    def erase(self, images: Tensor, draw: Draw) -> Tensor:
+        """`corruption.random_erasing` by noise of the images' mean and standard deviation, as timm after it has
+        standardised them."""
+        noise = self.backbone.mean + self.backbone.std * draw.normal("erasing", *images.shape[1:])
+        box = draw.uniform("erased box", 41, device="cpu")
+        return corruption.random_erasing(images, noise.to(images.dtype), box, self.config.reprob)
 
     def classify(self, images: Tensor, draw: Draw) -> Tensor:
         """Logits (B, K), from the patches that are not dropped."""
         if not self.config.patch_drop_rate:
             return self.backbone.classify(images, draw)
-        backbone = self.need_tokens("drop")
-        grid = backbone.grid(images)
-        keep, _ = corruption.random_masking(draw.uniform("mask", math.prod(grid)), self.config.patch_drop_rate)
-        return backbone.classify(images, draw, keep)
+        return self.need_tokens("drop").classify(images, draw, self.kept(images, draw))
+
+    def encode(self, images: Tensor, draw: Draw) -> Tensor:
+        """Output tokens (B, P + N, D) of the patches that are not dropped."""
+        tokens: Tensor = self.backbone(images, keep=self.kept(images, draw), draw=draw)
+        return tokens
+
+    def kept(self, images: Tensor, draw: Draw) -> Tensor | None:
+        """The patches that are not dropped, int64 (B, K); None: all."""
+        if not self.config.patch_drop_rate:
+            return None
+        grid = self.need_tokens("drop").grid(images)
+        return corruption.random_masking(draw.uniform("mask", math.prod(grid)), self.config.patch_drop_rate)[0]
 
     @torch.no_grad()
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -108,3 +200,18 @@ class Supervised(Objective):
         update_ema(self.average, self.backbone, min(known(self.config.model_ema_decay), (1 + step) / (10 + step)))
         for ours, theirs in zip(self.average.buffers(), self.backbone.buffers(), strict=True):
             ours.copy_(theirs)
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, kind: str = "hard", tau: float = 1.0) -> Tensor:
+    """DeiT's loss of the distillation token's logits (B, K) against a teacher's (B, K).
+
+    hard: cross-entropy with its decision (equation 3). soft: tau² times the divergence from its probabilities at
+    temperature tau, over B·K as in losses.py of the official code (equation 2: over B).
+
+    >>> distillation_loss(torch.zeros(2, 8), torch.eye(8)[:2]).exp().round()
+    tensor(8.)
+    """
+    if kind == "hard":
+        return F.cross_entropy(logits, teacher.argmax(1))
+    ours, theirs = F.log_softmax(logits / tau, 1), F.log_softmax(teacher / tau, 1)
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True) * tau**2 / logits.numel()

@@ -1,0 +1,214 @@
+"""What a run would be, without starting it: `pretrain.py --plan`.
+
+The model is built without memory for its weights (on torch's "meta" device), so that a ViT-H takes seconds on a laptop.
+FLOPs are counted as in a run. Memory and hours are estimates: what autograd would keep of one image, and the stated
+part of the GPU's peak; the published recipes state theirs by the same rule.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ssl_vit import data, flops, overview
+from ssl_vit import recipe as recipes
+from ssl_vit.backbones import TokenBackbone
+from ssl_vit.errors import UserError, nearest
+from ssl_vit.objectives.base import Objective
+from ssl_vit.settings import known
+
+UTILISATION = 0.35  # part of the peak that training reaches; large ViTs in bf16 reach 0.3 to 0.5
+USABLE = 0.9  # part of the memory
+
+Builder = Callable[[recipes.Recipe, data.ImageSet], Objective]
+
+
+class Gpu(NamedTuple):
+    """Peak FLOP/s in bf16 (V100, T4: fp16), dense, as its maker states; memory in GB."""
+
+    peak: float
+    memory: float
+
+
+GPUS = {
+    "T4": Gpu(65e12, 16),
+    "V100": Gpu(125e12, 32),
+    "L4": Gpu(121e12, 24),
+    "RTX3090": Gpu(71e12, 24),
+    "RTX4090": Gpu(165e12, 24),
+    "A100-40": Gpu(312e12, 40),
+    "A100": Gpu(312e12, 80),
+    "H100": Gpu(989e12, 80),
+    "H200": Gpu(989e12, 141),
+}
+# (images to train on, classes, channels, side in pixels or None if it varies) of the sets that are known by name
+SETS = {
+    "digits": (1437, 10, 1, 8),
+    "cifar10": (50_000, 10, 3, 32),
+    "cifar100": (50_000, 100, 3, 32),
+    "tiny-imagenet": (100_000, 200, 3, 64),
+    "imagenet-1k": (1_281_167, 1000, 3, None),
+}
+
+
+@dataclass
+class Plan:
+    """What a run would be on `devices` GPUs of one kind."""
+
+    parameters: int  # of the backbone
+    trained: int  # parameters, with heads and decoders
+    frozen: int  # of teachers and tokenizers
+    tokens: dict[str, int]  # of each view, by name, prefix tokens included
+    flops_per_image: float
+    steps: int
+    warmup: int
+    batch_size: int
+    lr: float
+    lr_rule: str
+    images: int
+    per_device: int  # images at a time
+    accumulation: int  # micro-batches of a step on one device
+    memory: float  # GB on one device
+    hours: float
+    disk: float  # GB: two checkpoints, while one replaces the other, and the backbone
+
+    def text(self, name: str, devices: int, gpu: str) -> str:
+        """The plan in lines."""
+        total = self.steps * self.batch_size
+        frozen = f", {self.frozen / 1e6:.2f} M frozen" if self.frozen >= 5000 else ""
+        views = ", ".join(f"{count} ({view})" for view, count in self.tokens.items())
+        rows = {
+            "parameters": f"{self.parameters / 1e6:.2f} M in the backbone, {self.trained / 1e6:.2f} M trained{frozen}",
+            "tokens": views,
+            "FLOPs": f"{self.flops_per_image:.4g} an image, {self.flops_per_image * total:.3g} in all",
+            "batch": f"{self.batch_size} = {devices} x {self.per_device} x {self.accumulation} "
+            "(devices, images at a time, micro-batches)",
+            "length": f"{self.steps:,} steps = {total / self.images:.4g} epochs of {self.images:,} images; warm-up "
+            f"{self.warmup:,} steps",
+            "learning rate": f"{self.lr:.4g} ({self.lr_rule})",
+            "memory": f"about {self.memory:.0f} GB on each device",
+            "time": f"about {overview.duration(self.hours * 3600)} on {devices} x {gpu}, "
+            f"at {UTILISATION:.0%} of the peak",
+            "disk": f"about {self.disk:.2g} GB for the run",
+        }
+        width = max(map(len, rows))
+        return "\n".join([f"{name}:", *(f"  {key:{width}}  {value}" for key, value in rows.items())])
+
+
+def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A100") -> Plan:
+    """The plan of a recipe. build: (recipe, images) → its objective. Raises UserError for what a run would refuse."""
+    images = facts(recipe)
+    objective = weightless(recipe, images, build)
+    per_image = flops.per_image(objective, images.channels, objective.labelled)
+    t, (lr, rule) = recipe.train, recipe.learning_rate()
+    if t.flops is not None:
+        steps = math.ceil((t.flops - sum(objective.inherited.values())) / (per_image * t.batch_size))
+    else:
+        steps = t.steps if t.steps is not None else math.ceil(known(t.epochs) * len(images) / t.batch_size)
+    if t.batch_size % devices:
+        raise UserError(f"train.batch_size={t.batch_size} does not divide by {devices} devices.")
+
+    kind = GPUS[gpu]
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    fixed = (16 * trained + 4 * frozen) / 1e9  # weights, gradients and moments
+    each = kept(objective, images.channels) / 1e9
+    local, together = t.batch_size // devices, objective.micro_batch_multiple
+    fits = int((kind.memory * USABLE - fixed) / each) // together * together
+    if fits < together:
+        raise UserError(
+            f"{recipe.name} does not fit on a {gpu} of {kind.memory:.0f} GB: {fixed:.0f} GB for weights, gradients and "
+            f"moments, {each:.2g} GB for an image. Shard it (runtime.engine=fsdp2), or name a larger --gpu."
+        )
+    accumulation = math.ceil(local / fits)
+    per_device = math.ceil(local / accumulation / together) * together
+    backbone = objective.exported
+    return Plan(
+        parameters=sum(p.numel() for p in backbone.parameters()),
+        trained=trained,
+        frozen=frozen,
+        tokens=tokens(objective),
+        flops_per_image=per_image,
+        steps=steps,
+        warmup=round(recipe.optim.warmup_fraction * steps),
+        batch_size=t.batch_size,
+        lr=lr,
+        lr_rule=rule,
+        images=len(images),
+        per_device=per_device,
+        accumulation=accumulation,
+        memory=fixed + each * per_device,
+        hours=per_image * steps * t.batch_size / (kind.peak * UTILISATION * devices) / 3600,
+        disk=(2 * (12 * trained + 4 * frozen) + 4 * sum(p.numel() for p in backbone.parameters())) / 1e9,
+    )
+
+
+def parse(text: str) -> tuple[int, str]:
+    """(devices, kind) of such as 8xA100 or H100. Raises UserError with the kinds there are."""
+    found = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
+    assert found is not None
+    devices, gpu = int(found[1] or 1), found[2]
+    if gpu not in GPUS or not devices:
+        raise UserError(
+            f"Unknown GPU {text!r}.{nearest(gpu, GPUS)} Give one of {', '.join(GPUS)}, or several, as 8xA100."
+        )
+    return devices, gpu
+
+
+def facts(recipe: recipes.Recipe) -> data.ImageSet:
+    """What is known of the recipe's images. Those of a set that is known by name are not read."""
+    d = recipe.data
+    if d.name not in SETS or d.subset is not None or d.hold_out:
+        images = data.load(d, "train")
+        recipe.add_dataset_info(images.info())
+        return images
+    count, classes, channels, side = SETS[d.name]
+    size = None if side is None else (side, side)
+    names = [str(k) for k in range(classes)]
+    images = data.ImageSet(d.name, "train", torch.zeros(count, dtype=torch.int64), names, "", channels, count, size)
+    recipe.add_dataset_info(
+        dict(in_chans=channels, mean=[0.5] * channels, std=[0.25] * channels, hflip=True, img_size=side)
+    )
+    return images
+
+
+def weightless(recipe: recipes.Recipe, images: data.ImageSet, build: Builder) -> Objective:
+    """The recipe's objective without memory for its weights."""
+    with torch.device("meta"):
+        return build(recipe, images).to("meta")
+
+
+def tokens(objective: Objective) -> dict[str, int]:
+    """How many tokens each view of an image becomes, by the view's name. {} without a plain ViT."""
+    backbone = objective.backbone
+    if not isinstance(backbone, TokenBackbone):
+        return {}
+    patch = backbone.patch_size
+    return {
+        name: (view.count or 1) * (backbone.num_prefix_tokens + view.size[0] // patch[0] * (view.size[1] // patch[1]))
+        for name, view in objective.views.items()
+        if view.same_as is None
+    }
+
+
+def kept(objective: Objective, channels: int) -> float:
+    """Bytes that autograd keeps of one image for the backward pass, in bf16: half of float32."""
+    batch = flops.grey(objective, channels, objective.labelled, device=torch.device("meta"))
+    seen: dict[int, int] = {}
+    own = {weight.untyped_storage()._cdata for weight in [*objective.parameters(), *objective.buffers()]}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []  # or an address would be used again
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = objective.train()(batch)["loss"]
+    del loss
+    return sum(seen.values()) / 2 / len(batch.draw.rows)

@@ -1,0 +1,63 @@
+"""What a run learns from: finished runs and published models. They are frozen, and the FLOPs spent on them count."""
+
+import json
+from pathlib import Path
+
+from ssl_vit import recipe as recipes
+from ssl_vit import weights
+from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit.errors import UserError
+
+
+def load(text: str, key: str, channels: int) -> Backbone:
+    """The frozen backbone of a run or a model, as `weights.load`. key: the setting that names it.
+
+    Raises UserError if it takes images of other than so many channels.
+    """
+    teacher = weights.load(text).requires_grad_(False).eval()
+    if len(teacher.mean) != channels:
+        raise UserError(
+            f"{key}={text} takes images of {len(teacher.mean)} channel(s), and these have {channels}: name another, or "
+            f"set data.in_chans={len(teacher.mean)}."
+        )
+    return teacher
+
+
+def load_patches(text: str, key: str, channels: int, grid: tuple[int, int]) -> TokenBackbone:
+    """The same, a plain ViT whose patches lie in this grid (H, W): its positions are resampled to it.
+
+    Raises UserError if it is no plain ViT.
+    """
+    teacher = load(text, key, channels)
+    if not isinstance(teacher, TokenBackbone):
+        raise UserError(f"{key}={text} is no plain ViT, and has no features of patches: name one that is.")
+    size = grid[0] * teacher.patch_size[0], grid[1] * teacher.patch_size[1]
+    resized = load_for(text, key, channels, size)
+    assert isinstance(resized, TokenBackbone)  # as the one of another size
+    return resized
+
+
+def load_for(text: str, key: str, channels: int, size: tuple[int, int]) -> Backbone:
+    """The same, for images of this size (H, W): a plain ViT's positions are resampled to it."""
+    teacher = load(text, key, channels)
+    if isinstance(teacher, TokenBackbone) and teacher.input_size != size:
+        return load(f"{text},img_size={size[0]},{size[1]}", key, channels)
+    return teacher
+
+
+def classes(text: str) -> list[str] | None:
+    """The names of the classes that a run was trained on, in order; None for anything else."""
+    file = Path(text) / "recipe.yaml"
+    found: list[str] | None = recipes.read_settings(file)["images"]["classes"] if file.exists() else None
+    return found
+
+
+def cost(text: str) -> dict[str, float]:
+    """{run directory: the FLOPs spent on it and on all that it learnt from}. {} for published weights, whose training
+    nobody counted."""
+    run = Path(text)
+    if not (run / "recipe.yaml").exists():
+        return {}
+    log = run / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}

@@ -1,0 +1,219 @@
+"""The recipes and the published code: no unsaid departure; what a published recipe resolves to, without images."""
+
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit import fidelity, optim, plan, pretrain
+from ssl_vit import recipe as recipes
+
+ROOT = Path(__file__).parent.parent
+SOME = {f"imagenet/{n}" for n in ("mae-vit-b", "deit-ti", "dino-vit-s16", "vit-s16-baseline", "beit-vit-b")}
+PUBLISHED = sorted(f"imagenet/{path.stem}" for path in (recipes.RECIPES / "imagenet").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", fidelity.RECIPES)
+def test_no_recipe_departs_unsaid(name):
+    """Nor is a reason given for what does not depart."""
+    assert fidelity.departures(name).keys() == fidelity.RECIPES[name].reasons.keys()
+
+
+def test_a_departure_is_found(monkeypatch):
+    """Of a number, a list, a word; not of rounding."""
+    read = fidelity.read
+
+    def changed(name):
+        recipe = read(name)
+        recipe.optim.lr, recipe.optim.betas, recipe.views.interpolation = 1.6e-4, [0.9, 0.99], "bilinear"
+        recipe.optim.warmup_fraction *= 1.001
+        return recipe
+
+    monkeypatch.setattr(fidelity, "read", changed)
+    found = fidelity.departures("imagenet/mae-vit-b")
+    assert found.keys() == {"optim.lr", "optim.betas", "views.interpolation"}
+    assert found["optim.betas"] == ([0.9, 0.99], [0.9, 0.95]) and "**unsaid**" in fidelity.page()
+
+
+def test_every_published_recipe_is_compared():
+    assert set(PUBLISHED) <= fidelity.RECIPES.keys() and len(PUBLISHED) == 21
+    assert {"mae", "dino", "beit", "simmim", "supervised", "deit"} <= fidelity.RECIPES.keys()
+
+
+def test_the_page_is_what_the_code_says():
+    assert (ROOT / "docs" / "fidelity.md").read_text() == fidelity.page()
+
+
+@functools.cache
+def of(name: str, devices: int = 8) -> plan.Plan:
+    return plan.make(fidelity.read(name), pretrain.build, devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tokens", "batch", "lr", "steps", "warmup"),
+    [  # parameters in millions, as published with the models
+        ("mae-vit-b", 85.8, dict(image=197), 4096, 2.4e-3, 500_456, 12_511),
+        ("mae-vit-h", 630.8, dict(image=257), 4096, 2.4e-3, 500_456, 12_511),
+        ("mae-finetune-vit-l", 304.3, dict(image=197), 1024, 4e-3, 62_557, 6256),
+        ("dino-vit-s16", 21.7, dict(global1=197, global2=197, local=370), 1024, 2e-3, 1_000_912, 12_511),
+        ("beit-vit-b", 85.8, dict(image=197), 2048, 1.5e-3, 500_456, 6256),
+        ("simmim-vit-b", 85.8, dict(image=197), 2048, 4e-4, 500_456, 6256),
+        ("deit-ti", 5.7, dict(image=197), 1024, 1e-3, 375_342, 6257),
+        ("deit-b-distilled", 87.3, dict(image=198), 1024, 1e-3, 375_342, 6257),
+        ("vit-s16-baseline", 22.1, dict(image=197), 1024, 1e-3, 112_603, 9999),
+        ("vit-l16", 304.3, dict(image=197), 4096, 3e-3, 93_836, 10_003),
+    ],
+)
+def test_what_a_published_recipe_resolves_to(name, parameters, tokens, batch, lr, steps, warmup):
+    found = of(f"imagenet/{name}")
+    assert found.parameters / 1e6 == pytest.approx(parameters, abs=0.06)
+    assert found.tokens == tokens and found.batch_size == batch and found.steps == steps
+    assert found.lr == pytest.approx(lr) and found.warmup == pytest.approx(warmup, abs=2)
+
+
+def objective_of(name: str):
+    recipe = fidelity.read(name)
+    return recipe, plan.weightless(recipe, plan.facts(recipe), pretrain.build)
+
+
+def groups_of(name: str):
+    recipe, objective = objective_of(name)
+    optimizer = optim.build(objective, recipe.optim, recipe.learning_rate()[0])
+    names = {id(weight): key for key, weight in objective.named_parameters()}
+    return recipe, optimizer, {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_layer_wise_rates_and_decay_of_fine_tuning():
+    """main_finetune.py: 0.65 to the distance from the head; biases, norms, positions and class token do not decay."""
+    recipe, optimizer, group_of = groups_of("imagenet/mae-finetune-vit-b")
+    prefix = "backbone.model."
+    for key, layer in {"cls_token": 0, "patch_embed.proj.weight": 0, "blocks.0.attn.qkv.weight": 1}.items():
+        assert group_of[prefix + key]["lr_scale"] == pytest.approx(0.65 ** (13 - layer))
+    assert group_of[prefix + "blocks.11.mlp.fc2.weight"]["lr_scale"] == pytest.approx(0.65)
+    assert group_of[prefix + "head.weight"]["lr_scale"] == 1 == group_of[prefix + "norm.weight"]["lr_scale"]
+    still = {key.removeprefix(prefix) for key, group in group_of.items() if not group["decays"]}
+    assert {"cls_token", "pos_embed", "norm.weight", "head.bias", "blocks.3.attn.qkv.bias"} <= still
+    assert not {key for key in still if key.endswith(".weight") and "norm" not in key}
+    rate = optim.set_schedule(optimizer, recipe.optim, 2e-3, 6255, 125_114)
+    assert rate == pytest.approx(2e-3) and recipe.optim.clip_grad is None
+    group = group_of[prefix + "blocks.0.attn.qkv.weight"]
+    assert group["lr"] == pytest.approx(2e-3 * 0.65**12) and group["weight_decay"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "lr", "decay"),
+    [
+        ("mae-vit-b", 0.0125, 1.2e-3, 0.05),  # half of the warm-up
+        ("mae-vit-b", 0.5125, 1.2e-3, 0.05),  # half of the cosine
+        ("mae-vit-b", 1.0, 0.0, 0.05),
+        ("dino-vit-s16", 0.0125, 2e-3, 0.04014),
+        ("dino-vit-s16", 0.5, None, 0.22),
+        ("dino-vit-s16", 1.0, 1e-5, 0.4),
+        ("deit-s", 5 / 300, 1e-3, 0.05),
+        ("deit-s", 1.0, 1e-5, 0.05),
+    ],
+)
+def test_schedules_at_fixed_steps(name, at, lr, decay):
+    recipe, optimizer, group_of = groups_of(f"imagenet/{name}")
+    peak, total = recipe.learning_rate()[0], 100_000
+    found = optim.set_schedule(optimizer, recipe.optim, peak, min(round(at * total), total - 1), total)
+    assert lr is None or found == pytest.approx(lr, rel=2e-3, abs=1e-9)
+    assert group_of["backbone.model.blocks.0.mlp.fc1.weight"]["weight_decay"] == pytest.approx(decay, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("deit-b", 0.1), ("mae-finetune-vit-h", 0.3), ("mae-vit-b", 0.0)])
+def test_drop_path_rises_linearly(name, rate):
+    _, objective = objective_of(f"imagenet/{name}")
+    blocks = objective.backbone.model.blocks
+    found = [getattr(block.drop_path2, "rate", 0.0) for block in blocks]
+    assert found == pytest.approx([rate * i / (len(blocks) - 1) for i in range(len(blocks))])
+
+
+# -- --plan -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [path.stem for path in recipes.shipped() if not path.stem.endswith("-photos")])
+def test_a_plan_is_what_a_run_would_be(name, monkeypatch):
+    """Its parameters, FLOPs and steps, found without memory for the weights."""
+    recipe = fidelity.read(name)
+    found = plan.make(recipe, pretrain.build)
+    other = fidelity.read(name)
+    images = plan.facts(other)
+    objective = pretrain.build(other, images)
+    steps, per_image = pretrain.budget(other, objective, images)
+    assert (found.steps, found.flops_per_image) == (steps, per_image)
+    assert found.parameters == sum(p.numel() for p in objective.exported.parameters())
+    assert found.per_device * found.accumulation == recipe.train.batch_size
+
+
+def test_memory_decides_the_micro_batches():
+    recipe = fidelity.read("imagenet/mae-vit-h")
+    small, large = (plan.make(fidelity.read("imagenet/mae-vit-h"), pretrain.build, 8, gpu) for gpu in ("A100", "H200"))
+    for found, memory in ((small, 80), (large, 141)):
+        assert found.memory < 0.9 * memory and found.per_device * found.accumulation * 8 >= recipe.train.batch_size
+    assert small.accumulation > large.accumulation > 0
+    assert small.hours / large.hours == pytest.approx(989 / 312)
+    total = small.flops_per_image * small.steps * 4096
+    assert small.hours == pytest.approx(total / (312e12 * 0.35 * 8) / 3600)
+    assert small.disk == pytest.approx(4e-9 * (6 * small.trained + 2 * small.frozen + small.parameters))
+
+
+def test_what_autograd_keeps_is_counted():
+    """Two linear layers and a GELU keep their inputs: 4 + 8 + 8 values of bf16 an image; weights do not count."""
+
+    class Tiny(torch.nn.Module):
+        labelled, micro_batch_multiple = False, 3
+
+        def __init__(self):
+            super().__init__()
+            self.views = {"image": type("View", (), dict(count=None, size=(2, 2)))}
+            self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 1))
+
+        def forward(self, batch):
+            return dict(loss=self.layers(batch.views["image"].flatten(1)).sum())
+
+    assert plan.kept(Tiny().to("meta"), 1) == 2 * (4 + 8 + 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "B100"], "Unknown GPU 'B100'.*Give one of T4, V100"),
+        (["--gpu", "5xA100"], "train.batch_size=4096 does not divide by 5 devices"),
+        (["--gpu", "T4", "backbone.depth=64"], "mae-vit-h does not fit on a T4 of 16 GB: .*Shard it"),
+    ],
+)
+def test_plans_that_cannot_be_are_one_sentence(arguments, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--recipe", "imagenet/mae-vit-h", "--plan", *arguments])
+    with pytest.raises(pretrain.UserError, match=said):
+        pretrain.main()
+
+
+def test_plan_prints_and_does_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--recipe", "imagenet/mae-vit-b", "--plan", "--gpu", "8xA100"])
+    assert pretrain.main() == 0
+    said = capsys.readouterr().out
+    for words in (
+        "85.80 M in the backbone, 111.66 M trained",
+        "197 (image)",
+        "4096 = 8 x ",
+        "500,456 steps = 1600 epochs",
+    ):
+        assert words in said
+    assert "0.0024 (0.00015 · B/256 with B = 4096)" in said and "at 35% of the peak" in said
+    assert list(tmp_path.iterdir()) == [] and max(map(len, said.splitlines())) < 120
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.matrix) if n not in SOME else n for n in PUBLISHED])
+def test_a_header_states_what_the_recipe_costs(name):
+    text = recipes.find(name).read_text()
+    found = of(name)
+    line = next(line for line in text.splitlines() if line.startswith("# Cost: "))
+    assert f"; {found.flops_per_image / 1e9:.3g} GFLOP per image." in line
+    stated = line.removeprefix("# Cost: about ").split(" on ")[0].split()
+    hours = float(stated[0].replace(",", "")) * dict(min=1 / 60, hours=1, days=24)[stated[1]]
+    assert math.isclose(hours, found.hours, rel_tol=0.05)
+    assert "# Expect: " in text and "# Source: " in text and f"--recipe {name}" in text
