@@ -71,6 +71,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     recipe.train.steps = total
     lr, _ = recipe.learning_rate()
     run = checkpoint.Run(path)
+    frozen = recipe.frozen_steps(objective.labelled)
+    continued = bool(recipe.backbone.init_from and total and not objective.labelled)
     settings = resolved(recipe, images, objective, accelerator, flops_per_image)
     if first:
         run.lock()
@@ -88,7 +90,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     if recipe.runtime.compile:
         compile_blocks(objective)
     devices = engine.Engine(accelerator, recipe, objective)
-    optimizer = optim.build(objective, recipe.optim, lr)
+    optimizer = optim.build(objective, recipe.optim, lr, frozen)
     done = resume(run, devices, optimizer, total)
     if total and not done and objective.requires_fit:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
@@ -98,7 +100,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     # -- train --
     monitor.start_trackers(accelerator, path, settings)
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
-    knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
+    knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every or continued else None
+    watched = monitor.watched_steps(recipe.monitor, total, continued)
     saver = checkpoint.Saver(run, lambda: devices.state(optimizer), recipe.runtime, watch.check, done, writes=first)
     gradients = Gradients(devices, recipe, objective, images, path, watch.say)
     plan = gradients.plan(Order(recipe.train.seed, len(images), recipe.train.batch_size), range(done, total))
@@ -107,6 +110,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     objective.train()
     if done < total:
         gradients.probe(optimizer)
+    if knn and done == 0 and watched(0):
+        with watch.paused(), devices.whole() as whole:
+            watch.knn(0, knn(whole.exported) if first else {})
     with stop, watch, gradients.out_of_memory_ends_all():
         for step in range(done, total):
             try:
@@ -117,9 +123,11 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                     saver.save(step)
                     say(f"Saved after step {step} of {total}.")
                 raise
+            optim.freeze(objective, step, frozen)
             scalars = gradients(step, total, chunks)
             now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
             objective.before_optimizer_step(step, total)
+            optim.drop_gradients(optimizer, step)
             norm = optim.clip(objective.parameters(), recipe.optim)
             optimizer.step()
             objective.on_optimizer_step(step, total, devices.sum)
@@ -128,7 +136,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             scalars |= dict(grad_norm=engine.plain(norm)) if norm is not None else {}
             watch.step(step, scalars, now)
             at = step + 1
-            if knn and at % recipe.monitor.knn_every == 0:
+            if knn and watched(at):
                 with watch.paused(), devices.whole() as whole:
                     figures = knn(whole.exported) if first else {}
                 watch.knn(at, figures)
@@ -148,6 +156,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     with devices.whole() as whole:
         if first:
             watch.pictures(total, finish(run, recipe, whole, images, device))
+            if continued:
+                say(monitor.gained(run.read_log(), total))
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -237,6 +247,7 @@ def resolved(
             flops_per_image=flops_per_image,
             precision=recipe.train.precision,
             labelled=objective.labelled,
+            frozen_steps=recipe.frozen_steps(objective.labelled),
         ),
         images=dict(fingerprint=images.fingerprint, count=len(images), split=images.split, classes=images.classes),
     )

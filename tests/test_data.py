@@ -18,7 +18,7 @@ from PIL import Image
 from test_loop import environment
 
 from eval.measure import cli
-from ssl_vit import data, errors, objectives, views
+from ssl_vit import data, errors, hub, objectives, views
 from ssl_vit import recipe as recipes
 from ssl_vit.data import batches, copies, decoding, image_set, sources
 from ssl_vit.data import pixels as pixels_of
@@ -331,8 +331,8 @@ def test_an_unreachable_hub_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sources.datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(sources.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
     started = time.perf_counter()
     with pytest.raises(UserError, match="--data PATH"):
         load("nobody/nothing")

@@ -175,6 +175,12 @@ class Backbone(nn.Module):
         name: str = self.model.pretrained_cfg["architecture"]
         return name
 
+    @property
+    def classifiers(self) -> list[nn.Module]:
+        """The model's classifier; two of them in distilled models."""
+        found = self.model.get_classifier()
+        return [*found] if isinstance(found, tuple | list | nn.ModuleList) else [found]
+
     def add_classifier(self, classes: int) -> None:
         """Give the model a zero-initialised linear head for this many classes, so that training starts at ln K.
 
@@ -194,8 +200,7 @@ class Backbone(nn.Module):
         self.eval()
         try:
             self.model.reset_classifier(classes, *([pool["global_pool"]] if pool else []))
-            found = self.model.get_classifier()  # two in distilled models
-            for head in found if isinstance(found, tuple | list | nn.ModuleList) else [found]:
+            for head in self.classifiers:
                 for weight in head.parameters():
                     nn.init.zeros_(weight)
             logits = self.classify(self.mean.new_zeros(1, len(self.mean), *self.input_size))

@@ -5,13 +5,10 @@ import json
 import math
 import os
 import re
-import socket
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import datasets
 import huggingface_hub.constants
@@ -20,6 +17,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from ssl_vit import hub
 from ssl_vit import recipe as recipes
 from ssl_vit.data import copies, folders
 from ssl_vit.data.decoding import FILE, FIRST
@@ -229,7 +227,7 @@ def _choose_split(
 
 
 def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
-    if not _hub_answers():  # else its client would retry for 23 s; what it has downloaded before still loads
+    if not hub.answers():  # else its client would retry for 23 s; what it has downloaded before still loads
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return _load_dataset(hub_id, configuration)
@@ -255,17 +253,6 @@ def _load_dataset(source: str, configuration: str | None, **options) -> dict[str
         names = ", ".join(name.strip("[]' ") for name in listed[1].split(","))
         problem = f"no configuration {configuration!r}" if configuration else "several configurations"
         raise UserError(f"{source} has {problem}; there are {names}: choose one with data.config=NAME.") from None
-
-
-def _hub_answers() -> bool:
-    url = urlsplit(huggingface_hub.constants.ENDPOINT)
-    if huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy finds the hub for us
-        return True
-    try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], str, dict]:
