@@ -21,6 +21,7 @@ COMMANDS = {
     "knn": "eval.knn",
     "linear-probe": "eval.linear_probe",
     "finetune": "eval.finetune",
+    "export": "ssl_vit.export",
     "robustness": "eval.robustness",
     "difficulty": "eval.difficulty",
     "study": "eval.study",

@@ -299,7 +299,7 @@ def finish(
         for name, sheet in shown.items():
             made.append(run.path / "pictures" / f"{name}.png")
             pictures.save(sheet, made[-1], title)
-    weights.save(objective.exported, run.path / "backbone")
+    weights.save(objective.exported, run.path / "backbone", images.classes)
     command = shlex.join([*typed("knn"), "--backbone", str(run.path)])
     say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: {command}")
     return made

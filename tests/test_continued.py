@@ -127,3 +127,16 @@ def test_it_reports_knn_before_and_after_and_resumes_to_the_same_weights(old, tm
 def test_without_labels_it_reports_the_rank():
     log = [dict(step=0, rank=3.0), dict(step=4, loss=1.0), dict(step=4, rank=5.5)]
     assert monitor.gained(log, 4).startswith("Feature rank of 3.0 before and 5.5 after")
+
+
+def test_the_optimizer_keeps_nothing_of_frozen_gradients():
+    objective = small_objective("mae")
+    optimizer = optim.build(objective, Optim(), 1.0, frozen=4)
+    waiting = {id(p) for p in optim.encoder(objective)}
+    assert waiting == {id(p) for p in objective.backbone.parameters() if p.requires_grad}
+    for step, learning in ((3, 0), (4, len(waiting))):
+        for weight in objective.parameters():
+            weight.grad = torch.ones_like(weight)
+        optim.drop_gradients(optimizer, step)
+        optimizer.step()
+        assert sum(id(p) in waiting for p in optimizer.state) == learning and len(optimizer.state) > learning

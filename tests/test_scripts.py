@@ -13,6 +13,7 @@ SCRIPTS = [
     "eval/knn.py",
     "eval/linear_probe.py",
     "eval/finetune.py",
+    "ssl_vit/export.py",
     "eval/robustness.py",
     "eval/difficulty.py",
     "eval/report.py",

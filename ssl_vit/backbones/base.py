@@ -109,7 +109,7 @@ class Backbone(nn.Module):
         wanted = [b % self.depth for b in blocks]
         found = dict(self._earlier(x, sorted({*wanted} - {last})))
         if last in wanted:
-            found[last] = self._split(self.model.forward_features(x), images)
+            found[last] = self.split_tokens(self.model.forward_features(x), images)
         return [found[b] for b in wanted]
 
     def _earlier(self, x: Tensor, blocks: list[int]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -127,7 +127,7 @@ class Backbone(nn.Module):
             prefix = patches.new_zeros(len(patches), 0, patches.shape[1]) if prefix is None else prefix
             yield block, (prefix, patches.permute(0, 2, 3, 1))
 
-    def _split(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def split_tokens(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward_features` gave for images (B, C, H, W) → (prefix tokens, patch tokens)."""
         m = self.model
         if isinstance(tokens, Tensor) and tokens.ndim == 4:
