@@ -21,6 +21,8 @@ COMMANDS = {
     "knn": "eval.knn",
     "linear-probe": "eval.linear_probe",
     "finetune": "eval.finetune",
+    "predict": "eval.predict",
+    "embed": "eval.embed",
     "export": "ssl_vit.export",
     "robustness": "eval.robustness",
     "difficulty": "eval.difficulty",

@@ -14,7 +14,6 @@ docs/weights.md. hf: a ViTModel, or with --decoder a ViTMAEForPreTraining. onnx 
 import argparse
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +127,8 @@ def push(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Weights by ssl_vit")
     except Exception as error:  # the hub's client raises a dozen types of its own for what is one thing to the user
         raise UserError(
-            f"The hub did not take {name} ({type(error).__name__}): run hf auth login with a token that may write, check "
-            f"the name and the network; the export itself is in {folder}."
+            f"The hub did not take {name} ({type(error).__name__}): run hf auth login with a token that may write, "
+            f"check the name and the network; the export itself is in {folder}."
         ) from None
     return address
 

@@ -1,4 +1,4 @@
-"""The README.md that travels with exported weights: what they are, what they saw, how good they are, how to load them."""
+"""The README.md of exported weights: what they are, what they saw, how good they are, how to load them."""
 
 import json
 import math
@@ -51,8 +51,8 @@ def card(
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---",
         f"# {name}",
-        f"{backbone.model.pretrained_cfg['architecture']}, {parameters / 1e6:.2f} M parameters: {what}. Made with ssl_vit "
-        f"{__version__}.",
+        f"{backbone.model.pretrained_cfg['architecture']}, {parameters / 1e6:.2f} M parameters: {what}. Made with "
+        f"ssl_vit {__version__}.",
         f"```python\n{code}\n```",
         f"Images of {height}x{width} pixels ({view.interpolation}, crop {view.crop_pct:g}, {view.crop_mode}); mean "
         f"{_numbers(backbone.mean)}, standard deviation {_numbers(backbone.std)} of values in [0, 1].",

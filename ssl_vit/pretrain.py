@@ -300,8 +300,9 @@ def finish(
             made.append(run.path / "pictures" / f"{name}.png")
             pictures.save(sheet, made[-1], title)
     weights.save(objective.exported, run.path / "backbone", images.classes)
-    command = shlex.join([*typed("knn"), "--backbone", str(run.path)])
-    say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: {command}")
+    then, why = ("knn", "evaluate it") if images.labels is not None else ("embed", "look at what it sees")
+    command = shlex.join([*typed(then), "--backbone", str(run.path)])
+    say(f"Finished. The backbone is in {run.path / 'backbone'}; {why}: {command}")
     return made
 
 
@@ -324,7 +325,8 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
         kind = "held out of training" if recipe.data.hold_out else f"report split ({others.split})"
         return look(others, kind)
     except UserError as error:
-        say(f"The pictures show training images, since no others can be read: {error}")
+        if images.labels is not None:  # else none are set apart
+            say(f"The pictures show training images, since no others can be read: {error}")
         return look(images, "training split")
 
 

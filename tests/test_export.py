@@ -54,7 +54,7 @@ def close(found, expected, tolerance=1e-5):
 
 KINDS = {
     "ViT": ([], 0, "token", "ViTModel"),
-    "no bias of positions": (["backbone.name=deit3_small_patch16_224", "backbone.init_values=0.5"], 0, "", "Dinov2Model"),
+    "no class position": (["backbone.name=deit3_small_patch16_224", "backbone.init_values=0.5"], 0, "", "Dinov2Model"),
     "layer scale": (["backbone.init_values=0.5"], 0, "token", "Dinov2Model"),
     "registers": (["backbone.reg_tokens=3", "backbone.init_values=0.5"], 0, "token", "Dinov2WithRegistersModel"),
     "not square": (["data.img_size=[32, 48]"], 0, "token", "ViTModel"),
@@ -276,8 +276,9 @@ def test_the_command_is_known():
     assert commands.COMMANDS["export"] == "ssl_vit.export" and commands.script("export").is_file()
 
 
-FAMILIES = ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "beit_base_patch16_224",
-            "deit_tiny_distilled_patch16_224", "mvitv2_tiny", "eva02_tiny_patch14_224"]  # fmt: skip
+FAMILIES = ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3",
+            "beit_base_patch16_224", "deit_tiny_distilled_patch16_224", "mvitv2_tiny",
+            "eva02_tiny_patch14_224"]  # fmt: skip
 
 
 @pytest.mark.matrix
@@ -286,7 +287,9 @@ FAMILIES = ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_sm
 def test_every_family_becomes_a_graph(name, to, tmp_path):
     """What is written is compared with the model by the command itself; here that another batch runs too."""
     model = timm.create_model(name, num_classes=3).eval()
-    backbone = backbones.wrap(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], dict(num_classes=3))
+    backbone = backbones.wrap(
+        model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], dict(num_classes=3)
+    ).eval()
     (tmp_path / "out").mkdir()
     images = images_for(backbone, 3)
     with torch.no_grad():

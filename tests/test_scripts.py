@@ -13,6 +13,8 @@ SCRIPTS = [
     "eval/knn.py",
     "eval/linear_probe.py",
     "eval/finetune.py",
+    "eval/predict.py",
+    "eval/embed.py",
     "ssl_vit/export.py",
     "eval/robustness.py",
     "eval/difficulty.py",

@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         m = self.model
         if isinstance(tokens, Tensor) and tokens.ndim == 4:
             patches = tokens if getattr(m, "output_fmt", "NCHW") == "NHWC" else tokens.permute(0, 2, 3, 1)
-            return patches.new_zeros(len(patches), 0, patches.shape[-1]), patches
+            return patches.flatten(1, 2)[:, :0], patches  # without len(), which an export takes for a constant
         if isinstance(tokens, Tensor) and tokens.ndim == 3:
             grid = self._grid(images)
             declared = getattr(m, "num_prefix_tokens", int(self.has_class_token))

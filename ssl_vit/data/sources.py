@@ -192,7 +192,8 @@ def _labelled(rows: datasets.Dataset, label: str | None) -> bool:
 def _choose_split(
     splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None, label: str | None
 ) -> tuple[str, datasets.Dataset]:
-    """The training split, or the report split: where there is none, a hashed tenth of the former."""
+    """The training split, or the report split: where there is none, a hashed tenth of the former, or
+    nothing if it has no labels."""
 
     def named(*kinds: str) -> str | None:
         return next((s for kind in kinds for name in SPLITS[kind] for s in splits if s.lower() == name), None)
@@ -214,6 +215,13 @@ def _choose_split(
     if report is not None and report != train:
         return (train, splits[train]) if role == "train" else (report, splits[report])
     rows = splits[train]
+    if not _labelled(rows, label):  # nothing could be reported on them
+        if role == "train":
+            return train, rows
+        raise UserError(
+            f"The images of {config.name} have no labels to evaluate with, and none are set apart for tests: look at "
+            "them by eval/embed.py, or pass labelled images as --data."
+        )
     # by the file's name if it has one, so that new files move none; copies lie where their first lies
     column = next((c for c in (FIRST, FILE) if c in rows.column_names), None)
     keys = rows[column][:] if column else map(str, range(len(rows)))

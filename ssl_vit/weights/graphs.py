@@ -1,7 +1,7 @@
 """A backbone as a graph that runs without this project: ONNX, or torch.export.
 
-Images go in as float32 (B, C, H, W) in [0, 1], B free; the graph standardises them itself. Out come `pooled` (B, D), the
-class token or without one the mean of the patches, `patches` (B, h, w, D), and of a classifier `logits` (B, K).
+Images go in as float32 (B, C, H, W) in [0, 1], B free; the graph standardises them itself. Out come `pooled` (B, D),
+the class token or without one the mean of the patches, `patches` (B, h, w, D), and of a classifier `logits` (B, K).
 """
 
 import json
@@ -58,7 +58,8 @@ def to_torch(backbone: Backbone, file: Path, classes: list[str] | None) -> None:
         torch.export.save(program, file, extra_files=dict(about=json.dumps(about(backbone, classes))))
     except Exception as error:  # torch.export has a dozen types for what it cannot trace
         raise UserError(_cannot(backbone, "torch.export", error, "timm")) from None
-    _same(graph, images, torch.export.load(file).module()(images), "torch.export")
+    others = _images(backbone, 3)
+    _same(graph, others, torch.export.load(file).module()(others), "torch.export")
 
 
 def to_onnx(backbone: Backbone, file: Path, classes: list[str] | None) -> None:
@@ -89,13 +90,17 @@ def to_onnx(backbone: Backbone, file: Path, classes: list[str] | None) -> None:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:  # torch, onnxscript and onnxruntime each have their own for an operator that is missing
         raise UserError(_cannot(backbone, "ONNX", error, "torch")) from None
-    found = session.run(None, {"images": images.numpy()})
-    _same(graph, images, [torch.from_numpy(value) for value in found], "ONNX")
+    others = _images(backbone, 3)
+    try:
+        found = session.run(None, {"images": others.numpy()})
+    except Exception as error:  # onnxruntime's own, where the graph holds the batch that it was traced with
+        raise UserError(_cannot(backbone, "ONNX", error, "torch")) from None
+    _same(graph, others, [torch.from_numpy(value) for value in found], "ONNX")
 
 
-def _images(backbone: Backbone) -> Tensor:
-    """Two images to trace with, so that the batch is no constant, and to compare on."""
-    shape = (2, len(backbone.mean), *backbone.input_size)
+def _images(backbone: Backbone, count: int = 2) -> Tensor:
+    """Images to trace with, and others to compare on: were the batch a constant, it would show."""
+    shape = (count, len(backbone.mean), *backbone.input_size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -117,6 +122,6 @@ def _same(graph: Graph, images: Tensor, found: Any, what: str) -> None:
         off = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12))
         if not off < CLOSE:
             raise UserError(
-                f"As {what} the model gives other {name} (off by {off:.1g} of the largest): update torch and onnxruntime, "
-                "or use --to timm."
+                f"As {what} the model gives other {name} (off by {off:.1g} of the largest): update torch and "
+                "onnxruntime, or use --to timm."
             )
