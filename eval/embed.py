@@ -13,6 +13,7 @@ embedding.html: nearest neighbours, near-duplicates and outliers, k-means groups
 
 import argparse
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def write(target: Path, images: everything.Images, columns: Columns, found: embe
     with files.writing(target) as partial:
         if target.suffix == ".npz":
             with open(partial, "wb") as stream:
-                np.savez(stream, **table)
+                np.savez(stream, **cast(dict[str, Any], table))
             return
         import pyarrow
         import pyarrow.parquet

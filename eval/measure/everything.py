@@ -51,7 +51,8 @@ class Images:
 
     def views(self, view: Evaluation, chosen: list[int], device: torch.device) -> Tensor:
         """The evaluation views (B, C, H, W) in [0, 1] of images by their global indices, on the device."""
-        found, start = {}, 0
+        found: dict[int, Tensor] = {}
+        start = 0
         for part in self.splits:
             here = [i for i in dict.fromkeys(chosen) if start <= i < start + len(part)]
             if here:

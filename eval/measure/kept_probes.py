@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -43,7 +44,7 @@ def write(
     if probe.source.backbone is None:
         return
     pooling, blocks = name
-    arrays = dict(
+    arrays: dict[str, Any] = dict(
         weight=heads.weight[:, heads.rates.index(rate)].cpu().numpy(),
         mean=heads.standardizer.mean,
         factor=heads.standardizer.factor,

@@ -5,7 +5,6 @@ the class token or without one the mean of the patches, `patches` (B, h, w, D), 
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def _images(backbone: Backbone, count: int = 2) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _free() -> Mapping[str, Any]:
+def _free() -> dict[str, Any]:
     return {"images": {0: torch.export.Dim("batch", min=1, max=2**16)}}
 
 

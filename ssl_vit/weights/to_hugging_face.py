@@ -156,14 +156,14 @@ def plain(backbone: Backbone) -> Any:
     name = backbone.model.pretrained_cfg.get("architecture", type(backbone.model).__name__)
     if not isinstance(backbone, TokenBackbone):
         raise UserError(f"{name} is no plain ViT, and --to hf knows no other: {ELSE}.")
-    model = backbone.model
+    model: Any = backbone.model
     strange = next((key for key in model.state_dict() if not KNOWN.fullmatch(key)), None)
     if strange is None and not isinstance(getattr(model, "fc_norm", None), nn.Identity | None):
         strange = "fc_norm"
     if strange is None and not model.has_class_token:
         strange = "no class token"
-    if strange is None and type(model.blocks[0].mlp.act).__name__ not in ACTIVATIONS:  # type: ignore[attr-defined]
-        strange = type(model.blocks[0].mlp.act).__name__  # type: ignore[attr-defined]
+    if strange is None and type(model.blocks[0].mlp.act).__name__ not in ACTIVATIONS:
+        strange = type(model.blocks[0].mlp.act).__name__
     if strange is not None:
         raise UserError(f"{name} has {strange}, and the ViT of transformers has not: {ELSE}.")
     return model
