@@ -220,8 +220,8 @@ def _choose_split(
             return train, rows
         raise UserError(
             f"The images of {config.name} have no labels to evaluate with, and none are set apart for tests. If "
-            "another column holds them, train a run with data.label_column=COLUMN train.steps=0 and pass --data RUN; else "
-            "look at the images by eval/embed.py, or pass labelled ones as --data."
+            "another column holds them, train a run with data.label_column=COLUMN train.steps=0 and pass --data RUN; "
+            "else look at the images by eval/embed.py, or pass labelled ones as --data."
         )
     # by the file's name if it has one, so that new files move none; copies lie where their first lies
     column = next((c for c in (FIRST, FILE) if c in rows.column_names), None)
