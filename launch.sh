@@ -55,6 +55,7 @@ What a run does:
      config', it is respected.
   3. The same with train.steps=0: the control, random initialisation.
   4. python eval/knn.py: k-NN of the run beside the control and raw pixels.
+     Images without labels: python eval/embed.py instead of 3 and 4.
 If pre-training fails or is stopped, the rest is not run, and the exit code is
 the launcher's, which is not 0.
 
@@ -151,8 +152,10 @@ lowest_versions() {  # of what pyproject.toml names, as constraints
   "$prefix/bin/python" - "$root" <<'EOF'
 import sys, tomllib
 project = tomllib.load(open(f"{sys.argv[1]}/pyproject.toml", "rb"))["project"]
-for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
-    print(requirement.replace(">=", "=="))
+extras = project["optional-dependencies"]
+for requirement in [*project["dependencies"], *extras["export"], *extras["test"]]:
+    if not requirement.startswith("ssl_vit["):  # an extra, which is here
+        print(requirement.replace(">=", "=="))
 EOF
 }
 
@@ -326,7 +329,8 @@ run_recipe() {
   random=$(python "${pretrain[@]}" "${control[@]}" --print-output)
   show "${launch[@]}" "${pretrain[@]}" "$@"
   if grep -qs '^  classes: null' "$run/recipe.yaml"; then
-    printf '\nThe images have no labels, so k-NN cannot compare. See pictures/ and log.jsonl in %s.\n' "$run"
+    printf '\nThe images have no labels, so k-NN cannot compare.\n'
+    show python "${here}eval/embed.py" --backbone "$run"
     return
   fi
   if [ "$run" = "$random" ]; then

@@ -18,6 +18,7 @@ Presets:
   dino      DINO's protocol: class tokens of the last four blocks (from ViT-B on, the class token and the mean of the
             patches of the last block), SGD, 100 epochs of random crops and flips
 The last two pass the images through the backbone in every epoch.
+The head that sweep chose is kept in RUN/probes/, for eval/predict.py.
 """
 
 import time
@@ -31,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
-from eval.measure import cli, features, linear_heads, results
+from eval.measure import cli, features, kept_probes, linear_heads, results
 from eval.measure.probing import Probe, combine, head_flops, sweep_options
 from eval.page import text_tables
 from ssl_vit import data, errors, subsets, system, views
@@ -83,6 +84,7 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
         else:
             best = {group: (unchosen(names), RATE) for group, names in groups.items()}
         used = {name for name, _ in best.values()}
+        kept: dict = {}
         answers = linear_heads.sweep(
             {name: sets[name] for name in used},
             labels,
@@ -90,8 +92,12 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
             probe.truth,
             rates={name: tuple(sorted({r for n, r in best.values() if n == name})) for name in used},
             tick=bar.update,
+            keep=kept.update,
             **options,
         )
+    if not per_block:
+        name, rate = best["chosen", -1]
+        kept_probes.write(probe, name, kept[name], rate, len(chosen))
     for (pooling, layer), (name, rate) in best.items():
         names = groups[pooling, layer]
         choosing = len(linear_heads.RATES) * sum(head_flops(options, sets[n].width, folds, held_out) for n in names)

@@ -119,17 +119,20 @@ class Run:
     def log(self, line: dict[str, Any]) -> None:
         files.append(self.log_file, json.dumps(line) + "\n")
 
-    def cut_log(self, step: int) -> dict[str, Any]:
-        """Drop lines logged after `step` or half written. Returns the last remaining line that has seconds, or {}."""
-        lines = []
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines logged, up to the first that is half written."""
+        lines: list[dict[str, Any]] = []
         if self.log_file.exists():
             for text in self.log_file.read_text().splitlines():
                 try:
-                    line = json.loads(text)
+                    lines.append(json.loads(text))
                 except json.JSONDecodeError:
                     break
-                if line["step"] <= step:
-                    lines.append(line)
+        return lines
+
+    def cut_log(self, step: int) -> dict[str, Any]:
+        """Drop lines logged after `step` or half written. Returns the last remaining line that has seconds, or {}."""
+        lines = [line for line in self.read_log() if line["step"] <= step]
         files.write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
         return next((line for line in reversed(lines) if "seconds" in line), {})
 

@@ -307,6 +307,32 @@ class Monitor:
         self.bar.close()
 
 
+def watched_steps(config: recipes.Monitor, total: int, continued: bool) -> Callable[[int], bool]:
+    """Whether `OnlineKnn` is due after so many steps: every knn_every; before and after a continued pre-training."""
+
+    def due(done: int) -> bool:
+        regular = done > 0 and config.knn_every > 0 and done % config.knn_every == 0
+        return regular or (continued and done in (0, total))
+
+    return due
+
+
+def gained(log: list[dict], total: int) -> str:
+    """One sentence on a continued pre-training: k-NN before and after, or without labels the feature rank."""
+    before, after = (next(line for line in log if line["step"] == step and "rank" in line) for step in (0, total))
+    key = next(key for key in ("knn_cls", "knn", "rank") if key in before)
+    if key == "rank":
+        return (
+            f"Feature rank of {before[key]:.1f} before and {after[key]:.1f} after; without labels k-NN cannot tell "
+            "which backbone is better."
+        )
+    kind = "class token" if key == "knn_cls" else "mean of the patches"
+    return (
+        f"k-NN on a slice of the training images ({kind}): {100 * before[key]:.1f} % before, with the weights as they "
+        f"came, and {100 * after[key]:.1f} % after."
+    )
+
+
 class OnlineKnn:
     """Feature rank, and with labels k-NN, on a fixed slice of the training images: a trend to watch, not a result."""
 

@@ -16,16 +16,48 @@ TOKENS = ("pos_embed", "relative_position_bias_table", "cls_token", "dist_token"
 BEHIND = ("norm", "fc_norm", "head", "head_dist", "fc", "classifier")  # timm's names of what follows the last block
 
 
-def build(objective: nn.Module, config: recipes.Optim, lr: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; each group holds its `lr_scale` and whether it `decays`."""
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
+def build(objective: nn.Module, config: recipes.Optim, lr: float, frozen: int = 0) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; each group holds its `lr_scale`, whether it `decays`, and the step from
+    which on it learns: `frozen` for the backbone, 0 for all else."""
+    groups: dict[tuple[float, bool, int], list[Tensor]] = {}
     scales = layer_scales(objective, config.layer_decay)
+    waiting = {id(weight) for weight in encoder(objective)} if frozen else set()
     for name, weight in objective.named_parameters():
         if weight.requires_grad:
-            groups.setdefault((scales.get(name, 1.0), decays(name, weight, config.no_weight_decay)), []).append(weight)
-    parameters = [dict(params=p, lr_scale=scale, decays=decay) for (scale, decay), p in groups.items()]
+            decay, start = decays(name, weight, config.no_weight_decay), frozen if id(weight) in waiting else 0
+            groups.setdefault((scales.get(name, 1.0), decay, start), []).append(weight)
+    parameters = [
+        dict(params=p, lr_scale=scale, decays=decay, start=start) for (scale, decay, start), p in groups.items()
+    ]
     fused = any(p.is_cuda for p in objective.parameters())
     return torch.optim.AdamW(parameters, lr=lr, betas=pair(config.betas), weight_decay=0.0, fused=fused)
+
+
+def encoder(objective: nn.Module) -> list[Tensor]:
+    """The trainable parameters of the backbones in an objective, without those of their classifiers."""
+    found: dict[int, Tensor] = {}
+    for module in objective.modules():
+        if isinstance(module, Backbone):
+            heads = {id(weight) for head in module.classifiers for weight in head.parameters()}
+            found |= {id(p): p for p in module.parameters() if p.requires_grad and id(p) not in heads}
+    return list(found.values())
+
+
+def freeze(objective: nn.Module, step: int, frozen: int) -> None:
+    """In the first `frozen` steps, keep backbones that learn in eval mode, so that no statistic of theirs moves."""
+    if not frozen or step > frozen:
+        return
+    for module in objective.modules():
+        if isinstance(module, Backbone) and any(weight.requires_grad for weight in module.parameters()):
+            module.train(step >= frozen)
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Of the groups that do not learn yet: AdamW then leaves weights and moments as they are."""
+    for group in optimizer.param_groups:
+        if step < group["start"]:
+            for weight in group["params"]:
+                weight.grad = None
 
 
 def decays(name: str, weight: Tensor, rule: str) -> bool:
@@ -63,20 +95,25 @@ def layer_ids(model: TimmModel) -> tuple[dict[str, int], int]:
 def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: float, step: int, total: int) -> float:
     """Set this step's learning rate and weight decay in every group; returns the rate at scale 1.
 
-    Linear warm-up over the first fraction of the steps, then half a cosine down to min_lr.
+    Linear warm-up over the first fraction of the steps, then half a cosine down to min_lr. A group that starts later
+    has its own warm-up and cosine, over the steps that remain.
     """
-    warmup = round(config.warmup_fraction * total)
-    if step < warmup:
-        lr = peak * (step + 1) / warmup
-    else:
-        lr = cosine(step - warmup, total - warmup, peak, config.min_lr)
     weight_decay = config.weight_decay
     if config.weight_decay_end is not None:
         weight_decay = cosine(step, total, config.weight_decay, config.weight_decay_end)
     for group in optimizer.param_groups:
+        start = group["start"]
+        lr = _rate(config, peak, step - start, total - start) if step >= start else 0.0
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
-    return lr
+    return _rate(config, peak, step, total)
+
+
+def _rate(config: recipes.Optim, peak: float, step: int, total: int) -> float:
+    warmup = round(config.warmup_fraction * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return cosine(step - warmup, total - warmup, peak, config.min_lr)
 
 
 def clip(parameters: Iterable[Tensor], config: recipes.Optim) -> Tensor | None:

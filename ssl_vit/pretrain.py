@@ -73,6 +73,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     recipe.train.steps = total
     lr, _ = recipe.learning_rate()
     run = checkpoint.Run(path)
+    frozen = recipe.frozen_steps(objective.labelled)
+    continued = bool(recipe.backbone.init_from and total and not objective.labelled)
     settings = resolved(recipe, images, objective, accelerator, flops_per_image)
     engine.check_same(accelerator, identity(settings))
     if first:
@@ -91,7 +93,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     if recipe.runtime.compile:
         compile_blocks(objective)
     devices = engine.Engine(accelerator, recipe, objective)
-    optimizer = optim.build(objective, recipe.optim, lr)
+    optimizer = optim.build(objective, recipe.optim, lr, frozen)
     done = resume(run, devices, optimizer, total)
     if total and not done and objective.requires_fit:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
@@ -101,7 +103,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     # -- train --
     monitor.start_trackers(accelerator, path, settings)
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
-    knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every else None
+    knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every or continued else None
+    watched = monitor.watched_steps(recipe.monitor, total, continued)
     saver = checkpoint.Saver(lambda step: devices.save(run, step, optimizer), recipe.runtime, watch.check, done)
     gradients = Gradients(devices, recipe, objective, images, path, watch.say)
     plan = gradients.plan(
@@ -112,6 +115,9 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     objective.train()
     if done < total:
         gradients.probe(optimizer)
+    if knn and done == 0 and watched(0):
+        with watch.paused(), devices.whole() as whole:
+            watch.knn(0, knn(whole.exported) if first else {})
     with stop, watch, gradients.out_of_memory_ends_all(), saver:
         for step in range(done, total):
             try:
@@ -122,9 +128,11 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
                     saver.save(step)
                     say(f"Saved after step {step} of {total}.")
                 raise
+            optim.freeze(objective, step, frozen)
             scalars = gradients(step, total, chunks)
             now = optim.set_schedule(optimizer, recipe.optim, lr, step, total)
             objective.before_optimizer_step(step, total)
+            optim.drop_gradients(optimizer, step)
             norm = optim.clip(objective.parameters(), recipe.optim)
             optimizer.step()
             objective.on_optimizer_step(step, total, devices.sum)
@@ -134,7 +142,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             scalars |= dict(grad_norm=engine.plain(norm)) if norm is not None else {}
             watch.step(step, scalars, now)
             at = step + 1
-            if knn and at % recipe.monitor.knn_every == 0:
+            if knn and watched(at):
                 with watch.paused(), devices.whole() as whole:
                     figures = knn(whole.exported) if first else {}
                 watch.knn(at, figures)
@@ -155,6 +163,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     with devices.whole() as whole:
         if first:
             watch.pictures(total, finish(run, recipe, whole, images, device))
+            if continued:
+                say(monitor.gained(run.read_log(), total))
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -261,6 +271,7 @@ def resolved(
             inherited_flops=sum(objective.inherited.values()),
             precision=recipe.train.precision,
             labelled=objective.labelled,
+            frozen_steps=recipe.frozen_steps(objective.labelled),
         ),
         images=dict(fingerprint=images.fingerprint, count=len(images), split=images.split, classes=images.classes),
     )
@@ -327,9 +338,10 @@ def finish(
     for name, tensors in objective.parts().items():
         with files.writing(run.path / f"{name}.safetensors") as partial:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-    weights.save(objective.exported, run.path / "backbone")
-    command = shlex.join([*typed("knn"), "--backbone", str(run.path)])
-    say(f"Finished. The backbone is in {run.path / 'backbone'}; evaluate it: {command}")
+    weights.save(objective.exported, run.path / "backbone", images.classes)
+    then, why = ("knn", "evaluate it") if images.labels is not None else ("embed", "look at what it sees")
+    command = shlex.join([*typed(then), "--backbone", str(run.path)])
+    say(f"Finished. The backbone is in {run.path / 'backbone'}; {why}: {command}")
     return made
 
 
@@ -352,7 +364,8 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
         kind = "held out of training" if recipe.data.hold_out else f"report split ({others.split})"
         return look(others, kind)
     except UserError as error:
-        say(f"The pictures show training images, since no others can be read: {error}")
+        if images.labels is not None:  # else none are set apart
+            say(f"The pictures show training images, since no others can be read: {error}")
         return look(images, "training split")
 
 

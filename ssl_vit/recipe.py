@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from ssl_vit.errors import Mistakes, UserError, nearest
-from ssl_vit.settings import Setting, pair, setting, settings_of
+from ssl_vit.settings import Setting, known, pair, setting, settings_of
 
 RECIPES = Path(__file__).resolve().parent / "recipes"  # of a wheel
 if not RECIPES.is_dir():  # of a checkout
@@ -31,6 +31,13 @@ class Train:
     batch_size: int = setting(256, "images per optimizer step, over all processes", at_least=1)
     seed: int = setting(0, "addresses every random draw of the run", at_least=0)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on CUDA >= 8.0, else fp32")
+    freeze_backbone_fraction: float | None = setting(
+        None,
+        "fraction of the steps, at the start, in which heads and decoder are fitted to a backbone that stays as it is; "
+        "null: 0.05 of a self-supervised run with backbone.init_from, else 0",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass
@@ -171,6 +178,8 @@ class Runtime:
     )
 
 
+FREEZE = 0.05  # of the steps of a continued pre-training
+
 SECTIONS = dict(train=Train, optim=Optim, data=Data, views=Views, backbone=Backbone, monitor=Monitor, runtime=Runtime)
 MAY_CHANGE = ("runtime", "monitor")  # sections that may differ when a run goes on
 ADDED = {"recipe", "resolved", "images"}  # what a run's recipe.yaml holds beside its settings
@@ -271,6 +280,16 @@ class Recipe:
         scale = {"absolute": 1.0, "B/256": b / 256, "B/512": b / 512, "sqrt(B/1024)": math.sqrt(b / 1024)}[o.lr_rule]
         rule = "absolute" if o.lr_rule == "absolute" else f"{o.lr:g} · {o.lr_rule} with B = {b}"
         return o.lr * scale, rule
+
+    def frozen_steps(self, labelled: bool) -> int:
+        """How many of the steps, once their number is resolved, leave the backbone as it is.
+
+        labelled: whether the objective needs labels, as fine-tuning does.
+        """
+        fraction = self.train.freeze_backbone_fraction
+        if fraction is None:
+            fraction = FREEZE if self.backbone.init_from and not labelled else 0.0
+        return round(fraction * known(self.train.steps))
 
     def run_name(self) -> str:
         """RECIPE-DATA[-HASH]-sSEED."""

@@ -131,11 +131,17 @@ def sweep(
     truth: np.ndarray,
     rates: dict[Hashable, tuple[float, ...]],
     tick: Callable[[], object] = lambda: None,
+    keep: Callable[[dict[Hashable, LinearProbes]], object] = lambda heads: None,
     **options: Unpack[FitOptions],
 ) -> dict[tuple[Hashable, float], Predictions]:
-    """The predictions of fit's heads for the others, whose classes are truth (m,), by (name of the features, rate)."""
+    """The predictions of fit's heads for the others, whose classes are truth (m,), by (name of the features, rate).
+
+    keep: is given the heads.
+    """
     answers: dict[tuple[Hashable, float], Predictions] = {}
-    for name, head in fit(features, labels, rates=rates, tick=tick, **options).items():
+    heads = fit(features, labels, rates=rates, tick=tick, **options)
+    keep(heads)
+    for name, head in heads.items():
         parts: dict[float, list[Predictions]] = {rate: [] for rate in head.rates}
         at = 0
         for chunk in others[name].chunks():

@@ -21,7 +21,7 @@ from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, ranked
 from eval.compare.words import percent
 from eval.measure import features
-from eval.page import plots
+from eval.page import plots, thumbnails
 from eval.page.document import Block, Cell, Confusion, Figure, Folded, Heading, Table, Text, Thumbnails
 from ssl_vit import data
 from ssl_vit.errors import UserError
@@ -238,9 +238,7 @@ class _Images:
         if new:
             size = self.found.size if self.found.size and max(self.found.size) <= SIZE else (SIZE, SIZE)
             views = data.evaluation_views(self.found, Evaluation(size), torch.device("cpu"), torch.tensor(new))
-            pixels = (torch.cat(list(views)) * 255).round().byte()
-            pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-            self.shown |= {i: view.permute(1, 2, 0).numpy() for i, view in zip(new, pixels, strict=True)}
+            self.shown |= dict(zip(new, thumbnails.pixels(torch.cat(list(views))), strict=True))
         return [self.shown[i] for i in chosen]
 
     def _load(self) -> None:

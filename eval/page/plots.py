@@ -168,6 +168,25 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: 
     return _svg(WIDTH, height, title, subtitle, parts)
 
 
+def scatter(points: Sequence[tuple[float, float, int, str]], title: str, subtitle: str) -> str:
+    """Dots (x, y, group, hover text) without axes, coloured by group, with each group's number at its median."""
+    left, top, wide, high = 8.0, 56.0, WIDTH - 16.0, WIDTH - 16.0
+    places = np.array([(x, y) for x, y, _, _ in points], dtype=float)
+    low, span = places.min(0), np.maximum(np.ptp(places, axis=0), 1e-12)
+    places = (places - low) / span * (wide, -high) + (left, top + high)
+    radius = 3.0 if len(points) <= 1000 else 1.8
+    parts = [
+        f"<g><title>{escape(words)}</title>{_circle(x, y, radius, f'c{group % len(LIGHT)}', 'ground', 0.5)}</g>"
+        for (x, y), (_, _, group, words) in zip(places, points, strict=True)
+    ]
+    groups = np.array([group for _, _, group, _ in points])
+    for group in np.unique(groups):
+        x, y = np.median(places[groups == group], axis=0)
+        outline = "paint-order:stroke;stroke:var(--ground);stroke-width:4px"
+        parts.append(_text(x, y + 5, str(group + 1), "ink", 16, "middle", 700, outline))
+    return _svg(WIDTH, top + high + 8, title, subtitle, parts)
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers that span the range from low to high."""
     rough = (high - low) / count

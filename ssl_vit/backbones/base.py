@@ -109,7 +109,7 @@ class Backbone(nn.Module):
         wanted = [b % self.depth for b in blocks]
         found = dict(self._earlier(x, sorted({*wanted} - {last})))
         if last in wanted:
-            found[last] = self._split(self.model.forward_features(x), images)
+            found[last] = self.split_tokens(self.model.forward_features(x), images)
         return [found[b] for b in wanted]
 
     def _earlier(self, x: Tensor, blocks: list[int]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -127,12 +127,12 @@ class Backbone(nn.Module):
             prefix = patches.new_zeros(len(patches), 0, patches.shape[1]) if prefix is None else prefix
             yield block, (prefix, patches.permute(0, 2, 3, 1))
 
-    def _split(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def split_tokens(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward_features` gave for images (B, C, H, W) → (prefix tokens, patch tokens)."""
         m = self.model
         if isinstance(tokens, Tensor) and tokens.ndim == 4:
             patches = tokens if getattr(m, "output_fmt", "NCHW") == "NHWC" else tokens.permute(0, 2, 3, 1)
-            return patches.new_zeros(len(patches), 0, patches.shape[-1]), patches
+            return patches.flatten(1, 2)[:, :0], patches  # without len(), which an export takes for a constant
         if isinstance(tokens, Tensor) and tokens.ndim == 3:
             grid = self._grid(images)
             declared = getattr(m, "num_prefix_tokens", int(self.has_class_token))
@@ -175,6 +175,12 @@ class Backbone(nn.Module):
         name: str = self.model.pretrained_cfg["architecture"]
         return name
 
+    @property
+    def classifiers(self) -> list[nn.Module]:
+        """The model's classifier; two of them in distilled models."""
+        found = self.model.get_classifier()
+        return [*found] if isinstance(found, tuple | list | nn.ModuleList) else [found]
+
     def add_classifier(self, classes: int) -> None:
         """Give the model a zero-initialised linear head for this many classes, so that training starts at ln K.
 
@@ -194,8 +200,7 @@ class Backbone(nn.Module):
         self.eval()
         try:
             self.model.reset_classifier(classes, *([pool["global_pool"]] if pool else []))
-            found = self.model.get_classifier()  # two in distilled models
-            for head in found if isinstance(found, tuple | list | nn.ModuleList) else [found]:
+            for head in self.classifiers:
                 for weight in head.parameters():
                     nn.init.zeros_(weight)
             logits = self.classify(self.mean.new_zeros(1, len(self.mean), *self.input_size))

@@ -5,13 +5,10 @@ import json
 import math
 import os
 import re
-import socket
 import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import datasets
 import huggingface_hub.constants
@@ -20,6 +17,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from ssl_vit import hub
 from ssl_vit import recipe as recipes
 from ssl_vit.data import copies, folders
 from ssl_vit.data.decoding import FILE, FIRST
@@ -195,7 +193,8 @@ def _labelled(rows: datasets.Dataset, label: str | None) -> bool:
 def _choose_split(
     splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None, label: str | None
 ) -> tuple[str, datasets.Dataset]:
-    """The training split, or the report split: where there is none, a hashed tenth of the former."""
+    """The training split, or the report split: where there is none, a hashed tenth of the former, or
+    nothing if it has no labels."""
 
     def named(*kinds: str) -> str | None:
         return next((s for kind in kinds for name in SPLITS[kind] for s in splits if s.lower() == name), None)
@@ -217,6 +216,14 @@ def _choose_split(
     if report is not None and report != train:
         return (train, splits[train]) if role == "train" else (report, splits[report])
     rows = splits[train]
+    if not _labelled(rows, label):  # nothing could be reported on them
+        if role == "train":
+            return train, rows
+        raise UserError(
+            f"The images of {config.name} have no labels to evaluate with, and none are set apart for tests. If "
+            "another column holds them, train a run with data.label_column=COLUMN train.steps=0 and pass --data RUN; "
+            "else look at the images by eval/embed.py, or pass labelled ones as --data."
+        )
     # by the file's name if it has one, so that new files move none; copies lie where their first lies
     column = next((c for c in (FIRST, FILE) if c in rows.column_names), None)
     keys = rows[column][:] if column else map(str, range(len(rows)))
@@ -230,7 +237,7 @@ def _choose_split(
 
 
 def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
-    if not _hub_answers():  # else its client would retry for 23 s; what it has downloaded before still loads
+    if not hub.answers():  # else its client would retry for 23 s; what it has downloaded before still loads
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return _load_dataset(hub_id, configuration)
@@ -256,17 +263,6 @@ def _load_dataset(source: str, configuration: str | None, **options) -> dict[str
         names = ", ".join(name.strip("[]' ") for name in listed[1].split(","))
         problem = f"no configuration {configuration!r}" if configuration else "several configurations"
         raise UserError(f"{source} has {problem}; there are {names}: choose one with data.config=NAME.") from None
-
-
-def _hub_answers() -> bool:
-    url = urlsplit(huggingface_hub.constants.ENDPOINT)
-    if huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy finds the hub for us
-        return True
-    try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], str, dict]:

@@ -2,15 +2,13 @@
 
 import json
 import re
-import socket
-import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import huggingface_hub.constants
 from huggingface_hub import errors
 
+from ssl_vit import hub
 from ssl_vit.errors import UserError
 from ssl_vit.weights.reading import CONFIGS, WEIGHTS
 
@@ -62,7 +60,7 @@ def fetch(where: str) -> Path:
 def _file(name: str, revision: str | None, file: str) -> Path | None:
     """The folder of a file that has been fetched; None if the model has no such file."""
     try:
-        offline = not _answers()  # else the client would retry for 23 s; what it has fetched before still loads
+        offline = not hub.answers()  # else the client would retry for 23 s; what it has fetched before still loads
         path = huggingface_hub.hf_hub_download(name, file, revision=revision, local_files_only=offline)
     except errors.LocalEntryNotFoundError:
         if _known(name):
@@ -85,17 +83,6 @@ def _shards(name: str, revision: str | None) -> Path | None:
 def _known(name: str) -> bool:
     """Whether something of the model has been fetched before."""
     return (Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
-
-
-def _answers() -> bool:
-    url = urlsplit(huggingface_hub.constants.ENDPOINT)
-    if huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy finds the hub for us
-        return True
-    try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _page(name: str) -> str:

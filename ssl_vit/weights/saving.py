@@ -12,8 +12,10 @@ from ssl_vit import files
 from ssl_vit.backbones import Backbone
 
 
-def save(backbone: Backbone, folder: Path) -> None:
+def save(backbone: Backbone, folder: Path, classes: list[str] | None = None) -> None:
     """Write the timm model, its mean, std and evaluation view into `folder`, which appears whole or not at all.
+
+    classes: the names of a classifier's classes, where timm keeps them (label_names).
 
     Raises UserError if the disk is full.
     """
@@ -36,6 +38,8 @@ def save(backbone: Backbone, folder: Path) -> None:
             **{key: published[key] for key in ("first_conv", "classifier") if key in published},
         ),
     )
+    if classes and model.num_classes:
+        config["label_names"] = list(map(str, classes))
     with files.writing(folder) as partial:
         partial.mkdir()
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")

@@ -1,0 +1,86 @@
+"""All images of a set, split by split, for commands that use a model instead of judging it."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit import data
+from ssl_vit import recipe as recipes
+from ssl_vit.data import ImageSet
+from ssl_vit.errors import UserError
+from ssl_vit.views import Evaluation
+
+
+@dataclass
+class Images:
+    """The splits, one after another. A global index counts through all of them."""
+
+    splits: list[ImageSet]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    @property
+    def name(self) -> str:
+        return self.splits[0].name
+
+    @property
+    def files(self) -> list[str]:
+        """For each image its path under its split, or its number there if the images are no files."""
+        return [name for part in self.splits for name in (part.names() if part.names else map(str, range(len(part))))]
+
+    @property
+    def split_names(self) -> list[str]:
+        """For each image the name of its split; the two parts of one that was divided for reports are one."""
+        return [part.split.partition(" (")[0] for part in self.splits for _ in range(len(part))]
+
+    @property
+    def classes(self) -> list[str] | None:
+        return next((part.classes for part in self.splits if part.classes), None)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 (n,), −1 where an image has none; None if none has."""
+        if all(part.labels is None for part in self.splits):
+            return None
+        parts = [np.full(len(p), -1) if p.labels is None else p.labels.cpu().numpy() for p in self.splits]
+        return np.concatenate(parts)
+
+    def views(self, view: Evaluation, chosen: list[int], device: torch.device) -> Tensor:
+        """The evaluation views (B, C, H, W) in [0, 1] of images by their global indices, on the device."""
+        found: dict[int, Tensor] = {}
+        start = 0
+        for part in self.splits:
+            here = [i for i in dict.fromkeys(chosen) if start <= i < start + len(part)]
+            if here:
+                batches = data.evaluation_views(part, view, device, torch.tensor(here) - start)
+                found |= dict(zip(here, torch.cat(list(batches)), strict=True))
+            start += len(part)
+        return torch.stack([found[i] for i in chosen])
+
+
+def load(config: recipes.Data, channels: int, device: torch.device) -> Images:
+    """Every split that the set has, with as many channels as the backbone takes.
+
+    Raises UserError as data.load does, for an empty folder and for a broken image.
+    """
+    config = dataclasses.replace(config, in_chans=channels, hold_out=False, subset=None)
+    first = data.load(config, "train")
+    parts = [first]
+    if first.range is not None:
+        config = dataclasses.replace(config, range=list(first.range))
+    try:
+        parts.append(data.load(config, "report", first.classes))
+    except UserError:  # one split without labels, of which nothing is held out
+        if first.labels is not None:
+            raise
+    seen = {part.split.partition(" (")[0] for part in parts}
+    for name in first.ledger.get("found", {}).get("splits", {}):
+        if name not in seen:
+            other = next(iter(seen))
+            split = dataclasses.replace(config, train_split=name, report_split=other)
+            parts.append(data.load(split, "train", first.classes))
+    return Images([part.to(device) for part in parts])

@@ -1,0 +1,157 @@
+"""Predict the class of every image, with its probability, by a classifier.
+
+    python eval/predict.py --backbone RUN --data NAME|PATH|owner/name [--output FILE.csv|FILE.parquet]
+
+On a laptop, after `python ssl_vit/pretrain.py --recipe mae`:
+
+    python eval/linear_probe.py --backbone runs/mae-digits-s0
+    python eval/predict.py --backbone runs/mae-digits-s0 --data digits
+
+RUN is a fine-tuned run (in RUN/finetune/), another model with a classifier, or a backbone whose linear probe was kept:
+eval/linear_probe.py does that. Where the images have labels, the accuracy and the most confident mistakes are printed.
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
+from eval.compare.intervals import interval
+from eval.measure import cli, everything, features, kept_probes
+from eval.page.text_tables import aligned
+from ssl_vit import errors, files, system
+from ssl_vit import recipe as recipes
+from ssl_vit.commands import HelpFormatter
+from ssl_vit.errors import UserError, say
+from ssl_vit.recipe import short
+
+MISTAKES = 10
+Row = dict[str, str | float]
+
+
+@torch.inference_mode()
+def probabilities(
+    source: features.Source, images: everything.Images, state: PartialState, file: Path | None
+) -> tuple[np.ndarray, list[str]]:
+    """(float32 (n, K), the names of the K classes), by the model's own classifier or the kept probe."""
+    if source.network.model.num_classes and file is None:
+        source.network.to(state.device)
+        compute = features.Piecewise(lambda part: source.network.classify(part).float().softmax(1).cpu().numpy())
+        view = source.network.evaluation_view
+        batches = (everything.data.evaluation_views(part, view, state.device) for part in images.splits)
+        found = [p for views in batches for batch in views for p in compute(batch)]
+        return np.concatenate(found), class_names(source)
+    probe = kept_probes.read(source, file)
+    parts = []
+    for part in images.splits:
+        arrays = features.extract(source, part, state, probe.blocks)
+        columns = [v for b in probe.blocks for p, v in arrays.poolings(b).items() if probe.pooling in (p, "concat")]
+        parts.append(probe(np.concatenate(columns, 1)))
+    return np.concatenate(parts), probe.classes
+
+
+def class_names(source: features.Source) -> list[str]:
+    """The names of a model's classes: of a run, or those in the config.json of a timm folder; else their numbers.
+
+    Raises UserError if they are of another number.
+    """
+    count = source.network.model.num_classes
+    names = source.settings.get("images", {}).get("classes")
+    config = Path(source.name) / "config.json"
+    if names is None and config.is_file():
+        told = json.loads(config.read_text())
+        labels = told.get("id2label")
+        names = told.get("label_names") or (labels and [labels[key] for key in sorted(labels, key=int)])
+    names = [str(i) for i in range(count)] if names is None else list(map(str, names))
+    if len(names) != count:
+        raise UserError(f"{source.name} classifies into {count} classes and names {len(names)}: mend its class names.")
+    return names
+
+
+def rows_of(images: everything.Images, found: np.ndarray, classes: list[str]) -> Iterator[Row]:
+    """One row an image: name, split, class, probability, and label where it has one."""
+    labels, best = images.labels, found.argmax(1)
+    for i, (name, split) in enumerate(zip(images.files, images.split_names, strict=True)):
+        row: Row = dict(
+            name=name, split=split, predicted=classes[best[i]], probability=round(float(found[i, best[i]]), 6)
+        )
+        if labels is not None and images.classes is not None:
+            row["label"] = images.classes[labels[i]] if labels[i] >= 0 else ""
+        yield row
+
+
+def write(target: Path, rows: list[Row]) -> None:
+    """Write a table, as CSV or Parquet by its suffix."""
+    with files.writing(target) as partial:
+        if target.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
+        else:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            partial.write_text(text.getvalue(), encoding="utf-8")
+
+
+def judged(rows: list[Row], classes: list[str]) -> str:
+    """The accuracy, and the most confident mistakes, of rows with labels; "" if none has one that the model knows."""
+    known = [row for row in rows if row.get("label") in classes]
+    if not known:
+        return ""
+    right = np.array([row["predicted"] == row["label"] for row in known])
+    estimate = interval(right[None])
+    text = f"{len(known):,} labelled images: {100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f} % are correct."
+    wrong = sorted(
+        (row for row in known if row["predicted"] != row["label"]), key=lambda row: -float(row["probability"])
+    )
+    if wrong:
+        cells = [
+            [str(r["name"]), str(r["label"]), str(r["predicted"]), f"{float(r['probability']):.2f}"] for r in wrong
+        ]
+        text += "\n\nThe most confident mistakes:\n\n"
+        text += aligned([["name", "label", "predicted", "probability"], *cells[:MISTAKES]], left=3)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--backbone", required=True, help="a fine-tuned run, or a run or weights with a kept probe")
+    parser.add_argument("--data", required=True, help="the images: a name, a folder or owner/name")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=".csv or .parquet; default: RUN/predictions-DATA.csv"
+    )
+    parser.add_argument("--probe", type=Path, metavar="FILE", help="one of RUN/probes/, if there are several")
+    parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
+    args = parser.parse_args()
+    if args.output and args.output.suffix not in (".csv", ".parquet"):
+        raise UserError(f"--output {args.output} must end in .csv or .parquet.")
+    system.set_threads(args.threads or "auto")
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    given = recipes.Data(name=args.data)
+    source = features.open_source(args.backbone, given, None)
+    if source.backbone is None:
+        raise UserError(f"{args.backbone} has no classifier: pass a fine-tuned run, or one with a kept probe.")
+    images = everything.load(given, len(source.network.mean), state.device)
+    found, classes = probabilities(source, images, state, args.probe)
+    if not state.is_main_process:
+        return
+    rows = list(rows_of(images, found, classes))
+    target = args.output or source.folder / f"predictions-{short(args.data)}.csv"
+    write(target, rows)
+    if text := judged(rows, classes):
+        say(f"{text}\n")
+    say(f"Written: {target} ({len(rows):,} images)")
+
+
+if __name__ == "__main__":
+    errors.run(main)

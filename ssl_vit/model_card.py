@@ -1,0 +1,133 @@
+"""The README.md of exported weights: what they are, what they saw, how good they are, how to load them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_vit import __version__
+from ssl_vit.backbones import Backbone
+
+LOADED = {
+    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)   # or "hf-hub:OWNER/NAME"',
+    "hf": "from transformers import AutoImageProcessor, {kind}\n\n"
+    'model = {kind}.from_pretrained("FOLDER")   # or "OWNER/NAME"\n'
+    'processor = AutoImageProcessor.from_pretrained("FOLDER")',
+    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
+    'outputs = session.run({names}, {{"images": images}})   # float32 ({shape}) in [0, 1]',
+    "torch": 'import torch\n\nmodel = torch.export.load("model.pt2").module()\n'
+    "{outputs} = model(images)   # float32 ({shape}) in [0, 1]",
+}
+LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "torch": "pytorch"}
+UNSTATED = "No licence is stated: ask the authors before you use these weights (`--license` states one)."
+
+
+def card(
+    name: str,
+    backbone: Backbone,
+    to: str,
+    run: Path | None,
+    settings: dict[str, Any],
+    classes: list[str] | None,
+    licence: str | None,
+    command: str,
+    kind: str = "AutoModel",
+) -> str:
+    """The text in Markdown, with the hub's metadata on top.
+
+    run: the run directory, with settings, its recipe.yaml; None for weights of another code. kind: transformers' class.
+    """
+    head = dict(library_name=LIBRARY[to], tags=["ssl_vit", "self-supervised-learning", "vision-transformer"])
+    head |= dict(pipeline_tag="image-classification" if classes else "image-feature-extraction")
+    head |= dict(license=licence) if licence else {}
+    view, (height, width) = backbone.evaluation_view, backbone.input_size
+    size = f"batch, {len(backbone.mean)}, {height}, {width}"
+    names = ["pooled", "patches"] + ["logits"] * bool(backbone.model.num_classes)
+    code = LOADED[to].format(kind=kind, shape=size, names=json.dumps(names), outputs=", ".join(names))
+    parameters = sum(p.numel() for p in backbone.model.parameters())
+    what = f"a classifier of {backbone.model.num_classes} classes" if classes else "a backbone, without a classifier"
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---",
+        f"# {name}",
+        f"{backbone.model.pretrained_cfg['architecture']}, {parameters / 1e6:.2f} M parameters: {what}. Made with "
+        f"ssl_vit {__version__}.",
+        f"```python\n{code}\n```",
+        f"Images of {height}x{width} pixels ({view.interpolation}, crop {view.crop_pct:g}, {view.crop_mode}); mean "
+        f"{_numbers(backbone.mean)}, standard deviation {_numbers(backbone.std)} of values in [0, 1].",
+    ]
+    if classes:
+        shown = ", ".join(classes[:50]) + (f" and {len(classes) - 50:,} more" if len(classes) > 50 else "")
+        parts += [f"## Classes\n\n{shown}."]
+    if run is not None:
+        parts += [f"## Training\n\n{_trained(settings)}", _data(run), _results(run, settings)]
+    parts += [f"## Licence\n\n{licence or UNSTATED}", f"## Command\n\n```bash\n{command}\n```"]
+    if run is not None:
+        recipe = {key: settings[key] for key in settings if key != "images"}
+        parts += [f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()}\n```"]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _numbers(values: Any) -> str:
+    return " ".join(f"{value:.4g}" for value in values.flatten().tolist())
+
+
+def _trained(settings: dict[str, Any]) -> str:
+    train, images = settings["train"], settings["images"]
+    start = settings["backbone"].get("init_from")
+    text = (
+        f"Recipe {settings['recipe']} ({settings['objective']['name']}) on {settings['data']['name']}: "
+        f"{images['count']:,} images, {train['steps']:,} steps of {train['batch_size']}, seed {train['seed']}"
+    )
+    return text + (f", started from {start}, whose licence and data count too." if start else ", from scratch.")
+
+
+def _data(run: Path) -> str:
+    """The ledger of the training images."""
+    file = run / "images.json"
+    if not file.exists():
+        return ""
+    entry = json.loads(file.read_text())
+    lines = [f"- {entry['title']}: {entry['used']:,} images used, {len(entry['broken'])} broken left out"]
+    for key, words in (("formats", "formats"), ("modes", "modes"), ("labels_per_class", "images per class")):
+        if entry.get(key):
+            values = list(entry[key].items())
+            rest = f" and {len(values) - 20} more" if len(values) > 20 else ""
+            lines.append(f"- {words}: " + ", ".join(f"{k} {v:,}" for k, v in values[:20]) + rest)
+    left_out = {k: v for k, v in entry["found"].get("left_out", {}).items() if v}
+    if left_out:
+        lines.append("- left out: " + ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in left_out.items()))
+    return "### Data\n\n" + "\n".join(lines)
+
+
+def rows_of(run: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The result rows of these weights: of a run those in it; of a fine-tuning those that its evaluation left in the
+    run that was fine-tuned, told by learning rate and number of images."""
+    fine_tuned = run.parent.name == "finetune"
+    file = (run.parent.parent if fine_tuned else run) / "results.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not fine_tuned:
+        return [row for row in rows if not row["protocol"].startswith("finetune")]
+    same = settings["optim"]["lr"], settings["images"]["count"]
+    return [
+        row
+        for row in rows
+        if row["protocol"].startswith("finetune") and (row["settings"]["lr"], row["train_n"]) == same
+    ]
+
+
+def _results(run: Path, settings: dict[str, Any]) -> str:
+    rows = rows_of(run, settings)
+    if not rows:
+        return "## Results\n\nNone were measured."
+    lines = ["| images | protocol | features | labels | accuracy, % | n |", "|---|---|---|---|---:|---:|"]
+    for row in rows:
+        value, n = row["value"], row["n"]
+        half = 1.96 * math.sqrt(value * (1 - value) / n)
+        lines.append(
+            f"| {row['eval_data']}, {row['split']} | {row['protocol']} | {row['pooling']} | {row['train_n']:,} "
+            f"| {100 * value:.1f} ± {100 * half:.1f} | {n:,} |"
+        )
+    words = "± is the half-width of the 95 % interval over test images; other seeds of the training vary on top."
+    return "## Results\n\n" + "\n".join(lines) + f"\n\n{words}"

@@ -1,0 +1,97 @@
+"""A class and its probability for every image: by a fine-tuned run, and by the probe that was kept."""
+
+import csv
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import SMALL
+from test_embed import call
+from test_loop import TINY
+
+from eval import linear_probe, predict
+from eval.measure import probing, results
+from ssl_vit import data, pretrain, weights
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A backbone and a fine-tuned run, on digits."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert pretrain.pretrain(pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=1"], None), folder / "mae") == 0
+    settings = [*TINY, "train.steps=4", f"backbone.init_from={folder / 'mae'}", "backbone.drop_path_rate=0"]
+    assert pretrain.pretrain(pretrain.read("finetune", settings, None), folder / "tuned") == 0
+    return folder
+
+
+def both():
+    config = recipes.Data(name="digits")
+    return [data.load(config, role) for role in ("train", "report")]
+
+
+def test_a_fine_tuned_run_predicts_every_image(runs, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "p.csv"
+    call(predict, monkeypatch, "--backbone", runs / "tuned", "--data", "digits", "--output", target)
+    rows = list(csv.DictReader(target.open()))
+    backbone = weights.load(str(runs / "tuned")).eval()
+    with torch.no_grad():
+        parts = [backbone.classify(part.images.float() / 255).softmax(1) for part in both()]
+    found, truth = torch.cat(parts).numpy(), np.concatenate([part.labels for part in both()])
+    assert len(rows) == 1797 and [row["predicted"] for row in rows] == [str(c) for c in found.argmax(1)]
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], found.max(1), atol=2e-6)
+    assert [row["label"] for row in rows] == [str(c) for c in truth]
+    said = capsys.readouterr().out
+    right = found.argmax(1) == truth
+    assert f"1,797 labelled images: {100 * right.mean():.1f} ± " in said
+    worst = int(np.argmax(np.where(right, 0, found.max(1))))
+    first = said.split("The most confident mistakes:")[1].strip().splitlines()[2].split("|")
+    assert [cell.strip() for cell in first[2:5]] == [
+        str(truth[worst]),
+        str(found[worst].argmax()),
+        f"{found[worst].max():.2f}",
+    ]
+
+
+def test_the_probe_of_the_sweep_is_kept_and_predicts_the_same(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="has no classifier: fine-tune it .*or run eval/linear_probe.py"):
+        call(predict, monkeypatch, "--backbone", runs / "mae", "--data", "digits")
+    monkeypatch.setattr(probing, "STEPS", 40)
+    monkeypatch.setattr(probing, "EPOCHS", 1)
+    call(linear_probe, monkeypatch, "--backbone", runs / "mae")
+    target = tmp_path / "p.parquet"
+    call(predict, monkeypatch, "--backbone", runs / "mae", "--data", "digits", "--output", target)
+    rows = pyarrow.parquet.read_table(target).to_pylist()
+    [row] = [row for row in results.read(runs / "mae") if row["pooling"] == "chosen"]
+    stored = np.load(runs / "mae" / row["predictions"])
+    tested = [int(r["predicted"]) for r in rows if r["split"] == "the fixed 360"]
+    assert tested == stored["predicted"].tolist()
+    found = [r["probability"] for r in rows if r["split"] == "the fixed 360"]
+    np.testing.assert_allclose(found, stored["p_predicted"], atol=1e-3)  # float16
+    assert "The most confident mistakes" in capsys.readouterr().out
+
+    [kept] = (runs / "mae" / "probes").iterdir()
+    (runs / "mae" / "probes" / "digits-99.npz").write_bytes(kept.read_bytes())
+    with pytest.raises(UserError, match="has several probes .*choose one by --probe"):
+        call(predict, monkeypatch, "--backbone", runs / "mae", "--data", "digits")
+    (runs / "mae" / "probes" / "digits-99.npz").write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(UserError, match="is no probe of eval/linear_probe.py"):
+        call(predict, monkeypatch, "--backbone", runs / "mae", "--data", "digits", "--probe",
+             runs / "mae" / "probes" / "digits-99.npz")  # fmt: skip
+    with pytest.raises(UserError, match="was trained on features of other weights"):
+        call(predict, monkeypatch, "--backbone", runs / "tuned", "--data", "digits", "--probe", kept)
+
+
+def test_names_of_another_number_are_refused(runs, tmp_path, monkeypatch):
+    settings = recipes.read_settings(runs / "tuned" / "recipe.yaml")
+    settings["images"]["classes"] = ["a", "b"]
+    monkeypatch.setattr(recipes, "read_settings", lambda path: settings)
+    with pytest.raises(UserError, match="classifies into 10 classes and names 2"):
+        call(predict, monkeypatch, "--backbone", runs / "tuned", "--data", "digits")
+    with pytest.raises(UserError, match="must end in .csv or .parquet"):
+        call(predict, monkeypatch, "--backbone", runs / "tuned", "--data", "digits", "--output", "p.txt")
+    with pytest.raises(UserError, match="pixels has no classifier"):
+        call(predict, monkeypatch, "--backbone", "pixels", "--data", "digits")
