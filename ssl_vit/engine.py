@@ -256,7 +256,7 @@ class Engine:
         tensors: shards.Tensors = {f"objective.{key}": value for key, value in self.objective.state_dict().items()}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
-        for name in sizes.keys() - tensors.keys():
+        for name in sorted(sizes.keys() - tensors.keys()):
             part, place, key = name.split(".", 2)
             if part != "optimizer" or int(place) >= len(parameters):
                 raise KeyError(name)

@@ -102,7 +102,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: 
     if config.weight_decay_end is not None:
         weight_decay = cosine(step, total, config.weight_decay, config.weight_decay_end)
     for group in optimizer.param_groups:
-        start = group["start"]
+        start = group.get("start", 0)  # older checkpoints do not say it
         lr = _rate(config, peak, step - start, total - start) if step >= start else 0.0
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -792,4 +792,5 @@ def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path, monkeypatch):
 
 def test_the_page_has_the_layouts_of_the_table():
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", (ROOT / "docs" / "weights.md").read_text(), re.M)
-    assert rows[1:] == [(layout.name, layout.signs) for layout in layouts.LAYOUTS]
+    rows = [row for row in rows if row[0] in {layout.name for layout in layouts.LAYOUTS}]
+    assert rows == [(layout.name, layout.signs) for layout in layouts.LAYOUTS]

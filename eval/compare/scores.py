@@ -94,11 +94,11 @@ class EvalSet:
 
     data: str
     split: str
-    measured: str
     truth: np.ndarray
     first: Run  # the run that `truth` was read from, with which the others must agree
     groups: list[Group] = field(default_factory=list)
     scores: dict[Metric, dict[Group, Scores]] = field(default_factory=dict)
+    measured: str = ACCURACY
     place: str = ""  # the prefix of its charts' names, if there are several eval sets
 
     def metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
@@ -199,7 +199,7 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
             for row in (row for row in run.rows if row["metric"] == measured):
                 key = row["eval_data"], row["split"]
                 truth, right = _answers(run, row)
-                eval_set = eval_sets.setdefault(key, EvalSet(*key, measured, truth, run))
+                eval_set = eval_sets.setdefault(key, EvalSet(*key, truth, run, measured=measured))
                 if not np.array_equal(eval_set.truth, truth):
                     raise UserError(
                         f"{eval_set.first.folder} and {run.folder} were evaluated on different images of "
