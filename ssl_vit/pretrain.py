@@ -90,15 +90,15 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         overview.advise(recipe, path, images, objective, accelerator)
 
     # -- onto the devices --
+    if total and not run.checkpoints() and objective.requires_fit:  # while every process has all weights
+        objective.fit(fit_images(recipe, images, device), recipe.train.seed)
+        for buffer in objective.buffers():  # processes fit the same, but for rounding
+            buffer.copy_(broadcast(buffer))
     if recipe.runtime.compile:
         compile_blocks(objective)
     devices = engine.Engine(accelerator, recipe, objective)
     optimizer = optim.build(objective, recipe.optim, lr, frozen)
     done = resume(run, devices, optimizer, total)
-    if total and not done and objective.requires_fit:
-        objective.fit(fit_images(recipe, images, device), recipe.train.seed)
-        for buffer in objective.buffers():  # processes fit the same, but for rounding
-            buffer.copy_(broadcast(buffer))
 
     # -- train --
     monitor.start_trackers(accelerator, path, settings)
