@@ -159,27 +159,15 @@ def row(
     source: features.Source, request: Request, test: ImageSet, train_n: int, view: Evaluation, grid: tuple[int, int]
 ) -> dict:
     """The keys that all rows of a backbone share."""
-    said = results.describe_run(source.folder, source.settings)
-    if source.backbone is None:
-        said["recipe"] = source.name
-    return said | dict(
-        backbone=source.settings.get("backbone", {}).get("name", source.name),
-        eval_data=test.name,
-        split=test.split,
+    return cli.row_of(source, test, "mIoU", request.classes) | dict(
         pooling="patches",
-        layer=-1,
         label_fraction=1.0,
         subset_seed=None,
         train_n=train_n,
-        chosen="last checkpoint",
-        n=len(test),
-        metric="mIoU",
-        classes=request.classes,
         class_names=request.names,
         view=list(view.size),
         grid=list(grid),
         eval_images=train_n + len(test),
-        **results.SURROUNDINGS,
     )
 
 

@@ -226,9 +226,15 @@ def describe_part(part: float | None) -> float | str:
 
 
 def row(source: features.Source, test: data.ImageSet) -> dict:
-    """The keys that all rows of a backbone on these test images share."""
-    said = results.describe_run(source.folder, source.settings)
+    """The keys that all rows of a backbone on these labelled test images share."""
     classes, frequencies = len(classes_of(test)), np.bincount(labels_of(test))
+    levels = dict(chance=1 / classes, majority=int(frequencies.max()) / len(test))
+    return row_of(source, test, "accuracy", classes) | levels
+
+
+def row_of(source: features.Source, test: data.ImageSet, metric: str, classes: int) -> dict:
+    """The keys that rows by any metric share."""
+    said = results.describe_run(source.folder, source.settings)
     if source.backbone is None:
         said["recipe"] = source.name
     return said | dict(
@@ -238,10 +244,8 @@ def row(source: features.Source, test: data.ImageSet) -> dict:
         layer=-1,
         chosen="last checkpoint",
         n=len(test),
-        metric="accuracy",
+        metric=metric,
         classes=classes,
-        chance=1 / classes,
-        majority=int(frequencies.max()) / len(test),
         **results.SURROUNDINGS,
     )
 
