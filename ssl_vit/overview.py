@@ -15,6 +15,7 @@ from ssl_vit.objectives.base import Objective
 from ssl_vit.settings import known
 
 FEW = 2000  # images
+TRIAL = dict(cpu=3e10, cuda=3e12)  # FLOPs of a measured pass: up to a second, and longer than launching its kernels
 SMALL, PHOTO = 64, 32  # pixels: a CPU is enough up to SMALL; published weights, trained on photos, help from PHOTO on
 PUBLISHED = "vit_small_patch16_224.dino"
 
@@ -40,6 +41,18 @@ def describe(
     )
 
 
+def foresee(recipe: recipes.Recipe, objective: Objective, accelerator: Accelerator, flops_per_image: float) -> None:
+    """Print how long the run takes if its images come fast enough, unless not even the trial fits into memory."""
+    on, channels = accelerator.device.type, known(recipe.data.in_chans)
+    rows = int(min(TRIAL.get(on, TRIAL["cpu"]) / flops_per_image, recipe.train.batch_size // accelerator.num_processes))
+    try:
+        each = seconds_per_image(objective, channels, accelerator, rows)
+    except torch.OutOfMemoryError:  # the first step finds out how many images fit
+        return
+    whole = each / accelerator.num_processes * known(recipe.train.steps) * recipe.train.batch_size
+    say(f"About {duration(whole)} if reading the images takes no time: one needs {each:.2g} s forward and backward.")
+
+
 def advise(
     recipe: recipes.Recipe, path: Path, images: data.ImageSet, objective: Objective, accelerator: Accelerator
 ) -> None:
@@ -54,15 +67,10 @@ def advise(
             f"weights are a better start: {start}"
         )
     if max(height, width) > SMALL and accelerator.device.type == "cpu":
-        each = seconds_per_image(objective, known(recipe.data.in_chans), accelerator)
-        whole = each / accelerator.num_processes * known(recipe.train.steps) * recipe.train.batch_size
         small = f"data.img_size={SMALL}"
         if recipe.name.endswith("-photos"):
             small = f"--recipe {recipe.name.removesuffix('-photos')} {small}"
-        say(
-            f"Advice: images of {height}x{width} px are slow on a CPU. An image takes {each:.2g} s here, and the "
-            f"whole run about {duration(whole)}; use a GPU, or smaller images ({small})."
-        )
+        say(f"Advice: images of {height}x{width} px are slow on a CPU. Use a GPU, or smaller images ({small}).")
     if images.labels is None:
         say(
             f"Advice: the images have no labels. Look at {path / 'pictures'} and at the feature rank "
@@ -71,9 +79,13 @@ def advise(
         )
 
 
-def seconds_per_image(objective: Objective, channels: int, accelerator: Accelerator) -> float:
-    """Time of a forward and backward pass on the CPU, measured on a copy; the better of two."""
-    batch = flops.grey(objective, channels, objective.labelled)
+def seconds_per_image(objective: Objective, channels: int, accelerator: Accelerator, rows: int) -> float:
+    """Time of a forward and backward pass of so many images on this device, measured on a copy; the better of two.
+
+    rows: rounded down to whole groups of those that the objective needs together, two groups at least.
+    """
+    rows = max(rows // objective.micro_batch_multiple, 2) * objective.micro_batch_multiple
+    batch = flops.grey(objective, channels, objective.labelled, rows, accelerator.device)
     twin = copy.deepcopy(objective).train()
     times = []
     for _ in range(2):
@@ -81,6 +93,8 @@ def seconds_per_image(objective: Objective, channels: int, accelerator: Accelera
         with accelerator.autocast():
             loss = twin(batch)["loss"]
         loss.backward()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return min(times) / len(batch.draw.rows)
 

@@ -87,6 +87,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         return 0
     overview.describe(recipe, path, images, objective, accelerator, flops_per_image)
     if total and not run.checkpoints():
+        overview.foresee(recipe, objective, accelerator, flops_per_image)
         overview.advise(recipe, path, images, objective, accelerator)
 
     # -- onto the devices --

@@ -76,6 +76,18 @@ def _one_thread(monkeypatch):
     monkeypatch.setattr(system, "cores", lambda: 1)  # else what a test calls sets more, which stay
 
 
+CLOSE: list[Callable[[], None]] = []  # what ends the processes and threads that a test started, if it failed before
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on():
+    """No process or thread of a failed test disturbs the next: a fork beside a thread may hang."""
+    yield
+    for close in CLOSE:
+        close()
+    CLOSE.clear()
+
+
 @pytest.fixture
 def alone(tmp_path_factory):
     """One launch of several processes at a time, on all workers: on two cores two of them disturb each other."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sklearn.datasets  # noqa: F401  # which the children would each import for seconds
 import torch._dynamo  # noqa: F401
-from conftest import start
+from conftest import CLOSE, start
 from torch.distributed import TCPStore
 
 
@@ -27,6 +27,7 @@ class Several:
         )
         before = dict(os.environ)
         self.processes = []
+        CLOSE.append(self.close)
         try:
             for rank in range(count):
                 os.environ.update(common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) | environment)
@@ -40,9 +41,14 @@ class Several:
         for process in self.processes:
             process.join(timeout)
         codes = [process.exitcode for process in self.processes]
+        self.close()
+        return codes
+
+    def close(self) -> None:
+        """End them, and the thread of their store."""
         for process in self.processes:
             process.kill()
-        return codes
+        self.store = None
 
     @property
     def said(self) -> str:

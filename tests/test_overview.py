@@ -42,7 +42,6 @@ def advice(capsys, *settings: str, count: int = 5000, labels: bool = True, devic
 
 
 def test_advice_where_it_applies(capsys, monkeypatch):
-    monkeypatch.setattr(overview, "seconds_per_image", lambda *_: 0.5)
     assert advice(capsys) == advice(capsys, count=1437) == advice(capsys, "data.img_size=64") == []  # 16 px; 64 px
     assert advice(capsys, "data.img_size=224", device="cuda") == []
 
@@ -54,27 +53,47 @@ def test_advice_where_it_applies(capsys, monkeypatch):
     assert "no labels" in unlabelled and "runs/a/pictures" in unlabelled and "knn.py --backbone runs/a" in unlabelled
     assert advice(capsys, "data.img_size=64", "backbone.init_from=runs/b", count=1999) == []
 
-    [slow] = advice(capsys, "data.img_size=[32,96]")  # 0.5 s an image, 6,400 images, two processes
-    assert "32x96 px are slow on a CPU" in slow and "0.5 s here" in slow and "about 27 min" in slow
+    [slow] = advice(capsys, "data.img_size=[32,96]")
+    assert "32x96 px are slow on a CPU" in slow
     assert "smaller images (data.img_size=64)" in slow
     [slow] = advice(capsys, "data.img_size=224", name="dino-photos")
     assert "(--recipe dino data.img_size=64)" in slow
 
 
-def test_the_time_of_an_image_is_measured_on_a_copy(monkeypatch):
-    """A batch of two, the first pass slower than the second, by a made-up clock; the objective is as it was."""
-    objective, clock, costs = small_objective("dino"), [0.0], iter([9.0, 3.0])
+@pytest.mark.parametrize(("flops_per_image", "rows"), [(1e6, 32), (3e9, 10), (1e11, 0)])
+def test_the_time_is_foretold_from_a_pass_of_a_second(capsys, monkeypatch, flops_per_image, rows):
+    """100 steps of 64 images on two processes: a process's images of a step, fewer if each costs much."""
+    objective = small_objective("dino")
+
+    def measured(*arguments):
+        assert arguments == (objective, 3, accelerator, rows)
+        return 0.5
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    recipe = small_recipe("dino", "train.steps=100", "train.batch_size=64")
+    monkeypatch.setattr(overview, "seconds_per_image", measured)
+    overview.foresee(recipe, objective, accelerator, flops_per_image)
+    said = capsys.readouterr().out
+    assert said == "About 27 min if reading the images takes no time: one needs 0.5 s forward and backward.\n"
+
+
+@pytest.mark.parametrize(("name", "rows", "measured"), [("dino", 7, 7), ("dino", 1, 2), ("supervised", 7, 6)])
+def test_the_time_of_an_image_is_measured_on_a_copy(monkeypatch, name, rows, measured):
+    """The first pass is slower than the second, by a made-up clock; the objective is as it was."""
+    objective = small_objective(name, *(["objective.mixup=0.8"] if name == "supervised" else []))
+    clock, costs = [0.0], iter([9.0, 3.0])
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     forward = type(objective).forward
 
     def slow(self, batch):
-        assert self is not objective and self.training and len(batch.draw.rows) == 2
+        assert self is not objective and self.training and len(batch.draw.rows) == measured
         clock[0] += next(costs)
         return forward(self, batch)
 
+    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
     monkeypatch.setattr(type(objective), "forward", slow)
     monkeypatch.setattr(overview.time, "perf_counter", lambda: clock[0])
-    assert overview.seconds_per_image(objective, 3, SimpleNamespace(autocast=nullcontext)) == 1.5
+    assert overview.seconds_per_image(objective, 3, accelerator, rows) == 3.0 / measured
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
     assert all(parameter.grad is None for parameter in objective.parameters())
 

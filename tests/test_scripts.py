@@ -1,33 +1,27 @@
 """Every script starts, from anywhere, with nothing of ours in the way of an installed package."""
 
 import importlib.util
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import start
 from test_loop import ROOT, environment
 
 SCRIPTS = [
     "ssl_vit/pretrain.py",
-    "eval/knn.py",
-    "eval/linear_probe.py",
-    "eval/finetune.py",
-    "eval/predict.py",
-    "eval/embed.py",
     "ssl_vit/export.py",
-    "eval/robustness.py",
-    "eval/difficulty.py",
-    "eval/report.py",
-    "eval/study.py",
-    "eval/verdict.py",
+    *(f"eval/{p.name}" for p in sorted((ROOT / "eval").glob("[!_]*.py"))),
 ]
 LOOP = {"finetune.py", "study.py", "difficulty.py"}  # those that may read recipes by the loop, or start it
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_module_form(script, tmp_path):
-    """As a script with transformers imported first by the interpreter, and with -m; help names every key."""
+@pytest.mark.parametrize("script", ["ssl_vit/pretrain.py", "eval/finetune.py"])
+def test_a_script_starts_beside_transformers(script, tmp_path):
+    """With transformers imported first by the interpreter: nothing beside the script is taken for a part of it."""
     (tmp_path / "sitecustomize.py").write_text("import transformers, timm\n")
     variables = environment()
     variables["PYTHONPATH"] += f":{tmp_path}"
@@ -35,14 +29,34 @@ def test_help_and_module_form(script, tmp_path):
         [sys.executable, str(ROOT / script), "--help"], env=variables, cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    module = script.removesuffix(".py").replace("/", ".")
-    again = subprocess.run(
-        [sys.executable, "-m", module, "--help"], env=environment(), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stderr
     assert "python" in result.stdout
+
+
+def as_script(script: str) -> Callable[[], None]:
+    def run():
+        sys.path.insert(0, str(ROOT / Path(script).parent))
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return run
+
+
+def as_module(script: str) -> Callable[[], None]:
+    return lambda: runpy.run_module(script.removesuffix(".py").replace("/", "."), run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.parametrize("form", [as_script, as_module])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, form, tmp_path):
+    """As a script and with -m, in children that share the imports; the help names its command, and every key."""
+    run = form(script)
+    run.__module__ = script.removesuffix(".py").replace("/", ".")
+    process = start(run, tmp_path, tmp_path / "said.txt", "--help")
+    process.join(60)
+    said = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 0, said
+    assert f"{script} " in said
     if "pretrain" in script:
-        assert all(key in result.stdout for key in ("train.epochs", "optim.lr", "runtime.per_device_batch_size"))
+        assert all(key in said for key in ("train.epochs", "optim.lr", "runtime.per_device_batch_size"))
 
 
 @pytest.mark.parametrize("folder", ["ssl_vit", "eval"])
