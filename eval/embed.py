@@ -42,7 +42,7 @@ def embed(source: features.Source, images: everything.Images, state: PartialStat
 def patches_of(source: features.Source, images: everything.Images, state: PartialState) -> np.ndarray:
     """Patch features of all images, float16 (n, H, W, D)."""
     view = source.network.evaluation_view
-    compute = features.Piecewise(lambda part: source.network.features(part)[0][1].half().cpu().numpy())
+    compute = features.Piecewise(lambda part: source.features(part)[0][1].half().cpu().numpy())
     batches = (everything.data.evaluation_views(part, view, state.device) for part in images.splits)
     return np.concatenate([found for views in batches for batch in views for found in compute(batch)])
 
@@ -92,12 +92,14 @@ def main() -> None:
         metavar="S",
         help="least similarity of near-duplicates (default: 0.95)",
     )
+    cli.add_precision(parser)
     parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()
     system.set_threads(args.threads or "auto")
     state = PartialState(cpu=not torch.accelerator.is_available())
     given = recipes.Data(name=args.data) if args.data else None
     source = features.open_source(args.backbone, given, None)
+    source.precision = system.precision(args.precision, state.device.type == "cuda")
     if source.backbone is None:
         raise UserError(f"{args.backbone} is no backbone: pass a run, a file or folder of weights, or a timm model.")
     config = given or features.data_of(source.settings)

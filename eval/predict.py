@@ -43,7 +43,7 @@ def probabilities(
     """(float32 (n, K), the names of the K classes), by the model's own classifier or the kept probe."""
     if source.network.model.num_classes and file is None:
         source.network.to(state.device)
-        compute = features.Piecewise(lambda part: source.network.classify(part).float().softmax(1).cpu().numpy())
+        compute = features.Piecewise(lambda part: source.logits(part).softmax(1).cpu().numpy())
         view = source.network.evaluation_view
         batches = (everything.data.evaluation_views(part, view, state.device) for part in images.splits)
         found = [p for views in batches for batch in views for p in compute(batch)]
@@ -131,6 +131,7 @@ def main() -> None:
         "--output", type=Path, metavar="FILE", help=".csv or .parquet; default: RUN/predictions-DATA.csv"
     )
     parser.add_argument("--probe", type=Path, metavar="FILE", help="one of RUN/probes/, if there are several")
+    cli.add_precision(parser)
     parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()
     if args.output and args.output.suffix not in (".csv", ".parquet"):
@@ -139,6 +140,7 @@ def main() -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     given = recipes.Data(name=args.data)
     source = features.open_source(args.backbone, given, None)
+    source.precision = system.precision(args.precision, state.device.type == "cuda")
     if source.backbone is None:
         raise UserError(f"{args.backbone} has no classifier: pass a fine-tuned run, or one with a kept probe.")
     images = everything.load(given, len(source.network.mean), state.device)

@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import batch_norm, checkpoint, flops, monitor, recomputation, shards
+from ssl_vit import batch_norm, checkpoint, flops, monitor, recomputation, shards, system
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, listed, say
@@ -95,9 +95,8 @@ def resolve_engine(recipe: recipes.Recipe) -> None:
 
 def resolve_precision(recipe: recipes.Recipe) -> None:
     """Replace train.precision=auto by what this device can do."""
-    if recipe.train.precision == "auto":
-        able = not told_to_use_cpu() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-        recipe.train.precision = "bf16" if able else "fp32"
+    cuda = not told_to_use_cpu() and torch.cuda.is_available()
+    recipe.train.precision = system.precision(recipe.train.precision, cuda)
 
 
 def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:

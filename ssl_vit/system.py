@@ -56,6 +56,13 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def precision(asked: Literal["auto", "fp32", "bf16"], cuda: bool) -> Literal["fp32", "bf16"]:
+    """As asked; with "auto" bf16 on a GPU with units for it (compute capability 8.0 or more), else fp32."""
+    if asked == "auto":
+        return "bf16" if cuda and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    return asked
+
+
 def workers(asked: int | Literal["auto"]) -> int:
     """Decoding processes: as many as asked for, or with "auto" the cores, at most 16."""
     return min(cores(), 16) if asked == "auto" else asked

@@ -15,7 +15,7 @@ from PIL import Image
 from test_loop import ROOT, TINY, TORCHRUN, environment
 
 from eval.measure import features
-from ssl_vit import backbones, data, views, weights
+from ssl_vit import backbones, data, system, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -55,6 +55,39 @@ def test_they_are_those_of_plain_timm_before_and_after_a_file(tmp_path, state, i
         assert np.allclose(last["mean"], tokens[:, 1:].mean(1), atol=1e-5)
         assert np.allclose(found.poolings(0)["mean"], each[0].mean((2, 3)), atol=1e-5)
         assert found.flops_per_image > 0
+
+
+def test_in_bf16_they_are_near_those_in_fp32_and_stored_apart(tmp_path, state, images):
+    source = small_source(tmp_path)
+    full = features.extract(source, images, state).poolings(-1)["cls"].copy()
+    source.precision = "bf16"
+    rounded = features.extract(source, images, state).poolings(-1)["cls"]
+    batch = views.whole(images.images, (8, 8), 1.0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        [(prefix, _)] = source.backbone.features(batch)
+    assert np.array_equal(rounded, prefix[:, 0].float())
+    assert 1e-4 < np.abs(rounded - full).max() < 0.1 and rounded.dtype == np.float32
+    assert torch.equal(source.features(batch[:5])[0][0], source.features(batch)[0][0][:5])
+    logits = source.logits(batch)  # no head: those of the pooled features
+    assert logits.dtype == torch.float32 and np.allclose(logits.detach(), prefix[:, 0].float(), atol=0.1)
+    source.precision = "fp32"
+    assert np.array_equal(features.extract(source, images, state).poolings(-1)["cls"], full)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "capability", "found"),
+    [
+        ("auto", True, (8, 0), "bf16"),
+        ("auto", True, (9, 0), "bf16"),
+        ("auto", True, (7, 5), "fp32"),
+        ("auto", False, (9, 0), "fp32"),
+        ("fp32", True, (9, 0), "fp32"),
+        ("bf16", False, (7, 5), "bf16"),
+    ],
+)
+def test_the_precision_is_that_of_the_device_unless_asked_for(monkeypatch, asked, cuda, capability, found):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert system.precision(asked, cuda) == found
 
 
 def test_they_are_computed_once_and_again_when_the_weights_differ(tmp_path, state, images, monkeypatch):

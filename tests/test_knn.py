@@ -144,8 +144,14 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
         assert row["eval_images"] == 1437 + 360
         assert row["recipe"] == "random" and row["images_seen"] == 0 and row["train_flops"] == 0
         assert set(results.IDENTITY) <= row.keys() and row["eval_flops"] > 0
+    assert {row["precision"] for row in rows} == {"fp32"}
+    argv = sys.argv
+    monkeypatch.setattr(sys, "argv", [*argv, "--precision", "bf16"])
     knn.main()  # again: rows are replaced, not added
-    assert len(results.read(tmp_path / "run")) == len(rows)
+    again = results.read(tmp_path / "run")
+    assert len(again) == len(rows) and {row["precision"] for row in again} == {"bf16"}
+    assert all(abs(a["value"] - b["value"]) < 0.03 for a, b in zip(again, rows, strict=True))
+    monkeypatch.setattr(sys, "argv", argv)
     assert {p.name for p in (tmp_path / "run/pictures").iterdir()} >= {"digits-neighbours.png", "digits-patches.png"}
 
     # transfer: other images, of another size and more channels, become what the backbone was trained on

@@ -517,9 +517,11 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
     assert "| mae − scratch-long (FT10)" in told and "Check of the instrument" in told
     assert "rows were made by" not in told
     rows = written.parent / "mae-s3/results.jsonl"
-    rows.write_text(rows.read_text().replace('"abc"', '"def"', 1))
+    first, rest = rows.read_text().replace('"abc"', '"def"', 1).split("\n", 1)
+    rows.write_text(json.dumps(json.loads(first) | dict(precision="bf16")) + "\n" + rest)
     verdict.main()
-    assert "rows were made by 2 commits of this code" in capsys.readouterr().out
+    several = "rows were made by 2 commits of this code and 2 precisions of the evaluated backbones"
+    assert several in capsys.readouterr().out
     rows.unlink()
     verdict.main()
     told = capsys.readouterr().out

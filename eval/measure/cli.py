@@ -20,8 +20,9 @@ from ssl_vit.settings import known
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
 
-def parser(doc: str, labels: bool = True) -> argparse.ArgumentParser:
-    """The arguments that all evaluators share. labels: with those that choose how many labels are used."""
+def parser(doc: str, labels: bool = True, frozen: bool = True) -> argparse.ArgumentParser:
+    """The arguments that all evaluators share. labels: with those that choose how many labels are used; frozen: with
+    that of evaluators of frozen features."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument(
         "--backbone",
@@ -33,6 +34,8 @@ def parser(doc: str, labels: bool = True) -> argparse.ArgumentParser:
         "--data", help="a name, a folder, owner/name, or a run: its images; default: those of the first run"
     )
     parser.add_argument("--threads", type=positive, help="CPU threads; default: cores / local processes")
+    if frozen:
+        add_precision(parser)
     if not labels:
         return parser
     parser.add_argument(
@@ -52,6 +55,16 @@ def parser(doc: str, labels: bool = True) -> argparse.ArgumentParser:
         help="seeds that draw these subsets (default: 0)",
     )
     return parser
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The argument of commands that compute features or predictions of a frozen backbone."""
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="of the frozen backbone: auto is bf16 on GPUs that are made for it, else fp32",
+    )
 
 
 def add_held_out(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +92,11 @@ class EvalRequest:
         self.held_out = getattr(args, "held_out", False)
         asked = getattr(args, "labels", [None])
         self.parts = [(part, seed) for part in asked for seed in (args.label_seeds if part else [None])]
+        precision = system.precision(getattr(args, "precision", "fp32"), self.state.device.type == "cuda")
         self.sources: list[features.Source] = []
         for name in args.backbone:
             source = features.open_source(name, config, size)
+            source.precision = precision
             self.config = config = config or features.data_of(source.settings)
             size = size or source.size
             if any(other.folder.name == source.folder.name for other in self.sources):
@@ -246,6 +261,7 @@ def row_of(source: features.Source, test: data.ImageSet, metric: str, classes: i
         n=len(test),
         metric=metric,
         classes=classes,
+        precision=source.precision,
         **results.SURROUNDINGS,
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import timm
@@ -40,6 +41,7 @@ class Source:
     settings: dict
     backbone: Backbone | None  # None: raw pixels
     size: tuple[int, int] | None  # None: the images' own
+    precision: Literal["fp32", "bf16"] = "fp32"  # in which the backbone computes
 
     @property
     def network(self) -> Backbone:
@@ -47,6 +49,20 @@ class Source:
         if self.backbone is None:
             raise ValueError(f"{self.name} has no backbone")
         return self.backbone
+
+    def features(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> list[tuple[Tensor, Tensor]]:
+        """As `Backbone.features`, in float32, computed in this precision."""
+        with self._autocast(images):
+            found = self.network.features(images, blocks)
+        return [(prefix.float(), patches.float()) for prefix, patches in found]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """As `Backbone.classify`, in float32, computed in this precision."""
+        with self._autocast(images):
+            return self.network.classify(images).float()
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def depth(self) -> int:
@@ -245,7 +261,7 @@ def pool(source: Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str
     if source.backbone is None:
         return {(0, f"raw {view.shape[-2]}x{view.shape[-1]}"): view.flatten(1)}
     found = {}
-    for block, (prefix, patches) in zip(blocks, source.backbone.features(view, blocks), strict=True):
+    for block, (prefix, patches) in zip(blocks, source.features(view, blocks), strict=True):
         if prefix.shape[1] and source.backbone.has_class_token:  # register tokens are not features
             found[block, "cls"] = prefix[:, 0]
         found[block, "mean"] = patches.flatten(1, 2).mean(1)
@@ -270,6 +286,8 @@ def _key(source: Source, images: ImageSet, view: views.Evaluation) -> str:
     """What the features depend on, in 16 hex digits: weights, mean, std, images, their view, and the code."""
     about = [images.fingerprint, images.split, list(view.size), VERSION, str(torch.__version__), timm.__version__]
     about.append("pixels" if source.backbone is None else weights.digest(source.backbone))
+    if source.backbone is not None and source.precision != "fp32":
+        about.append(source.precision)
     if view != views.evaluation(view.size) or view.size[0] != view.size[1]:  # older code had no other view than ours
         about.append(asdict(view))  # and rounded views that are not square differently
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

@@ -35,8 +35,8 @@ def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queri
     sheet = pictures.Sheet(torch.cat([images[:, None], found], 1), ["original", *ranks])
     pictures.save(sheet, folder / f"{name}-neighbours.png", title)
 
-    [(_, patches)] = source.network.features(images.to(device))
-    colours = components(patches.float().cpu())
+    [(_, patches)] = source.features(images.to(device))
+    colours = components(patches.cpu())
     colours = interpolate(colours.permute(0, 3, 1, 2), images.shape[-2:], mode="nearest")
     shown = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
     words = ["original", "patch features: three principal components as red, green, blue"]

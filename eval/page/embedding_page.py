@@ -135,7 +135,7 @@ def _outliers(found: Findings, show: _Shown) -> list[Block]:
 def _patches(source: features.Source, images: Images, show: _Shown) -> list[Block]:
     chosen = spread(len(images), None if show.labels is None else torch.from_numpy(show.labels), PATCHES).tolist()
     views = images.views(source.network.evaluation_view, chosen, show.device)
-    [(_, patches)] = source.network.features(views)
+    [(_, patches)] = source.features(views)
     colours = interpolate(components(patches.float().cpu()).permute(0, 3, 1, 2), views.shape[-2:], mode="nearest")
     originals, drawn = thumbnails.pixels(views), thumbnails.pixels(colours)
     pictures: list[tuple[np.ndarray | None, str]] = []

@@ -57,6 +57,7 @@ def several_origins(runs: list[Run]) -> list[Block]:
         f"{len(found)} {name}"
         for name, found in (
             ("commits of this code", {row["commit"] for row in rows}),
+            ("precisions of the evaluated backbones", {row.get("precision", "fp32") for row in rows}),
             ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
             ("versions of the recipe finetune", recipes),
             ("learning-rate grids of the linear sweep", grids),
