@@ -207,7 +207,7 @@ def test_a_second_view_is_the_same_crop():
     images = (255 * torch.rand(6, 3, 40, 48, generator=torch.Generator().manual_seed(0))).byte()
     made = views.augment(spec, images)
     assert torch.equal(made["image"], made["tokens"])
-    photo = views.crop_photo(spec, images[0], Draw(0, 0, torch.tensor([0])))
+    photo = views.crop_photos(spec, Draw(0, 0, torch.tensor([0])))(0, images[0])
     assert torch.equal(photo["image"], photo["tokens"])
     smooth = F.avg_pool2d(F.avg_pool2d(images.float(), 9, 1, 4), 9, 1, 4).byte()
     spec = {"image": View((32, 32)), "tokens": View((16, 16), same_as="image"), "other": View((16, 16))}

@@ -132,9 +132,7 @@ def test_the_interpolation_of_a_recipe_is_that_of_its_crops():
         for draw in (rows(4), rows(4, step=1)):
             made, plain = (views.make(s, images, draw)["image"] for s in (cubic, spec))
             assert (made - plain).abs().max() > 0.02
-            crops = [
-                views.crop_photo(cubic, image, draw.for_rows(draw.rows[i : i + 1])) for i, image in enumerate(images)
-            ]
+            crops = [*map(views.crop_photos(cubic, draw), range(4), images)]
             finished = views.finish(cubic, {"image": torch.stack([c["image"] for c in crops])}, draw)["image"]
             close(finished, made, 1.1 / 255)
 
@@ -163,6 +161,10 @@ def test_evaluation_views_are_those_of_timm(view, interpolation):
         assert found.shape == expected.shape
         close(found, expected.float(), 1.0)
         assert (found != expected).float().mean() < 0.25, (height, width)
+        photo = views.whole_photo(view, image)
+        off = (photo.int() - expected.int()).abs()
+        assert off.max() <= 2 and (off > 1).float().mean() < 1e-4 and (off > 0).float().mean() < 0.05, (height, width)
+        close(photo.float(), found, 2.0 if interpolation == "bicubic" else 1.0)
 
 
 def test_crop_of_several_boxes_is_one_crop_each():
@@ -396,7 +398,10 @@ def test_photos_cropped_one_by_one_give_the_same_views(channels):
     n, images = 12, photos(12, channels, 60, 44)
     plain = {"a": View((16, 24)), "b": View((8, 8), count=3), "c": View((20, 20), crop=False)}
     for spec, tolerance in ((plain, 1.1 / 255), (EVERYTHING, 6 / 255)):  # contrast, hue and saturation magnify rounding
-        crops = [views.crop_photo(spec, image, rows(1, r)) for r, image in enumerate(images)]
+        crops = [*map(views.crop_photos(spec, rows(n)), range(n), images)]
+        layout = torch.channels_last  # that of decoded photos
+        again = map(views.crop_photos(spec, rows(n)), range(n), images.contiguous(memory_format=layout))
+        assert all(a[name].equal(b[name]) for a, b in zip(crops, again, strict=True) for name in spec)
         crops = {name: torch.stack([c[name] for c in crops]) for name in spec}
         assert crops["a"].shape == (n, 1, channels, 16, 24) and crops["a"].dtype == torch.uint8
         assert crops["b"].shape == (n, 3, channels, 8, 8)

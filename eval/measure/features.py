@@ -29,7 +29,7 @@ from ssl_vit.flops import count
 
 CONTROLS = ("pixels", "pixels-pca64")
 Vectors = Callable[["Source", Tensor, list[int]], dict[tuple[int, str], Tensor]]
-VERSION = 2  # to be raised when the code computes different features from the same weights and images
+VERSION = 3  # to be raised when the code computes different features from the same weights and images
 
 
 @dataclass

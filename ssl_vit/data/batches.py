@@ -85,32 +85,40 @@ def evaluation_views(
         dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate
     )
     for part in _batches(loader):
-        yield part.to(device).float() / 255
+        yield part.to(device).float().div_(255)
+
+
+Cropped = tuple[int, int, int, dict[str, Tensor]] | UserError  # step, row, index, crops by view
 
 
 class _Crops(Dataset[object]):
-    """Decodes one photo and crops all its views from the original. An item is (step, row, index)."""
+    """Decodes photos and crops all their views from the originals. An item is (step, row, index)."""
 
     def __init__(self, photo: Callable[[int], Tensor], spec: views.ViewSpec, seed: int):
         self.photo, self.spec, self.seed = photo, spec, seed
 
-    def __getitem__(self, item: tuple[int, int, int]) -> tuple[int, int, int, dict[str, Tensor]] | UserError:
-        step, row, index = item
-        try:
-            return *item, views.crop_photo(self.spec, self.photo(index), Draw(self.seed, step, torch.tensor([row])))
-        except UserError as error:
-            return error
+    def __getitems__(self, items: list[tuple[int, int, int]]) -> list[Cropped]:
+        """Items of one step."""
+        steps, rows, _ = zip(*items, strict=True)
+        crop = views.crop_photos(self.spec, Draw(self.seed, steps[0], torch.tensor(rows)))
+        found: list[Cropped] = []
+        for at, item in enumerate(items):
+            try:
+                found.append((*item, crop(at, self.photo(item[2]))))
+            except UserError as error:
+                found.append(error)
+        return found
 
 
 class _Whole(Dataset[object]):
-    """Decodes one photo and makes its evaluation view, rounded to uint8 (C, H, W)."""
+    """Decodes one photo and makes its evaluation view, uint8 (C, H, W)."""
 
     def __init__(self, photo: Callable[[int], Tensor], view: views.Evaluation):
         self.photo, self.view = photo, view
 
     def __getitem__(self, index: int) -> Tensor | UserError:
         try:
-            return (self.view(self.photo(index)[None])[0] * 255).round().byte()
+            return views.whole_photo(self.view, self.photo(index))
         except UserError as error:
             return error
 
