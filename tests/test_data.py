@@ -483,7 +483,10 @@ def test_evaluation_views_are_the_same_from_both(folder):
     chosen = torch.tensor([3, 15, 0, 7, 7])
     view = views.Evaluation((8, 8), 0.875)
     one, other = (torch.cat(list(data.evaluation_views(s, view, CPU, chosen, 2))) for s in (cached, streamed))
-    assert one.shape == (5, 3, 8, 8) and (one - other).abs().max() < 0.51 / 255
+    # those of photos are rounded after each of the two passes, as by PIL
+    assert (
+        one.shape == (5, 3, 8, 8) and (one - other).abs().max() < 1.01 / 255 and (one - other).abs().mean() < 0.4 / 255
+    )
     everything = torch.cat(list(data.evaluation_views(cached, views.Evaluation((12, 10)), CPU)))
     assert torch.allclose(everything * 255, cached.images.float(), atol=1e-3)
 
