@@ -16,6 +16,7 @@ from PIL import Image
 from test_loop import ROOT, TINY, environment, steps_done, until
 
 from eval import study
+from eval.compare.studies import read_study
 from eval.measure import rates
 from eval.schedule import jobs, plans, trainings
 from eval.schedule.jobs import Job, Times, progress, work
@@ -227,6 +228,11 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
             study.main()
 
 
+def learning(**arms):
+    """Arms of which the last learns from a run of c."""
+    return arms | dict(b=dict(recipe="beit", settings=["objective.tokenizer={c}"]))
+
+
 def deciding():
     """The arms that a plan needs to decide, and one more."""
     return {
@@ -332,8 +338,8 @@ def accuracies(monkeypatch, of_rate):
     RECIPES = {}
     training = Study._training
 
-    def remember(self, arm, budget, more, accuracy=None):
-        made = training(self, arm, budget, more, accuracy)
+    def remember(self, arm, budget, more, *sources):
+        made = training(self, arm, budget, more, *sources)
         RECIPES[made.run] = made.settings
         return made
 
@@ -413,6 +419,46 @@ def test_a_training_whose_evaluations_are_done_is_not_needed(tmp_path):
     there = job("there", marks=True, done=True)
     everything = [lost, job("a", lost, done=True), half, job("b", half, done=True), job("c", half), alone, there]
     assert [j.name for j in jobs.needed(everything)] == ["a", "half", "b", "c", "alone", "there"]
+    source, other = job("source", marks=True), job("other", marks=True)
+    learnt, left = job("learnt", source, marks=True), job("left", other, marks=True)
+    everything = [source, learnt, job("d", learnt, done=True), other, left, job("e", left)]
+    assert [j.name for j in jobs.needed(everything)] == ["d", "other", "left", "e"]
+
+
+def test_an_arm_learns_from_the_run_of_another_and_pays_for_it(tmp_path, run):
+    """The run of the same seed and budget; before it, and out of the same FLOPs."""
+    tiny = [*TINY, "data.img_size=8", "data.subset=64", "train.batch_size=32"]
+    decoder = [f"objective.decoder_{key}" for key in ("depth=1", "embed_dim=24", "num_heads=2")]
+    beit = dict(recipe="beit", settings=[*tiny, "objective.tokenizer={tokens}"])
+    arms = {
+        "plain": dict(recipe="beit", settings=tiny),
+        "tokens": dict(recipe="tokenizer", budget=0.25, evaluators=[], settings=[*tiny, *decoder]),
+        "learnt": beit,
+        "slow": dict(like="learnt", settings=["optim.lr=1e-4"]),
+    }
+    write_plan(tmp_path, arms=arms, budgets=["4e9"], seeds=2, controls=[])
+    made = Study(plans.read("tiny.yaml"), None, [], [], 1)
+    trained = {(t.arm, t.seed): t for t in made.trainings()}
+    for arm in ("learnt", "slow"):
+        for seed in (0, 1):
+            own = trained["tokens", seed].run
+            assert f"objective.tokenizer={own}" in trained[arm, seed].settings and own.name.endswith(f"s{seed}")
+            assert trained[arm, seed].budget == 4e9 and trained["tokens", seed].budget == 1e9
+    waits = {j.run: [n.run for n in j.needs] for j in made.jobs(made.trainings()) if j.marks}
+    assert waits[trained["slow", 1].run] == [trained["tokens", 1].run] and waits[trained["plain", 0].run] == []
+
+    code, said = run("--arms", "slow", "--plan")
+    assert code == 0 and re.findall(r"^(\w+) .*(?:tokenizer|like)", said, re.M) == ["tokens", "learnt", "slow"]
+    code, said = run()
+    assert code == 0, said
+    folder = tmp_path / trained["learnt", 1].run
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    step = 32 * recipe["resolved"]["flops_per_image"]
+    assert 1e9 <= recipe["resolved"]["inherited_flops"] < 1.5e9 and 4e9 <= log[-1]["flops"] < 4e9 + step
+    found = read_study(tmp_path / "runs/tiny-digits")
+    assert {group.label: group.seeds for group in found.groups} == {a: [0, 1] for a in ("plain", "learnt", "slow")}
+    assert study.run(made, 1, False) == 0  # nothing is left
 
 
 def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
@@ -454,6 +500,9 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of masking, noise"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "not an evaluator"),
+        (dict(arms=learning(), budgets=["1e9"]), "'b' of tiny.yaml learns from the run of 'c', which is no arm above it"),
+        (dict(arms=learning(c=dict(recipe="tokenizer"))), "learns from the run of 'c', which needs budgets"),
+        (dict(arms=learning(c=dict(recipe="tokenizer", seeds=1)), seeds=2, budgets=["1e9"]), "which has fewer seeds"),
         (dict(evaluators=[["finetune", "--extra-flops", "budget"]]), "the plan has no budgets: add them"),
         (dict(arms={}), "arms of tiny.yaml"),
         (dict(seeds="3"), "seeds of tiny.yaml"),
