@@ -19,6 +19,7 @@ from eval import study
 from eval.compare.studies import read_study
 from eval.measure import rates
 from eval.schedule import jobs, plans, trainings
+from eval.schedule.cost import Costs
 from eval.schedule.jobs import Job, Times, progress, work
 from eval.schedule.trainings import Study
 from ssl_vit import data, files, pretrain, system
@@ -425,40 +426,48 @@ def test_a_training_whose_evaluations_are_done_is_not_needed(tmp_path):
     assert [j.name for j in jobs.needed(everything)] == ["d", "other", "left", "e"]
 
 
-def test_an_arm_learns_from_the_run_of_another_and_pays_for_it(tmp_path, run):
-    """The run of the same seed and budget; before it, and out of the same FLOPs."""
+def tokens_and_beit():
     tiny = [*TINY, "data.img_size=8", "data.subset=64", "train.batch_size=32"]
     decoder = [f"objective.decoder_{key}" for key in ("depth=1", "embed_dim=24", "num_heads=2")]
-    beit = dict(recipe="beit", settings=[*tiny, "objective.tokenizer={tokens}"])
-    arms = {
+    return {
         "plain": dict(recipe="beit", settings=tiny),
         "tokens": dict(recipe="tokenizer", budget=0.25, evaluators=[], settings=[*tiny, *decoder]),
-        "learnt": beit,
+        "learnt": dict(recipe="beit", settings=[*tiny, "objective.tokenizer={tokens}"]),
         "slow": dict(like="learnt", settings=["optim.lr=1e-4"]),
     }
-    write_plan(tmp_path, arms=arms, budgets=["4e9"], seeds=2, controls=[])
-    made = Study(plans.read("tiny.yaml"), None, [], [], 1)
-    trained = {(t.arm, t.seed): t for t in made.trainings()}
-    for arm in ("learnt", "slow"):
-        for seed in (0, 1):
-            own = trained["tokens", seed].run
-            assert f"objective.tokenizer={own}" in trained[arm, seed].settings and own.name.endswith(f"s{seed}")
-            assert trained[arm, seed].budget == 4e9 and trained["tokens", seed].budget == 1e9
-    waits = {j.run: [n.run for n in j.needs] for j in made.jobs(made.trainings()) if j.marks}
-    assert waits[trained["slow", 1].run] == [trained["tokens", 1].run] and waits[trained["plain", 0].run] == []
 
-    code, said = run("--arms", "slow", "--plan")
-    assert code == 0 and re.findall(r"^(\w+) .*(?:tokenizer|like)", said, re.M) == ["tokens", "learnt", "slow"]
+
+def test_an_arm_learns_from_the_run_of_another_of_its_seed_and_budget(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = a_study(tmp_path, arms=tokens_and_beit(), budgets=["2e9", "4e9"], seeds=2)
+    trained = {(t.arm, t.seed, t.budget): t for t in made.trainings()}
+    assert len(trained) == 4 * 2 * 2
+    waits = {job.run: [other.run for other in job.needs] for job in made.jobs(made.trainings()) if job.marks}
+    for (arm, seed, budget), training in trained.items():
+        own = [trained["tokens", seed, budget / 4].run] if arm in ("learnt", "slow") else []
+        assert waits[training.run] == own
+        assert [f"objective.tokenizer={run}" in training.settings for run in own] == [True] * len(own)
+    works = {work.kind: work for work in Costs(made).all()}  # before there is a tokenizer
+    assert works["pre-training"].flops == 2 * (3 + 0.25) * (2e9 + 4e9)
+
+    plan = plans.read("tiny.yaml")
+    plan.narrow(None, "slow", None, False)
+    assert list(plan.arms) == ["tokens", "learnt", "slow"]
+    with pytest.raises(UserError, match="compares at equal compute"):
+        plan.spend(["train.steps=3"])
+
+
+def test_what_an_arm_learns_from_is_paid_out_of_its_budget(tmp_path, run):
+    arms = {name: arm for name, arm in tokens_and_beit().items() if name in ("tokens", "learnt")}
+    write_plan(tmp_path, arms=arms, budgets=["4e9"], seeds=2, controls=[])
     code, said = run()
     assert code == 0, said
-    folder = tmp_path / trained["learnt", 1].run
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    step = 32 * recipe["resolved"]["flops_per_image"]
-    assert 1e9 <= recipe["resolved"]["inherited_flops"] < 1.5e9 and 4e9 <= log[-1]["flops"] < 4e9 + step
     found = read_study(tmp_path / "runs/tiny-digits")
-    assert {group.label: group.seeds for group in found.groups} == {a: [0, 1] for a in ("plain", "learnt", "slow")}
-    assert study.run(made, 1, False) == 0  # nothing is left
+    [group] = found.groups  # though each seed names another tokenizer
+    assert group.label == "learnt" and [member.seed for member in group.runs] == [0, 1]
+    for member in group.runs:
+        said, step = member.settings["resolved"], 32 * member.settings["resolved"]["flops_per_image"]
+        assert 1e9 <= said["inherited_flops"] < 1.5e9 and 4e9 <= member.log[-1]["flops"] < 4e9 + step
 
 
 def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
