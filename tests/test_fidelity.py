@@ -39,7 +39,7 @@ def test_a_departure_is_found(monkeypatch):
 
 def test_every_published_recipe_is_compared():
     assert set(PUBLISHED) <= fidelity.RECIPES.keys() and len(PUBLISHED) == 21
-    assert {"mae", "dino", "beit", "simmim", "supervised", "deit"} <= fidelity.RECIPES.keys()
+    assert {"mae", "dino", "beit", "simmim", "gaussian", "supervised", "deit"} <= fidelity.RECIPES.keys()
 
 
 def test_the_page_is_what_the_code_says():
