@@ -262,6 +262,7 @@ BASELINE: Values = {
     "objective.mixup_mode": "batch",
     "objective.smoothing": 0.0,
     "objective.global_pool": "avg",
+    "objective.representation_size": 384,  # rep_size=True: the model's width
 }
 BASELINE_ABSENT = (
     ("RandAugment", "big_vision's (2, 10)", "timm's, each operation with probability 0.5"),
@@ -285,7 +286,8 @@ VIT: Values = {
 }
 VIT_ABSENT = (
     ("dropout", "0.1", "none: its draws would come from the global generator"),
-    ("head", "two layers with tanh in pre-training", "one, 0 at the start"),
+    ("fine-tuning", "SGD with momentum 0.9 for 20,000 steps, an average of the weights", "AdamW: there is no SGD"),
+    ("positions at another resolution", "interpolated linearly", "bicubic, antialiased (timm's)"),
 )
 TOKENIZER: Values = {
     "train.epochs": 100,
@@ -382,12 +384,19 @@ RECIPES: dict[str, Entry] = {
             strict=True,
         )
     },
-    "imagenet/vit-s16-baseline": Entry(BASELINE, absent=BASELINE_ABSENT),
+    "imagenet/vit-s16-baseline": Entry(
+        BASELINE,
+        {"objective.representation_size": "so that the exported model keeps its classifier, which is what is reported"},
+        BASELINE_ABSENT,
+    ),
     **{
         f"imagenet/vit-{size}": Entry(values, absent=VIT_ABSENT)
         for size, values in zip(
             ("b16", "l16", "h14"),
-            models(VIT, "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
+            (
+                VIT | {"backbone.name": f"vit_{name}_224", "objective.representation_size": width}
+                for name, width in (("base_patch16", 768), ("large_patch16", 1024), ("huge_patch14", 1280))
+            ),
             strict=True,
         )
     },

@@ -302,7 +302,7 @@ def test_corruption_as_augmentation_of_supervised_training():
             "clean patches",
         ),
         (["objective.keep_ratio=0.5"], "objective.keep_ratio"),
-        (["objective.decoder_depth=0"], "decoder_depth=0 is a linear head .*: set objective.decoder_depth of 1 or more"),
+        (["objective.decoder_depth=0"], "decoder_depth=0 is a linear head .*: set objective.decoder_depth of 1"),
         (["objective.decoder_embed_dim=25"], "objective.decoder_embed_dim=25 is not divisible by decoder_num_heads=2"),
         (["objective.decoder_embed_dim=6"], "objective.decoder_embed_dim=6 is not divisible by 4"),
         (["objective.encoder_input=clean"], "gives the decoder the corrupted image: set objective.corruption"),

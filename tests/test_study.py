@@ -509,7 +509,7 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of masking, noise"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "not an evaluator"),
-        (dict(arms=learning(), budgets=["1e9"]), "'b' of tiny.yaml learns from the run of 'c', which is no arm above it"),
+        (dict(arms=learning(), budgets=["1e9"]), "learns from the run of 'c', which is no arm above it"),
         (dict(arms=learning(c=dict(recipe="tokenizer"))), "learns from the run of 'c', which needs budgets"),
         (dict(arms=learning(c=dict(recipe="tokenizer", seeds=1)), seeds=2, budgets=["1e9"]), "which has fewer seeds"),
         (dict(evaluators=[["finetune", "--extra-flops", "budget"]]), "the plan has no budgets: add them"),
