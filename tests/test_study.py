@@ -555,6 +555,7 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
         for search_space in [[text] for text in source.search_space] or [[]]:
             small = ["backbone.embed_dim=48", "backbone.depth=1"]
             settings = [*plan.settings, *source.settings, *search_space, *arm.settings, *small]
+            settings = [text for text in settings if not plans.LEARNS_FROM.fullmatch(text)]  # no run is there yet
             recipe = pretrain.read(plan.recipe_of(name), settings, images)
             train = data.load(recipe.data, "train")
             recipe.add_dataset_info(train.info())
