@@ -448,7 +448,7 @@ def test_an_arm_learns_from_the_run_of_another_of_its_seed_and_budget(tmp_path, 
         assert waits[training.run] == own
         assert [f"objective.tokenizer={run}" in training.settings for run in own] == [True] * len(own)
     works = {work.kind: work for work in Costs(made).all()}  # before there is a tokenizer
-    assert works["pre-training"].flops == 2 * (3 + 0.25) * (2e9 + 4e9)
+    assert works["pre-training"].flops == 2 * (1 + 0.25 + 2 * 0.75) * (2e9 + 4e9)
 
     plan = plans.read("tiny.yaml")
     plan.narrow(None, "slow", None, False)

@@ -64,9 +64,10 @@ class Costs:
         return pretrain.read(self.plan.recipe_of(training.arm), list(training.settings), self.study.images)
 
     def pretraining(self, training: Training) -> float:
-        """FLOPs; the budget, where there is one."""
+        """FLOPs; the budget, where there is one, but for what was spent on the runs that it learns from."""
         if training.budget is not None:
-            return 0.0 if training.steps == 0 else training.budget
+            sources = [other.budget or 0.0 for other in self.trainings if other.run in training.learns_from]
+            return 0.0 if training.steps == 0 else training.budget - sum(sources)
         recipe = self._recipe(training)
         recipe.add_dataset_info(self._info)
         steps, per_image = pretrain.budget(recipe, pretrain.build(recipe, self.images), self.images)
