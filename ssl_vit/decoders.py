@@ -8,6 +8,15 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from ssl_vit.backbones import sincos_positions, xavier
+from ssl_vit.errors import UserError
+
+
+def check_width(dim: int, num_heads: int) -> None:
+    """Raises UserError for a width that a decoder's heads or its sine-cosine positions cannot have."""
+    if dim % num_heads:
+        raise UserError(f"objective.decoder_embed_dim={dim} is not divisible by decoder_num_heads={num_heads}.")
+    if dim % 4:
+        raise UserError(f"objective.decoder_embed_dim={dim} is not divisible by 4, as sine-cosine positions need.")
 
 
 class Decoder(nn.Module):

@@ -4,7 +4,8 @@
 
 The stored values are those of the papers and their official code, in our units: a warm-up as a fraction of the steps,
 `optim.lr` before `lr_rule`. A test fails when a recipe departs from one without a reason here, and when a reason is
-given for what does not depart.
+given for what does not depart. Values that the papers leave out or the code's defaults contradict have their source
+beside them.
 """
 
 import math
@@ -95,6 +96,8 @@ FINETUNE_ABSENT = (
     ("order of mean and norm", "mean of the patches, then a norm of its own", "the final norm, then the mean"),
     ("head at the start", "normal, of std 2e-5", "0"),
 )
+# the files args.txt that the README links beside the weights of ViT-B/16 and ViT-S/16, as two other repositories quote
+# them alike
 DINO: Values = {
     "train.epochs": 400,
     "train.batch_size": 1024,
@@ -134,7 +137,7 @@ DINO_S = DINO | {
     "optim.lr": 5e-4,
     "optim.min_lr": 1e-5,
     "optim.warmup_fraction": 10 / 800,
-    "optim.clip_grad": 3.0,
+    "optim.clip_grad": None,  # the code's default is 3; 0 also in the author's run without crops (dino issue 122)
     "backbone.name": "vit_small_patch16_224",
     "objective.norm_last_layer": False,
     "objective.warmup_teacher_temp_fraction": 30 / 800,
@@ -151,11 +154,11 @@ BEIT: Values = {
     "optim.lr_rule": "absolute",
     "optim.min_lr": 1e-5,
     "optim.warmup_fraction": 10 / 800,
-    "optim.betas": [0.9, 0.999],
+    "optim.betas": [0.9, 0.999],  # the paper and the code; 0.98 in another version of the code
     "optim.weight_decay": 0.05,
     "optim.no_weight_decay": "1d+tokens",
     "optim.clip_grad": 3.0,
-    "data.mean": [0.5, 0.5, 0.5],
+    "data.mean": [0.485, 0.456, 0.406],  # --imagenet_default_mean_and_std in the command for ImageNet-1k (unilm/beit)
     "views.augmentation": "crop+flip",
     "views.scale": [0.08, 1.0],
     "views.interpolation": "bicubic",
@@ -175,7 +178,7 @@ BEIT_ABSENT = (
     ("tokenizer", "DALL-E's discrete VAE", "k-means, or a run of the recipe tokenizer (objective.tokenizer)"),
     ("masks", "may stop short of 75 patches", "always 75"),
     ("colour jitter", "0.4", "none"),
-    ("positions", "learned, or shared relative ones (a plain timm ViT holds none)", "learned"),
+    ("positions", "relative, shared by all blocks (a plain timm ViT holds none), without absolute ones", "learned"),
 )
 SIMMIM: Values = {
     "train.epochs": 800,
@@ -251,7 +254,7 @@ BASELINE: Values = {
     "optim.clip_grad": 1.0,
     "views.augmentation": "rand-augment",
     "views.magnitude": 10.0,
-    "views.scale": [0.05, 1.0],
+    "views.scale": [0.05, 1.0],  # inception_crop's default in big_vision's pp/ops_image.py
     "views.interpolation": "bilinear",
     "backbone.name": "vit_small_patch16_224",
     "backbone.pos_embed": "sincos",
@@ -259,6 +262,7 @@ BASELINE: Values = {
     "objective.mixup_mode": "batch",
     "objective.smoothing": 0.0,
     "objective.global_pool": "avg",
+    "objective.representation_size": 384,  # rep_size=True: the model's width
 }
 BASELINE_ABSENT = (
     ("RandAugment", "big_vision's (2, 10)", "timm's, each operation with probability 0.5"),
@@ -282,17 +286,19 @@ VIT: Values = {
 }
 VIT_ABSENT = (
     ("dropout", "0.1", "none: its draws would come from the global generator"),
-    ("head", "two layers with tanh in pre-training", "one, 0 at the start"),
+    ("fine-tuning", "SGD with momentum 0.9 for 20,000 steps, an average of the weights", "AdamW: there is no SGD"),
+    ("positions at another resolution", "interpolated linearly", "bicubic, antialiased (timm's)"),
 )
 TOKENIZER: Values = {
     "train.epochs": 100,
     "train.batch_size": 512,
-    "optim.lr": 2e-4,
+    "optim.lr": 2e-4,  # the default of run_vqkd_training.py, 5e-5, times the batch of 8·64 / 128
     "optim.lr_rule": "absolute",
     "optim.min_lr": 1e-5,
     "optim.warmup_fraction": 0.1,
-    "optim.betas": [0.9, 0.99],
+    "optim.betas": [0.9, 0.99],  # the command of beit2/TOKENIZER.md
     "optim.weight_decay": 1e-4,
+    "optim.clip_grad": None,
     "views.augmentation": "crop+flip",
     "views.scale": [0.08, 1.0],
     "views.interpolation": "bicubic",
@@ -305,6 +311,16 @@ TOKENIZER: Values = {
     "objective.decoder_depth": 3,
     "objective.decoder_embed_dim": 768,
     "objective.decoder_num_heads": 12,
+}
+LDAE: Values = {  # what the paper says of its noise and loss (sections 3 and 4); it has no official code
+    "objective.mask": "none",
+    "objective.corruption": "gaussian",
+    "objective.noise_sigma": [0.0, math.sqrt(2)],
+    "objective.noise_pca_dim": 16,
+    "objective.target": "pixels",
+    "objective.norm_pix_loss": False,
+    "objective.loss": "mse",
+    "objective.loss_weighting": "noise_level",
 }
 OFF = "for RGB images a hundred times larger; on the digits it hurt (docs/log.md)"
 RATE = "a small model bears a larger rate, and a short run needs it"
@@ -368,12 +384,19 @@ RECIPES: dict[str, Entry] = {
             strict=True,
         )
     },
-    "imagenet/vit-s16-baseline": Entry(BASELINE, absent=BASELINE_ABSENT),
+    "imagenet/vit-s16-baseline": Entry(
+        BASELINE,
+        {"objective.representation_size": "so that the exported model keeps its classifier, which is what is reported"},
+        BASELINE_ABSENT,
+    ),
     **{
         f"imagenet/vit-{size}": Entry(values, absent=VIT_ABSENT)
         for size, values in zip(
             ("b16", "l16", "h14"),
-            models(VIT, "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
+            (
+                VIT | {"backbone.name": f"vit_{name}_224", "objective.representation_size": width}
+                for name, width in (("base_patch16", 768), ("large_patch16", 1024), ("huge_patch14", 1280))
+            ),
             strict=True,
         )
     },
@@ -424,6 +447,7 @@ RECIPES: dict[str, Entry] = {
             {
                 "optim.lr": RATE,
                 "optim.min_lr": "the code's default",
+                "optim.clip_grad": "the code's default",
                 "views.augmentation": "the digits are grey",
                 "backbone.drop_path_rate": "for larger models",
                 "objective.out_dim": "1,437 images do not fill 65,536 prototypes",
@@ -441,6 +465,13 @@ RECIPES: dict[str, Entry] = {
             }
         ),
         DINO_ABSENT[:1],
+    ),
+    "gaussian": Entry(
+        LDAE,
+        {
+            "objective.noise_pca_dim": "noise on every pixel is the plain case; 16 is an arm of the studies",
+            "objective.loss_weighting": "all noise levels count alike, as in the studies; noise_level is a setting",
+        },
     ),
     "supervised": Entry(DEIT, CONTROL, DEIT_ABSENT),
     "deit": Entry(DEIT | DISTILLED, CONTROL, DEIT_ABSENT),

@@ -71,6 +71,21 @@ def test_no_loss_depends_on_the_cut_of_the_batch(variant):
     assert all(p.grad is not None for p in objective.backbone.model.blocks.parameters())
 
 
+def test_the_loss_of_an_image_is_divided_by_its_noise():
+    """l-DAE: by 1 + sigma squared, sigma in standard deviations of the pixels."""
+    settings = [*ALL, "objective.corruption=gaussian", "objective.noise_sigma=[0.5,2]", "objective.norm_pix_loss=false"]
+    plain = small_objective("mae", *settings)
+    batch = make_batch(plain, torch.arange(6))
+    prediction, _, noise, level = plain.predict(batch.views["image"], batch.draw)
+    clean = patchify(plain.backbone.normalise(batch.views["image"]), (2, 2))
+    each = (prediction - clean).square().mean((1, 2))
+    sigma = level.flatten()
+    assert sigma.max() - sigma.min() > 0.5 and torch.allclose(noise.std((1, 2, 3)), sigma, rtol=0.3)
+    weighted = small_objective("mae", *settings, "objective.loss_weighting=noise_level")
+    torch.testing.assert_close(plain(batch)["loss"], each.mean())
+    torch.testing.assert_close(weighted(batch)["loss"], (each / (1 + sigma**2)).mean())
+
+
 def spoiled(objective, images):
     draw = Draw(0, 0, torch.arange(len(images)))
     order = objective.mask_order(draw)
@@ -287,6 +302,9 @@ def test_corruption_as_augmentation_of_supervised_training():
             "clean patches",
         ),
         (["objective.keep_ratio=0.5"], "objective.keep_ratio"),
+        (["objective.decoder_depth=0"], "decoder_depth=0 is a linear head .*: set objective.decoder_depth of 1"),
+        (["objective.decoder_embed_dim=25"], "objective.decoder_embed_dim=25 is not divisible by decoder_num_heads=2"),
+        (["objective.decoder_embed_dim=6"], "objective.decoder_embed_dim=6 is not divisible by 4"),
         (["objective.encoder_input=clean"], "gives the decoder the corrupted image: set objective.corruption"),
         ([*CLEAN, "objective.mask=none", "objective.decoder_depth=0"], "objective.decoder_depth of 1 or more"),
         ([*CLEAN, "objective.mask=causal"], "objective.encoder_input must be corrupted, not clean"),

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import SMALL, make_batch, small_objective
 
-from ssl_vit import corruption, objectives, reference
+from ssl_vit import corruption, objectives, reference, weights
 from ssl_vit.backbones import Backbone
 from ssl_vit.errors import UserError
+from ssl_vit.randomness import Draw
 
 
 def gradients(objective, parts, dtype=torch.float64):
@@ -185,6 +186,54 @@ def test_supervised_loss_is_torch_s(loss):
         target = torch.nn.functional.one_hot(batch.labels, 5) * 0.9 + 0.02
         expected = torch.nn.BCEWithLogitsLoss()(logits, target)
     assert objective(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_the_head_of_two_layers_is_the_vit_paper_s(pool, tmp_path):
+    """In pre-training a hidden layer with tanh, then zeros; fine-tuning starts from zero, at a higher resolution, with
+    positions interpolated in two dimensions (arXiv 2010.11929, sections 3.1 and 3.2)."""
+    plain = [f"objective.{key}=0" for key in ("smoothing", "mixup", "cutmix")] + [f"objective.global_pool={pool}"]
+    objective = small_objective("supervised", *plain, "objective.representation_size=7")
+    batch = make_batch(objective, torch.arange(8))
+    images = batch.views["image"]
+    assert objective(batch)["loss"].item() == pytest.approx(math.log(5), rel=1e-6)
+    hidden, _, last = objective.head
+    torch.nn.init.normal_(last.weight, generator=torch.Generator().manual_seed(0))
+    tokens = objective.backbone.model.forward_features(objective.backbone.normalise(images))
+    pooled = tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1)
+    logits = (pooled @ hidden.weight.T + hidden.bias).tanh() @ last.weight.T + last.bias
+    assert hidden.out_features == 7 and logits.std() > 0.1
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels)
+    torch.testing.assert_close(objective(batch)["loss"], expected)
+
+    weights.save(objective.exported, tmp_path / "run")
+    exported = weights.load(str(tmp_path / "run"))
+    assert exported.model.num_classes == 0
+    larger = [*plain, "data.img_size=32", "backbone.patch_size=2", "backbone.drop_path_rate=0"]
+    tuned = small_objective("supervised", *larger)
+    weights.initialise(tuned.backbone, str(tmp_path / "run"))
+    assert not tuned.classify(torch.rand(2, 3, 32, 32), Draw(0, 0, torch.arange(2))).any()
+    old, new = (b.model.pos_embed.detach() for b in (exported, tuned.backbone))
+    grids = [tuple(b.model.patch_embed.grid_size) for b in (exported, tuned.backbone)]
+    assert grids[1] == (2 * grids[0][0], 2 * grids[0][1]) and torch.equal(new[:, :1], old[:, :1])
+    square = old[:, 1:].unflatten(1, grids[0]).permute(0, 3, 1, 2)
+    resampled = torch.nn.functional.interpolate(square, size=grids[1], mode="bicubic", antialias=True)
+    torch.testing.assert_close(new[:, 1:], resampled.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        (["backbone.name=deit_tiny_distilled_patch16_224"], "has two heads of its own: set objective"),
+        (
+            ["backbone.name=resnet10t", *(f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads"))],
+            "Supervised must pool tokens, which only plain ViTs allow",
+        ),
+    ],
+)
+def test_a_head_of_two_layers_needs_a_plain_vit(backbone, said):
+    with pytest.raises(UserError, match=said):
+        small_objective("supervised", *backbone, "backbone.drop_path_rate=0", "objective.representation_size=7")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from PIL import Image
 from test_loop import ROOT, TINY, environment, steps_done, until
 
 from eval import study
+from eval.compare.studies import read_study
 from eval.measure import rates
 from eval.schedule import jobs, plans, trainings
+from eval.schedule.cost import Costs
 from eval.schedule.jobs import Job, Times, progress, work
 from eval.schedule.trainings import Study
 from ssl_vit import data, files, pretrain, system
@@ -227,6 +229,11 @@ def test_some_arms_without_tuning(tmp_path, monkeypatch, capsys):
             study.main()
 
 
+def learning(**arms):
+    """Arms of which the last learns from a run of c."""
+    return arms | dict(b=dict(recipe="beit", settings=["objective.tokenizer={c}"]))
+
+
 def deciding():
     """The arms that a plan needs to decide, and one more."""
     return {
@@ -332,8 +339,8 @@ def accuracies(monkeypatch, of_rate):
     RECIPES = {}
     training = Study._training
 
-    def remember(self, arm, budget, more, accuracy=None):
-        made = training(self, arm, budget, more, accuracy)
+    def remember(self, arm, budget, more, *sources):
+        made = training(self, arm, budget, more, *sources)
         RECIPES[made.run] = made.settings
         return made
 
@@ -413,6 +420,54 @@ def test_a_training_whose_evaluations_are_done_is_not_needed(tmp_path):
     there = job("there", marks=True, done=True)
     everything = [lost, job("a", lost, done=True), half, job("b", half, done=True), job("c", half), alone, there]
     assert [j.name for j in jobs.needed(everything)] == ["a", "half", "b", "c", "alone", "there"]
+    source, other = job("source", marks=True), job("other", marks=True)
+    learnt, left = job("learnt", source, marks=True), job("left", other, marks=True)
+    everything = [source, learnt, job("d", learnt, done=True), other, left, job("e", left)]
+    assert [j.name for j in jobs.needed(everything)] == ["d", "other", "left", "e"]
+
+
+def tokens_and_beit():
+    tiny = [*TINY, "data.img_size=8", "data.subset=64", "train.batch_size=32"]
+    decoder = [f"objective.decoder_{key}" for key in ("depth=1", "embed_dim=24", "num_heads=2")]
+    return {
+        "plain": dict(recipe="beit", settings=tiny),
+        "tokens": dict(recipe="tokenizer", budget=0.25, evaluators=[], settings=[*tiny, *decoder]),
+        "learnt": dict(recipe="beit", settings=[*tiny, "objective.tokenizer={tokens}"]),
+        "slow": dict(like="learnt", settings=["optim.lr=1e-4"]),
+    }
+
+
+def test_an_arm_learns_from_the_run_of_another_of_its_seed_and_budget(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = a_study(tmp_path, arms=tokens_and_beit(), budgets=["2e9", "4e9"], seeds=2)
+    trained = {(t.arm, t.seed, t.budget): t for t in made.trainings()}
+    assert len(trained) == 4 * 2 * 2
+    waits = {job.run: [other.run for other in job.needs] for job in made.jobs(made.trainings()) if job.marks}
+    for (arm, seed, budget), training in trained.items():
+        own = [trained["tokens", seed, budget / 4].run] if arm in ("learnt", "slow") else []
+        assert waits[training.run] == own
+        assert [f"objective.tokenizer={run}" in training.settings for run in own] == [True] * len(own)
+    works = {work.kind: work for work in Costs(made).all()}  # before there is a tokenizer
+    assert works["pre-training"].flops == 2 * (1 + 0.25 + 2 * 0.75) * (2e9 + 4e9)
+
+    plan = plans.read("tiny.yaml")
+    plan.narrow(None, "slow", None, False)
+    assert list(plan.arms) == ["tokens", "learnt", "slow"]
+    with pytest.raises(UserError, match="compares at equal compute"):
+        plan.spend(["train.steps=3"])
+
+
+def test_what_an_arm_learns_from_is_paid_out_of_its_budget(tmp_path, run):
+    arms = {name: arm for name, arm in tokens_and_beit().items() if name in ("tokens", "learnt")}
+    write_plan(tmp_path, arms=arms, budgets=["4e9"], seeds=2, controls=[])
+    code, said = run()
+    assert code == 0, said
+    found = read_study(tmp_path / "runs/tiny-digits")
+    [group] = found.groups  # though each seed names another tokenizer
+    assert group.label == "learnt" and [member.seed for member in group.runs] == [0, 1]
+    for member in group.runs:
+        said, step = member.settings["resolved"], 32 * member.settings["resolved"]["flops_per_image"]
+        assert 1e9 <= said["inherited_flops"] < 1.5e9 and 4e9 <= member.log[-1]["flops"] < 4e9 + step
 
 
 def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
@@ -454,6 +509,9 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of masking, noise"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "not an evaluator"),
+        (dict(arms=learning(), budgets=["1e9"]), "learns from the run of 'c', which is no arm above it"),
+        (dict(arms=learning(c=dict(recipe="tokenizer"))), "learns from the run of 'c', which needs budgets"),
+        (dict(arms=learning(c=dict(recipe="tokenizer", seeds=1)), seeds=2, budgets=["1e9"]), "which has fewer seeds"),
         (dict(evaluators=[["finetune", "--extra-flops", "budget"]]), "the plan has no budgets: add them"),
         (dict(arms={}), "arms of tiny.yaml"),
         (dict(seeds="3"), "seeds of tiny.yaml"),
@@ -497,6 +555,7 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
         for search_space in [[text] for text in source.search_space] or [[]]:
             small = ["backbone.embed_dim=48", "backbone.depth=1"]
             settings = [*plan.settings, *source.settings, *search_space, *arm.settings, *small]
+            settings = [text for text in settings if not plans.LEARNS_FROM.fullmatch(text)]  # no run is there yet
             recipe = pretrain.read(plan.recipe_of(name), settings, images)
             train = data.load(recipe.data, "train")
             recipe.add_dataset_info(train.info())

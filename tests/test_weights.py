@@ -15,7 +15,7 @@ import reference_models as ref
 import timm
 import torch
 from reference_models import DEPTH, GRID, HEADS, PATCH, WIDTH, linear, norm, random
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_loop import ROOT, environment
 
 from ssl_vit import backbones, pretrain, weights
@@ -535,6 +535,30 @@ def test_a_tensor_too_many_or_too_few_is_named(tmp_path):
     torch.save(dict(model={k: v for k, v in mae().items() if k != "blocks.1.norm2.bias"}), file)
     with pytest.raises(UserError, match="it lacks blocks.1.norm2.bias: name"):
         weights.load(f"{file}{GIVEN}")
+
+
+@pytest.mark.parametrize("missing", ["head", "head_dist"])
+def test_a_distilled_model_with_one_head_is_refused(missing, tmp_path):
+    """As a file and as timm's folder; without both it has no classifier."""
+    whole = distilled()
+    [other] = {"head", "head_dist"} - {missing}
+    file = tmp_path / "w.pth"
+    torch.save(dict(model={k: v for k, v in whole.items() if not k.startswith(f"{missing}.")}), file)
+    said = f"holds a distilled model with {other} and without {missing}, .* remove {other}.weight and {other}.bias too"
+    with pytest.raises(UserError, match=said):
+        weights.load(f"{file}{GIVEN}")
+    torch.save(dict(model={k: v for k, v in whole.items() if not k.startswith("head")}), file)
+    assert weights.load(f"{file}{GIVEN}").model.num_classes == 0
+
+    torch.save(dict(model=whole), file)
+    folder = tmp_path / "folder"
+    weights.save(weights.load(f"{file}{GIVEN}"), folder)
+    stored = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in stored.items() if not k.startswith(f"{missing}.")}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"folder {said}"):
+        weights.load(str(folder))
+    with pytest.raises(UserError, match=f"folder {said}"):
+        weights.initialise(small(), str(folder))
 
 
 # --- files that hold no weights ---------------------------------------------------------------------------------------

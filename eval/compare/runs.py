@@ -93,13 +93,19 @@ def read_run(folder: Path) -> Run:
 
 
 def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list[Group]:
-    """Group the runs whose settings are identical except for the seed. arms: of a study.json; they name the groups.
+    """Group the runs whose settings are identical except for the seed. arms: of a study.json; they name the groups, and
+    an arm's runs with one budget are one, though each may learn from a run of its own seed.
 
     Raises UserError if two runs of a group have the same seed.
     """
+    planned = {
+        Path(training["run"]): f"{name} {training['budget']}"
+        for name, arm in (arms or {}).items()
+        for training in arm["runs"]
+    }
     by_key: dict[str, dict[int | None, Run]] = {}
     for run in runs:
-        of_seed = by_key.setdefault(_key(run), {})
+        of_seed = by_key.setdefault(planned.get(run.folder) or _key(run), {})
         if run.seed in of_seed:
             seed = "" if run.seed is None else f" and have the same seed, {run.seed}"
             raise UserError(f"{of_seed[run.seed].folder} and {run.folder} are the same recipe{seed}: leave one out.")

@@ -20,7 +20,7 @@ from eval.compare.power import detectable
 from eval.measure import cli
 from eval.schedule.jobs import Times, devices_for
 from eval.schedule.trainings import Study, Training, labels_in, schedule_of
-from ssl_vit import commands, data, flops, pretrain
+from ssl_vit import backbones, commands, data, flops, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.settings import known
@@ -64,9 +64,10 @@ class Costs:
         return pretrain.read(self.plan.recipe_of(training.arm), list(training.settings), self.study.images)
 
     def pretraining(self, training: Training) -> float:
-        """FLOPs; the budget, where there is one."""
+        """FLOPs; the budget, where there is one, but for what was spent on the runs that it learns from."""
         if training.budget is not None:
-            return 0.0 if training.steps == 0 else training.budget
+            sources = [other.budget or 0.0 for other in self.trainings if other.run in training.learns_from]
+            return 0.0 if training.steps == 0 else training.budget - sum(sources)
         recipe = self._recipe(training)
         recipe.add_dataset_info(self._info)
         steps, per_image = pretrain.budget(recipe, pretrain.build(recipe, self.images), self.images)
@@ -98,7 +99,7 @@ class Costs:
         """The features of the images that an evaluator looks at."""
         recipe = self._recipe(training)
         recipe.add_dataset_info(self._info)
-        backbone = pretrain.build(recipe, self.images).exported
+        backbone = backbones.build(recipe.backbone, recipe.data, 0).eval()
         zero = torch.zeros(1, self.images.channels, *recipe.data.size)
         images = max(self.labelled(line)) + self.report_images
         width = known(recipe.backbone.embed_dim) * min(BLOCKS, backbone.depth) * POOLINGS

@@ -66,10 +66,18 @@ class Job:
 
 
 def needed(jobs: list[Job]) -> list[Job]:
-    """Without the trainings whose evaluations are all done: nobody needs their weights any more."""
-    used = {id(job) for other in jobs if not other.done for job in other.needs}
-    evaluated = {id(job) for other in jobs for job in other.needs}
-    return [job for job in jobs if job.done or not job.marks or id(job) in used or id(job) not in evaluated]
+    """Without the trainings after which everything is done: nobody needs their weights any more.
+
+    A job comes after those that it needs.
+    """
+    wanted = {id(job) for other in jobs for job in other.needs}
+    used: set[int] = set()
+    kept: list[Job] = []
+    for job in reversed(jobs):
+        if job.done or not job.marks or id(job) in used or id(job) not in wanted:
+            kept.append(job)
+            used |= set() if job.done else set(map(id, job.needs))
+    return kept[::-1]
 
 
 def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], object] = lambda run: None) -> list[Job]:

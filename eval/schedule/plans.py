@@ -8,6 +8,7 @@ A plan names recipes and settings; recipes/study/compare.yaml is a short example
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ CLAIMED = ("masking", "noise", "autoencoder", "scratch")
 CHECKS = ("equal-images", "positive-check", "negative-check")
 ROLES = ("", *CLAIMED, *CHECKS, "control")
 FIRST_SEED = 100  # of tuning: below are the seeds that decide
+LEARNS_FROM = re.compile(r"(?P<key>[^=]+)=\{(?P<arm>[^{}]+)\}")  # a setting whose value is the run of another arm
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Arm:
 
     search_space: settings of which tuning chooses one; budget: the fraction of the plan's budgets that it is trained
     for; seeds, evaluators: its own, instead of the plan's. like: an arm whose recipe, settings and tuned choice it
-    takes; its own settings come last, and it is not tuned itself.
+    takes; its own settings come last, and it is not tuned itself. A setting such as objective.tokenizer={ARM} names the
+    run of an arm above, of the same seed and budget; a budget in FLOPs includes what was spent on that run.
     """
 
     recipe: str = ""
@@ -83,6 +86,11 @@ class Plan:
     def recipe_of(self, arm: str) -> str:
         return self.arms[self.arms[arm].like or arm].recipe
 
+    def learns_from(self, arm: str) -> list[str]:
+        """The arms whose runs its settings name, or those of the arm that it is like."""
+        settings = [*self.arms[self.arms[arm].like or arm].settings, *self.arms[arm].settings]
+        return [match["arm"] for text in settings if (match := LEARNS_FROM.fullmatch(text))]
+
     def evaluators_of(self, arm: str) -> list[list[str]]:
         lines = self._lines(arm)
         return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
@@ -101,6 +109,8 @@ class Plan:
                     raise UserError(f"{self.name} has no arm {name!r}.{nearest(name, self.arms)} Arms: {known}.")
             wanted = set(arms.split(","))
             wanted |= {like for name in wanted if (like := self.arms[name].like)}
+            for name in reversed(self.arms):  # each names arms above it
+                wanted |= set(self.learns_from(name)) if name in wanted else set()
             kept = {n: arm for n, arm in self.arms.items() if n in wanted or "train.steps=0" in arm.settings}
             if len(kept) < len(self.arms):
                 changed.append(f"arms={','.join(kept)}")
@@ -149,7 +159,8 @@ class Plan:
                 self.tuning.flops *= flops / max(self.budgets)
             self.budgets = [flops]
             return [text for text in settings if text not in lengths]
-        if self.tuning or any("budget" in line for arm in self.arms for line in self._lines(arm)):
+        lines = [line for arm in self.arms for line in self._lines(arm)]
+        if self.tuning or any("budget" in line for line in lines) or any(map(self.learns_from, self.arms)):
             raise UserError(f"{self.name} compares at equal compute: give train.flops instead of {key}.")
         self.budgets, self.decides = [], False
         return settings
@@ -183,6 +194,7 @@ def read(name: str) -> Plan:
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]
     plan.tuning = None if plan.tuning is None else _tuning(stated["tuning"], path)
     _check_likes(plan, path)
+    _check_sources(plan, path)
     if plan.decides:
         _check_roles(plan, path)
     if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
@@ -225,6 +237,21 @@ def _check_likes(plan: Plan, path: Path) -> None:
     for name, arm in plan.arms.items():
         if arm.like and arm.like not in own:
             raise UserError(f"Arm {name!r} of {path} cannot be like {arm.like!r}: name one of {', '.join(own)}.")
+
+
+def _check_sources(plan: Plan, path: Path) -> None:
+    """Raises UserError if an arm names the run of another that is not there in time, or whose cost nobody charges."""
+    above: list[str] = []
+    for name in plan.arms:
+        for source in plan.learns_from(name):
+            where = f"Arm {name!r} of {path} learns from the run of {source!r}"
+            if source not in above:
+                raise UserError(f"{where}, which is no arm above it: name one of {', '.join(above) or 'those above'}.")
+            if plan.seeds_of(source) < plan.seeds_of(name):
+                raise UserError(f"{where}, which has fewer seeds: give it as many.")
+            if not plan.budgets or plan.tuning:
+                raise UserError(f"{where}, which needs budgets, so that its cost is charged, and no tuning.")
+        above.append(name)
 
 
 def _check_roles(plan: Plan, path: Path) -> None:

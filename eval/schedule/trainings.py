@@ -18,7 +18,7 @@ from eval.compare.metrics import PRIMARY, most
 from eval.measure import cli, features, fine_tuning, results
 from eval.schedule import walk
 from eval.schedule.jobs import Job
-from eval.schedule.plans import Plan
+from eval.schedule.plans import LEARNS_FROM, Plan
 from ssl_vit import commands, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -36,6 +36,7 @@ class Training:
     run: Path
     steps: int | None  # 0: it holds the random initialisation
     identity: str  # a hash of its resolved settings
+    learns_from: tuple[Path, ...]  # the runs that its settings name
     accuracy: float | None = None  # of a trial, on held-out training images
 
 
@@ -60,11 +61,16 @@ class Study:
         self.trainings()  # everything is checked before anything runs
         self.next_trials()
 
-    def _training(self, arm: str, budget: float | None, more: list[str], accuracy: float | None = None) -> Training:
-        """more: its seed, and what tuning adds, which an arm's settings override if it is like another."""
+    def _training(
+        self, arm: str, budget: float | None, more: list[str], sources: dict[str, Path] | None = None
+    ) -> Training:
+        """more: its seed, and what tuning adds, which an arm's settings override if it is like another. sources: the
+        runs of the arms that it learns from."""
         what = self.plan.arms[arm]
         own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
         own += [*self.plan.arms[what.like].settings, *more, *what.settings] if what.like else [*what.settings, *more]
+        named = sources or {}
+        own = [f"{m['key']}={named[m['arm']]}" if (m := LEARNS_FROM.fullmatch(text)) else text for text in own]
         try:
             recipe = pretrain.read(self.plan.recipe_of(arm), own, self.images)
         except UserError as error:
@@ -73,7 +79,8 @@ class Study:
         refuse_other(run, recipe)
         steps = recipe.train.steps if recipe.train.flops is None else None
         identity = {key: value for key, value in recipe.as_dict().items() if key not in recipes.MAY_CHANGE}
-        return Training(arm, budget, recipe.train.seed, tuple(own), run, steps, fingerprint(identity, 12), accuracy)
+        seed, runs = recipe.train.seed, tuple(named.values())
+        return Training(arm, budget, seed, tuple(own), run, steps, fingerprint(identity, 12), runs)
 
     def _tuned(self) -> list[str]:
         """The arms that have trials: those that are trained, and like no other."""
@@ -126,6 +133,7 @@ class Study:
         """Every seed of every arm at each budget, with the settings chosen for it, or the first of its search_space."""
         found: list[Training] = []
         budgets: list[float | None] = [*self.plan.budgets] or [None]
+        runs: dict[tuple[str, int, float | None], Path] = {}  # by arm, seed and the plan's budget
         for seed in range(max(map(self.plan.seeds_of, self.plan.arms))):
             for arm, what in self.plan.arms.items():
                 source = what.like or arm
@@ -134,7 +142,9 @@ class Study:
                     if seed >= self.plan.seeds_of(arm):
                         continue
                     spent = None if budget is None else share(budget, what.budget)
-                    training = self._training(arm, spent, [*own, f"train.seed={seed}"])
+                    sources = {name: runs[name, seed, budget] for name in self.plan.learns_from(arm)}
+                    training = self._training(arm, spent, [*own, f"train.seed={seed}"], sources)
+                    runs[arm, seed, budget] = training.run
                     same = [other.arm for other in found if other.identity == training.identity]
                     if same and same != [arm]:
                         raise UserError(f"Arm {arm!r} is the same as {same[0]!r}: leave one of them out.")
@@ -164,6 +174,7 @@ class Study:
         for training in trainings:
             budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
             job = self._pretraining(training, f"pre-training {training.arm}{budget}")
+            job.needs = [other for other in found if other.marks and other.run in training.learns_from]
             found.append(job)
             after: Job | None = job
             for number, line in enumerate(self.plan.evaluators_of(training.arm)):

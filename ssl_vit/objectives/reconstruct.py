@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ssl_vit import corruption, targets, teachers
 from ssl_vit.backbones import Backbone, TokenBackbone
-from ssl_vit.decoders import Decoder, Denoiser, LinearHead
+from ssl_vit.decoders import Decoder, Denoiser, LinearHead, check_width
 from ssl_vit.errors import UserError
 from ssl_vit.losses import full_precision, masked_mean
 from ssl_vit.objectives import tokenizer
@@ -147,8 +147,7 @@ class Reconstruct(Objective):
         prefix, width = backbone.num_prefix_tokens, self.target.width
         if config.decoder_depth:
             dim, heads = config.decoder_embed_dim, config.decoder_num_heads
-            if dim % heads:
-                raise UserError(f"objective.decoder_embed_dim={dim} is not divisible by decoder_num_heads={heads}.")
+            check_width(dim, heads)
             if config.encoder_input == "clean":
                 values = math.prod(patch) * channels
                 self.decoder = Denoiser(embed_dim, prefix, self.grid, values, width, dim, config.decoder_depth, heads)
@@ -373,6 +372,12 @@ def check_settings(config: ReconstructConfig) -> None:
         raise UserError(
             "objective.encoder_input=clean gives the decoder the corrupted image: set objective.corruption, and "
             "objective.decoder_depth of 1 or more."
+        )
+    if c.encoder_input == "visible" and not c.decoder_depth:
+        raise UserError(
+            "objective.decoder_depth=0 is a linear head on the encoder's output, which holds no masked patches with "
+            "objective.encoder_input=visible: set objective.decoder_depth of 1 or more, or "
+            "objective.encoder_input=mask_token."
         )
     if c.target == "tokenizer" and c.tokenizer is None:
         raise UserError("objective.target=tokenizer needs one: set objective.tokenizer=RUN, of the recipe tokenizer.")

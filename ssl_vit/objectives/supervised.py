@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit import corruption, teachers, views
 from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason
@@ -42,6 +42,12 @@ class SupervisedConfig:
     global_pool: Literal["token", "avg"] = setting(
         "token", "what the head reads: the class token, or the mean of the patches"
     )
+    representation_size: int | None = setting(
+        None,
+        "width of a hidden tanh layer before the classifier; both then stay behind, and the exported backbone has none "
+        "(ViT, section 3.1)",
+        at_least=1,
+    )
     model_ema_decay: float | None = setting(
         None, "export an EMA of the weights with this decay; null: the last weights", above=0, at_most=1
     )
@@ -54,7 +60,11 @@ class SupervisedConfig:
 
 
 class Supervised(Objective):
-    """A zero-initialised linear head on the backbone; the exported timm model keeps it."""
+    """A zero-initialised linear head on the backbone; the exported timm model keeps it.
+
+    With representation_size the head is the ViT paper's in pre-training (arXiv 2010.11929, section 3.1): a hidden layer
+    with tanh, which no timm model holds, and a zero-initialised linear one. It is removed before fine-tuning.
+    """
 
     Config = SupervisedConfig
     config: SupervisedConfig
@@ -71,9 +81,13 @@ class Supervised(Objective):
             self.need_tokens("drop")
         if config.noise_sigma and (len(config.noise_sigma) != 2 or config.noise_sigma[0] > config.noise_sigma[1]):
             raise UserError(f"objective.noise_sigma must be a range [low, high], not {config.noise_sigma}.")
-        if isinstance(backbone, TokenBackbone):
-            if config.global_pool == "token" and not backbone.model.has_class_token:
-                raise UserError("This backbone has no class token to read: use objective.global_pool=avg.")
+        plain = isinstance(backbone, TokenBackbone)
+        if plain and config.global_pool == "token" and not backbone.has_class_token:
+            raise UserError("This backbone has no class token to read: use objective.global_pool=avg.")
+        self.head: nn.Sequential | None = None
+        if config.representation_size is not None:
+            self.head = self.two_layers(config.representation_size)
+        elif isinstance(backbone, TokenBackbone):
             backbone.add_classifier(self.classes, config.global_pool)
         else:
             backbone.add_classifier(self.classes)
@@ -91,6 +105,18 @@ class Supervised(Objective):
     @property
     def exported(self) -> Backbone:
         return self.backbone if self.average is None else self.average
+
+    def two_layers(self, width: int) -> nn.Sequential:
+        """Pooled tokens (B, D) → logits (B, K). The first layer starts as flax's do, the second at zero: the loss at
+        ln K. Raises UserError for a backbone that is no plain ViT, or has two heads."""
+        backbone = self.need_tokens("pool")
+        if hasattr(backbone.model, "dist_token"):
+            raise UserError(f"{backbone.name} has two heads of its own: set objective.representation_size=null.")
+        hidden, last = nn.Linear(backbone.embed_dim, width), nn.Linear(width, self.classes)
+        nn.init.normal_(hidden.weight, std=backbone.embed_dim**-0.5)
+        for start in (hidden.bias, last.weight, last.bias):
+            nn.init.zeros_(start)
+        return nn.Sequential(hidden, nn.Tanh(), last)
 
     def load_teacher(self, text: str, info: DatasetInfo) -> Backbone:
         """The frozen classifier of that name. Raises UserError if it tells other classes apart."""
@@ -176,6 +202,11 @@ class Supervised(Objective):
 
     def classify(self, images: Tensor, draw: Draw) -> Tensor:
         """Logits (B, K), from the patches that are not dropped."""
+        if self.head is not None:
+            tokens, prefix = self.encode(images, draw), self.need_tokens("pool").num_prefix_tokens
+            pooled = tokens[:, 0] if self.config.global_pool == "token" else tokens[:, prefix:].mean(1)
+            logits: Tensor = self.head(pooled)
+            return logits
         if not self.config.patch_drop_rate:
             return self.backbone.classify(images, draw)
         return self.need_tokens("drop").classify(images, draw, self.kept(images, draw))

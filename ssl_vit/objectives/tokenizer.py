@@ -26,6 +26,7 @@ from torch import Tensor
 from ssl_vit import recipe as recipes
 from ssl_vit import targets, teachers, weights
 from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit.decoders import check_width
 from ssl_vit.errors import UserError
 from ssl_vit.losses import full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
@@ -164,8 +165,7 @@ class Tokenizer(Objective):
 def quantizer(config: TokenizerConfig, encoder: TokenBackbone, grid: tuple[int, int], width: int) -> Quantizer:
     """A new quantizer behind this encoder. width: values of the target of a patch."""
     dim, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
-    if dim % heads:
-        raise UserError(f"objective.decoder_embed_dim={dim} is not divisible by decoder_num_heads={heads}.")
+    check_width(dim, heads)
     codebook = Codebook(config.vocab_size, config.code_dim, config.code_decay, config.revive_after)
     return Quantizer(encoder.embed_dim, grid, width, codebook, dim, depth, heads)
 

@@ -6,7 +6,7 @@ is, which tensors are left behind, and the arguments that build the model. docs/
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ def _vit(contents: Contents, layout: Layout, source: Source) -> Plan:
     count, how = heads(contents, ask, shape["embed_dim"], shape["depth"])
     registers = next((tensors[name].shape[1] for name in ("register_tokens", "reg_token") if name in tensors), 0)
     class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
+    check_heads(tensors, source.where)
     positions = tensors["pos_embed"].shape[1]
     prefix = class_token + distilled + registers
     alone = layout.prepare is _deit3 or (registers > 0 and "reg_token" in tensors)  # positions are of patches alone
@@ -109,6 +110,18 @@ def _vit(contents: Contents, layout: Layout, source: Source) -> Plan:
     if native and native != tuple(size):
         plan.notes["positions"] = _resampled(native, size)
     return plan
+
+
+def check_heads(names: Collection[str], where: str) -> None:
+    """Raises UserError for a distilled model of whose two classifiers one is missing: its answer is their mean."""
+    heads = ("head", "head_dist")
+    there = [head for head in heads if f"{head}.weight" in names]
+    if "dist_token" in names and len(there) == 1:
+        [missing] = {*heads} - {*there}
+        raise UserError(
+            f"{where} holds a distilled model with {there[0]} and without {missing}, whose mean would be its answer: "
+            f"take weights with both, or remove {there[0]}.weight and {there[0]}.bias too."
+        )
 
 
 def _resampled(old: tuple[int, int], new: tuple[int, int]) -> str:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from timm.layers import to_2tuple
 from torch import Tensor
 
 from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason, wrap
 from ssl_vit.backbones.timm_models import TimmModel, create_model
 from ssl_vit.errors import UserError, nearest, say_once
-from ssl_vit.weights import fitting, foreign, hub
+from ssl_vit.weights import fitting, foreign, hub, layouts
 from ssl_vit.weights.source import Source, parse
 
 SHAPE = ("backbone.embed_dim", "backbone.depth", "backbone.num_heads", "backbone.patch_size")
@@ -70,6 +70,9 @@ def _of_timm_folder(source: Source, folder: Path, of_run: bool = False) -> Backb
     args = _size(source)
     try:
         config = json.loads((folder / "config.json").read_text())
+        if (file := folder / "model.safetensors").exists():
+            with safe_open(file, "pt") as tensors:
+                layouts.check_heads(tensors.keys(), source.where)
         model = create_model(f"local-dir:{folder}", pretrained=True, **args)
         return _sized(model, config["pretrained_cfg"], config.get("model_args", {}) | args)
     except FileNotFoundError:
