@@ -68,11 +68,11 @@ class Supervised(Objective):
         self.micro_batch_multiple = 2 if config.mixup or config.cutmix else 1
         self.views = info.single_view()
         if config.patch_drop_rate:
-            self.need_tokens("drop")
+            self.need("drop")
         if config.noise_sigma and (len(config.noise_sigma) != 2 or config.noise_sigma[0] > config.noise_sigma[1]):
             raise UserError(f"objective.noise_sigma must be a range [low, high], not {config.noise_sigma}.")
         if isinstance(backbone, TokenBackbone):
-            if config.global_pool == "token" and not backbone.model.has_class_token:
+            if config.global_pool == "token" and not backbone.has_class_token:
                 raise UserError("This backbone has no class token to read: use objective.global_pool=avg.")
             backbone.add_classifier(self.classes, config.global_pool)
         else:
@@ -176,9 +176,7 @@ class Supervised(Objective):
 
     def classify(self, images: Tensor, draw: Draw) -> Tensor:
         """Logits (B, K), from the patches that are not dropped."""
-        if not self.config.patch_drop_rate:
-            return self.backbone.classify(images, draw)
-        return self.need_tokens("drop").classify(images, draw, self.kept(images, draw))
+        return self.backbone.classify(images, draw, self.kept(images, draw))
 
     def encode(self, images: Tensor, draw: Draw) -> Tensor:
         """Output tokens (B, P + N, D) of the patches that are not dropped."""
@@ -189,7 +187,7 @@ class Supervised(Objective):
         """The patches that are not dropped, int64 (B, K); None: all."""
         if not self.config.patch_drop_rate:
             return None
-        grid = self.need_tokens("drop").grid(images)
+        grid = self.backbone.grid(images)
         return corruption.random_masking(draw.uniform("mask", math.prod(grid)), self.config.patch_drop_rate)[0]
 
     @torch.no_grad()
