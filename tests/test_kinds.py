@@ -1,17 +1,19 @@
 """The kinds of backbones: what each can do, that it is the library's own, and what it must not see."""
 
+import math
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, small_objective, small_recipe
+from conftest import SMALL, make_batch, small_objective, small_recipe
 from test_backbone import SHAPELESS, standardised
+from test_loop import ROOT, Started, log_of, run, steps_done, until
 
-from ssl_vit import backbones, pretrain, weights
+from ssl_vit import backbones, capabilities, pretrain, weights
 from ssl_vit.backbones import Replacement
 from ssl_vit.decoders import LinearHead
 from ssl_vit.errors import UserError
@@ -361,16 +363,15 @@ def test_a_saved_folder_opens_after_our_import_alone(first, tmp_path):
     """In a process of its own; without ours, timm knows no such architecture and gives no other."""
     weights.save(build("cvt"), tmp_path / "b")
     code = "import timm; timm.create_model('local-dir:b', pretrained=True)"
-    run = {
+    texts = {
         "timm": f"import timm, ssl_vit; {code}",
         "ssl_vit": f"import ssl_vit, sys; assert 'timm' not in sys.modules; {code}",
     }
-    root = str(Path(__file__).parent.parent)
-    for text, fails in ((run[first], False), *([(code, True)] if first == "timm" else [])):
+    for text, fails in ((texts[first], False), *([(code, True)] if first == "timm" else [])):
         done = subprocess.run(
             [sys.executable, "-c", text],
             cwd=tmp_path,
-            env={"PYTHONPATH": root, "PATH": ""},
+            env={"PYTHONPATH": str(ROOT), "PATH": ""},
             capture_output=True,
             text=True,
         )
@@ -388,3 +389,69 @@ def test_a_run_records_the_build(tmp_path):
     assert (recipe.backbone.name, recipe.backbone.patch_size) == ("ssl_vit_swin", 2)
     again = backbones.build(recipe.backbone, recipe.data, 0)
     assert isinstance(again, backbones.SwinBackbone) and again.patch_size == (2, 2)
+
+
+# -- docs/backbones.md ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_code_says():
+    assert (ROOT / "docs" / "backbones.md").read_text() == capabilities.page()
+
+
+def test_what_a_kind_cannot_do():
+    """Read off the issue that asked for it, not the code."""
+    no = dict(
+        hybrid={"mae"}, swin={"mae", "next"}, cvt={"mae", "next"}, resnet={"simmim", "beit", "mae", "next"},
+        bit={"simmim", "beit", "mae", "next"}, convnext={"simmim", "beit", "mae", "next"}, swinv2={"mae", "next"},
+    )  # fmt: skip
+    no["timm-hybrid"] = {"mae"}
+    for name, kind in capabilities.KINDS.items():
+        backbone = capabilities.build(kind)
+        refused = {use for use in capabilities.USES if capabilities.refusal(backbone, capabilities.USES[use])}
+        assert refused == no.get(name, set()), name
+
+
+def told(kind, use):
+    """The arguments of a small run on the digits, in colour and enlarged."""
+    backbone = capabilities.KINDS[kind]
+    settings = [f"backbone.{key}={value}" for key, value in backbone.settings.items()]
+    small = [s for s in SMALL[capabilities.USES[use].recipe] if not s.startswith("backbone.")]
+    data = [f"data.img_size={backbone.size}", "data.in_chans=3", "data.subset=12", "views.scale=[0.7,1]"]
+    short = ["train.batch_size=24", "optim.warmup_fraction=0.1", "runtime.save_every=5", "monitor.log_every=1"]
+    short += ["monitor.knn_every=0", "monitor.trackers=none", "runtime.num_threads=1", "runtime.num_workers=0"]
+    every = [*settings, *small, *data, *short, *capabilities.USES[use].settings]
+    return ["--recipe", capabilities.USES[use].recipe, "train.steps=20", *every]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("use", capabilities.USES)
+@pytest.mark.parametrize("kind", capabilities.KINDS)
+def test_every_kind_by_every_objective_on_images(kind, use, tmp_path):
+    """What the page says yes to learns, goes on where it stopped, opens in timm and gives timm's features; the rest is
+    refused with the page's reason."""
+    why = capabilities.refusal(capabilities.build(capabilities.KINDS[kind]), capabilities.USES[use])
+    arguments = told(kind, use)
+    if why is not None:
+        started = Started(tmp_path, *arguments, "--output", "run")
+        assert started.wait() == 2 and why in " ".join(started.said.split()), started.said
+        return
+    run(tmp_path, *arguments, "--output", "run")
+    losses = [line["loss"] for line in log_of(tmp_path / "run") if "loss" in line]
+    if use != "dino":  # whose loss follows its teacher, up and down
+        assert sum(losses[-4:]) < 0.99 * sum(losses[:4]), losses
+    assert all(map(math.isfinite, losses))
+    saved = (tmp_path / "run" / "backbone" / "model.safetensors").read_bytes()
+    started = Started(tmp_path, *arguments, "--output", "stopped")
+    until(lambda: steps_done(tmp_path / "stopped") >= 7)
+    started.kill(signal.SIGTERM)
+    run(tmp_path, *arguments, "--output", "stopped")
+    assert (tmp_path / "stopped" / "backbone" / "model.safetensors").read_bytes() == saved
+    backbone = weights.load(str(tmp_path / "run")).eval()
+    plain = timm.create_model(f"local-dir:{tmp_path / 'run' / 'backbone'}", pretrained=True).eval()
+    images = pictures(backbone)
+    with torch.no_grad():
+        [(prefix, patches)] = backbone.features(images)
+        found = plain.forward_features((images - backbone.mean) / backbone.std)
+    if found.ndim == 4:
+        found = (found if getattr(plain, "output_fmt", "") == "NHWC" else found.permute(0, 2, 3, 1)).flatten(1, 2)
+    torch.testing.assert_close(torch.cat([prefix, patches.flatten(1, 2)], 1), found, rtol=1e-5, atol=1e-5)
