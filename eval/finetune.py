@@ -37,7 +37,7 @@ from eval.measure.predictions import Predictions
 from eval.page import text_tables
 from ssl_vit import data, engine, errors, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
-from ssl_vit.backbones import EvaBackbone, TokenBackbone
+from ssl_vit.backbones import EvaBackbone, LocalBackbone, TokenBackbone
 from ssl_vit.errors import Diverged, UserError, say
 from ssl_vit.files import fingerprint
 
@@ -265,6 +265,9 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
             num_heads=vars(attention)["num_heads"],  # torch types what a module holds as tensors
             patch_size=backbone.patch_size[0],
         )
+        if isinstance(backbone, LocalBackbone):
+            local = ("attn", "window_size", "global_every")
+            own = dataclasses.replace(own, **{key: backbone.args[key] for key in local if key in backbone.args})
         if not isinstance(backbone, EvaBackbone):  # which has those of its name
             own.reg_tokens, own.init_values = backbone.model.num_reg_tokens, backbone.args.get("init_values")
     if not isinstance(backbone, TokenBackbone):

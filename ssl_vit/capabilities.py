@@ -47,6 +47,12 @@ KINDS = {
     "dinov3": Kind("DINOv3", "`vit_*_dinov3`", SHAPE | dict(name="vit_small_patch16_dinov3", patch_size=4)),
     "hybrid": Kind("hybrid", "`hybrid`", SHAPE | dict(name="hybrid")),
     "timm-hybrid": Kind("hybrid of timm", "`vit_*_r*`", SHAPE | dict(name="vit_tiny_r_s16_p8_224"), 64),
+    "axial": Kind("Axial-ViT", "`vit_*` with `backbone.attn=axial`", SHAPE | dict(name="vit_tiny", attn="axial")),
+    "window": Kind(
+        "windowed ViT",
+        "`vit_*` with `backbone.attn=window`",
+        SHAPE | dict(name="vit_tiny", attn="window", global_every=2),
+    ),
     "swin": Kind("Swin", "`swin`, `swin_*`", dict(name="swin")),
     "swinv2": Kind("Swin v2", "`swinv2_*`", dict(name="swinv2_tiny_window8_256"), 64),
     "cvt": Kind("CvT", "`cvt`, `ssl_vit_cvt_13`", dict(name="cvt")),

@@ -28,6 +28,8 @@ KINDS = {
     "rope": ["backbone.name=vit_small_patch16_rope_mixed_224", "backbone.patch_size=2"],
     "hybrid": ["backbone.name=hybrid"],
     "timm's hybrid": ["backbone.name=vit_tiny_r_s16_p8_224", "data.img_size=64"],
+    "axial": ["backbone.attn=axial"],
+    "window": ["backbone.attn=window", "backbone.global_every=2"],
     "swin": ["backbone.name=swin", "backbone.embed_dim=16", *SHAPELESS[1:]],
     "swinv2": ["backbone.name=swinv2_tiny_window8_256", *SHAPELESS, "data.img_size=64"],
     "cvt": ["backbone.name=cvt", *SHAPELESS],
@@ -35,7 +37,7 @@ KINDS = {
     "convnext": ["backbone.name=convnext_atto", *SHAPELESS, "data.img_size=64"],
     "bit": ["backbone.name=resnetv2_50x1_bit", *SHAPELESS, "data.img_size=64"],
 }
-TOKENS = ["vit", "eva", "dinov3", "rope", "hybrid", "timm's hybrid"]  # kinds with stochastic depth
+TOKENS = ["vit", "axial", "window", "eva", "dinov3", "rope", "hybrid", "timm's hybrid"]  # kinds with stochastic depth
 REPLACING = [*TOKENS, "swin", "swinv2", "cvt"]
 DROPPING = ["vit", "eva", "dinov3", "rope"]
 
@@ -171,7 +173,7 @@ def test_stochastic_depth_is_addressed(kind):
 OBJECTIVES = {"supervised": ["backbone.drop_path_rate=0"], "dino": [], "gaussian": [], "simmim": [], "mae": []}
 
 
-@pytest.mark.parametrize("kind", ["dinov3", "hybrid", "swin", "cvt", "resnet"])
+@pytest.mark.parametrize("kind", ["dinov3", "hybrid", "axial", "swin", "cvt", "resnet"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_train_what_can_do_it_and_refuse_the_rest(kind, name):
     can = dict(simmim=kind in REPLACING, mae=kind in DROPPING).get(name, True)
@@ -196,6 +198,28 @@ def test_objectives_train_what_can_do_it_and_refuse_the_rest(kind, name):
         assert sheet.panels.shape[-2:] == (16, 16)
     if name == "dino":  # attention of a class token is shown where there is one
         assert objective.shows == (kind == "hybrid")
+
+
+@pytest.mark.parametrize("kind", ["axial", "window"])
+def test_local_attention_is_that_of_a_plain_vit_under_a_mask(kind):
+    """A block at a time: patches see their row, their column or their window, and all see prefix tokens."""
+    b = build(kind, "backbone.reg_tokens=1").eval()
+    plain = build("vit", "backbone.reg_tokens=1").eval()
+    plain.model.load_state_dict(b.model.state_dict())
+    images = pictures(b)
+    row, column = torch.arange(64) // 8, torch.arange(64) % 8
+    same = {"row": row[:, None] == row, "column": column[:, None] == column}
+    same["window"] = (row[:, None] // 4 == row // 4) & (column[:, None] // 4 == column // 4)
+    same["all"] = torch.ones(64, 64, dtype=torch.bool)
+    kinds = dict(axial=["row", "column"], window=["window", "all"])[kind]
+    with torch.no_grad():
+        x = plain.add_positions(plain.patch_embed(images), (8, 8))
+        for block, name in zip(plain.model.blocks, kinds, strict=True):
+            mask = torch.ones(66, 66, dtype=torch.bool)
+            mask[2:, 2:] = same[name]
+            x = block(x, attn_mask=mask[None, None])
+        torch.testing.assert_close(b(images), plain.model.norm(x), rtol=0, atol=1e-5)
+        assert not torch.allclose(b(images), plain(images), atol=1e-3)
 
 
 def test_swin_is_masked_as_in_simmim():
@@ -276,6 +300,11 @@ REFUSED = {
     ),
     "a width of no heads": (["backbone.name=swin", "backbone.embed_dim=50"], "does not divide into 3 attention heads"),
     "a depth": (["backbone.name=swin", "backbone.depth=3"], "no plain ViT and has no depth: set backbone.depth=null"),
+    "a window that does not divide": (
+        ["backbone.attn=window", "backbone.window_size=3"],
+        "window_size=3 does not divide",
+    ),
+    "windows of what has its own": (["backbone.name=swin", "backbone.attn=axial"], "backbone.attn=axial is for vit_"),
     "no such name": (["backbone.name=swinn"], "give one of vit_tiny, .*, swin, hybrid, cvt, resnet18"),
     "a grid that does not divide": (
         ["backbone.name=resnet18", "data.img_size=70"],
@@ -404,6 +433,7 @@ def test_what_a_kind_cannot_do():
         hybrid={"mae"}, swin={"mae", "next"}, cvt={"mae", "next"}, resnet={"simmim", "beit", "mae", "next"},
         bit={"simmim", "beit", "mae", "next"}, convnext={"simmim", "beit", "mae", "next"}, swinv2={"mae", "next"},
     )  # fmt: skip
+    no["axial"] = no["window"] = {"mae", "next"}
     no["timm-hybrid"] = {"mae"}
     for name, kind in capabilities.KINDS.items():
         backbone = capabilities.build(kind)

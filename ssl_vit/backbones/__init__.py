@@ -3,6 +3,7 @@
 from ssl_vit.backbones.base import CAPABILITIES, FAULTS, REMEDIES, Backbone, Capability, Replacement, reason
 from ssl_vit.backbones.eva import EvaBackbone
 from ssl_vit.backbones.factory import build, resolve_patch, wrap
+from ssl_vit.backbones.local import LocalBackbone
 from ssl_vit.backbones.swin import SwinBackbone
 from ssl_vit.backbones.vit import TokenBackbone, fix_sincos_positions, sincos_positions, xavier
 
@@ -13,6 +14,7 @@ __all__ = [
     "Backbone",
     "Capability",
     "EvaBackbone",
+    "LocalBackbone",
     "Replacement",
     "SwinBackbone",
     "TokenBackbone",

@@ -158,6 +158,11 @@ class Backbone(nn.Module):
         return height // rows, width // columns
 
     @property
+    def crop_unit(self) -> tuple[int, int]:
+        """(height, width) in pixels of which the sides of local crops must be multiples."""
+        return self.stride
+
+    @property
     def num_prefix_tokens(self) -> int:
         return self._prefix
 

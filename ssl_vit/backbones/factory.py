@@ -17,6 +17,7 @@ from ssl_vit.backbones.base import FAULTS, Backbone, reason
 from ssl_vit.backbones.cvt import CvtBackbone
 from ssl_vit.backbones.eva import EvaBackbone, is_eva
 from ssl_vit.backbones.hybrid import HybridBackbone, is_hybrid
+from ssl_vit.backbones.local import LocalBackbone
 from ssl_vit.backbones.swin import SwinBackbone, is_swin
 from ssl_vit.backbones.timm_models import TimmModel, create_model, is_plain, published_size
 from ssl_vit.backbones.vit import (
@@ -29,12 +30,14 @@ from ssl_vit.backbones.vit import (
 )
 from ssl_vit.errors import UserError
 from ssl_vit.models.cvt import Cvt
+from ssl_vit.models.local_vit import LocalViT
 from ssl_vit.settings import known
 
 Kind = Literal["vit", "eva", "hybrid", "small hybrid", "swin", "small swin", "cvt", "small resnet", "other"]
 TOKENS = ("vit", "eva", "hybrid", "small hybrid")  # kinds with blocks of one width, which have stochastic depth
 SMALL = ("swin", "hybrid", "cvt", "resnet18", "resnet50")  # our builds for small images, as ssl_vit_NAME
 KINDS: list[tuple[Callable[[TimmModel], bool], type[Backbone]]] = [
+    (lambda model: isinstance(model, LocalViT), LocalBackbone),
     (is_plain, TokenBackbone),
     (is_hybrid, HybridBackbone),
     (is_eva, EvaBackbone),
@@ -52,6 +55,8 @@ SHAPES: dict[Kind, tuple[str, ...]] = {
     "small swin": ("embed_dim",),
     "cvt": ("embed_dim",),
 }
+LOCAL = "ssl_vit_local_vit"
+WIDTHS = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16), huge=(1280, 32, 16))
 SIZES = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14}
 
 
@@ -96,6 +101,14 @@ def build(
 def timm_name(config: recipes.Backbone, size: tuple[int, int]) -> str:
     """The name in timm of the recipe's backbone. Raises UserError if there is none."""
     name = config.name
+    if config.attn != "full":
+        if name != LOCAL and name.removeprefix("vit_") not in SIZES:
+            raise UserError(
+                f"backbone.attn={config.attn} is for vit_*, and {name} has its own: set backbone.attn=full."
+            )
+        return LOCAL
+    if name == LOCAL:
+        raise UserError(f"{LOCAL} attends locally: set backbone.attn=axial or backbone.attn=window.")
     if name.removeprefix("vit_") in SIZES:
         return f"{name}_patch{SIZES[name.removeprefix('vit_')]}_224"
     # published weights of a ResNet are of its large build
@@ -109,6 +122,8 @@ def timm_name(config: recipes.Backbone, size: tuple[int, int]) -> str:
 
 def kind_of(name: str) -> Kind:
     """The kind of a model in timm."""
+    if name == LOCAL:
+        return "vit"
     if name.startswith("ssl_vit_"):
         own = name.removeprefix("ssl_vit_").partition("_")[0]
         return {"swin": "small swin", "cvt": "cvt", "hybrid": "small hybrid"}.get(own, "small resnet")  # type: ignore
@@ -145,11 +160,21 @@ def _arguments(config: recipes.Backbone, name: str, kind: Kind, size: tuple[int,
     if kind in ("small swin", "cvt"):
         return shapes.swin(config, size) if kind == "small swin" else shapes.cvt(config, name, size)
     shape = {key: getattr(config, key) for key in ("embed_dim", "depth", "num_heads", "drop_path_rate")}
-    args = dict(img_size=size, dynamic_img_size=True) | {
-        key: value for key, value in shape.items() if value is not None
-    }
+    args: dict[str, Any] = dict(img_size=size, dynamic_img_size=True)
+    args |= {key: value for key, value in shape.items() if value is not None}
     if kind != "hybrid":
         args |= dict(patch_size=resolve_patch(config.patch_size, size))
+    if name == LOCAL:
+        width, depth, heads = WIDTHS.get(config.name.removeprefix("vit_"), (None, None, None))
+        args = dict(embed_dim=width, depth=depth, num_heads=heads) | args | dict(attn=config.attn)
+        if config.attn == "window":
+            args |= dict(window_size=config.window_size, global_every=config.global_every)
+            side = args["patch_size"] * config.window_size
+            if size[0] % side or size[1] % side:
+                raise UserError(
+                    f"backbone.window_size={config.window_size} does not divide the {size[0] // args['patch_size']}x"
+                    f"{size[1] // args['patch_size']} patches of images of {size[0]}x{size[1]}: set another."
+                )
     if kind != "eva":
         args |= dict(reg_tokens=config.reg_tokens, init_values=config.init_values)
     return args

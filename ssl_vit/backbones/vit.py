@@ -154,6 +154,7 @@ class TokenBackbone(Backbone):
 class AddressedDropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016) whose draws are handed in: timm's come from the global generator."""
 
+    of_a_pass = ("scale",)
     scale: Tensor  # (B, 1, 1), set before each training pass
 
     def __init__(self, rate: float):

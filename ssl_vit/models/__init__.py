@@ -3,6 +3,6 @@
 They need torch and timm alone, and nothing else of ours.
 """
 
-from ssl_vit.models import cvt, small
+from ssl_vit.models import cvt, local_vit, small
 
-__all__ = ["cvt", "small"]
+__all__ = ["cvt", "local_vit", "small"]

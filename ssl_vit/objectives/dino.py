@@ -79,10 +79,14 @@ class DINO(Objective):
             raise UserError(
                 f"DINO needs crops: views.augmentation must be crop+flip or dino, not {info.views.augmentation}."
             )
-        side = backbone.stride[0]
+        unit = backbone.crop_unit
+        side = max(unit)
         local = config.local_crops_size or max(side, round(min(info.size) * 3 / 7 / side) * side)
-        if local % side or local % backbone.stride[1]:
-            raise UserError(f"objective.local_crops_size={local} does not divide into patches of {backbone.stride}.")
+        if local % unit[0] or local % unit[1]:
+            raise UserError(
+                f"objective.local_crops_size={local} does not divide into the {unit[0]}x{unit[1]} pixels of a patch or "
+                "a window of patches: set a multiple."
+            )
         spec = views.dino(
             info.size,
             (local, local),
