@@ -56,7 +56,7 @@ KINDS = {
     "swin": Kind("Swin", "`swin`, `swin_*`", dict(name="swin")),
     "swinv2": Kind("Swin v2", "`swinv2_*`", dict(name="swinv2_tiny_window8_256"), 64),
     "cvt": Kind("CvT", "`cvt`, `ssl_vit_cvt_13`", dict(name="cvt")),
-    "resnet": Kind("ResNet", "`resnet18`, `resnet50`, …", dict(name="resnet18")),
+    "resnet": Kind("ResNet", "`resnet18`, `resnet50`, …", dict(name="resnet18"), 16),
     "bit": Kind("BiT", "`resnetv2_*_bit`", dict(name="resnetv2_50x1_bit"), 64),
     "convnext": Kind("ConvNeXt", "`convnext_*`", dict(name="convnext_atto"), 64),
 }

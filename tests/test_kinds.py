@@ -450,7 +450,7 @@ def told(kind, use):
     short = ["train.batch_size=24", "optim.warmup_fraction=0.1", "runtime.save_every=5", "monitor.log_every=1"]
     short += ["monitor.knn_every=0", "monitor.trackers=none", "runtime.num_threads=1", "runtime.num_workers=0"]
     every = [*settings, *small, *data, *short, *capabilities.USES[use].settings]
-    return ["--recipe", capabilities.USES[use].recipe, "train.steps=20", *every]
+    return ["--recipe", capabilities.USES[use].recipe, "train.steps=14", *every]
 
 
 @pytest.mark.matrix
@@ -472,7 +472,7 @@ def test_every_kind_by_every_objective_on_images(kind, use, tmp_path):
     assert all(map(math.isfinite, losses))
     saved = (tmp_path / "run" / "backbone" / "model.safetensors").read_bytes()
     started = Started(tmp_path, *arguments, "--output", "stopped")
-    until(lambda: steps_done(tmp_path / "stopped") >= 7)
+    until(lambda: steps_done(tmp_path / "stopped") >= 5)
     started.kill(signal.SIGTERM)
     run(tmp_path, *arguments, "--output", "stopped")
     assert (tmp_path / "stopped" / "backbone" / "model.safetensors").read_bytes() == saved
