@@ -449,6 +449,7 @@ def told(kind, use):
     data = [f"data.img_size={backbone.size}", "data.in_chans=3", "data.subset=12", "views.scale=[0.7,1]"]
     short = ["train.batch_size=24", "optim.warmup_fraction=0.1", "runtime.save_every=5", "monitor.log_every=1"]
     short += ["monitor.knn_every=0", "monitor.trackers=none", "runtime.num_threads=1", "runtime.num_workers=0"]
+    short += ["optim.lr=1e-2"] if use == "supervised" else []  # the recipe's is for batches of 256
     every = [*settings, *small, *data, *short, *capabilities.USES[use].settings]
     return ["--recipe", capabilities.USES[use].recipe, "train.steps=14", *every]
 

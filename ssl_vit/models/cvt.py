@@ -107,7 +107,7 @@ class Stage(nn.Module):
 class Cvt(nn.Module):
     """All arguments after the first four: one value for each stage."""
 
-    num_prefix_tokens = 1
+    num_prefix_tokens, has_class_token = 1, True
 
     def __init__(
         self,
