@@ -447,11 +447,16 @@ def told(kind, use):
     settings = [f"backbone.{key}={value}" for key, value in backbone.settings.items()]
     small = [s for s in SMALL[capabilities.USES[use].recipe] if not s.startswith("backbone.")]
     data = [f"data.img_size={backbone.size}", "data.in_chans=3", "data.subset=12", "views.scale=[0.7,1]"]
-    short = ["train.batch_size=24", "optim.warmup_fraction=0.1", "runtime.save_every=5", "monitor.log_every=1"]
+    short = ["train.steps=14"] * (use != "supervised") + [
+        "train.batch_size=24",
+        "optim.warmup_fraction=0.1",
+        "runtime.save_every=5",
+        "monitor.log_every=1",
+    ]
     short += ["monitor.knn_every=0", "monitor.trackers=none", "runtime.num_threads=1", "runtime.num_workers=0"]
-    short += ["optim.lr=1e-2"] if use == "supervised" else []  # the recipe's is for batches of 256
+    short += ["optim.lr=5e-3", "train.steps=40"] if use == "supervised" else []  # the recipe's is for batches of 256
     every = [*settings, *small, *data, *short, *capabilities.USES[use].settings]
-    return ["--recipe", capabilities.USES[use].recipe, "train.steps=14", *every]
+    return ["--recipe", capabilities.USES[use].recipe, *every]
 
 
 @pytest.mark.matrix
