@@ -84,11 +84,11 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
     given = objective.encoder_inputs(images[:1], Draw(seed, 0, torch.arange(1), device))
     if given is None:
         return None
-    backbone = objective.need_tokens("mask or corrupt")
+    backbone = objective.backbone
     fifth = torch.arange(len(images)) % 5
     fitting, choosing, scored = (part.nonzero().flatten() for part in (fifth < 3, fifth == 3, fifth == 4))
     training = images[(fifth < 4).to(device)]
-    mean = patchify(backbone.normalise(training.mean(0, keepdim=True)), backbone.patch_size).mean((0, 1))
+    mean = patchify(backbone.normalise(training.mean(0, keepdim=True)), backbone.stride).mean((0, 1))
     values, counted = len(mean), int(given[2].sum())  # the same for every image
     width = 9 * (values + 1) + 1
     fraction = min(1.0, VALUES / (width * counted * len(training)))
@@ -103,8 +103,8 @@ def measure(objective: pretrain.Objective, images: Tensor, seed: int) -> dict | 
             assert given is not None  # as for the first image
             seen, absent, counted = given
             taken = counted & (draw.uniform("taken", counted.shape[1]) < fraction)
-            around = neighbours(patchify(seen, backbone.patch_size) - mean, ~absent, backbone.grid(images), taken)
-            patches = patchify(backbone.normalise(clean), backbone.patch_size)[taken] - mean
+            around = neighbours(patchify(seen, backbone.stride) - mean, ~absent, backbone.grid(images), taken)
+            patches = patchify(backbone.normalise(clean), backbone.stride)[taken] - mean
             yield around.cpu().double(), patches.cpu().double()
 
     def products(numbers: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from eval.measure.predictions import Predictions
 from eval.page import text_tables
 from ssl_vit import data, engine, errors, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
-from ssl_vit.backbones import TokenBackbone
+from ssl_vit.backbones import EvaBackbone, LocalBackbone, TokenBackbone
 from ssl_vit.errors import Diverged, UserError, say
 from ssl_vit.files import fingerprint
 
@@ -252,10 +252,10 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
     """The recipe's backbone section: a model of the same shape that starts from these weights."""
     start = weights.resolved(source.name)
     backbone = source.network
-    if not isinstance(backbone, TokenBackbone):  # not a plain ViT: the name defines its shape
-        return recipes.Backbone(name=backbone.name, init_from=start)
     if source.settings:
         own = recipes.Backbone(**source.settings["backbone"])
+    elif not isinstance(backbone, TokenBackbone):  # the name defines its shape
+        own = recipes.Backbone(name=backbone.name)
     else:
         attention = backbone.model.blocks[0].get_submodule("attn")
         own = recipes.Backbone(
@@ -264,9 +264,14 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
             depth=len(backbone.model.blocks),
             num_heads=vars(attention)["num_heads"],  # torch types what a module holds as tensors
             patch_size=backbone.patch_size[0],
-            reg_tokens=backbone.model.num_reg_tokens,
-            init_values=backbone.args.get("init_values"),
         )
+        if isinstance(backbone, LocalBackbone):
+            local = ("attn", "window_size", "global_every")
+            own = dataclasses.replace(own, **{key: backbone.args[key] for key in local if key in backbone.args})
+        if not isinstance(backbone, EvaBackbone):  # which has those of its name
+            own.reg_tokens, own.init_values = backbone.model.num_reg_tokens, backbone.args.get("init_values")
+    if not isinstance(backbone, TokenBackbone):
+        return dataclasses.replace(own, init_from=start)
     # fixed position embeddings are trained too, as in MAE's fine-tuning, so that all backbones are treated alike
     return dataclasses.replace(own, pos_embed="learned", drop_path_rate=drop_path, init_from=start)
 

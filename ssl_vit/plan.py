@@ -182,7 +182,7 @@ def weightless(recipe: recipes.Recipe, images: data.ImageSet, build: Builder) ->
 
 
 def tokens(objective: Objective) -> dict[str, int]:
-    """How many tokens each view of an image becomes, by the view's name. {} without a plain ViT."""
+    """How many tokens each view of an image becomes, by the view's name. {} without blocks of one width."""
     backbone = objective.backbone
     if not isinstance(backbone, TokenBackbone):
         return {}

@@ -205,8 +205,12 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
         backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
         if recipe.backbone.init_from:
             backbone = weights.initialise(backbone, recipe.backbone.init_from)
-        if isinstance(backbone, backbones.TokenBackbone):
+        if backbone.patch_size is not None:
             recipe.backbone.patch_size = backbone.patch_size[0]
+        if (
+            backbone.name.startswith("ssl_vit_") and recipe.backbone.attn == "full"
+        ):  # a build of ours, whose published namesake has another shape
+            recipe.backbone.name = backbone.name
         torch.manual_seed(recipe.train.seed + 1)
         info = DatasetInfo(
             size=recipe.data.size,

@@ -126,7 +126,8 @@ class Views:
 class Backbone:
     name: str = setting(
         "vit_tiny",
-        "vit_{tiny,small,base,large,huge}, or any timm model; on the command line it replaces the recipe's width, "
+        "vit_{tiny,small,base,large,huge}, a small swin, hybrid, cvt, resnet18 or resnet50, or any timm model "
+        "(docs/backbones.md); on the command line it replaces the recipe's width, "
         "depth and heads, and its patch size if the name states one, as in vit_base_patch16_224",
     )
     embed_dim: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
@@ -140,6 +141,11 @@ class Backbone:
     rescale_residual: bool = setting(
         False, "divide the last weights of block l's attention and MLP by sqrt(2 l) at the start, as BEiT"
     )
+    attn: Literal["full", "axial", "window"] = setting(
+        "full", "of vit_*: a patch attends to all, to its row and its column in blocks by turns, or to its window"
+    )
+    window_size: int = setting(4, "window: patches of a side", at_least=1)
+    global_every: int = setting(4, "window: one block of so many attends to all", at_least=1)
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)
     drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)

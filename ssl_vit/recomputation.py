@@ -10,7 +10,6 @@ from torch import is_grad_enabled, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.backbones.vit import AddressedDropPath
 from ssl_vit.errors import UserError
 
 
@@ -22,12 +21,14 @@ class Recomputed(nn.Module):
         if not is_grad_enabled():
             return super().forward(*inputs, **options)
         # a second pass before the backward pass, as over DINO's local crops, draws other paths
-        paths = [module for module in self.modules() if isinstance(module, AddressedDropPath) and self.training]
-        drawn = [path.scale for path in paths]
+        held = [
+            (part, name) for part in self.modules() for name in getattr(part, "of_a_pass", ()) if hasattr(part, name)
+        ]
+        values = [getattr(part, name) for part, name in held]
 
         def run(*inputs: Any, **options: Any) -> Any:
-            for path, scale in zip(paths, drawn, strict=True):
-                path.scale = scale
+            for (part, name), value in zip(held, values, strict=True):
+                setattr(part, name, value)
             return super(Recomputed, self).forward(*inputs, **options)
 
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, **options)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_vit.backbones import TokenBackbone
+from ssl_vit.backbones import Backbone
 from ssl_vit.errors import UserError
 from ssl_vit.losses import distance, pixel_targets, token_loss
 from ssl_vit.patches import patchify, unpatchify
@@ -167,7 +167,7 @@ class Learnt(Tokens):
     2.1). Encoder and quantizer are frozen. of_pixels: whether the codes stand for pixels, not for a teacher's features.
     """
 
-    def __init__(self, encoder: TokenBackbone, quantizer: Quantizer, of_pixels: bool):
+    def __init__(self, encoder: Backbone, quantizer: Quantizer, of_pixels: bool):
         super().__init__()
         self.encoder, self.quantizer, self.of_pixels = encoder, quantizer, of_pixels
         self.width = len(quantizer.codebook.codes)
@@ -180,6 +180,6 @@ class Learnt(Tokens):
 
     def picture(self, tokens: Int[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
         """Tokens (B, N) → images in [0, 1], of the tokenizer's size."""
-        patch, (height, width) = self.encoder.patch_size, self.encoder.input_size
+        patch, (height, width) = self.encoder.stride, self.encoder.input_size
         made = unpatchify(self.quantizer.decode(tokens).float(), patch, (height // patch[0], width // patch[1]))
         return (made * self.encoder.std + self.encoder.mean).clamp(0, 1)

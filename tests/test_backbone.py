@@ -198,7 +198,7 @@ RELPOS = pytest.mark.skipif(not timm.is_model("test_vit_relpos"), reason="timm h
 
 
 @pytest.mark.parametrize(
-    "name", ["swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224", pytest.param("test_vit_relpos", marks=RELPOS)]
+    "name", ["swinv2_tiny_window8_256", "vit_tiny_r_s16_p8_224", pytest.param("test_vit_relpos", marks=RELPOS)]
 )
 def test_a_model_of_fixed_size_is_told_the_images_and_trains_without_unaddressed_draws(name):
     b = build(f"backbone.name={name}", *SHAPELESS, "data.img_size=64")

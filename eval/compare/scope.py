@@ -1,5 +1,6 @@
 """What a verdict is about: the images, the network, and how long each arm was trained."""
 
+import math
 from dataclasses import dataclass
 
 from eval.compare.evidence import Evidence
@@ -40,7 +41,7 @@ def scope(evidence: Evidence) -> Scope | None:
         images["count"],
         images["fingerprint"],
         data.size,
-        settings["data"]["in_chans"] * factory.resolve_patch(settings["backbone"]["patch_size"], data.size) ** 2,
+        settings["data"]["in_chans"] * math.prod(backbone.stride),
         sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad),
         evidence.budget,
         {arm: group.mean("images_seen") / images["count"] for arm, group in trained.items()},

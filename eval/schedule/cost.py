@@ -102,7 +102,7 @@ class Costs:
         backbone = backbones.build(recipe.backbone, recipe.data, 0).eval()
         zero = torch.zeros(1, self.images.channels, *recipe.data.size)
         images = max(self.labelled(line)) + self.report_images
-        width = known(recipe.backbone.embed_dim) * min(BLOCKS, backbone.depth) * POOLINGS
+        width = backbone.embed_dim * min(BLOCKS, backbone.depth) * POOLINGS
         return Work("", 1, images * flops.count(backbone, lambda twin: twin.features(zero)), 4.0 * images * width)
 
     def all(self) -> list[Work]:

@@ -1,12 +1,22 @@
 """Backbones: base.py is the contract, vit.py the plain ViT whose tokens objectives work on, factory.py builds them."""
 
-from ssl_vit.backbones.base import FAULTS, Backbone, reason
+from ssl_vit.backbones.base import CAPABILITIES, FAULTS, REMEDIES, Backbone, Capability, Replacement, reason
+from ssl_vit.backbones.eva import EvaBackbone
 from ssl_vit.backbones.factory import build, resolve_patch, wrap
+from ssl_vit.backbones.local import LocalBackbone
+from ssl_vit.backbones.swin import SwinBackbone
 from ssl_vit.backbones.vit import TokenBackbone, fix_sincos_positions, sincos_positions, xavier
 
 __all__ = [
+    "CAPABILITIES",
     "FAULTS",
+    "REMEDIES",
     "Backbone",
+    "Capability",
+    "EvaBackbone",
+    "LocalBackbone",
+    "Replacement",
+    "SwinBackbone",
     "TokenBackbone",
     "build",
     "fix_sincos_positions",

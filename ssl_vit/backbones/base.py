@@ -1,15 +1,18 @@
-"""The contract of a backbone, which any timm model can fulfil: features, its own evaluation view, a classifier.
+"""The contract of a backbone: one vector per image, a grid of patches, features, its own evaluation view, a classifier.
 
-A backbone is a plain timm model behind one interface: plain timm weights in, plain timm weights out. Images arrive in
-[0, 1]; the backbone applies its own mean and std, which travel with its weights.
+A backbone is a timm model behind one interface: plain timm weights in, plain timm weights out. Images arrive in [0, 1];
+the backbone applies its own mean and std, which travel with its weights. Objectives ask for capabilities, never for a
+class. Any timm model can give vectors and a grid, which is that of its last block; what else a kind of models can do,
+its own file adds: vit.py, hybrid.py, eva.py, swin.py, cvt.py.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from timm.data import resolve_data_config
@@ -18,10 +21,29 @@ from torch import Tensor, nn
 from ssl_vit import views
 from ssl_vit.backbones.timm_models import TimmModel, published_size
 from ssl_vit.errors import UserError
+from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.randomness import Draw
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
+
+Capability = Literal["vector", "grid", "replace", "drop", "attend"]
+# what an objective may have a backbone do
+CAPABILITIES: dict[Capability, str] = {
+    "vector": "read one vector of an image",
+    "grid": "read a grid of patches",
+    "replace": "put mask tokens in place of patches",
+    "drop": "leave patches out",
+    "attend": "let a patch attend to those before it alone",
+}
+# what else to do, by the capability that a backbone lacks
+REMEDIES: dict[Capability, str] = {
+    "vector": "use backbone.name=vit_small",
+    "grid": "use backbone.name=vit_small",
+    "replace": "use a recipe that corrupts pixels, such as gaussian, or a transformer, such as backbone.name=vit_small",
+    "drop": "use a recipe that keeps all patches, such as gaussian, or a plain ViT, such as backbone.name=vit_small",
+    "attend": "set another objective.mask, or use a plain ViT, such as backbone.name=vit_small",
+}
 
 
 class Unsupported(Exception):
@@ -40,17 +62,54 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
+@dataclass
+class Replacement:
+    """What stands in the place of patches that the encoder must not see, in cells of its grid of N patches."""
+
+    hidden: Bool[Tensor, "B N"]  # the patches in whose place stands the mask token
+    mask_token: Tensor  # (1, 1, D), D the backbone's `token_dim`
+    exchange: Callable[[Tensor], Tensor]  # (B, N, D) → (B, N, D): some patches, or their tokens, replaced by others
+
+    def __call__(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Tokens of patches that do not overlap → those to use instead."""
+        return self.mask(self.exchange(tokens))
+
+    def mask(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Tokens, those of hidden patches replaced."""
+        return torch.where(self.hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
+
+    def mask_map(self, tokens: Float[Tensor, "B D h w"], grid: tuple[int, int]) -> Float[Tensor, "B D h w"]:
+        """The same on a finer map, of several tokens to each patch of the grid."""
+        rows, columns = tokens.shape[2] // grid[0], tokens.shape[3] // grid[1]
+        hidden = self.hidden.view(-1, 1, *grid).repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+        return torch.where(hidden, self.mask_token.to(tokens.dtype).view(1, -1, 1, 1), tokens)
+
+    def pixels(self, images: Float[Tensor, "B C H W"], stride: tuple[int, int]) -> Float[Tensor, "B C H W"]:
+        """Standardised images, hidden patches filled by their mean, which is 0: for layers whose patches overlap."""
+        grid = images.shape[-2] // stride[0], images.shape[-1] // stride[1]
+        patches = self.exchange(patchify(images, stride)).masked_fill(self.hidden[..., None], 0.0)
+        return unpatchify(patches, stride, grid)
+
+
 class Backbone(nn.Module):
-    """Any timm model. Images: float (B, C, H, W) in [0, 1]."""
+    """Any timm model. Images: float (B, C, H, W) in [0, 1]. L = P + N output tokens: P prefix tokens, then the patches
+    of the last block's grid in raster order."""
 
     model: TimmModel
     mean: Tensor  # (C, 1, 1)
     std: Tensor
+    # why not, by the capability that this kind of models lacks
+    cannot: ClassVar[dict[Capability, str]] = {
+        "replace": "its first layers mix the pixels of neighbouring patches",
+        "drop": "its layers take whole images",
+        "attend": "its patches see one another in other ways than by attention to all",
+    }
 
     def __init__(self, model: TimmModel, mean: Sequence[float], std: Sequence[float], args: dict[str, Any]):
         super().__init__()
         self.model = model
         self.args = dict(args)  # what timm built the model with, and needs to build it again
+        self._prefix, self._last = 0, (1, 1)  # prefix tokens and (H, W) in patches on images of input_size: see `check`
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -84,6 +143,65 @@ class Backbone(nn.Module):
                     f"another model, or set {key} in the config.json of a copy of its folder."
                 )
         return views.Evaluation(self.input_size, **view)
+
+    def lacks(self, capability: Capability) -> str | None:
+        """Why the backbone cannot do this; None if it can."""
+        if capability == "grid" and any(side % count for side, count in zip(self.input_size, self._last, strict=True)):
+            (height, width), (rows, columns) = self.input_size, self._last
+            return f"images of {height}x{width} do not divide into its {rows}x{columns} patches"
+        return self.cannot.get(capability)
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(height, width) in pixels of a patch of the last block's grid, on images of `input_size`."""
+        (height, width), (rows, columns) = self.input_size, self._last
+        return height // rows, width // columns
+
+    @property
+    def crop_unit(self) -> tuple[int, int]:
+        """(height, width) in pixels of which the sides of local crops must be multiples."""
+        return self.stride
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self._prefix
+
+    @property
+    def token_dim(self) -> int:
+        """The width of the tokens that a `Replacement` replaces."""
+        return self.embed_dim
+
+    @property
+    def patch_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of an embedded patch, as backbone.patch_size sets it; None where nothing does."""
+        return None
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(H, W) in patches of the last block."""
+        return self._grid(images)
+
+    def pool(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B D"]:
+        """Output tokens → one vector per image: the class token, or where there is none the mean of the patches."""
+        if self.has_class_token and self.num_prefix_tokens:
+            return tokens[:, 0]
+        return tokens[:, self.num_prefix_tokens :].mean(1)
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        replace: Replacement | None = None,
+        keep: Int[Tensor, "B K"] | None = None,
+        attend: Bool[Tensor, "B 1 L L"] | None = None,
+        draw: Draw | None = None,
+    ) -> Float[Tensor, "B L D"]:
+        """Images in [0, 1] → output tokens (B, L, D), equal to those of timm's `forward_features`.
+
+        replace: what stands in place of patches. keep: int64 (B, K), the patches that are encoded; L is then P + K.
+        attend: which token attends to which, if not all to all. Each needs the capability: see `lacks`. draw:
+        addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one after another.
+        """
+        prefix, patches = self.split_tokens(self.model.forward_features(self.normalise(images)), images)
+        return torch.cat([prefix, patches.flatten(1, 2)], 1)
 
     def normalise(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Images in [0, 1] → standardised per channel."""
@@ -152,11 +270,14 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compute the features of one black image. Raises UserError naming the model if they cannot be used."""
+        """Compute the features of one black image, and keep how many patches and prefix tokens they have. Raises
+        UserError naming the model if they cannot be used."""
         training = self.training
         self.eval()
         try:
-            self.features(self.mean.new_zeros(1, len(self.mean), *self.input_size), range(self.depth))
+            found = self.features(self.mean.new_zeros(1, len(self.mean), *self.input_size), range(self.depth))
+            prefix, patches = found[-1]
+            self._prefix, self._last = prefix.shape[1], (patches.shape[1], patches.shape[2])
         except FAULTS as error:
             (height, width), own = self.input_size, published_size(self.name)
             where, remedy = "", "use"
@@ -188,8 +309,10 @@ class Backbone(nn.Module):
         """
         self._give_head(classes)
 
-    def classify(self, images: Float[Tensor, "B C H W"], draw: Draw | None = None) -> Float[Tensor, "B K"]:
-        """Logits (B, K) of the model's own head."""
+    def classify(
+        self, images: Float[Tensor, "B C H W"], draw: Draw | None = None, keep: Int[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B K"]:
+        """Logits (B, K) of the model's own head. keep: int64 (B, N), the patches that are encoded."""
         logits: Tensor = self.model(self.normalise(images))
         return logits
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ssl_vit.backbones.base import Backbone
+from ssl_vit.backbones.base import Backbone, Capability, Replacement
 from ssl_vit.backbones.timm_models import PlainViT
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
@@ -35,6 +34,13 @@ class TokenBackbone(Backbone):
         height, width = self.model.patch_embed.img_size
         return height, width
 
+    cannot: ClassVar[dict[Capability, str]] = {}
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return self.patch_size
+
     @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
@@ -52,18 +58,13 @@ class TokenBackbone(Backbone):
     def forward(
         self,
         images: Float[Tensor, "B C H W"],
-        replace: Callable[[Tensor], Tensor] | None = None,
+        replace: Replacement | None = None,
         keep: Int[Tensor, "B K"] | None = None,
         attend: Bool[Tensor, "B 1 L L"] | None = None,
         draw: Draw | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """Images in [0, 1] → normed output tokens (B, L, D), L = P + N.
-
-        replace: given the patch tokens (B, N, D), returns those to use instead, before positions are added.
-        keep: int64 (B, K), the patches that are encoded; L is then P + K. attend: which token attends to which, if not
-        all to all. draw: addresses stochastic depth while training. Where it has R rows, B may be V·R: V views, one
-        after another.
-        """
+        """As in `Backbone`: images in [0, 1] → normed output tokens (B, L, D). Tokens are replaced before positions are
+        added, and dropped with them."""
         tokens = self.patch_embed(images)
         if replace is not None:
             tokens = replace(tokens)
@@ -122,6 +123,11 @@ class TokenBackbone(Backbone):
         """As in `Backbone`. keep: int64 (B, N), the patches that are encoded."""
         return self.model.forward_head(self(images, keep=keep, draw=draw))
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether `attention` has maps."""
+        return self.has_class_token
+
     def attention(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B heads h w"]:
         """The last block's attention of the class token to the patches, for each head: (B, heads, H, W)."""
         m = self.model
@@ -148,6 +154,7 @@ class TokenBackbone(Backbone):
 class AddressedDropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016) whose draws are handed in: timm's come from the global generator."""
 
+    of_a_pass = ("scale",)
     scale: Tensor  # (B, 1, 1), set before each training pass
 
     def __init__(self, rate: float):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_vit import recipe as recipes
 from ssl_vit import views
-from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit.backbones import CAPABILITIES, REMEDIES, Backbone, Capability
 from ssl_vit.errors import UserError
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
@@ -59,7 +59,7 @@ class DatasetInfo:
             spec = {"image": views.dino(self.size, self.size, 0, self.flip, scale, blur=self.views.blur)["global2"]}
         return views.resampled(spec, self.views.interpolation)
 
-    def second_view(self, name: str, backbone: TokenBackbone) -> ViewSpec:
+    def second_view(self, name: str, backbone: Backbone) -> ViewSpec:
         """The same crop once more, as a frozen backbone takes it; {} if it takes the view "image" itself."""
         if backbone.input_size == self.size:
             return {}
@@ -156,14 +156,23 @@ class Objective(nn.Module):
         """What is evaluated and saved."""
         return self.backbone
 
-    def need_tokens(self, what: str) -> TokenBackbone:
-        """The backbone, refused by name unless its tokens can be replaced or dropped."""
-        if not isinstance(self.backbone, TokenBackbone):
-            raise UserError(
-                f"{type(self).__name__} must {what} tokens, which only plain ViTs allow, and {self.backbone.name} is "
-                "none: use one such as backbone.name=vit_small."
-            )
-        return self.backbone
+    def need(self, *capabilities: Capability) -> None:
+        """Raises UserError if the backbone lacks one of these."""
+        for capability in capabilities:
+            why = self.backbone.lacks(capability)
+            if why is not None:
+                raise UserError(
+                    f"{type(self).__name__} must {CAPABILITIES[capability]}, which {self.backbone.name} does not allow "
+                    f"({why}): {REMEDIES[capability]}."
+                )
+
+
+def own_statistics(teacher: nn.Module, mode: bool) -> None:
+    """Let the BatchNorms of an EMA teacher normalise by the batches that it sees while training, as in the official
+    DINO: no average is taken of the student's statistics, which are those of other weights."""
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(mode)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ssl_vit import views
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 from ssl_vit.losses import dino_loss, full_precision
-from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
+from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, own_statistics, update_ema
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.schedules import cosine, ramp
@@ -64,17 +64,13 @@ class DINO(Objective):
 
     Config = DINOConfig
     config: DINOConfig
-    backbone: TokenBackbone
-    shows = True
     center: Tensor
     teacher_sum: Tensor
     teacher_count: Tensor
 
     def __init__(self, config: DINOConfig, backbone: Backbone, info: DatasetInfo):
         super().__init__(config, backbone, info)
-        backbone = self.need_tokens("read class")
-        if not backbone.model.has_class_token:
-            raise UserError("DINO reads the class token, and this backbone has none.")
+        self.need("vector")
         if len(config.local_crops_scale) != 2 or config.local_crops_scale[0] > config.local_crops_scale[1]:
             raise UserError(
                 f"objective.local_crops_scale must be two increasing fractions, not {config.local_crops_scale}."
@@ -83,11 +79,13 @@ class DINO(Objective):
             raise UserError(
                 f"DINO needs crops: views.augmentation must be crop+flip or dino, not {info.views.augmentation}."
             )
-        side = backbone.patch_size[0]
+        unit = backbone.crop_unit
+        side = max(unit)
         local = config.local_crops_size or max(side, round(min(info.size) * 3 / 7 / side) * side)
-        if local % side or local % backbone.patch_size[1]:
+        if local % unit[0] or local % unit[1]:
             raise UserError(
-                f"objective.local_crops_size={local} does not divide into patches of {backbone.patch_size}."
+                f"objective.local_crops_size={local} does not divide into the {unit[0]}x{unit[1]} pixels of a patch or "
+                "a window of patches: set a multiple."
             )
         spec = views.dino(
             info.size,
@@ -115,8 +113,17 @@ class DINO(Objective):
         self.register_buffer("teacher_count", torch.zeros(()), persistent=False)
 
     @property
-    def exported(self) -> TokenBackbone:
+    def exported(self) -> Backbone:
         return self.teacher
+
+    @property
+    def shows(self) -> bool:
+        return isinstance(self.teacher, TokenBackbone) and self.teacher.shows_attention
+
+    def train(self, mode: bool = True) -> "DINO":
+        super().train(mode)
+        own_statistics(self.teacher, mode)
+        return self
 
     @property
     def batch_statistics(self) -> str | None:
@@ -130,11 +137,12 @@ class DINO(Objective):
         rows = len(batch.draw.rows)
         two = torch.cat([batch.views["global1"], batch.views["global2"]])
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher(two)[:, 0])
-        seen = self.backbone(two, draw=batch.draw)[:, 0]
+            teacher = self.teacher_head(self.teacher.pool(self.teacher(two)))
+        seen = self.backbone.pool(self.backbone(two, draw=batch.draw))
         if "local" in batch.views:
             local = batch.views["local"].transpose(0, 1).flatten(0, 1)
-            seen = torch.cat([seen, self.backbone(local, draw=batch.draw.fold_in("local"))[:, 0]])
+            crops = self.backbone(local, draw=batch.draw.fold_in("local"))
+            seen = torch.cat([seen, self.backbone.pool(crops)])
         student = self.head(seen)  # all crops at once, as BatchNorm's statistics are over them
         with full_precision(two):
             temperature = self.teacher_temp(batch.step, batch.total)
@@ -173,6 +181,7 @@ class DINO(Objective):
     @torch.no_grad()
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
         """The image, and each head's attention of the class token in the teacher's last block."""
+        assert isinstance(self.teacher, TokenBackbone)  # or nothing is shown
         maps = self.teacher.attention(images)
         low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
         maps = F.interpolate((maps - low) / (high - low).clamp(min=1e-12), images.shape[-2:], mode="nearest")

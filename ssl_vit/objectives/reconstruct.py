@@ -26,7 +26,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -34,12 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_vit import corruption, targets, teachers
-from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit.backbones import Backbone, Replacement
 from ssl_vit.decoders import Decoder, Denoiser, LinearHead, check_width
 from ssl_vit.errors import UserError
 from ssl_vit.losses import full_precision, masked_mean
 from ssl_vit.objectives import tokenizer
-from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
+from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, own_statistics, update_ema
 from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
@@ -104,15 +103,20 @@ class Reconstruct(Objective):
 
     Config = ReconstructConfig
     config: ReconstructConfig
-    backbone: TokenBackbone
     decoder: Decoder | Denoiser | LinearHead
     shows = True
 
     def __init__(self, config: ReconstructConfig, backbone: Backbone, info: DatasetInfo):
         super().__init__(config, backbone, info)
-        backbone = self.need_tokens("drop" if config.encoder_input == "visible" else "replace")
         check_settings(config)
-        patch, embed_dim = backbone.patch_size, backbone.embed_dim
+        self.need("grid")
+        if config.encoder_input == "visible":
+            self.need("drop")
+        elif config.encoder_input == "mask_token":
+            self.need("replace")
+        if config.mask in NEXT:
+            self.need("attend")
+        patch, embed_dim = backbone.stride, backbone.embed_dim
         self.grid = (info.size[0] // patch[0], info.size[1] // patch[1])
         patches = self.grid[0] * self.grid[1]
         masks = config.mask in ("random", "blocks")
@@ -142,7 +146,7 @@ class Reconstruct(Objective):
         self.teacher = copy.deepcopy(backbone).requires_grad_(False) if config.target == "features" else None
         self.pca = corruption.PatchPCA(patch, channels, config.noise_pca_dim) if config.noise_pca_dim else None
         if config.encoder_input == "mask_token":
-            self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+            self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.token_dim))
             nn.init.normal_(self.mask_token, std=0.02)
         prefix, width = backbone.num_prefix_tokens, self.target.width
         if config.decoder_depth:
@@ -159,7 +163,7 @@ class Reconstruct(Objective):
     def learnt(self, run: str, channels: int) -> targets.Learnt:
         """The tokens of the tokenizer that this run trained. Raises UserError for one of other channels or patches."""
         encoder, quantizer, config = tokenizer.load(run)
-        side, own = encoder.input_size, encoder.patch_size
+        side, own = encoder.input_size, encoder.stride
         grid = side[0] // own[0], side[1] // own[1]
         if len(encoder.mean) != channels:
             raise UserError(
@@ -174,6 +178,12 @@ class Reconstruct(Objective):
             )
         self.inherited = teachers.cost(run)
         return targets.Learnt(encoder, quantizer, config.teacher is None)
+
+    def train(self, mode: bool = True) -> "Reconstruct":
+        super().train(mode)
+        if self.teacher is not None:
+            own_statistics(self.teacher, mode)
+        return self
 
     @property
     def requires_fit(self) -> bool:
@@ -222,10 +232,10 @@ class Reconstruct(Objective):
         corrupted, noise, level = self.corrupt(images, order, mask, draw)
         if c.encoder_input == "clean":
             latent = b(images, draw=draw)
-            return self.decoder(latent, patchify(b.normalise(corrupted), b.patch_size)), mask, noise, level
+            return self.decoder(latent, patchify(b.normalise(corrupted), b.stride)), mask, noise, level
         if c.encoder_input == "visible":
             return self.decoder(b(corrupted, keep=ids_keep, draw=draw), ids_keep), mask, noise, level
-        replace = partial(self.replace_tokens, order) if c.encoder_input == "mask_token" else None
+        replace = self.replacement(order) if c.encoder_input == "mask_token" else None
         return self.decoder(b(corrupted, replace=replace, draw=draw)), mask, noise, level
 
     @torch.no_grad()
@@ -242,10 +252,9 @@ class Reconstruct(Objective):
             return torch.arange(self.num_masked, device=draw.device).expand(len(draw.rows), -1)
         return corruption.random_order(draw.uniform("mask", math.prod(self.grid)))
 
-    def replace_tokens(self, order: Tensor, tokens: Tensor) -> Tensor:
-        """Patch tokens (B, N, D), the masked ones replaced by mask tokens, or by those of other patches, or kept."""
-        removed = self.removed(order)[..., None]
-        return torch.where(removed, self.mask_token.to(tokens.dtype), self.replace_patches(tokens, order))
+    def replacement(self, order: Tensor) -> Replacement:
+        """Mask tokens in place of the masked patches, or other patches, or themselves."""
+        return Replacement(self.removed(order), self.mask_token, lambda tokens: self.replace_patches(tokens, order))
 
     def replace_patches(self, patches: Tensor, order: Tensor) -> Tensor:
         """`corruption.replace_patches` of a fraction replace_ratio of the masked ones."""
@@ -286,9 +295,9 @@ class Reconstruct(Objective):
         elif c.corruption == "blur":
             corrupted = corruption.blur(images, draw.uniform("blur", 1).flatten(), pair(c.blur_sigma))
         else:
-            corrupted = corruption.shuffle(images, b.patch_size, order[:, order.shape[1] - self.num_masked :])
+            corrupted = corruption.shuffle(images, b.stride, order[:, order.shape[1] - self.num_masked :])
         if c.encoder_input in WHOLE and c.mask != "none":  # the masked patches alone
-            corrupted = torch.where(corruption.mask_pixels(mask, self.grid, b.patch_size), corrupted, images)
+            corrupted = torch.where(corruption.mask_pixels(mask, self.grid, b.stride), corrupted, images)
         return corrupted, noise, level
 
     def encoder_inputs(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -298,12 +307,12 @@ class Reconstruct(Objective):
         order = self.mask_order(draw)
         mask = corruption.split(order, self.num_masked)[1]
         corrupted = b.normalise(self.corrupt(images, order, mask, draw)[0])
-        patches, removed = self.replace_patches(patchify(corrupted, b.patch_size), order), self.removed(order)
-        return unpatchify(patches.masked_fill(removed[..., None], 0.0), b.patch_size, self.grid), removed, mask
+        patches, removed = self.replace_patches(patchify(corrupted, b.stride), order), self.removed(order)
+        return unpatchify(patches.masked_fill(removed[..., None], 0.0), b.stride, self.grid), removed, mask
 
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
         """Original, what is given of it corrupted, and the reconstruction of the masked patches."""
-        b, patch = self.backbone, self.backbone.patch_size
+        b, patch = self.backbone, self.backbone.stride
         clean = b.normalise(images)
         prediction, mask, _, _ = self.predict(images, draw)
         prediction = prediction.float()

@@ -78,7 +78,7 @@ class Supervised(Objective):
         self.micro_batch_multiple = 2 if config.mixup or config.cutmix else 1
         self.views = info.single_view()
         if config.patch_drop_rate:
-            self.need_tokens("drop")
+            self.need("drop")
         if config.noise_sigma and (len(config.noise_sigma) != 2 or config.noise_sigma[0] > config.noise_sigma[1]):
             raise UserError(f"objective.noise_sigma must be a range [low, high], not {config.noise_sigma}.")
         plain = isinstance(backbone, TokenBackbone)
@@ -108,8 +108,9 @@ class Supervised(Objective):
 
     def two_layers(self, width: int) -> nn.Sequential:
         """Pooled tokens (B, D) → logits (B, K). The first layer starts as flax's do, the second at zero: the loss at
-        ln K. Raises UserError for a backbone that is no plain ViT, or has two heads."""
-        backbone = self.need_tokens("pool")
+        ln K. Raises UserError for a backbone that has two heads."""
+        self.need("vector")
+        backbone = self.backbone
         if hasattr(backbone.model, "dist_token"):
             raise UserError(f"{backbone.name} has two heads of its own: set objective.representation_size=null.")
         hidden, last = nn.Linear(backbone.embed_dim, width), nn.Linear(width, self.classes)
@@ -203,13 +204,11 @@ class Supervised(Objective):
     def classify(self, images: Tensor, draw: Draw) -> Tensor:
         """Logits (B, K), from the patches that are not dropped."""
         if self.head is not None:
-            tokens, prefix = self.encode(images, draw), self.need_tokens("pool").num_prefix_tokens
-            pooled = tokens[:, 0] if self.config.global_pool == "token" else tokens[:, prefix:].mean(1)
+            tokens, prefix = self.encode(images, draw), self.backbone.num_prefix_tokens
+            pooled = tokens[:, prefix:].mean(1) if self.config.global_pool == "avg" else self.backbone.pool(tokens)
             logits: Tensor = self.head(pooled)
             return logits
-        if not self.config.patch_drop_rate:
-            return self.backbone.classify(images, draw)
-        return self.need_tokens("drop").classify(images, draw, self.kept(images, draw))
+        return self.backbone.classify(images, draw, self.kept(images, draw))
 
     def encode(self, images: Tensor, draw: Draw) -> Tensor:
         """Output tokens (B, P + N, D) of the patches that are not dropped."""
@@ -220,7 +219,7 @@ class Supervised(Objective):
         """The patches that are not dropped, int64 (B, K); None: all."""
         if not self.config.patch_drop_rate:
             return None
-        grid = self.need_tokens("drop").grid(images)
+        grid = self.backbone.grid(images)
         return corruption.random_masking(draw.uniform("mask", math.prod(grid)), self.config.patch_drop_rate)[0]
 
     @torch.no_grad()

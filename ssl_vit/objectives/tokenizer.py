@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ssl_vit import recipe as recipes
 from ssl_vit import targets, teachers, weights
-from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit.backbones import Backbone
 from ssl_vit.decoders import check_width
 from ssl_vit.errors import UserError
 from ssl_vit.losses import full_precision
@@ -62,17 +62,16 @@ class Tokenizer(Objective):
 
     Config = TokenizerConfig
     config: TokenizerConfig
-    backbone: TokenBackbone
 
     def __init__(self, config: TokenizerConfig, backbone: Backbone, info: DatasetInfo):
         super().__init__(config, backbone, info)
-        backbone = self.need_tokens("read patch")
-        patch, channels = backbone.patch_size, len(backbone.mean)
+        self.need("grid")
+        patch, channels = backbone.stride, len(backbone.mean)
         self.grid = (info.size[0] // patch[0], info.size[1] // patch[1])
         self.batch_size = info.batch_size
         self.views = info.single_view()
         self.pixels = targets.Pixels(patch, channels, False, config.loss)
-        self.teacher: TokenBackbone | None = None
+        self.teacher: Backbone | None = None
         width = self.pixels.width
         if config.teacher is not None:
             self.teacher = teachers.load_patches(config.teacher, "objective.teacher", channels, self.grid)
@@ -144,7 +143,7 @@ class Tokenizer(Objective):
     def show(self, images: Tensor, draw: Draw) -> dict[str, Sheet]:
         """The original, and what the decoder makes of its tokens."""
         b = self.backbone
-        made = unpatchify(self.quantizer(self.encode(images))[0].float(), b.patch_size, self.grid)
+        made = unpatchify(self.quantizer(self.encode(images))[0].float(), b.stride, self.grid)
         panels = torch.stack([images, (made * b.std + b.mean).clamp(0, 1)], 1)
         return dict(reconstruction=Sheet(panels, ["original", "reconstruction from the tokens"]))
 
@@ -162,7 +161,7 @@ class Tokenizer(Objective):
         return {FILE: self.quantizer.state_dict()}
 
 
-def quantizer(config: TokenizerConfig, encoder: TokenBackbone, grid: tuple[int, int], width: int) -> Quantizer:
+def quantizer(config: TokenizerConfig, encoder: Backbone, grid: tuple[int, int], width: int) -> Quantizer:
     """A new quantizer behind this encoder. width: values of the target of a patch."""
     dim, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
     check_width(dim, heads)
@@ -170,7 +169,7 @@ def quantizer(config: TokenizerConfig, encoder: TokenBackbone, grid: tuple[int, 
     return Quantizer(encoder.embed_dim, grid, width, codebook, dim, depth, heads)
 
 
-def load(run: str) -> tuple[TokenBackbone, Quantizer, TokenizerConfig]:
+def load(run: str) -> tuple[Backbone, Quantizer, TokenizerConfig]:
     """The frozen encoder and quantizer of a finished run of this objective, and its settings.
 
     Raises UserError for anything else.
@@ -184,10 +183,9 @@ def load(run: str) -> tuple[TokenBackbone, Quantizer, TokenizerConfig]:
             f"objective.tokenizer={run} is a run of the objective {settings['name']}: name one of the recipe tokenizer."
         )
     encoder = weights.load(run)
-    assert isinstance(encoder, TokenBackbone)  # as the objective needs
     config = TokenizerConfig(**{f.name: settings[f.name] for f in dataclasses.fields(TokenizerConfig)})
     state = load_file(Path(run) / f"{FILE}.safetensors")
-    grid = encoder.input_size[0] // encoder.patch_size[0], encoder.input_size[1] // encoder.patch_size[1]
+    grid = encoder.input_size[0] // encoder.stride[0], encoder.input_size[1] // encoder.stride[1]
     found = quantizer(config, encoder, grid, len(state["decoder.head.weight"]))
     found.load_state_dict(state)
     return encoder.requires_grad_(False).eval(), found.requires_grad_(False).eval(), config

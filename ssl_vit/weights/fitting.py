@@ -39,6 +39,8 @@ def _norm(weights: Weights, new: Backbone) -> tuple[Weights, list[str]]:
 
 def _positions(weights: Weights, old: TokenBackbone, new: TokenBackbone) -> Weights:
     """Positions of the new grid, with or without those of prefix tokens. Prefix tokens without a position have zero."""
+    if "pos_embed" not in weights or new.model.pos_embed is None:
+        return weights
     count = old.num_prefix_tokens
     at = weights["pos_embed"]
     with_prefix = not old.model.no_embed_class

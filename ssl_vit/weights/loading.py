@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason, wrap
+from ssl_vit.backbones import FAULTS, Backbone, EvaBackbone, TokenBackbone, reason, wrap
 from ssl_vit.backbones.timm_models import TimmModel, create_model
 from ssl_vit.errors import UserError, nearest, say_once
 from ssl_vit.weights import fitting, foreign, hub, layouts
@@ -111,7 +111,9 @@ def shape(backbone: Backbone) -> dict[str, int | str]:
     heads = next(count for count in counts if count is not None)
     values = (backbone.embed_dim, backbone.depth, heads, backbone.patch_size[0])
     scale = "1e-5" if "blocks.0.ls1.gamma" in model.state_dict() else "null"  # where it starts is overwritten
-    extras: dict[str, int | str] = {"backbone.reg_tokens": model.num_reg_tokens, "backbone.init_values": scale}
+    extras: dict[str, int | str] = {}
+    if not isinstance(backbone, EvaBackbone):  # which has those of its name
+        extras = {"backbone.reg_tokens": model.num_reg_tokens, "backbone.init_values": scale}
     return {**dict(zip(SHAPE, values, strict=True)), **extras, **channels}
 
 

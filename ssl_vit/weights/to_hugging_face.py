@@ -154,7 +154,7 @@ def processor(backbone: Backbone) -> dict[str, Any]:
 def plain(backbone: Backbone) -> Any:
     """The timm model. Raises UserError if it has a part that a ViT of transformers has not."""
     name = backbone.model.pretrained_cfg.get("architecture", type(backbone.model).__name__)
-    if not isinstance(backbone, TokenBackbone):
+    if type(backbone) is not TokenBackbone:
         raise UserError(f"{name} is no plain ViT, and --to hf knows no other: {ELSE}.")
     model: Any = backbone.model
     strange = next((key for key in model.state_dict() if not KNOWN.fullmatch(key)), None)
