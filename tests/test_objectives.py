@@ -221,19 +221,14 @@ def test_the_head_of_two_layers_is_the_vit_paper_s(pool, tmp_path):
     torch.testing.assert_close(new[:, 1:], resampled.permute(0, 2, 3, 1).flatten(1, 2))
 
 
-@pytest.mark.parametrize(
-    ("backbone", "said"),
-    [
-        (["backbone.name=deit_tiny_distilled_patch16_224"], "has two heads of its own: set objective"),
-        (
-            ["backbone.name=resnet10t", *(f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads"))],
-            "Supervised must pool tokens, which only plain ViTs allow",
-        ),
-    ],
-)
-def test_a_head_of_two_layers_needs_a_plain_vit(backbone, said):
-    with pytest.raises(UserError, match=said):
-        small_objective("supervised", *backbone, "backbone.drop_path_rate=0", "objective.representation_size=7")
+def test_a_head_of_two_layers_on_other_backbones():
+    head = ["backbone.drop_path_rate=0", "objective.representation_size=7"]
+    shape = [f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads")]
+    resnet = small_objective("supervised", "backbone.name=resnet10t", *shape, *head)
+    assert resnet.head[0].in_features == 512 and resnet.backbone.model.num_classes == 0
+    assert resnet(make_batch(resnet, torch.arange(8)))["loss"].item() == pytest.approx(math.log(5), rel=1e-6)
+    with pytest.raises(UserError, match="has two heads of its own: set objective"):
+        small_objective("supervised", "backbone.name=deit_tiny_distilled_patch16_224", *head)
 
 
 @pytest.mark.parametrize(
