@@ -1,6 +1,6 @@
 """Segmentation from frozen patch features: mean intersection over union (mIoU) of two probes.
 
-    python eval/segmentation.py --data PATH --backbone RUN [RUN|WEIGHTS|pixels …]
+    python eval/segmentation.py --data PATH --backbone RUN [RUN|WEIGHTS|pixels …] [--img-size H W] [--labels 10% all]
 
 On a laptop, on digits whose strokes are the masks, after `python ssl_vit/pretrain.py --recipe mae`:
 
@@ -10,7 +10,8 @@ PATH is a parquet file or folder with the columns image and mask, or a folder wi
 the class of each pixel; classes.txt beside them may name the classes. --data digits is the default for runs on digits.
 The linear probe is fitted on the patches of the training images, its penalty chosen on a tenth of them; the k-NN probe
 looks the patches up among theirs (k = 20). Both predict scores for each patch, resized to the mask's own size.
-Whole images are shown at the backbone's size, whatever their shape; for another size: RUN,img_size=180,240.
+Whole images are shown at the backbone's size, whatever their shape, or at --img-size: runs that were trained on small
+images see photographs so, with their positions resampled. --labels 10% uses the masks of a tenth of the images.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from eval.measure import cli, dense, dense_sets, features, results
 from eval.page import text_tables
 from ssl_vit import errors, pictures, subsets
 from ssl_vit.data import ImageSet, evaluation_views
-from ssl_vit.errors import say
+from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
 from ssl_vit.views import Evaluation
 
@@ -52,26 +53,34 @@ def evaluate(source: features.Source, request: "Request") -> list[dict]:
         dense.Patches(np.asarray(found.poolings(-1)["patches"]).reshape(len(images), *grid, -1), masks, request.classes)
         for found, images, masks in zip(extracted, (train_images, test_images), request.masks, strict=True)
     )
-    common = row(source, request, test_images, len(train), view, grid)
-    seen = (len(train) + len(test)) * extracted[0].flops_per_image
+    common = row(source, request, test_images, view, grid)
     rows, counts = [], []
     shown = pictures.spread(len(test), None, SHOWN).numpy()
     drawn: list[np.ndarray] = [request.masks[1][i] for i in shown]
-    for protocol, fit in PROBES.items():
-        started = time.perf_counter()
-        scores, about = fit(train)
-        found = dense.confusions(test, scores)
-        figures = dict(
-            protocol=protocol,
-            miou=dense.miou(found),
-            pixel_accuracy=float(np.trace(found.sum(0)) / found.sum()),
-            iou=[None if np.isnan(v) else round(float(v), 6) for v in dense.ious(found.sum(0))],
-            seconds=round(time.perf_counter() - started, 3),
-        )
-        rows.append(common | dict(eval_flops=seen) | about | figures)
-        counts.append(found)
-        of_shown = scores(test.features[shown])
-        drawn += [dense.segment(each, request.masks[1][i].shape) for each, i in zip(of_shown, shown, strict=True)]
+    for part, seed in request.parts:
+        chosen = request.with_masks(part, seed)
+        own = train.part(chosen)
+        images = len(own) + len(test)
+        labels = dict(label_fraction=cli.describe_part(part), subset_seed=seed, train_n=len(own))
+        cost = dict(eval_images=images, eval_flops=images * extracted[0].flops_per_image)
+        for protocol, fit in PROBES.items():
+            started = time.perf_counter()
+            scores, about = fit(own)
+            found = dense.confusions(test, scores)
+            figures = dict(
+                protocol=request.sized(protocol),
+                miou=dense.miou(found),
+                pixel_accuracy=float(np.trace(found.sum(0)) / found.sum()),
+                iou=[None if np.isnan(v) else round(float(v), 6) for v in dense.ious(found.sum(0))],
+                seconds=round(time.perf_counter() - started, 3),
+            )
+            rows.append(common | labels | cost | about | figures)
+            counts.append(found)
+            if (part, seed) == request.most:
+                predicted = scores(test.features[shown])
+                drawn += [
+                    dense.segment(each, request.masks[1][i].shape) for each, i in zip(predicted, shown, strict=True)
+                ]
     results.store(source.folder, rows, [dict(confusion=found) for found in counts], test_images)
     draw(source, request, test_images, shown, drawn)
     return rows
@@ -79,10 +88,10 @@ def evaluate(source: features.Source, request: "Request") -> list[dict]:
 
 def linear(train: dense.Patches) -> tuple[dense.Scores, dict]:
     """The linear probe, with the penalty that is best on a tenth of the training images."""
-    fit, rest = subsets.hold_out(np.zeros(len(train), dtype=int), 0)
+    fit, rest = (train.part(chosen) for chosen in subsets.hold_out(np.zeros(len(train), dtype=int), 0))
     tried = {}
     for penalty in dense.PENALTIES:
-        tried[penalty] = dense.miou(dense.confusions(train.part(rest), dense.linear(train.part(fit), penalty)))
+        tried[penalty] = dense.miou(dense.confusions(rest, dense.linear(fit, penalty)))
     best = max(tried, key=lambda penalty: tried[penalty])
     said = {f"{penalty:g}": round(found, 6) for penalty, found in tried.items()}
     return dense.linear(train, best), dict(settings=dict(penalty=best, tried=said))
@@ -103,10 +112,27 @@ class Request(cli.EvalRequest):
     """The backbones, images and masks. masks: of the training and test images, uint8 (h, w) each; names: of classes."""
 
     def __init__(self, args: argparse.Namespace):
+        self.img_size = args.img_size = tuple(args.img_size) if args.img_size else None
         super().__init__(args)
+        for part, _ in self.parts:
+            if part is not None and part >= 1:
+                raise UserError(
+                    f"An image shows several classes, so there are no {int(part)} per class: give --labels a fraction, "
+                    "such as 10%, or all."
+                )
+        self.most = max(self.parts, key=lambda found: (found[0] is None, found[0]))
         self._sets: dict[int | None, tuple[ImageSet, ImageSet]] = {}
         found = self.images(self.sources[0])
         self.masks, self.names, self.classes = dense_sets.masks_of(self.config.name, *found, args.ignore)
+
+    def with_masks(self, part: float | None, seed: int | None) -> np.ndarray:
+        """The training images whose masks are used, as indices; the subsets of one seed are nested."""
+        everything = np.zeros(len(self.masks[0]), dtype=int)
+        return np.arange(len(everything)) if part is None else subsets.stratified(everything, part, seed or 0)
+
+    def sized(self, protocol: str) -> str:
+        """The protocol's name, with --img-size if it is given."""
+        return protocol if self.img_size is None else f"{protocol}-{self.img_size[0]}x{self.img_size[1]}"
 
     def images(self, source: features.Source) -> tuple[ImageSet, ImageSet]:
         """(training images, images to evaluate on), with as many channels as the backbone takes; labels are not used.
@@ -121,9 +147,13 @@ class Request(cli.EvalRequest):
 
 
 def view_of(source: features.Source, images: ImageSet) -> Evaluation:
-    """The whole image, squashed to the backbone's size."""
+    """The whole image, squashed to the backbone's size; for raw pixels that of the backbones beside them or --img-size,
+    and of photographs in whole patches."""
     own = features.view_of(source, images)
-    return Evaluation(own.size, 1.0, own.interpolation, "squash")
+    height, width = source.size or own.size
+    if source.backbone is None and max(height, width) > 64:
+        height, width = (-(-side // SIDES[0]) * SIDES[0] for side in (height, width))
+    return Evaluation((height, width), 1.0, own.interpolation, "squash")
 
 
 def patch_vectors(source: features.Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str], Tensor]:
@@ -155,19 +185,13 @@ def _side(view: Tensor) -> int:
 # -- rows and pictures ------------------------------------------------------------------------------------------------
 
 
-def row(
-    source: features.Source, request: Request, test: ImageSet, train_n: int, view: Evaluation, grid: tuple[int, int]
-) -> dict:
+def row(source: features.Source, request: Request, test: ImageSet, view: Evaluation, grid: tuple[int, int]) -> dict:
     """The keys that all rows of a backbone share."""
     return cli.row_of(source, test, "mIoU", request.classes) | dict(
         pooling="patches",
-        label_fraction=1.0,
-        subset_seed=None,
-        train_n=train_n,
         class_names=request.names,
         view=list(view.size),
         grid=list(grid),
-        eval_images=train_n + len(test),
     )
 
 
@@ -200,15 +224,19 @@ def coloured(mask: np.ndarray) -> np.ndarray:
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
     """mIoU with its interval over the test images, by backbone and probe, as Markdown."""
     titles = dict(zip(PROBES, ("linear", f"k-NN (k={dense.K})"), strict=True))
-    found = [
-        ((results.run_of(row),), titles[row["protocol"]], iou.of_images(folders[row["run"]] / row["predictions"]))
-        for row in rows
-    ]
-    return text_tables.accuracies(["backbone"], list(titles.values()), found)
+    found = []
+    for row in rows:
+        [title] = [words for probe, words in titles.items() if row["protocol"].startswith(probe)]
+        values = iou.of_images(folders[row["run"]] / row["predictions"])
+        found.append(((results.run_of(row), f"{row['train_n']:,}"), title, values))
+    return text_tables.accuracies(["backbone", "masks"], list(titles.values()), found)
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, labels=False)
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--img-size", type=cli.positive, nargs=2, metavar=("H", "W"), help="show images at this size, in whole patches"
+    )
     parser.add_argument(
         "--ignore", type=cli.natural, nargs="+", default=[], metavar="CLASS", help="classes whose pixels do not count"
     )

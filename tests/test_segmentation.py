@@ -8,6 +8,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import SMALL
 from PIL import Image
@@ -327,6 +328,49 @@ def test_the_report_has_a_section_for_it_and_no_accuracy_of_it(measured, monkeyp
     nearest = [results.read(measured / "runs" / f"mae-s{seed}")[1] for seed in (0, 1)]  # the first table
     of_left = f"{100 * np.mean([row['iou'][0] for row in nearest]):.1f}"
     assert of_left in page.partition("Intersection over union of each class")[2].partition("right")[0]
+
+
+def segment(folder, monkeypatch, *words):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["segmentation.py", "--data", "./scenes", "--threads", "1", *words])
+    segmentation.main()
+
+
+def test_runs_on_other_images_are_shown_these_at_a_size_of_their_own(measured, tmp_path, monkeypatch):
+    settings = [*TINY, *SMALL["mae"], "train.steps=2", "data.in_chans=3"]  # on digits of 8x8 pixels
+    assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs" / "small") == 0
+    shutil.copytree(measured / "scenes", tmp_path / "scenes")
+    segment(tmp_path, monkeypatch, "--backbone", "runs/small", "pixels", "--img-size", "11", "15")
+    run, pixels = (results.read(tmp_path / "runs" / name) for name in ("small", "pixels-scenes"))
+    assert [row["protocol"] for row in run] == ["segmentation-linear-11x15", "segmentation-knn-k20-11x15"]
+    assert run[0]["view"] == [12, 16] and run[0]["grid"] == [6, 8]  # in whole patches of 2
+    assert (run[0]["recipe"], run[0]["seed"], run[0]["data"]) == ("mae", 0, "digits") and run[0]["train_flops"] > 0
+    assert pixels[0]["view"] == [12, 16] and pixels[0]["protocol"] == run[0]["protocol"]
+    segment(tmp_path, monkeypatch, "--backbone", "runs/small")
+    assert [row["view"] for row in results.read(tmp_path / "runs" / "small")] == [[12, 16]] * 2 + [[8, 8]] * 2
+    pixels = features.open_source("pixels", recipes.Data(name="./scenes"), None, (180, 240))
+    assert segmentation.view_of(pixels, None).size == (184, 240)
+    small = timm.create_model(f"local-dir:{tmp_path}/runs/small/backbone", pretrained=True, img_size=(12, 16)).eval()
+    source = features.open_source("runs/small", None, None, (11, 15))
+    images = torch.rand(2, 3, 12, 16)
+    [(_, patches)] = source.backbone.features(images)
+    theirs = small.forward_features(source.backbone.normalise(images))[:, 1:]
+    assert torch.allclose(patches.flatten(1, 2), theirs, atol=1e-5)
+
+
+def test_a_part_of_the_masks_is_used(measured, monkeypatch):
+    before = results.read(measured / "runs" / "mae-s0")
+    seen = []
+    real = dense.nearest
+    monkeypatch.setattr(dense, "nearest", lambda train: seen.append(len(train)) or real(train))
+    words = ["--labels", "20%", "50%", "all", "--label-seeds", "3"]
+    segment(measured, monkeypatch, "--backbone", "runs/mae-s0", *words)
+    rows = results.read(measured / "runs" / "mae-s0")
+    found = [(row["label_fraction"], row["subset_seed"], row["train_n"], row["eval_images"]) for row in rows[::2]]
+    assert found == [(1.0, None, 20, 28), (0.2, 3, 4, 12), (0.5, 3, 10, 18)] and seen == [4, 10, 20]
+    assert rows[0]["miou"] == before[0]["miou"]  # all of them again
+    with pytest.raises(UserError, match="no 5 per class: give --labels a fraction"):
+        segment(measured, monkeypatch, "--backbone", "runs/mae-s0", "--labels", "5")
 
 
 def test_masks_of_another_evaluation_are_not_compared(measured, tmp_path):

@@ -46,6 +46,8 @@ class Metric:
             return f"k-NN{', uncentred' if knn[1] else ''} (k = {knn[2]})"
         if other := re.fullmatch(r"(finetune|linear-mae|linear-dino)-(.+)", self.protocol):
             return f"{NAMES[other[1]]} ({other[2]})"
+        if sized := re.fullmatch(r"(segmentation-.+)-(\d+x\d+)", self.protocol):
+            return f"{NAMES[sized[1]]}, images of {sized[2]}"
         return NAMES.get(self.protocol, self.protocol)
 
     @property

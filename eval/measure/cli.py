@@ -81,7 +81,7 @@ class EvalRequest:
         self.parts = [(part, seed) for part in asked for seed in (args.label_seeds if part else [None])]
         self.sources: list[features.Source] = []
         for name in args.backbone:
-            source = features.open_source(name, config, size)
+            source = features.open_source(name, config, size, getattr(args, "img_size", None))
             self.config = config = config or features.data_of(source.settings)
             size = size or source.size
             if any(other.folder.name == source.folder.name for other in self.sources):
