@@ -14,33 +14,27 @@ Whole images are shown at the backbone's size, whatever their shape, or at --img
 images see photographs so, with their positions resampled. --labels 10% uses the masks of a tenth of the images.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare import iou
 from eval.measure import cli, dense, dense_sets, features, results
-from eval.page import text_tables
+from eval.page import mask_pictures, text_tables
 from ssl_vit import errors, pictures, subsets
-from ssl_vit.data import ImageSet, evaluation_views
-from ssl_vit.errors import UserError, say
-from ssl_vit.recipe import short
+from ssl_vit.data import ImageSet
+from ssl_vit.errors import say
 from ssl_vit.views import Evaluation
 
-SHOWN = 6  # images in the picture
-SIDES = (8, 4, 2)  # in pixels, of the patches of raw pixels
 
-
-def evaluate(source: features.Source, request: "Request") -> list[dict]:
+def evaluate(source: features.Source, request: dense_sets.Request) -> list[dict]:
     """The rows of one backbone, written to its folder. Only the first process returns rows."""
     train_images, test_images = request.images(source)
-    view = view_of(source, train_images)
+    view = dense_sets.view_of(source, train_images)
     extracted = [
         features.extract(source, images, request.state, vectors=patch_vectors, view=view)
         for images in (train_images, test_images)
@@ -55,8 +49,8 @@ def evaluate(source: features.Source, request: "Request") -> list[dict]:
     )
     common = row(source, request, test_images, view, grid)
     rows, counts = [], []
-    shown = pictures.spread(len(test), None, SHOWN).numpy()
-    drawn: list[np.ndarray] = [request.masks[1][i] for i in shown]
+    shown = pictures.spread(len(test), None, mask_pictures.SHOWN).numpy()
+    drawn = [[request.masks[1][i] for i in shown]]
     for part, seed in request.parts:
         chosen = request.with_masks(part, seed)
         own = train.part(chosen)
@@ -78,11 +72,10 @@ def evaluate(source: features.Source, request: "Request") -> list[dict]:
             counts.append(found)
             if (part, seed) == request.most:
                 predicted = scores(test.features[shown])
-                drawn += [
-                    dense.segment(each, request.masks[1][i].shape) for each, i in zip(predicted, shown, strict=True)
-                ]
+                drawn.append([dense.segment(s, m.shape) for s, m in zip(predicted, drawn[0], strict=True)])
     results.store(source.folder, rows, [dict(confusion=found) for found in counts], test_images)
-    draw(source, request, test_images, shown, drawn)
+    words = ["image", "mask (black does not count)", "linear probe", f"k-NN (k={dense.K})"]
+    mask_pictures.save(source, test_images, view, shown, drawn, words, "segmentation")
     return rows
 
 
@@ -105,61 +98,13 @@ def nearest(train: dense.Patches) -> tuple[dense.Scores, dict]:
 PROBES = {"segmentation-linear": linear, f"segmentation-knn-k{dense.K}": nearest}
 
 
-# -- images and features ----------------------------------------------------------------------------------------------
-
-
-class Request(cli.EvalRequest):
-    """The backbones, images and masks. masks: of the training and test images, uint8 (h, w) each; names: of classes."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.img_size = args.img_size = tuple(args.img_size) if args.img_size else None
-        super().__init__(args)
-        for part, _ in self.parts:
-            if part is not None and part >= 1:
-                raise UserError(
-                    f"An image shows several classes, so there are no {int(part)} per class: give --labels a fraction, "
-                    "such as 10%, or all."
-                )
-        self.most = max(self.parts, key=lambda found: (found[0] is None, found[0]))
-        self._sets: dict[int | None, tuple[ImageSet, ImageSet]] = {}
-        found = self.images(self.sources[0])
-        self.masks, self.names, self.classes = dense_sets.masks_of(self.config.name, *found, args.ignore)
-
-    def with_masks(self, part: float | None, seed: int | None) -> np.ndarray:
-        """The training images whose masks are used, as indices; the subsets of one seed are nested."""
-        everything = np.zeros(len(self.masks[0]), dtype=int)
-        return np.arange(len(everything)) if part is None else subsets.stratified(everything, part, seed or 0)
-
-    def sized(self, protocol: str) -> str:
-        """The protocol's name, with --img-size if it is given."""
-        return protocol if self.img_size is None else f"{protocol}-{self.img_size[0]}x{self.img_size[1]}"
-
-    def images(self, source: features.Source) -> tuple[ImageSet, ImageSet]:
-        """(training images, images to evaluate on), with as many channels as the backbone takes; labels are not used.
-
-        Raises UserError for a run that was trained on permuted pixels, whose masks would have to be permuted too.
-        """
-        channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
-        if channels not in self._sets:
-            self._sets[channels] = dense_sets.load(self.config, channels, source)
-        train, test = self._sets[channels]
-        return train.to(self.state.device), test.to(self.state.device)
-
-
-def view_of(source: features.Source, images: ImageSet) -> Evaluation:
-    """The whole image, squashed to the backbone's size; for raw pixels that of the backbones beside them or --img-size,
-    and of photographs in whole patches."""
-    own = features.view_of(source, images)
-    height, width = source.size or own.size
-    if source.backbone is None and max(height, width) > 64:
-        height, width = (-(-side // SIDES[0]) * SIDES[0] for side in (height, width))
-    return Evaluation((height, width), 1.0, own.interpolation, "squash")
+# -- features ---------------------------------------------------------------------------------------------------------
 
 
 def patch_vectors(source: features.Source, view: Tensor, blocks: list[int]) -> dict[tuple[int, str], Tensor]:
     """The patch features of the last block, one after another, (B, H·W·D). Raw pixels: the pixels of each patch."""
     if source.backbone is None:
-        side = _side(view)
+        side = dense_sets.side(view)
         cut = view.unfold(2, side, side).unfold(3, side, side)  # (B, C, H, W, side, side)
         return {(0, "patches"): cut.permute(0, 2, 3, 1, 4, 5).flatten(1)}
     [(_, patches)] = source.backbone.features(view, blocks)
@@ -170,22 +115,17 @@ def patch_vectors(source: features.Source, view: Tensor, blocks: list[int]) -> d
 def grid_of(source: features.Source, view: Tensor) -> tuple[int, int]:
     """The patches of an image of this view (1, C, H, W), as (H, W)."""
     if source.backbone is None:
-        return view.shape[2] // _side(view), view.shape[3] // _side(view)
+        return view.shape[2] // dense_sets.side(view), view.shape[3] // dense_sets.side(view)
     [(_, patches)] = source.backbone.features(view.to(next(source.backbone.parameters()).device))
     return patches.shape[1], patches.shape[2]
 
 
-def _side(view: Tensor) -> int:
-    """Of a patch of raw pixels: the largest in SIDES that divides both sides of the image and leaves eight patches or
-    more along each; else 1."""
-    height, width = view.shape[2:]
-    return next((s for s in SIDES if height % s == width % s == 0 and min(height, width) >= 8 * s), 1)
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 
-# -- rows and pictures ------------------------------------------------------------------------------------------------
-
-
-def row(source: features.Source, request: Request, test: ImageSet, view: Evaluation, grid: tuple[int, int]) -> dict:
+def row(
+    source: features.Source, request: dense_sets.Request, test: ImageSet, view: Evaluation, grid: tuple[int, int]
+) -> dict:
     """The keys that all rows of a backbone share."""
     return cli.row_of(source, test, "mIoU", request.classes) | dict(
         pooling="patches",
@@ -193,32 +133,6 @@ def row(source: features.Source, request: Request, test: ImageSet, view: Evaluat
         view=list(view.size),
         grid=list(grid),
     )
-
-
-def draw(source: features.Source, request: Request, test: ImageSet, shown: np.ndarray, drawn: list[np.ndarray]) -> None:
-    """SOURCE/pictures/DATA-segmentation.png: images, their masks, and what each probe predicts.
-
-    drawn: the masks of these images, then the predictions of one probe after another.
-    """
-    view = view_of(source, test)
-    [images] = evaluation_views(test, view, torch.device("cpu"), torch.from_numpy(shown))
-    panels = [images[:, :3] if test.channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)]
-    for start in range(0, len(drawn), len(shown)):
-        masks = [torch.from_numpy(coloured(mask)).permute(2, 0, 1) for mask in drawn[start : start + len(shown)]]
-        panels.append(torch.stack([interpolate(mask[None], view.size, mode="nearest")[0] for mask in masks]))
-    words = ["image", "mask (black does not count)", "linear probe", f"k-NN (k={dense.K})"]
-    title = f"{test.name}, {test.split}: images {', '.join(map(str, shown.tolist()))}"
-    sheet = pictures.Sheet(torch.stack(panels, 1), words)
-    pictures.save(sheet, source.folder / "pictures" / f"{short(test.name)}-segmentation.png", title)
-
-
-def coloured(mask: np.ndarray) -> np.ndarray:
-    """A mask (h, w) as RGB (h, w, 3) in [0, 1]: a colour of its own for each class, black where pixels do not count."""
-    hue = (mask * 0.618034) % 1.0  # golden ratio: neighbouring numbers get hues far apart
-    light = 0.45 + 0.2 * (mask % 3)
-    wheel = np.clip(np.abs((hue[..., None] * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
-    shown = light[..., None] + (wheel - 0.5) * 0.7
-    return np.where((mask == dense.IGNORED)[..., None], 0.0, np.clip(shown, 0, 1)).astype(np.float32)
 
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
@@ -234,14 +148,9 @@ def table(rows: list[dict], folders: dict[str, Path]) -> str:
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument(
-        "--img-size", type=cli.positive, nargs=2, metavar=("H", "W"), help="show images at this size, in whole patches"
-    )
-    parser.add_argument(
-        "--ignore", type=cli.natural, nargs="+", default=[], metavar="CLASS", help="classes whose pixels do not count"
-    )
+    dense_sets.add_arguments(parser)
     args = parser.parse_args()
-    request = Request(args)
+    request = dense_sets.Request(args)
     rows = [row for source in request.sources for row in evaluate(source, request)]
     if rows:
         test = rows[0]

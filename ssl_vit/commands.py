@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "ssl_vit.export",
     "robustness": "eval.robustness",
     "segmentation": "eval.segmentation",
+    "attention-masks": "eval.attention_masks",
     "difficulty": "eval.difficulty",
     "study": "eval.study",
     "report": "eval.report",

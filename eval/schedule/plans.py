@@ -17,7 +17,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, nearest
 
 PLANS = recipes.RECIPES / "study"
-EVALUATORS = ("linear_probe", "knn", "finetune", "segmentation", "robustness", "difficulty")
+EVALUATORS = ("linear_probe", "knn", "finetune", "segmentation", "attention_masks", "robustness", "difficulty")
 JUDGES = ("linear_probe", "knn")  # evaluators of trials: those that can use held-out images
 # An arm's role in the verdict (eval/verdict.py). A plan that decides has one arm of each of CLAIMED, and at most one of
 # each of the others but control, which is only shown among the controls; "" is compared with all of them.

@@ -183,7 +183,7 @@ class Study:
         for control, rows in self.controls().items():
             after = None
             for number, line in enumerate(self.plan.evaluators):
-                if line[0] in ("finetune", "difficulty"):
+                if line[0] in ("finetune", "attention_masks", "difficulty"):
                     continue  # they need weights
                 more = self._elsewhere(line) or ["--data", str(trainings[0].run)]
                 more += labelled(line, sorted({training.seed for training in trainings}))
