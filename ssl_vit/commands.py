@@ -28,6 +28,7 @@ COMMANDS = {
     "segmentation": "eval.segmentation",
     "attention-masks": "eval.attention_masks",
     "difficulty": "eval.difficulty",
+    "advise": "eval.advise",
     "study": "eval.study",
     "report": "eval.report",
     "verdict": "eval.verdict",
