@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run: ./launch.sh [RECIPE] [ARGUMENTS] · ./launch.sh compare · study · check · test · --help
+# Set up and run: ./launch.sh [RECIPE] [ARGUMENTS] · ./launch.sh compare · study · advise · check · test · --help
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
@@ -15,6 +15,9 @@ usage() {
                                    tuned, at equal compute, on the digits
 ./launch.sh study --full [ARGS]    the study at its largest, with a verdict: for
                                    GPUs, with --data cifar10
+./launch.sh advise --data PATH     does pre-training help on your labelled images?
+                                   From scratch against published weights or
+                                   --backbone RUN, frozen and fine-tuned
 ./launch.sh check                  ruff, codespell, mypy, the examples in the
                                    docstrings, the commands in the documents
 ./launch.sh test [ARGUMENTS]       run the tests; --all adds the large matrices;
@@ -95,8 +98,8 @@ check_recipe() {
   [[ $1 != *.yaml || ! -f $1 ]] || return 0
   known=$(recipes)
   # shellcheck disable=SC2086  # one argument per name
-  nearest=$(close "$1" $known compare study check test 2>/dev/null) || nearest="mae"
-  die "there is no recipe '$1'; the nearest name is '$nearest' (recipes: $known; other commands: compare, study, check, test, --help)." 2
+  nearest=$(close "$1" $known compare study advise check test 2>/dev/null) || nearest="mae"
+  die "there is no recipe '$1'; the nearest name is '$nearest' (recipes: $known; other commands: compare, study, advise, check, test, --help)." 2
 }
 
 # ---- set-up ----
@@ -374,6 +377,11 @@ case $command in
       if [ "$command $arg" = "study --full" ]; then plan=denoising-full; else args+=("$arg"); fi
     done
     run_plan "$plan" ${args[@]+"${args[@]}"}
+    ;;
+  advise)
+    shift
+    ready ""
+    show python "${here}eval/advise.py" "$@"
     ;;
   help) usage ;;
   *)

@@ -49,7 +49,7 @@ def main() -> None:
     study = read_study(args.study) if args.study else None
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     eval_sets = study.eval_sets if study else read_eval_sets(groups)
-    dense = read_eval_sets(groups, "mIoU")
+    dense = [*read_eval_sets(groups, "mIoU"), *read_eval_sets(groups, "Jaccard")]
     title, blocks, mains = report(groups, eval_sets, dense, command, study)
     old = args.output / "report.md"
     earlier = re.findall(r"^!\[.*\]\(([\w.-]+)\.svg\)$", old.read_text() if old.exists() else "", re.MULTILINE)

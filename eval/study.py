@@ -29,7 +29,8 @@ from eval.schedule.cost import estimate
 from eval.schedule.jobs import Job, needed, work
 from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study
-from ssl_vit import commands, errors, files, system
+from ssl_vit import commands, data, errors, files, system
+from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 
@@ -38,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("plan", help=f"{', '.join(plans.names())}, or a YAML file")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
+    parser.add_argument("--eval-data", metavar="DATA", help="evaluate on these images instead of those of the training")
     parser.add_argument("--seeds", type=int, help="pre-trainings of every arm; default: the plan's")
     parser.add_argument("--jobs", type=int, help="commands at a time; default: one per GPU, or per CPU core")
     parser.add_argument(
@@ -70,6 +72,11 @@ def main() -> int:
     given = plan.narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
     given += [text for text in args.settings if not plans.may_change(text)]
     settings = plan.spend(args.settings)
+    if args.eval_data:
+        given += [f"eval_data={args.eval_data}"]
+        plan.eval_data, plan.decides = args.eval_data, False
+    if plan.eval_data:  # before anything is trained, since nothing else reads them before
+        data.load(recipes.Data(name=plan.eval_data), "report")
     if decides and not plan.decides and not args.dry_run and not args.estimate:
         say(f"This study does not follow {plan.name} in full, so no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or system.cores()

@@ -53,6 +53,16 @@ def test_predictions_lose_nothing_that_a_verdict_reads(run, tmp_path):
     assert json.loads((copy / "predictions/images-1.json").read_text()) == dict(classes=["a"], names=None)
 
 
+def test_the_counts_of_a_segmentation_are_kept(run, tmp_path):
+    counts = np.arange(2 * 3 * 3).reshape(2, 3, 3).astype(np.int32)
+    [row] = results.read(run)
+    results.store(run, [row | dict(metric="mIoU")], [dict(confusion=counts)])
+    Packed(tmp_path / "kept").add(run)
+    file = results.read(run)[1]["predictions"]
+    with np.load(tmp_path / "kept/runs/mae-cifar10-s0" / file) as small:
+        assert set(small) == {"confusion"} and np.array_equal(small["confusion"], counts)
+
+
 def test_what_is_unchanged_is_not_written_again_and_what_changed_is(run, tmp_path):
     kept = Packed(tmp_path / "kept")
     kept.add(run)

@@ -8,6 +8,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import SMALL
 from PIL import Image
@@ -15,12 +16,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, jaccard_score
 from test_loop import TINY
 
+from eval import attention_masks as attention_command
 from eval import report as reports
 from eval import segmentation
 from eval.compare import intervals, iou
 from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
-from eval.measure import dense, dense_sets, features, results
+from eval.measure import attention_masks, dense, dense_sets, features, results
 from ssl_vit import data, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.data import masks
@@ -327,6 +329,102 @@ def test_the_report_has_a_section_for_it_and_no_accuracy_of_it(measured, monkeyp
     nearest = [results.read(measured / "runs" / f"mae-s{seed}")[1] for seed in (0, 1)]  # the first table
     of_left = f"{100 * np.mean([row['iou'][0] for row in nearest]):.1f}"
     assert of_left in page.partition("Intersection over union of each class")[2].partition("right")[0]
+
+
+def segment(folder, monkeypatch, *words):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["segmentation.py", "--data", "./scenes", "--threads", "1", *words])
+    segmentation.main()
+
+
+def test_runs_on_other_images_are_shown_these_at_a_size_of_their_own(measured, tmp_path, monkeypatch):
+    settings = [*TINY, *SMALL["mae"], "train.steps=2", "data.in_chans=3"]  # on digits of 8x8 pixels
+    assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs" / "small") == 0
+    shutil.copytree(measured / "scenes", tmp_path / "scenes")
+    segment(tmp_path, monkeypatch, "--backbone", "runs/small", "pixels", "--img-size", "11", "15")
+    run, pixels = (results.read(tmp_path / "runs" / name) for name in ("small", "pixels-scenes"))
+    assert [row["protocol"] for row in run] == ["segmentation-linear-11x15", "segmentation-knn-k20-11x15"]
+    assert run[0]["view"] == [12, 16] and run[0]["grid"] == [6, 8]  # in whole patches of 2
+    assert (run[0]["recipe"], run[0]["seed"], run[0]["data"]) == ("mae", 0, "digits") and run[0]["train_flops"] > 0
+    assert pixels[0]["view"] == [12, 16] and pixels[0]["protocol"] == run[0]["protocol"]
+    segment(tmp_path, monkeypatch, "--backbone", "runs/small")
+    assert [row["view"] for row in results.read(tmp_path / "runs" / "small")] == [[12, 16]] * 2 + [[8, 8]] * 2
+    pixels = features.open_source("pixels", recipes.Data(name="./scenes"), None, (180, 240))
+    assert dense_sets.view_of(pixels, None).size == (184, 240)
+    small = timm.create_model(f"local-dir:{tmp_path}/runs/small/backbone", pretrained=True, img_size=(12, 16)).eval()
+    source = features.open_source("runs/small", None, None, (11, 15))
+    images = torch.rand(2, 3, 12, 16)
+    [(_, patches)] = source.backbone.features(images)
+    theirs = small.forward_features(source.backbone.normalise(images))[:, 1:]
+    assert torch.allclose(patches.flatten(1, 2), theirs, atol=1e-5)
+
+
+def test_a_part_of_the_masks_is_used(measured, monkeypatch):
+    before = results.read(measured / "runs" / "mae-s0")
+    seen = []
+    real = dense.nearest
+    monkeypatch.setattr(dense, "nearest", lambda train: seen.append(len(train)) or real(train))
+    words = ["--labels", "20%", "50%", "all", "--label-seeds", "3"]
+    segment(measured, monkeypatch, "--backbone", "runs/mae-s0", *words)
+    rows = results.read(measured / "runs" / "mae-s0")
+    found = [(row["label_fraction"], row["subset_seed"], row["train_n"], row["eval_images"]) for row in rows[::2]]
+    assert found == [(1.0, None, 20, 28), (0.2, 3, 4, 12), (0.5, 3, 10, 18)] and seen == [4, 10, 20]
+    assert rows[0]["miou"] == before[0]["miou"]  # all of them again
+    with pytest.raises(UserError, match="no 5 per class: give --labels a fraction"):
+        segment(measured, monkeypatch, "--backbone", "runs/mae-s0", "--labels", "5")
+
+
+def test_a_head_keeps_the_patches_with_most_of_its_attention():
+    attention = torch.tensor([[[[0.4, 0.1], [0.3, 0.2]], [[0.7, 0.1], [0.1, 0.1]]]])
+    kept = attention_masks.keep(attention)
+    assert kept.int().tolist() == [[[[1, 0], [1, 0]], [[1, 0], [0, 0]]]]  # 0.4 alone is too little, 0.7 is enough
+
+
+def test_the_jaccard_index_is_that_of_the_best_head_for_each_class():
+    masks = np.array([[[1, 0]], [[0, 1]]], bool)  # two heads, two patches
+    truth = np.array([[0, 0, 2, 2, 2, dense.IGNORED]], np.uint8)
+    found = attention_masks.overlaps(masks, truth, 4)
+    assert found[:, [0, 2]] == pytest.approx(np.array([[2 / 3, 1 / 5], [0, 2 / 3]]))  # patches of three pixels
+    assert np.isnan(found[:, [1, 3]]).all()
+    assert attention_masks.jaccard(found, [0, 1, 2, 3]) == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert attention_masks.jaccard(found, [2]) == pytest.approx(2 / 3)
+    assert np.isnan(attention_masks.jaccard(found, [1]))
+
+
+def test_attention_is_measured_and_reported(measured, monkeypatch):
+    monkeypatch.chdir(measured)
+    words = ["--data", "./scenes", "--threads", "1", "--backbone"]
+    monkeypatch.setattr(sys, "argv", ["attention_masks.py", *words, "runs/mae-s0", "runs/mae-s1"])
+    attention_command.main()
+    [row] = [row for row in results.read(measured / "runs" / "mae-s0") if row["metric"] == "Jaccard"]
+    stored = np.load(measured / "runs" / "mae-s0" / row["predictions"])
+    source = features.open_source("runs/mae-s0", None, None)
+    train, test = both(measured / "scenes")
+    (_, masks), _, _ = dense_sets.masks_of("./scenes", train, test, [])
+    expected = []
+    for image, mask in zip(test.images, masks, strict=True):
+        [[heads]] = [source.network.attention(image[None].float() / 255).detach()]
+        flat = heads.flatten(1).sort(1, descending=True)
+        best = dict.fromkeys((0, 1), 0.0)
+        for head in range(len(heads)):
+            whole = flat.values[head].sum()
+            few = next(n for n in range(1, 100) if flat.values[head][:n].sum() >= 0.6 * whole)
+            chosen = np.zeros(heads[0].numel(), bool)
+            chosen[flat.indices[head][:few]] = True
+            pixels = chosen.reshape(heads[0].shape).repeat(2, 0).repeat(2, 1)
+            for k in best:
+                best[k] = max(best[k], jaccard_score((mask == k)[1:].flatten(), pixels[1:].flatten()))
+        expected.append(np.mean(list(best.values())))
+    assert stored["jaccard"] == pytest.approx(expected, abs=1e-5) and row["value"] == pytest.approx(np.mean(expected))
+    assert stored["pixels"].sum(1).tolist() == [11 * 16] * 8
+    assert (measured / "runs" / "mae-s0" / "pictures" / "scenes-masks.png").exists()
+    monkeypatch.setattr(sys, "argv", ["report.py", "runs/mae-s0", "runs/mae-s1", "--output", "runs/jaccard"])
+    reports.main()
+    text = (measured / "runs" / "jaccard" / "report.md").read_text()
+    assert "## Attention as masks: scenes (test)" in text and "## Segmentation: scenes (test)" in text
+    monkeypatch.setattr(sys, "argv", ["attention_masks.py", *words, "pixels"])
+    with pytest.raises(UserError, match="pixels has no class token"):
+        attention_command.main()
 
 
 def test_masks_of_another_evaluation_are_not_compared(measured, tmp_path):

@@ -14,6 +14,7 @@ import yaml
 from conftest import SMALL
 from PIL import Image
 from test_loop import ROOT, TINY, environment, steps_done, until
+from test_segmentation import parquet
 
 from eval import study
 from eval.compare.studies import read_study
@@ -594,6 +595,35 @@ def test_an_unknown_plan_is_refused_with_the_nearest(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study.py", "compair"])
     with pytest.raises(UserError, match="'compare'"):
         study.main()
+
+
+def test_a_plan_may_evaluate_on_other_images(tmp_path, run, colours, monkeypatch):
+    scenes = parquet(tmp_path / "scenes")
+    line = ["segmentation", "--img-size", "12", "16", "--labels", "50%"]
+    settings = [*MAE, "data.in_chans=3"]
+    arms = {
+        "mae": dict(recipe="mae", settings=settings),
+        "random": dict(recipe="mae", settings=[*settings, "train.steps=0"]),
+    }
+    write_plan(tmp_path, arms=arms, evaluators=[line], eval_data="./scenes")
+    code, said = run()
+    assert code == 0, said
+    rows = [
+        row for f in (tmp_path / "runs").glob("*/results.jsonl") for row in map(json.loads, f.read_text().splitlines())
+    ]
+    assert {(row["recipe"], row["eval_data"]) for row in rows} == {(r, "scenes") for r in ("mae", "random", "pixels")}
+    assert {(row["protocol"], row["n"], row["train_n"]) for row in rows if row["recipe"] == "pixels"} == {
+        ("segmentation-linear-12x16", 4, 6),
+        ("segmentation-knn-k20-12x16", 4, 6),
+    }
+    folder = tmp_path / "runs/tiny-digits"
+    assert json.loads((folder / "study.json").read_text())["data"] == "scenes"
+    assert "## Segmentation: scenes (test)" in (folder / "report/report.md").read_text()
+    scenes.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="scenes"):
+        run()
+    code, said = run("--eval-data", "./moved", "--dry-run")  # other rows, in a folder of their own
+    assert code == 0 and said.count("--data ./moved") == 3
 
 
 def test_progress_shows_the_last_step_of_a_running_pre_training(tmp_path):

@@ -9,8 +9,24 @@ from dataclasses import dataclass
 
 PRIMARY = "knn-k20"
 # protocols, after the primary; the last are of segmentations, which stand in tables of their own
-MAIN = ("linear-sweep", "linear-mae", "linear-dino", "linear", "logistic", "finetune", "segmentation")
-POOLINGS = dict(cls="class token", mean="mean of patches", concat="both", chosen="chosen on train", patches="mIoU")
+MAIN = (
+    "linear-sweep",
+    "linear-mae",
+    "linear-dino",
+    "linear",
+    "logistic",
+    "finetune",
+    "segmentation",
+    "attention-masks",
+)
+POOLINGS = dict(
+    cls="class token",
+    mean="mean of patches",
+    concat="both",
+    chosen="chosen on train",
+    patches="mIoU",
+    attention="Jaccard index",
+)
 NAMES = {
     "random": "random init",
     "pixels": "raw pixels",
@@ -24,6 +40,7 @@ NAMES = {
     "robust-": "linear, on corrupted images",
     "segmentation-linear": "linear probe of patches",
     "segmentation-knn-k20": "k-NN among patches (k = 20)",
+    "attention-masks": "attention as masks",
 }
 
 
@@ -46,6 +63,8 @@ class Metric:
             return f"k-NN{', uncentred' if knn[1] else ''} (k = {knn[2]})"
         if other := re.fullmatch(r"(finetune|linear-mae|linear-dino)-(.+)", self.protocol):
             return f"{NAMES[other[1]]} ({other[2]})"
+        if sized := re.fullmatch(r"(segmentation-.+|attention-masks)-(\d+x\d+)", self.protocol):
+            return f"{NAMES[sized[1]]}, images of {sized[2]}"
         return NAMES.get(self.protocol, self.protocol)
 
     @property

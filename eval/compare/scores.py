@@ -88,8 +88,8 @@ def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> interva
 class EvalSet:
     """The images and labels that a set of rows was measured on, and the scores of each group by each metric.
 
-    measured: "accuracy" or "mIoU". truth: the class of each image (n,); of a segmentation the pixels of each class that
-    each image shows (n, K).
+    measured: "accuracy", "mIoU" or "Jaccard". truth: the class of each image (n,); where it has a mask the pixels of
+    each class that it shows (n, K).
     """
 
     data: str
@@ -188,7 +188,7 @@ def _alike(pixels: Metric, metric: Metric) -> bool:
 
 
 def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSet]:
-    """The rows of all groups by the images they were measured on, those of accuracies or of segmentations ("mIoU").
+    """The rows of all groups by the images they were measured on, those by one metric: "accuracy", "mIoU", "Jaccard".
 
     Raises UserError if the images of one name differ.
     """
@@ -241,6 +241,8 @@ def _answers(run: Run, row: dict) -> tuple[np.ndarray, np.ndarray]:
     with np.load(file) as stored:
         if row["metric"] == ACCURACY:
             return stored["true"], stored["predicted"] == stored["true"]
+        if row["metric"] == "Jaccard":
+            return stored["pixels"], stored["jaccard"]
         return stored["confusion"].sum(2), iou.pseudo_values(stored["confusion"])
 
 

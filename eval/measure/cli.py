@@ -95,7 +95,7 @@ class EvalRequest:
         precision = system.precision(getattr(args, "precision", "fp32"), self.state.device.type == "cuda")
         self.sources: list[features.Source] = []
         for name in args.backbone:
-            source = features.open_source(name, config, size)
+            source = features.open_source(name, config, size, getattr(args, "img_size", None))
             source.precision = precision
             self.config = config = config or features.data_of(source.settings)
             size = size or source.size

@@ -1,19 +1,88 @@
-"""Images with masks: which classes there are, and which pixels count."""
+"""Images with masks: which classes there are, which pixels count, and how backbones are shown them."""
 
+import argparse
 import dataclasses
 
 import numpy as np
+from torch import Tensor
 
-from eval.measure import dense, features
-from ssl_vit import data
+from eval.measure import cli, dense, features
+from ssl_vit import data, subsets
 from ssl_vit import recipe as recipes
 from ssl_vit.data import ImageSet, masks
 from ssl_vit.data.sources import place
 from ssl_vit.errors import UserError, say_once
 from ssl_vit.settings import known
+from ssl_vit.views import Evaluation
 
 UNLABELLED = ("unlabelled", "unlabeled", "unknown", "void", "ignore")  # names in classes.txt of what does not count
+SIDES = (8, 4, 2)  # in pixels, of the patches of raw pixels
 INK = 128  # of 255: a pixel of a digit that is at least so bright belongs to its stroke
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every evaluator of images with masks."""
+    parser.add_argument(
+        "--img-size", type=cli.positive, nargs=2, metavar=("H", "W"), help="show images at this size, in whole patches"
+    )
+    parser.add_argument(
+        "--ignore", type=cli.natural, nargs="+", default=[], metavar="CLASS", help="classes whose pixels do not count"
+    )
+
+
+class Request(cli.EvalRequest):
+    """The backbones, images and masks. masks: of the training and test images, uint8 (h, w) each; names: of classes."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.img_size = args.img_size = tuple(args.img_size) if args.img_size else None
+        super().__init__(args)
+        for part, _ in self.parts:
+            if part is not None and part >= 1:
+                raise UserError(
+                    f"An image shows several classes, so there are no {int(part)} per class: give --labels a fraction, "
+                    "such as 10%, or all."
+                )
+        self.most = max(self.parts, key=lambda found: (found[0] is None, found[0]))
+        self._sets: dict[int | None, tuple[ImageSet, ImageSet]] = {}
+        found = self.images(self.sources[0])
+        self.masks, self.names, self.classes = masks_of(self.config.name, *found, args.ignore)
+
+    def with_masks(self, part: float | None, seed: int | None) -> np.ndarray:
+        """The training images whose masks are used, as indices; the subsets of one seed are nested."""
+        everything = np.zeros(len(self.masks[0]), dtype=int)
+        return np.arange(len(everything)) if part is None else subsets.stratified(everything, part, seed or 0)
+
+    def sized(self, protocol: str) -> str:
+        """The protocol's name, with --img-size if it is given."""
+        return protocol if self.img_size is None else f"{protocol}-{self.img_size[0]}x{self.img_size[1]}"
+
+    def images(self, source: features.Source) -> tuple[ImageSet, ImageSet]:
+        """(training images, images to evaluate on), with as many channels as the backbone takes; labels are not used.
+
+        Raises UserError for a run that was trained on permuted pixels, whose masks would have to be permuted too.
+        """
+        channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
+        if channels not in self._sets:
+            self._sets[channels] = load(self.config, channels, source)
+        train, test = self._sets[channels]
+        return train.to(self.state.device), test.to(self.state.device)
+
+
+def view_of(source: features.Source, images: ImageSet) -> Evaluation:
+    """The whole image, squashed to the backbone's size; for raw pixels that of the backbones beside them or --img-size,
+    and of photographs in whole patches."""
+    own = features.view_of(source, images)
+    height, width = source.size or own.size
+    if source.backbone is None and max(height, width) > 64:
+        height, width = (-(-side // SIDES[0]) * SIDES[0] for side in (height, width))
+    return Evaluation((height, width), 1.0, own.interpolation, "squash")
+
+
+def side(view: Tensor) -> int:
+    """Of a patch of raw pixels: the largest in SIDES that divides both sides of the image and leaves eight patches or
+    more along each; else 1."""
+    height, width = view.shape[2:]
+    return next((s for s in SIDES if height % s == width % s == 0 and min(height, width) >= 8 * s), 1)
 
 
 def load(config: recipes.Data, channels: int | None, source: features.Source) -> tuple[ImageSet, ImageSet]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ssl_vit import files, views, weights
 from ssl_vit import recipe as recipes
-from ssl_vit.backbones import Backbone
+from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.errors import UserError, say
 from ssl_vit.flops import count
@@ -84,16 +84,23 @@ def data_of(settings: dict) -> recipes.Data:
     return recipes.Data(**settings["data"] | info | dict(hold_out=False, permute_pixels=False))
 
 
-def open_source(name: str, data: recipes.Data | None, size: tuple[int, int] | None) -> Source:
+def open_source(
+    name: str, data: recipes.Data | None, size: tuple[int, int] | None, shown: tuple[int, int] | None = None
+) -> Source:
     """A run directory, weights as `ssl_vit.weights.load` takes them, or a control. data, size: those of the backbones
-    that it is compared with."""
+    that it is compared with. shown: the size (H, W) at which images are shown, instead of the backbone's own; that of a
+    ViT is rounded up to whole patches, and its positions are resampled."""
     path = Path(name)
     backbone = None if name in CONTROLS else weights.load(name).eval()
+    if backbone and shown:
+        sides = backbone.patch_size if isinstance(backbone, TokenBackbone) else (1, 1)
+        height, width = (-(-length // side) * side for length, side in zip(shown, sides, strict=True))
+        backbone = weights.load(f"{name},img_size={height},{width}").eval()
     if backbone and (path / "recipe.yaml").exists():
         return Source(name, path, recipes.read_settings(path / "recipe.yaml"), backbone, backbone.input_size)
     if data is None:
         raise UserError("Which images? Pass --data, or name a run first, whose images are then used.")
-    return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size)
+    return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size or shown)
 
 
 def folder_of(name: str, data: str) -> Path:

@@ -26,7 +26,7 @@ def report(
     command: str,
     study: StudyResults | None = None,
 ) -> tuple[str, list[Block], list[Table]]:
-    """Title, content, and the main tables. dense: the segmentations; study: the study whose arms the runs are."""
+    """Title, content, and the main tables. dense: those measured by masks; study: whose arms the runs are."""
     runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in [*eval_sets, *dense]))

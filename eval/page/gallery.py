@@ -15,6 +15,7 @@ PICTURES = dict(
     attention="attention of the class token",
     neighbours="nearest training images of test images",
     patches="PCA of patch features as RGB",
+    masks="attention of the head that fits a class of the image best, as a mask",
     segmentation="classes of pixels, as probes of the patch features predict them",
 )
 

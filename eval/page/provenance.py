@@ -30,6 +30,10 @@ DEFINITIONS = {
     "its intervals are by the jackknife over images.",
     "segmentation-knn-k20": "The fractions of the classes in the 20 most similar patches of training images (centred "
     "cosine), weighted by exp(similarity / 0.07); 50,000 patches at most are searched.",
+    "attention-masks": "The patches that hold 60 % of the class token’s attention in the last block, for each head, as "
+    "a mask. For each class that an image shows, the head counts that overlaps it best (Jaccard index); the mean over "
+    "these classes is the image’s value. More heads are more tries: compare with the random initialisation of the same "
+    "shape.",
     "finetune": "All weights are trained further, with labels. For the random initialisation, this is training from "
     "scratch. A code after the name stands for other settings; different settings never share a column.",
 }

@@ -6,6 +6,7 @@ print(estimate(study, at_once=2))
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from ssl_vit.settings import known
 
 SPREADS = (0.003, 0.006, 0.01)  # of a difference over seeds: small, usual, large
 BLOCKS, POOLINGS = 4, 2  # whose features a linear probe stores
+FEATURES = ("linear_probe", "knn", "segmentation")  # evaluators whose cost is that of features
 
 
 class Work(NamedTuple):
@@ -53,7 +55,14 @@ class Costs:
         return data.load(self._recipe(self.trainings[0]).data, "train")
 
     @cached_property
+    def evaluated(self) -> data.ImageSet:
+        """The training images of the data that the arms are evaluated on."""
+        return data.load(recipes.Data(name=self.plan.eval_data), "train") if self.plan.eval_data else self.images
+
+    @cached_property
     def report_images(self) -> int:
+        if self.plan.eval_data:
+            return len(data.load(recipes.Data(name=self.plan.eval_data), "report"))
         return len(data.load(self._recipe(self.trainings[0]).data, "report", self.images.classes))
 
     @cached_property
@@ -75,7 +84,7 @@ class Costs:
 
     def labelled(self, line: list[str]) -> list[int]:
         """How many images an evaluator uses the labels of, for each of its --labels."""
-        whole, classes = len(self.images), len(self.images.classes or ())
+        whole, classes = len(self.evaluated), len(self.evaluated.classes or ())
         parts = [cli.part(word) for word in labels_in(line)] or [None]
         return [whole if p is None else round(p * whole) if p < 1 else int(p) * classes for p in parts]
 
@@ -100,9 +109,17 @@ class Costs:
         recipe = self._recipe(training)
         recipe.add_dataset_info(self._info)
         backbone = backbones.build(recipe.backbone, recipe.data, 0).eval()
-        zero = torch.zeros(1, self.images.channels, *recipe.data.size)
         images = max(self.labelled(line)) + self.report_images
-        width = backbone.embed_dim * min(BLOCKS, backbone.depth) * POOLINGS
+        width, size = backbone.embed_dim, list(recipe.data.size)
+        if line[0] == "segmentation":
+            sides = backbone.stride
+            asked = list(map(int, line[line.index("--img-size") + 1 :][:2])) if "--img-size" in line else size
+            grid = [-(-length // side) for length, side in zip(asked, sides, strict=True)]
+            size = [count * side for count, side in zip(grid, sides, strict=True)]
+            width *= math.prod(grid)
+        else:
+            width *= min(BLOCKS, backbone.depth) * POOLINGS
+        zero = torch.zeros(1, self.images.channels, *size)
         return Work("", 1, images * flops.count(backbone, lambda twin: twin.features(zero)), 4.0 * images * width)
 
     def all(self) -> list[Work]:
@@ -128,7 +145,7 @@ class Costs:
                     tuned += Work("", 1, seen[key][0])
                     continue
                 if key not in seen:
-                    seen[key] = 0.0, self.features(run, line) if line[0] in ("linear_probe", "knn") else Work("", 1)
+                    seen[key] = 0.0, self.features(run, line) if line[0] in FEATURES else Work("", 1)
                 others[line[0]] = others.get(line[0], Work(line[0])) + seen[key][1]
         return [work for work in (trials, choices, training, tuned, *others.values()) if work.jobs]
 
@@ -160,7 +177,7 @@ def estimate(study: Study, at_once: int) -> str:
     for work in [*works, total]:
         hours = f"{work.flops / rate / 3600:8.2f}" if work.flops else f"{'?':>8}"
         lines.append(f"{work.kind:{wide}}{work.jobs:>7}{work.flops:>10.2g}{hours}")
-    lines += ["", f"At {rate / 1e9:,.3g} GFLOP/s: {how}. Of linear probes and k-NN the features are counted alone."]
+    lines += ["", f"At {rate / 1e9:,.3g} GFLOP/s: {how}. Of probes and k-NN the features are counted alone."]
     trained = sum(work.jobs for work in works if work.kind in KINDS)
     lines.append(f"Disk: about {(size * trained + total.stored) / 1e9:.2g} GB.")
     if plan.seeds > 1:

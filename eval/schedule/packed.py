@@ -52,7 +52,8 @@ class Packed:
 def narrow(file: Path) -> bytes:
     """A row's predictions in the smallest integers that hold them, and nothing else; the same bytes each time."""
     with np.load(file) as stored:
-        arrays = {key: stored[key] for key in sorted(Stored.__required_keys__)}
+        kept = Stored.__required_keys__ & stored.keys() or stored.keys() - {"index"}  # of a segmentation its counts
+        arrays = {key: stored[key] for key in sorted(kept)}
     stream = io.BytesIO()
     small = {key: values.astype(np.min_scalar_type(values.max(initial=0))) for key, values in arrays.items()}
     np.savez_compressed(stream, allow_pickle=False, **small)

@@ -18,7 +18,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, nearest
 
 PLANS = recipes.RECIPES / "study"
-EVALUATORS = ("linear_probe", "knn", "finetune", "robustness", "difficulty")
+EVALUATORS = ("linear_probe", "knn", "finetune", "segmentation", "attention_masks", "robustness", "difficulty")
 JUDGES = ("linear_probe", "knn")  # evaluators of trials: those that can use held-out images
 # An arm's role in the verdict (eval/verdict.py). A plan that decides has one arm of each of CLAIMED, and at most one of
 # each of the others but control, which is only shown among the controls; "" is compared with all of them.
@@ -67,7 +67,7 @@ class Plan:
 
     budgets: training FLOPs; every arm is trained at each of them, with a full schedule of its own. seeds: the arms are
     trained with the seeds below this number. decides: whether the verdict's rule (docs/denoising-study.md) is meant to
-    be applied.
+    be applied. eval_data: the images that all arms are evaluated on, if they are others than those of the training.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Plan:
     budgets: list[float] = field(default_factory=list)
     tuning: Tuning | None = None
     decides: bool = False
+    eval_data: str | None = None
 
     def seeds_of(self, arm: str) -> int:
         return self.arms[arm].seeds or self.seeds
@@ -189,6 +190,8 @@ def read(name: str) -> Plan:
         raise UserError(f"{path} is not a plan ({' '.join(str(error).split())}): a plan has the keys {keys}.") from None
     kinds = dict(arms=dict, evaluators=list, controls=list, seeds=int, settings=list, budgets=list, decides=bool)
     _check(plan, kinds, str(path))
+    if plan.eval_data is not None:
+        _check(plan, dict(eval_data=str), str(path))
     plan.arms = {name: _arm(name, what, path) for name, what in stated["arms"].items()}
     plan.evaluators = _evaluators(plan.evaluators, path)
     plan.budgets = [_number(value, "budgets", path) for value in plan.budgets]

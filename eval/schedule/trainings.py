@@ -154,7 +154,8 @@ class Study:
 
     def controls(self) -> dict[str, Path]:
         """The folder of each control's rows."""
-        name = pretrain.read(self.plan.recipe_of(next(iter(self.plan.arms))), [], self.images).data.name
+        first = self.plan.recipe_of(next(iter(self.plan.arms)))
+        name = self.plan.eval_data or pretrain.read(first, [], self.images).data.name
         return {control: features.folder_of(control, name) for control in self.plan.controls}
 
     def trial_jobs(self, trials: list[Training]) -> list[Job]:
@@ -179,7 +180,7 @@ class Study:
             after: Job | None = job
             for number, line in enumerate(self.plan.evaluators_of(training.arm)):
                 key = training.arm, training.budget, number
-                needs, more = [job], labelled(line, [training.seed])
+                needs, more = [job], [*self._elsewhere(line), *labelled(line, [training.seed])]
                 if line[0] == "difficulty" and (key in first or training.steps == 0):
                     continue  # all seeds have the same task
                 choice = choices.get((self._source(training.arm), fingerprint(line)), first.get(key))
@@ -193,14 +194,19 @@ class Study:
         for control, rows in self.controls().items():
             after = None
             for number, line in enumerate(self.plan.evaluators):
-                if line[0] in ("finetune", "difficulty"):
+                if line[0] in ("finetune", "attention_masks", "difficulty"):
                     continue  # they need weights
-                more = ["--data", str(trainings[0].run)]
+                more = self._elsewhere(line) or ["--data", str(trainings[0].run)]
                 more += labelled(line, sorted({training.seed for training in trainings}))
-                evaluation = self._evaluation(control, rows, line, more, [start], after, number)
+                needs = [] if self.plan.eval_data else [start]
+                evaluation = self._evaluation(control, rows, line, more, needs, after, number)
                 found.append(evaluation)
                 after = evaluation
         return found
+
+    def _elsewhere(self, line: list[str]) -> list[str]:
+        """The argument that names the images to evaluate on, if the plan has others than those of the training."""
+        return ["--data", self.plan.eval_data] if self.plan.eval_data and line[0] != "difficulty" else []
 
     def _source(self, arm: str) -> str:
         """The arm whose tuning counts for this one."""
@@ -208,10 +214,12 @@ class Study:
 
     def _choices(self, trainings: list[Training]) -> tuple[list[Job], dict[tuple[str, str], tuple[Job, Path]]]:
         """(jobs, {(arm, evaluator): (job, run)}): each fine-tuning's rate is chosen once, after the best trial of its
-        arm, or for an untrained arm from an initialisation of the tuning's seed. Without tuning there are none."""
+        arm, or for an untrained arm from an initialisation of the tuning's seed. Without tuning there are none, and
+        none on other images, since trials hold out those of the training."""
         found: list[Job] = []
         choices: dict[tuple[str, str], tuple[Job, Path]] = {}
-        for arm in dict.fromkeys(training.arm for training in trainings) if self.plan.tuning else ():
+        held_out = self.plan.tuning and not self.plan.eval_data
+        for arm in dict.fromkeys(training.arm for training in trainings) if held_out else ():
             source = self._source(arm)
             start = self.at[source] if source in self.at else self._training(source, None, self._left_out)
             if source not in self.at and start.steps != 0:
@@ -278,7 +286,7 @@ class Study:
         tuning = plan.tuning
         manifest = Manifest(
             plan=plan.name,
-            data=recipes.short(self.images or "digits"),
+            data=recipes.short(self.plan.eval_data or self.images or "digits"),
             decides=plan.decides,
             seeds=plan.seeds,
             budget=max(plan.budgets, default=None),

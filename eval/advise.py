@@ -1,0 +1,192 @@
+"""Does pre-training help on my images? Pre-trained weights, frozen and fine-tuned, against training from scratch.
+
+    python eval/advise.py --data NAME|PATH|owner/name [--backbone RUN|WEIGHTS …] [--labels 10% all] [key=value …]
+
+On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, in half an hour:
+
+    python eval/advise.py --data digits --backbone runs/mae-digits-s0
+
+Each backbone is evaluated frozen (eval/linear_probe.py) and fine-tuned (eval/finetune.py), beside a random
+initialisation of its shape that is fine-tuned alike, in as many FLOPs; beside a run of your own also for the FLOPs of
+its pre-training on top. Without --backbone they are the published weights of DINO's ViT-S, if they are here or can be
+fetched. A key=value, such as train.epochs=20, applies to every fine-tuning.
+
+It ends with one sentence of advice and its cost, and writes runs/advise-DATA/advice.html: the advice, every way with
+its interval, and accuracy against labels. The same command continues where it was stopped.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
+from eval.compare import advice
+from eval.compare.advice import FROZEN, SCRATCH, TUNED, Way
+from eval.measure import cli, features, fine_tuning, results
+from eval.page import advice_section
+from eval.page.document import html
+from eval.schedule.jobs import Job, work
+from ssl_vit import commands, data, errors, files, pretrain, system, weights
+from ssl_vit import recipe as recipes
+from ssl_vit.commands import HelpFormatter
+from ssl_vit.errors import UserError, say
+from ssl_vit.files import fingerprint
+
+PUBLISHED = ("vit_small_patch16_224.dino",)  # without --backbone
+RATES = ["5e-4", "1e-3", "2e-3"]  # of fine-tuning, to choose from
+
+
+class Plan:
+    """The jobs, and where the ways that they measure are to be read. at_once: jobs that run at a time."""
+
+    def __init__(self, args: argparse.Namespace, sources: list[features.Source], at_once: int):
+        self.args, self.folder = args, Path("runs") / f"advise-{recipes.short(args.data)}"
+        self.threads = max(1, system.cores() // at_once)
+        self.jobs: list[Job] = []
+        self.ways: list[tuple[Path, str, str, str]] = []  # folder, name, how, protocol
+        self.scratch: dict[str, Job] = {}
+        for source in sources:
+            self._pretrained(source)
+            self._from_scratch(source)
+
+    def _pretrained(self, source: features.Source) -> None:
+        name = source.name.rstrip("/").rpartition("/")[2]
+        self._evaluation("linear_probe", source.name, source.folder, name, FROZEN, "linear-sweep", [], [])
+        self._fine_tuning(source.name, source.folder, name, TUNED, [], [])
+
+    def _from_scratch(self, source: features.Source) -> None:
+        """A random initialisation of the backbone's shape, shared by those of one shape."""
+        settings = shape(source)
+        recipe = pretrain.read("supervised", settings, self.args.data)
+        run = Path("runs") / recipe.run_name()
+        start = self.scratch.get(str(run))
+        kind, extra = "random initialisation", results.spent(source.folder)["flops"] if source.settings else 0.0
+        if start is None:
+            command = [str(commands.script("pretrain")), "--recipe", "supervised", "--data", self.args.data, *settings]
+            mark = run / "backbone" / "config.json"
+            start = self.scratch[str(run)] = Job(run.name, kind, [sys.executable, *command], mark, marks=True)
+            self.jobs.append(start)
+            plain = ["optim.layer_decay=1"]  # there is nothing to protect
+            self._fine_tuning(str(run), run, _called(recipe), SCRATCH, plain, [start])
+        if extra:
+            name = f"{_called(recipe)}, as long as the pre-training"
+            longer = ["--extra-flops", f"{extra:g}", "optim.layer_decay=1"]
+            self._fine_tuning(str(run), run, name, SCRATCH, longer, [start])
+
+    def _fine_tuning(self, what: str, folder: Path, name: str, how: str, words: list[str], needs: list[Job]) -> None:
+        arguments = ["--lr", *RATES, *self.args.settings, *words]
+        _, schedule = fine_tuning.parse(["--backbone", what, *arguments])
+        if (folder, name, how, schedule.protocol) not in self.ways:
+            self._evaluation("finetune", what, folder, name, how, schedule.protocol, arguments, needs)
+
+    def _evaluation(
+        self,
+        script: str,
+        what: str,
+        folder: Path,
+        name: str,
+        how: str,
+        protocol: str,
+        words: list[str],
+        needs: list[Job],
+    ) -> None:
+        labels = ["--labels", *self.args.labels, "--label-seeds", *map(str, self.args.label_seeds)]
+        arguments = ["--data", self.args.data, "--backbone", what, *labels, *words]
+        command = [str(commands.script(script.replace("_", "-"))), *arguments, "--threads", str(self.threads)]
+        mark = self.folder / "done" / f"{fingerprint([script, *arguments], 12)}.json"
+        title = f"{folder.name} {script} {len(self.ways)}"
+        self.jobs.append(Job(title, script, [sys.executable, *command], mark, needs))
+        self.ways.append((folder, name, how, protocol))
+
+    def read(self) -> list[Way]:
+        """The ways as they were measured. Raises UserError if they were not, or not on the same images."""
+        found = [advice.read(*way, self.args.data) for way in self.ways]
+        if any(not np.array_equal(found[0][1], truth) for _, truth in found):
+            raise UserError(f"The images of {self.args.data} have changed: remove {self.folder}, and start again.")
+        return [way for way, _ in found]
+
+
+def shape(source: features.Source) -> list[str]:
+    """The settings of a random initialisation of this backbone's shape, for images of its size."""
+    backbone = source.network
+    height, width = backbone.input_size
+    settings = [f"{key}={value}" for key, value in weights.shape(backbone).items()]
+    if not any(text.startswith("backbone.embed_dim=") for text in settings):  # its name tells its shape
+        unset = ("embed_dim", "depth", "num_heads")
+        settings += [f"backbone.name={backbone.name}", *(f"backbone.{key}=null" for key in unset)]
+    return [*settings, f"data.img_size=[{height},{width}]", "train.flops=null", "train.steps=0"]
+
+
+def _called(recipe: recipes.Recipe) -> str:
+    b = recipe.backbone
+    return b.name if b.embed_dim is None else f"ViT, {b.embed_dim} wide, {b.depth} deep, patch {b.patch_size}"
+
+
+def open_all(args: argparse.Namespace) -> list[features.Source]:
+    """The backbones: those named, or the published ones that can be had.
+
+    Raises UserError for one that was named and is none, and if there are none.
+    """
+    config = recipes.Data(name=args.data)
+    if args.backbone:
+        sources = [features.open_source(name, config, None) for name in args.backbone]
+        for source in sources:
+            if source.backbone is None:
+                raise UserError(f"{source.name} has no weights to start from: name runs or weights.")
+        return sources
+    found = []
+    for name in PUBLISHED:
+        try:
+            found.append(features.open_source(name, config, None))
+        except UserError as error:
+            say(f"Without {name}: {error}")
+    if not found:
+        raise UserError("No published weights can be had here: name runs or files of weights with --backbone.")
+    return found
+
+
+def _part(text: str) -> str:
+    """A value of --labels, checked."""
+    cli.part(text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--data", required=True, help="your labelled images: a folder, a name or owner/name")
+    parser.add_argument(
+        "--backbone", nargs="+", metavar="RUN|WEIGHTS", help=f"to be compared; default: {', '.join(PUBLISHED)}"
+    )
+    parser.add_argument(
+        "--labels", type=_part, nargs="+", default=["10%", "30%", "all"], metavar="PART", help="default: 10%% 30%% all"
+    )
+    parser.add_argument(
+        "--label-seeds", type=cli.natural, nargs="+", default=[0], metavar="SEED", help="seeds that draw these subsets"
+    )
+    parser.add_argument("--jobs", type=cli.positive, default=1, help="commands at a time; default: 1")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every fine-tuning")
+    settings = [word for word in sys.argv[1:] if re.match(r"[a-z_]+\.[a-z_]+=", word)]  # also after several values
+    args = parser.parse_args([*(word for word in sys.argv[1:] if word not in settings), "--", *settings])
+    images = data.load(recipes.Data(name=args.data), "train")
+    if images.labels is None:
+        raise UserError(f"{args.data} has no labels to learn: eval/embed.py shows what is in images without labels.")
+    plan = Plan(args, open_all(args), args.jobs)
+    failed = work(plan.jobs, args.jobs, plan.folder)
+    if failed:
+        say(f"{len(failed)} of {len(plan.jobs)} jobs failed. Fix the errors above, then run the command again.")
+        return 1
+    found = advice.advise(plan.read())
+    command = shlex.join([*commands.documented("advise"), *sys.argv[1:]])
+    page = plan.folder / "advice.html"
+    title = f"Does pre-training help on {images.name}?"
+    files.write(page, html(title, advice_section.blocks(found, images.name, command)))
+    say(f"\n{found.sentence}\n\nWritten: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

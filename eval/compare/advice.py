@@ -1,0 +1,126 @@
+"""Which way to a classifier is worth its cost: pre-trained weights, frozen or fine-tuned, or training from scratch.
+
+A way is judged on the test images with the most labels. It counts as better than another only if the interval of their
+difference, paired by image, excludes zero at a level that allows for all the ways (Bonferroni). Of those that are not
+distinguishable from the best, the one that takes the fewest FLOPs is advised.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from eval.compare import intervals
+from eval.compare.words import number, percent
+from eval.measure import results
+from ssl_vit.errors import UserError
+from ssl_vit.recipe import short
+
+FROZEN, TUNED, SCRATCH = "frozen", "fine-tuned", "from scratch"
+
+
+@dataclass
+class Measured:
+    """A way with some labels. correct (n,): for each test image, the mean over the subsets of labels."""
+
+    correct: np.ndarray
+    flops: float
+    seconds: float
+
+    @property
+    def estimate(self) -> intervals.Estimate:
+        return intervals.interval(self.correct[None])
+
+
+@dataclass
+class Way:
+    """how: FROZEN, TUNED or SCRATCH. by_labels: what was measured, by the number of labelled images."""
+
+    name: str
+    how: str
+    by_labels: dict[int, Measured] = field(default_factory=dict)
+
+    @property
+    def most(self) -> Measured:
+        return self.by_labels[max(self.by_labels)]
+
+
+def read(folder: Path, name: str, how: str, protocol: str, data: str) -> tuple[Way, np.ndarray]:
+    """(the way whose rows of this protocol lie in this folder, the classes of the test images (n,)).
+
+    Raises UserError if it was not measured.
+    """
+    rows = [
+        row
+        for row in results.read(folder)
+        if (row["protocol"], short(row["eval_data"])) == (protocol, short(data))
+        and (row["pooling"] == "chosen" or how != FROZEN)
+        and not row["split"].startswith("held out")
+    ]
+    if not rows:
+        raise UserError(f"{name} was not measured ({how}): see the logs of the jobs that failed.")
+    way = Way(name, how)
+    for count in sorted({row["train_n"] for row in rows}):
+        alike = [row for row in rows if row["train_n"] == count]
+        correct = np.mean([results.correct(folder, row) for row in alike], axis=0)
+        flops, seconds = (float(np.mean([row[key] for row in alike])) for key in ("eval_flops", "seconds"))
+        way.by_labels[count] = Measured(correct, flops, seconds)
+    with np.load(folder / rows[0]["predictions"]) as stored:
+        return way, stored["true"]
+
+
+@dataclass
+class Advice:
+    """chosen: the way advised; scratch: the best of those from scratch; level: of the intervals of differences."""
+
+    ways: list[Way]
+    chosen: Way
+    scratch: Way
+    level: float
+
+    def gain(self, way: Way, other: Way | None = None) -> tuple[float, float]:
+        """(difference from another way, by default `scratch`, half-width of its interval)."""
+        found = intervals.paired(way.most.correct[None], (other or self.scratch).most.correct[None])
+        return found.mean, found.half_width_at(self.level)
+
+    @property
+    def sentence(self) -> str:
+        """The advice and its cost."""
+        most, labels = self.chosen.most, max(self.chosen.by_labels)
+        reached = f"{percent(most.estimate.mean)} ± {percent(most.estimate.half_width)} %"
+        cost = f"{number(most.flops, power=True)} FLOPs and {_duration(most.seconds)} here"
+        mean, half = self.gain(self.chosen)
+        told = f"with {labels:,} labelled images it is right on {reached} of {len(most.correct):,} test images"
+        if self.chosen is self.scratch:
+            return f"Train from scratch: {told} at {cost}, and no pre-trained weights are distinguishably better."
+        do = {
+            FROZEN: f"Keep {self.chosen.name} frozen and train a linear classifier on its features",
+            TUNED: f"Fine-tune {self.chosen.name}",
+        }[self.chosen.how]
+        against = (
+            f"{percent(abs(mean))} ± {percent(half)} points {'above' if mean > 0 else 'below'} training from scratch"
+        )
+        if abs(mean) <= half:
+            return f"{do}: {told}, not distinguishable from training from scratch ({against}), at {cost}."
+        return f"{do}: {told}, {against}, at {cost}."
+
+
+def advise(ways: list[Way]) -> Advice:
+    """The advice from ways that were measured on the same test images with the same numbers of labels."""
+    scratch = max((way for way in ways if way.how == SCRATCH), key=lambda way: way.most.estimate.mean)
+    level = 1 - (1 - intervals.LEVEL) / max(len(ways) - 1, 1)
+    best = max(ways, key=lambda way: way.most.estimate.mean)
+    found = Advice(ways, best, scratch, level)
+    alike = [way for way in ways if way is best or -found.gain(way, best)[0] <= found.gain(way, best)[1]]
+    found.chosen = min(alike, key=lambda way: way.most.flops)
+    return found
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,124 @@
+"""Advice: which way is chosen, what is said of it, and what is run for it."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from test_loop import TINY
+
+from eval import advise
+from eval.compare import advice
+from eval.compare.advice import FROZEN, SCRATCH, TUNED, Measured, Way
+from eval.measure import features, results
+from ssl_vit import pretrain
+from ssl_vit.errors import UserError
+
+
+def way(name, how, right, flops, n=400):
+    """A way that is right on the first `right` of n test images."""
+    correct = (np.arange(n) < right).astype(float)
+    return Way(name, how, {40: Measured(correct * 0, flops, 1.0), 400: Measured(correct, flops, 90.0)})
+
+
+@pytest.mark.parametrize(
+    "accuracies, chosen, words",
+    [
+        (
+            (200, 320, 100),
+            "tuned",
+            r"^Fine-tune tuned: with 400 labelled images it is right on 80\.0 ± 3\.9 % of 400 test",
+        ),
+        (
+            (200, 320, 319),
+            "frozen",
+            "^Keep frozen frozen and train a linear classifier on its features",
+        ),  # 319 is enough
+        ((320, 100, 100), "scratch", "^Train from scratch: .* no pre-trained weights are distinguishably better"),
+        ((320, 319, 319), "frozen", r"not distinguishable from training from scratch \(0\.2 ± 0\.6 points below"),
+    ],
+)
+def test_the_cheapest_of_the_best_is_advised(accuracies, chosen, words):
+    scratch, tuned, frozen = accuracies
+    ways = [
+        way("scratch", SCRATCH, scratch, 2e12),
+        way("tuned", TUNED, tuned, 2e12),
+        way("frozen", FROZEN, frozen, 1e10),
+    ]
+    found = advice.advise(ways)
+    assert found.chosen.name == chosen
+    assert re.search(words, found.sentence), found.sentence
+    assert found.level == pytest.approx(1 - 0.05 / 2)
+    if chosen == "tuned":
+        mean, half = found.gain(found.chosen)
+        spread = np.array([0.0] * 280 + [1.0] * 120).std(ddof=1)
+        assert mean == pytest.approx(0.3) and half == pytest.approx(2.2414 * spread / np.sqrt(400), rel=1e-3)
+        assert found.sentence.endswith("30.0 ± 5.1 points above training from scratch, at 2·10¹² FLOPs and 90 s here.")
+
+
+def test_the_longest_training_from_scratch_is_the_reference():
+    ways = [way("s", SCRATCH, 100, 1e12), way("s, longer", SCRATCH, 300, 5e12), way("t", TUNED, 310, 1e12)]
+    assert advice.advise(ways).scratch.name == "s, longer"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=2"], None)
+    assert pretrain.pretrain(recipe, tmp_path / "runs" / "mine") == 0
+    return "runs/mine"
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["advise.py", "--data", "digits", *words])
+    return advise.main()
+
+
+def test_ways_are_measured_and_the_page_is_written(run, monkeypatch, capfd, tmp_path):
+    words = ["--backbone", run, "--labels", "5", "20", "train.steps=2", "train.batch_size=16"]
+    assert call(monkeypatch, *words) == 0
+    said = capfd.readouterr().out
+    mine, scratch = (results.read(folder) for folder in (tmp_path / "runs/mine", *tmp_path.glob("runs/supervised-*")))
+    rows = [row for row in scratch if row["protocol"].startswith("finetune")]
+    assert {row["recipe"] for row in rows} == {"random"} and {row["train_n"] for row in rows} == {50, 200}
+    extra = results.spent(tmp_path / "runs/mine")["flops"]
+    longer = [row for row in rows if "extra_flops" in row["settings"]["changed"]]
+    assert [row["settings"]["changed"]["extra_flops"] for row in longer] == [pytest.approx(extra, rel=1e-4)] * 2
+    assert {row["settings"]["changed"]["optim.layer_decay"] for row in rows} == {1.0}
+    tuned = [row for row in mine if row["protocol"].startswith("finetune")]
+    assert len(tuned) == 2 and all("optim.layer_decay" not in row["settings"]["changed"] for row in tuned)
+    page = (tmp_path / "runs/advise-digits/advice.html").read_text()
+    for row in (tuned[1], longer[1]):
+        assert f"{100 * row['value']:.1f}" in page
+    assert page.count("<svg") == 1 and said.count("done     ") == 5 and "test images" in said
+    sentence = said.strip().splitlines()[-3]
+    assert sentence.split(":")[0] in page
+    assert call(monkeypatch, *words) == 0 and "started" not in capfd.readouterr().out
+    done = next((tmp_path / "runs/advise-digits/done").glob("*.json"))
+    assert json.loads(done.read_text())["command"].startswith("python eval/")
+
+
+def test_a_random_initialisation_has_the_shape_of_the_backbone(run):
+    source = features.open_source(run, None, None)
+    recipe = pretrain.read("supervised", advise.shape(source), "digits")
+    own = source.settings["backbone"]
+    for key in ("embed_dim", "depth", "num_heads"):
+        assert getattr(recipe.backbone, key) == own[key]
+    assert recipe.backbone.patch_size == 2 and recipe.data.size == (8, 8) and recipe.train.steps == 0
+
+
+def test_bad_input_is_one_sentence(run, monkeypatch, tmp_path):
+    for match, *words in (
+        ("pixels has no weights to start from", "--backbone", "pixels"),
+        ("There is no run, file, folder", "--backbone", "runs/nowhere"),
+        ("backbone.depth cannot be set here", "--backbone", run, "backbone.depth=3"),
+    ):
+        with pytest.raises(UserError, match=match):
+            call(monkeypatch, *words)
+    monkeypatch.setattr(advise, "PUBLISHED", ("nowhere/model",))
+    monkeypatch.setattr(advise.features, "open_source", lambda *rest: (_ for _ in ()).throw(UserError("out of reach")))
+    with pytest.raises(UserError, match="No published weights can be had here"):
+        call(monkeypatch)
+    assert not (tmp_path / "runs/advise-digits").exists()
