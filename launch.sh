@@ -15,8 +15,8 @@ usage() {
                                    tuned, at equal compute, on the digits
 ./launch.sh study --full [ARGS]    the study at its largest, with a verdict: for
                                    GPUs, with --data cifar10
-./launch.sh advise --data PATH     does pre-training help on your labelled images?
-                                   From scratch against published weights or
+./launch.sh advise --data PATH     does pre-training help on your images? From
+                                   scratch against published weights or
                                    --backbone RUN, frozen and fine-tuned
 ./launch.sh check                  ruff, codespell, mypy, the examples in the
                                    docstrings, the commands in the documents

@@ -141,6 +141,8 @@ def check_launch(words: list[str], usage: bool) -> None:
     elif name in ("compare", "study"):
         plan = "compare" if name == "compare" else "denoising-full" if "--full" in arguments else "denoising"
         parse("study", [plan, *(word for word in arguments if word != "--full")], usage)
+    elif name == "advise":
+        parse("advise", arguments, usage)
     else:
         if not name.isupper() and not name.endswith(".yaml"):
             recipes.find(name)
