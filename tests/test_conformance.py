@@ -27,7 +27,7 @@ FAMILIES = [
     ("vit_relpos_base_patch16_224", dict(img_size=32, **SMALL), 0),
     ("cait_xxs24_224", dict(img_size=32, **SMALL), 1),
     ("xcit_nano_12_p16_224", dict(img_size=32, **SMALL), 1),
-    ("swin_tiny_patch4_window7_224", dict(img_size=64, embed_dim=24, depths=(1, 1, 1, 1)), "NHWC"),
+    ("swin_tiny_patch4_window7_224", dict(img_size=64, window_size=4, embed_dim=24, depths=(1, 1, 1, 1)), "NHWC"),
     ("mvitv2_tiny", dict(img_size=64), 0),
     ("twins_svt_small", dict(img_size=64), 0),
     ("maxvit_pico_rw_256", dict(img_size=64), "NCHW"),
@@ -168,7 +168,7 @@ shvit                      shvit_s1                       NCHW     agrees
 sknet                      skresnet18                     NCHW     agrees
 starnet                    starnet_s050                   NCHW     agrees
 swiftformer                swiftformer_xs                 NCHW     agrees
-swin_transformer           swin_tiny_patch4_window7_224   NHWC     agrees
+swin_transformer           swin_tiny_patch4_window7_224   NHWC     refused
 swin_transformer_v2        swinv2_tiny_window8_256        NHWC     agrees
 swin_transformer_v2_cr     swinv2_cr_tiny_224             NCHW     agrees
 tiny_vit                   tiny_vit_5m_224                NCHW     agrees
@@ -215,7 +215,9 @@ def test_every_module_of_timm_agrees_or_is_refused(module, name, own, other):
     assert timm.models.is_model_in_modules(name, [module])
     for size in sizes(module, name):
         if (other if size == OTHER else own) == "refused":
-            with pytest.raises(UserError, match=f"{name} .*: (use|set data.img_size=.*, or use) another model"):
+            with pytest.raises(
+                UserError, match=f"{name} .*: (use|set data.img_size=.*, or use) (another model|backbone.name=swin)"
+            ):
                 measure(name, size, own)
         else:
             assert measure(name, size, own) < 1e-5

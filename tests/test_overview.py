@@ -133,8 +133,8 @@ def test_a_run_that_is_soon_done_says_no_time_left():
     assert at == 6
 
 
-def test_a_vit_whose_patches_are_no_tokens_goes_by_its_name():
+def test_a_hybrid_goes_by_its_name():
     config = recipes.Backbone(name="vit_tiny_r_s16_p8_224", patch_size=2)
     data = recipes.Data(img_size=[64, 64], in_chans=3, mean=[0.5] * 3, std=[0.5] * 3)
     hybrid = backbones.build(config, data, seed=0)
-    assert overview.shape_of(hybrid, config).startswith("vit_tiny_r_s16_p8_224, ")
+    assert overview.shape_of(hybrid, config).startswith("vit_tiny_r_s16_p8_224: ViT, 192 wide, 12 deep, patch 32, ")

@@ -16,7 +16,7 @@ SCRIPTS = [
     "ssl_vit/export.py",
     *(f"eval/{p.name}" for p in sorted((ROOT / "eval").glob("[!_]*.py"))),
 ]
-LOOP = {"finetune.py", "study.py", "difficulty.py"}  # those that may read recipes by the loop, or start it
+LOOP = {"advise.py", "finetune.py", "study.py", "difficulty.py"}  # those that may read recipes by the loop, or start it
 
 
 @pytest.mark.parametrize("script", ["ssl_vit/pretrain.py", "eval/finetune.py"])
