@@ -45,7 +45,7 @@ KINDS = {
     ),
     "eva": Kind("EVA-02", "`eva02_*`", SHAPE | dict(name="eva02_tiny_patch14_224", patch_size=4)),
     "dinov3": Kind("DINOv3", "`vit_*_dinov3`", SHAPE | dict(name="vit_small_patch16_dinov3", patch_size=4)),
-    "hybrid": Kind("hybrid", "`hybrid`", SHAPE | dict(name="hybrid")),
+    "hybrid": Kind("hybrid", "`hybrid`", SHAPE | dict(name="hybrid", weight_init="xavier")),
     "timm-hybrid": Kind("hybrid of timm", "`vit_*_r*`", SHAPE | dict(name="vit_tiny_r_s16_p8_224"), 64),
     "axial": Kind("Axial-ViT", "`vit_*` with `backbone.attn=axial`", SHAPE | dict(name="vit_tiny", attn="axial")),
     "window": Kind(

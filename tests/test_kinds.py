@@ -441,20 +441,26 @@ def test_what_a_kind_cannot_do():
         assert refused == no.get(name, set()), name
 
 
+HEAVY = {"swinv2", "resnet", "bit", "convnext"}  # of which a step takes a second and more
+
+
 def told(kind, use):
     """The arguments of a small run on the digits, in colour and enlarged."""
     backbone = capabilities.KINDS[kind]
     settings = [f"backbone.{key}={value}" for key, value in backbone.settings.items()]
     small = [s for s in SMALL[capabilities.USES[use].recipe] if not s.startswith("backbone.")]
-    data = [f"data.img_size={backbone.size}", "data.in_chans=3", "data.subset=12", "views.scale=[0.7,1]"]
+    few = 2 if use == "supervised" else 12  # images of a class
+    data = [f"data.img_size={backbone.size}", "data.in_chans=3", f"data.subset={few}", "views.scale=[0.7,1]"]
     short = ["train.steps=14"] * (use != "supervised") + [
-        "train.batch_size=24",
+        f"train.batch_size={8 if kind in HEAVY else 24}",
         "optim.warmup_fraction=0.1",
         "runtime.save_every=5",
         "monitor.log_every=1",
     ]
     short += ["monitor.knn_every=0", "monitor.trackers=none", "runtime.num_threads=1", "runtime.num_workers=0"]
-    short += ["optim.lr=5e-3", "train.steps=40"] if use == "supervised" else []  # the recipe's is for batches of 256
+    rate = 1e-4 if use == "dino" else 1e-3  # a recipe's is for batches of 256
+    short += ["optim.lr_rule=absolute", f"optim.lr={rate}"]
+    short += ["train.steps=40"] if use == "supervised" else []
     every = [*settings, *small, *data, *short, *capabilities.USES[use].settings]
     return ["--recipe", capabilities.USES[use].recipe, *every]
 
@@ -463,8 +469,8 @@ def told(kind, use):
 @pytest.mark.parametrize("use", capabilities.USES)
 @pytest.mark.parametrize("kind", capabilities.KINDS)
 def test_every_kind_by_every_objective_on_images(kind, use, tmp_path):
-    """What the page says yes to learns, goes on where it stopped, opens in timm and gives timm's features; the rest is
-    refused with the page's reason."""
+    """What the page says yes to learns, goes on where it stopped (a heavy kind by one objective), opens in timm and
+    gives timm's features; the rest is refused with the page's reason."""
     why = capabilities.refusal(capabilities.build(capabilities.KINDS[kind]), capabilities.USES[use])
     arguments = told(kind, use)
     if why is not None:
@@ -477,11 +483,12 @@ def test_every_kind_by_every_objective_on_images(kind, use, tmp_path):
         assert sum(losses[-4:]) < 0.99 * sum(losses[:4]), losses
     assert all(map(math.isfinite, losses))
     saved = (tmp_path / "run" / "backbone" / "model.safetensors").read_bytes()
-    started = Started(tmp_path, *arguments, "--output", "stopped")
-    until(lambda: steps_done(tmp_path / "stopped") >= 5)
-    started.kill(signal.SIGTERM)
-    run(tmp_path, *arguments, "--output", "stopped")
-    assert (tmp_path / "stopped" / "backbone" / "model.safetensors").read_bytes() == saved
+    if kind not in HEAVY or use == "gaussian":
+        started = Started(tmp_path, *arguments, "--output", "stopped")
+        until(lambda: steps_done(tmp_path / "stopped") >= 5)
+        started.kill(signal.SIGTERM)
+        run(tmp_path, *arguments, "--output", "stopped")
+        assert (tmp_path / "stopped" / "backbone" / "model.safetensors").read_bytes() == saved
     backbone = weights.load(str(tmp_path / "run")).eval()
     plain = timm.create_model(f"local-dir:{tmp_path / 'run' / 'backbone'}", pretrained=True).eval()
     images = pictures(backbone)
