@@ -207,10 +207,7 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             backbone = weights.initialise(backbone, recipe.backbone.init_from)
         if backbone.patch_size is not None:
             recipe.backbone.patch_size = backbone.patch_size[0]
-        if (
-            backbone.name.startswith("ssl_vit_") and recipe.backbone.attn == "full"
-        ):  # a build of ours, whose published namesake has another shape
-            recipe.backbone.name = backbone.name
+        recipe.backbone.name = backbones.build_name(recipe.backbone, recipe.data.size)
         torch.manual_seed(recipe.train.seed + 1)
         info = DatasetInfo(
             size=recipe.data.size,

@@ -57,6 +57,23 @@ def pictures(backbone, count=3):
     return torch.rand(count, 3, *backbone.input_size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("kind", ["vit", "eva", "dinov3", "rope"])
+def test_the_head_reads_what_the_recipe_says(kind, pool, tmp_path):
+    """The class token or the mean of the patches, also after saving, whatever the model's name stands for."""
+    b = build(kind).eval()
+    b.add_classifier(4, pool)
+    torch.nn.init.normal_(b.model.head.weight, generator=torch.Generator().manual_seed(2))
+    images = pictures(b)
+    weights.save(b, tmp_path / "b")
+    with torch.no_grad():
+        tokens = b(images)
+        pooled = tokens[:, 0] if pool == "token" else tokens[:, b.num_prefix_tokens :].mean(1)
+        expected = b.model.head(b.model.fc_norm(pooled))
+        torch.testing.assert_close(b.classify(images), expected)
+        torch.testing.assert_close(weights.load(str(tmp_path / "b")).eval().classify(images), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_and_features_are_timm_s_own(kind, tmp_path):
     b = build(kind).eval()

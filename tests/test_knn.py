@@ -151,6 +151,7 @@ def test_a_run_beside_its_controls(tmp_path, monkeypatch, capsys):
     again = results.read(tmp_path / "run")
     assert len(again) == len(rows) and {row["precision"] for row in again} == {"bf16"}
     assert all(abs(a["value"] - b["value"]) < 0.03 for a, b in zip(again, rows, strict=True))
+    assert {row["precision"] for row in results.read(tmp_path / "runs/pixels-digits")} == {None}
     monkeypatch.setattr(sys, "argv", argv)
     assert {p.name for p in (tmp_path / "run/pictures").iterdir()} >= {"digits-neighbours.png", "digits-patches.png"}
 

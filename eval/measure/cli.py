@@ -261,7 +261,7 @@ def row_of(source: features.Source, test: data.ImageSet, metric: str, classes: i
         n=len(test),
         metric=metric,
         classes=classes,
-        precision=source.precision,
+        precision=source.precision if source.backbone else None,
         **results.SURROUNDINGS,
     )
 

@@ -57,11 +57,18 @@ def several_origins(runs: list[Run]) -> list[Block]:
     recipes = {row.get("settings", {}).get("recipe") for row in rows if row["protocol"].startswith("finetune")}
     swept = [row.get("settings", {}) for row in rows if row["protocol"] in ("linear-sweep", "linear-block")]
     grids = {json.dumps(settings.get("rates")) for settings in swept if "tried" in settings}
+    precisions: dict[str, set[str]] = {}
+    for row in rows:
+        if row.get("precision", "fp32"):  # raw pixels have none
+            precisions.setdefault(row["protocol"], set()).add(row.get("precision", "fp32"))
     several = [
         f"{len(found)} {name}"
         for name, found in (
             ("commits of this code", {row["commit"] for row in rows}),
-            ("precisions of the evaluated backbones", {row.get("precision", "fp32") for row in rows}),
+            (
+                "precisions of the evaluated backbones by the same protocol",
+                max(precisions.values(), key=len, default=set()),
+            ),
             ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
             ("versions of the recipe finetune", recipes),
             ("learning-rate grids of the linear sweep", grids),

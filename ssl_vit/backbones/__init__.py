@@ -2,7 +2,7 @@
 
 from ssl_vit.backbones.base import CAPABILITIES, FAULTS, REMEDIES, Backbone, Capability, Replacement, reason
 from ssl_vit.backbones.eva import EvaBackbone
-from ssl_vit.backbones.factory import build, resolve_patch, wrap
+from ssl_vit.backbones.factory import build, build_name, resolve_patch, wrap
 from ssl_vit.backbones.local import LocalBackbone
 from ssl_vit.backbones.swin import SwinBackbone
 from ssl_vit.backbones.vit import TokenBackbone, fix_sincos_positions, sincos_positions, xavier
@@ -19,6 +19,7 @@ __all__ = [
     "SwinBackbone",
     "TokenBackbone",
     "build",
+    "build_name",
     "fix_sincos_positions",
     "reason",
     "resolve_patch",

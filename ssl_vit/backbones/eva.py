@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.backbones.base import Replacement
 from ssl_vit.backbones.timm_models import TimmModel
@@ -64,5 +64,5 @@ class EvaBackbone(TokenBackbone):
         return normed
 
     def add_classifier(self, classes: int, pool: str = "token") -> None:
-        """As in `Backbone`. pool: the model's own remains."""
-        self._give_head(classes)
+        """As in `TokenBackbone`, with the model's own norm before the head, if it has one there."""
+        self._give_head(classes, global_pool=pool, use_fc_norm=not isinstance(self.model.fc_norm, nn.Identity))

@@ -111,13 +111,20 @@ def timm_name(config: recipes.Backbone, size: tuple[int, int]) -> str:
         raise UserError(f"{LOCAL} attends locally: set backbone.attn=axial or backbone.attn=window.")
     if name.removeprefix("vit_") in SIZES:
         return f"{name}_patch{SIZES[name.removeprefix('vit_')]}_224"
-    # published weights of a ResNet are of its large build
-    if name in SMALL and (not name.startswith("resnet") or (max(size) <= 64 and config.init_from is None)):
-        return f"ssl_vit_{name}"
+    name = build_name(config, size)
     if name not in timm.list_models():
         ours = ", ".join([*(f"vit_{s}" for s in SIZES), *SMALL])
         raise UserError(f"Unknown backbone {config.name!r}: give one of {ours}, or a model timm knows.")
     return name
+
+
+def build_name(config: recipes.Backbone, size: tuple[int, int]) -> str:
+    """The name by which the recipe's backbone is built again at other sizes: that of our small build, if it is one,
+    since its published namesake has another shape; else its own."""
+    name = config.name
+    # published weights of a ResNet are of its large build
+    small = name in SMALL and (not name.startswith("resnet") or (max(size) <= 64 and config.init_from is None))
+    return f"ssl_vit_{name}" if small else name
 
 
 def kind_of(name: str) -> Kind:

@@ -34,6 +34,14 @@ OURS = {
     "supervised": ["objective.mixup=0", "objective.cutmix=0", "backbone.drop_path_rate=0"],
 }
 CLASSES = 10
+TRANSFORMERS = dict(
+    hidden_size=DIM,
+    num_hidden_layers=DEPTH,
+    num_attention_heads=HEADS,
+    intermediate_size=4 * DIM,
+    image_size=SIZE,
+    patch_size=PATCH,
+)
 
 
 def contests(device: torch.device, batch_size: int, compile: bool) -> Iterator[Contest]:
@@ -133,12 +141,7 @@ class TransformersMae(nn.Module):
 
         super().__init__()
         config = ViTMAEConfig(
-            hidden_size=DIM,
-            num_hidden_layers=DEPTH,
-            num_attention_heads=HEADS,
-            intermediate_size=4 * DIM,
-            image_size=SIZE,
-            patch_size=PATCH,
+            **TRANSFORMERS,
             decoder_hidden_size=DECODER["embed_dim"],
             decoder_num_hidden_layers=DECODER["depth"],
             decoder_num_attention_heads=DECODER["num_heads"],
@@ -160,15 +163,7 @@ class TransformersSimmim(nn.Module):
         from transformers import ViTConfig, ViTForMaskedImageModeling
 
         super().__init__()
-        config = ViTConfig(
-            hidden_size=DIM,
-            num_hidden_layers=DEPTH,
-            num_attention_heads=HEADS,
-            intermediate_size=4 * DIM,
-            image_size=SIZE,
-            patch_size=PATCH,
-            encoder_stride=PATCH,
-        )
+        config = ViTConfig(**TRANSFORMERS, encoder_stride=PATCH)
         config._attn_implementation = "sdpa"
         self.model = ViTForMaskedImageModeling(config)
 
