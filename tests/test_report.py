@@ -230,6 +230,17 @@ def test_the_best_is_marked_with_all_that_are_not_distinguishable(tmp_path):
     assert best(mae + dino + many(tmp_path, "beit", 0.78)) == {"beit"}
 
 
+def test_supervised_backbones_are_what_is_compared_if_nothing_else_is(tmp_path):
+    """A table of backbones that all learn from labels has no controls but the untrained ones."""
+    plain = many(tmp_path / "vit", "supervised", 0.7)
+    swin = many(tmp_path / "swin", "supervised", 0.9, changes=dict(train__epochs=20.0))
+    groups = groups_of(plain + swin + controls(tmp_path))
+    assert [group.control for group in groups] == [False, False, True, True]
+    assert sorted(group.colour for group in groups[:2]) == [0, 1]
+    groups = groups_of(plain + many(tmp_path, "mae", 0.6))
+    assert [group.control for group in groups] == [True, False]
+
+
 def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
     newer = settings("mae", 1, data__permute_pixels=False)  # runs of seed 0 were made before the setting existed
     older, other = settings("mae"), settings("mae", 2, data__permute_pixels=True)

@@ -49,6 +49,7 @@ class Group:
     family: str = ""  # the label without the budget
     role: str = ""  # of its arm in a study (eval/schedule/plans.py)
     superseded: bool = False  # whether the study also has it with a larger budget, which is the one that counts
+    control: bool = False
     colour: int | None = None
 
     @property
@@ -56,11 +57,11 @@ class Group:
         return self.recipe.startswith("pixels")
 
     @property
-    def control(self) -> bool:
+    def labelled(self) -> bool:
+        """Whether its pre-training learnt from labels."""
         run = self.runs[0]
         supervised = run.rows[0]["objective"] == "supervised"  # for runs whose recipe.yaml does not say it yet
-        labelled = run.settings.get("resolved", {}).get("labelled", supervised)
-        return self.pixels or self.recipe == "random" or labelled or self.role in CONTROLS
+        return run.settings.get("resolved", {}).get("labelled", supervised)
 
     @property
     def foreign(self) -> bool:
@@ -94,7 +95,8 @@ def read_run(folder: Path) -> Run:
 
 def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list[Group]:
     """Group the runs whose settings are identical except for the seed. arms: of a study.json; they name the groups, and
-    an arm's runs with one budget are one, though each may learn from a run of its own seed.
+    an arm's runs with one budget are one, though each may learn from a run of its own seed. Training with labels is a
+    control of those without, if there are any.
 
     Raises UserError if two runs of a group have the same seed.
     """
@@ -127,6 +129,10 @@ def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list
                         if len(budgets) > 1 and training["budget"] is not None:
                             group.superseded = training["budget"] < max(budgets)
                             group.label += f" ({number(training['budget'])} FLOPs)"
+    trained = [g for g in groups if not (g.pixels or g.recipe == "random" or g.role in CONTROLS)]
+    unlabelled = [group for group in trained if not group.labelled]
+    for group in groups:  # where all learn from labels, they are what is compared: backbones, or ways to use labels
+        group.control = group not in (unlabelled or trained)
     families = sorted({group.family if arms else group.label for group in groups if not group.control})
     for group in groups:
         if not group.control:
