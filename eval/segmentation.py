@@ -1,6 +1,7 @@
-"""Segmentation from frozen patch features: mean intersection over union (mIoU) of two probes.
+"""Segmentation: mean intersection over union (mIoU) of two probes of frozen patch features, and by fine-tuning.
 
     python eval/segmentation.py --data PATH --backbone RUN [RUN|WEIGHTS|pixels …] [--img-size H W] [--labels 10% all]
+        [--finetune [--steps N] [--lr 1e-3 …]]
 
 On a laptop, on digits whose strokes are the masks, after `python ssl_vit/pretrain.py --recipe mae`:
 
@@ -12,9 +13,14 @@ The linear probe is fitted on the patches of the training images, its penalty ch
 looks the patches up among theirs (k = 20). Both predict scores for each patch, resized to the mask's own size.
 Whole images are shown at the backbone's size, whatever their shape, or at --img-size: runs that were trained on small
 images see photographs so, with their positions resampled. --labels 10% uses the masks of a tenth of the images.
+--finetune adds a column: the backbone and a small convolutional decoder, trained together on random crops and flips of
+the images with masks; of several --lr that which is best on a tenth of them. From a random initialisation it is
+training from scratch.
 """
 
+import dataclasses
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +29,7 @@ from torch import Tensor
 
 import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare import iou
-from eval.measure import cli, dense, dense_sets, features, results
+from eval.measure import cli, dense, dense_sets, dense_tuning, features, results
 from eval.page import mask_pictures, text_tables
 from ssl_vit import errors, pictures, subsets
 from ssl_vit.data import ImageSet
@@ -31,8 +37,11 @@ from ssl_vit.errors import say
 from ssl_vit.views import Evaluation
 
 
-def evaluate(source: features.Source, request: dense_sets.Request) -> list[dict]:
-    """The rows of one backbone, written to its folder. Only the first process returns rows."""
+def evaluate(
+    source: features.Source, request: dense_sets.Request, schedule: dense_tuning.Schedule | None = None
+) -> list[dict]:
+    """The rows of one backbone, written to its folder. Only the first process returns rows. schedule: of fine-tuning;
+    raw pixels have no weights for it."""
     train_images, test_images = request.images(source)
     view = dense_sets.view_of(source, train_images)
     extracted = [
@@ -50,33 +59,62 @@ def evaluate(source: features.Source, request: dense_sets.Request) -> list[dict]
     common = row(source, request, test_images, view, grid)
     rows, counts = [], []
     shown = pictures.spread(len(test), None, mask_pictures.SHOWN).numpy()
-    drawn = [[request.masks[1][i] for i in shown]]
+    words, drawn = ["image", "mask (black does not count)"], [[request.masks[1][i] for i in shown]]
     for part, seed in request.parts:
         chosen = request.with_masks(part, seed)
         own = train.part(chosen)
         images = len(own) + len(test)
         labels = dict(label_fraction=cli.describe_part(part), subset_seed=seed, train_n=len(own))
         cost = dict(eval_images=images, eval_flops=images * extracted[0].flops_per_image)
-        for protocol, fit in PROBES.items():
+        for protocol, (title, fit) in PROBES.items():
             started = time.perf_counter()
             scores, about = fit(own)
-            found = dense.confusions(test, scores)
-            figures = dict(
-                protocol=request.sized(protocol),
-                miou=dense.miou(found),
-                pixel_accuracy=float(np.trace(found.sum(0)) / found.sum()),
-                iou=[None if np.isnan(v) else round(float(v), 6) for v in dense.ious(found.sum(0))],
-                seconds=round(time.perf_counter() - started, 3),
-            )
-            rows.append(common | labels | cost | about | figures)
-            counts.append(found)
+            counts.append(dense.confusions(test, scores))
+            rows.append(common | labels | cost | about | measured(request.sized(protocol), counts[-1], started))
             if (part, seed) == request.most:
-                predicted = scores(test.features[shown])
-                drawn.append([dense.segment(s, m.shape) for s, m in zip(predicted, drawn[0], strict=True)])
+                words.append(title)
+                drawn.append(segmented(scores(test.features[shown]), drawn[0]))
+        if schedule and source.backbone is not None:
+            started = time.perf_counter()
+            images_left = train_images.part(torch.from_numpy(chosen))
+            task = dense_tuning.Task(source, images_left, own.masks, request.classes, view, seed_of(source, seed))
+            tuned = dense_tuning.fine_tune(task, schedule)
+            judged = dataclasses.replace(task, images=test_images, masks=test.masks)
+            counts.append(tuned.confusions(judged))
+            cost = dict(
+                eval_images=tuned.images + len(test),
+                eval_flops=tuned.flops + len(test) * tuned.flops_per_image(judged),
+            )
+            found = measured(request.sized(schedule.protocol), counts[-1], started)
+            rows.append(common | labels | cost | tuned.about | found)
+            if (part, seed) == request.most:
+                words.append(TUNED)
+                drawn.append(segmented(tuned.scores(test_images, view, shown), drawn[0]))
     results.store(source.folder, rows, [dict(confusion=found) for found in counts], test_images)
-    words = ["image", "mask (black does not count)", "linear probe", f"k-NN (k={dense.K})"]
     mask_pictures.save(source, test_images, view, shown, drawn, words, "segmentation")
     return rows
+
+
+def seed_of(source: features.Source, labels: int | None) -> int:
+    """The seed of a fine-tuning: that of the pre-training, or for foreign weights that of the images with masks."""
+    seed: int = source.settings["train"]["seed"] if source.settings else labels or 0
+    return seed
+
+
+def measured(protocol: str, found: np.ndarray, started: float) -> dict:
+    """The keys of a row with the figures of confusion counts (n, K, K)."""
+    return dict(
+        protocol=protocol,
+        miou=dense.miou(found),
+        pixel_accuracy=float(np.trace(found.sum(0)) / found.sum()),
+        iou=[None if np.isnan(v) else round(float(v), 6) for v in dense.ious(found.sum(0))],
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def segmented(scores: Iterable[np.ndarray], masks: list[np.ndarray]) -> list[np.ndarray]:
+    """The predicted masks of images with these scores, of the true ones' sizes."""
+    return [dense.segment(each, mask.shape) for each, mask in zip(scores, masks, strict=True)]
 
 
 def linear(train: dense.Patches) -> tuple[dense.Scores, dict]:
@@ -95,7 +133,11 @@ def nearest(train: dense.Patches) -> tuple[dense.Scores, dict]:
     return dense.nearest(train), dict(settings=dict(k=dense.K, temperature=dense.TEMPERATURE, bank=dense.BANK))
 
 
-PROBES = {"segmentation-linear": linear, f"segmentation-knn-k{dense.K}": nearest}
+PROBES = {
+    "segmentation-linear": ("linear probe", linear),
+    f"segmentation-knn-k{dense.K}": (f"k-NN (k={dense.K})", nearest),
+}
+TUNED = "fine-tuned"
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
@@ -137,21 +179,24 @@ def row(
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
     """mIoU with its interval over the test images, by backbone and probe, as Markdown."""
-    titles = dict(zip(PROBES, ("linear", f"k-NN (k={dense.K})"), strict=True))
+    titles = {protocol: title for protocol, (title, _) in PROBES.items()} | {dense_tuning.PROTOCOL: TUNED}
     found = []
     for row in rows:
-        [title] = [words for probe, words in titles.items() if row["protocol"].startswith(probe)]
+        [title] = [words for protocol, words in titles.items() if row["protocol"].startswith(protocol)]
         values = iou.of_images(folders[row["run"]] / row["predictions"])
         found.append(((results.run_of(row), f"{row['train_n']:,}"), title, values))
-    return text_tables.accuracies(["backbone", "masks"], list(titles.values()), found)
+    columns = [title for title in titles.values() if any(title == column for _, column, _ in found)]
+    return text_tables.accuracies(["backbone", "masks"], columns, found)
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
     dense_sets.add_arguments(parser)
+    dense_tuning.add_arguments(parser)
     args = parser.parse_args()
+    schedule = dense_tuning.schedule_of(args)
     request = dense_sets.Request(args)
-    rows = [row for source in request.sources for row in evaluate(source, request)]
+    rows = [row for source in request.sources for row in evaluate(source, request, schedule)]
     if rows:
         test = rows[0]
         say(

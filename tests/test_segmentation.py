@@ -22,11 +22,12 @@ from eval import segmentation
 from eval.compare import intervals, iou
 from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
-from eval.measure import attention_masks, dense, dense_sets, features, results
+from eval.measure import attention_masks, dense, dense_sets, dense_tuning, features, results
 from ssl_vit import data, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.data import masks
 from ssl_vit.errors import UserError
+from ssl_vit.randomness import Draw
 
 RNG = np.random.default_rng(0)
 
@@ -443,3 +444,106 @@ def test_permuted_pixels_are_refused(measured):
     source = features.Source("run", measured, dict(data=dict(permute_pixels=True)), None, None)
     with pytest.raises(UserError, match="trained on permuted pixels"):
         dense_sets.load(recipes.Data(name=str(measured / "scenes")), 3, source)
+
+
+# -- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+def task_of(folder, run="mae-s0", **changes):
+    train, test = both(folder / "scenes")
+    source = features.open_source(str(folder / "runs" / run), None, None)
+    (masks_of_train, _), _, classes = dense_sets.masks_of(str(folder / "scenes"), train, test, [])
+    view = dense_sets.view_of(source, train)
+    return dense_tuning.Task(source, train, masks_of_train, classes, view, seed=3)
+
+
+def test_an_image_and_its_mask_are_cropped_and_flipped_alike(measured):
+    task = task_of(measured)
+    several = np.arange(64) % 20
+    images, masks = dense_tuning.batch(task, several, Draw(0, 1, torch.arange(64)))
+    assert images.shape == (64, 3, 12, 16) and masks.shape == (64, 12, 16) and 0 <= images.min() < images.max() <= 1
+    warm = images[:, 0] > images[:, 2]  # of the right part
+    counted = masks != dense.IGNORED
+    assert (warm == (masks == 1))[counted].float().mean() > 0.8  # the scenes are noisy
+    flipped = (masks[:, -1, 0] == 1) & (masks[:, -1, -1] == 0)
+    assert 16 < flipped.sum() < 48 and set(masks.unique().tolist()) == {0, 1, dense.IGNORED}
+    whole = torch.stack([torch.from_numpy(task.masks[i]) for i in several])
+    assert not torch.equal(masks, whole.long()) and (masks[:, 0] == dense.IGNORED).all(1).float().mean() < 0.9
+    task.images.flip = False
+    _, kept = dense_tuning.batch(task, several, Draw(0, 1, torch.arange(64)))
+    assert torch.equal(torch.where(flipped[:, None, None], kept.flip(2), kept), masks)
+
+
+def test_fine_tuning_learns_the_masks_and_is_the_same_again(measured):
+    task = task_of(measured)
+    before = {name: weight.clone() for name, weight in task.source.backbone.state_dict().items()}
+    tuned, again = (dense_tuning.fine_tune(task, dense_tuning.Schedule(40, (5e-3,))) for _ in range(2))
+    counts = tuned.confusions(task)
+    assert counts.sum((1, 2)).tolist() == [11 * 16] * 20 and np.array_equal(counts, again.confusions(task))
+    untrained, _ = dense_tuning.train(task, 0, 5e-3)
+    assert dense.miou(counts) > 0.7 > dense.miou(dense_tuning.Tuned(untrained).confusions(task))
+    assert all(torch.equal(weight, before[name]) for name, weight in task.source.backbone.state_dict().items())
+    moved = tuned.model.backbone.state_dict()
+    assert not torch.equal(moved["model.blocks.0.mlp.fc1.weight"], before["model.blocks.0.mlp.fc1.weight"])
+    scores = next(tuned.scores(task.images, task.view))
+    assert scores.shape == (4 * 6, 4 * 8, 2)  # four times the grid
+    assert tuned.about == dict(settings=dict(lr=5e-3, changed=dict(steps=40, lr=[5e-3]))) and tuned.images == 640
+    forward = tuned.flops_per_image(task)
+    assert tuned.flops == pytest.approx(3 * 640 * forward)
+
+
+def test_the_rate_is_the_best_on_images_that_it_did_not_see(measured, monkeypatch, capsys):
+    task, seen = task_of(measured), []
+    real = dense_tuning.train
+    monkeypatch.setattr(
+        dense_tuning, "train", lambda part, *more: seen.append((len(part.images), more[1])) or real(part, *more)
+    )
+    tuned = dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e-5, 2e-3, 1e30)))
+    tried = tuned.about["settings"]["tried"]
+    assert tried["1e+30"] is None and "lr 1e+30: diverged" in capsys.readouterr().out
+    best = float(max((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate]))
+    assert tuned.about["settings"]["lr"] == best and seen[-1] == (20, best)
+    assert [count for count, _ in seen[:-1]] == [18] * len(tried)
+    assert tuned.images == len(tried) * (64 + 2) + 64
+    with pytest.raises(UserError, match="diverged at every rate: pass smaller --lr"):
+        dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e29, 1e30)))
+    with pytest.raises(UserError, match=r"diverged at lr 1e\+30: pass smaller --lr"):
+        dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e30,)))
+
+
+def test_layers_learn_more_slowly_the_deeper_they_are_unless_nothing_was_trained(measured, monkeypatch):
+    built = []
+    real = dense_tuning.optim.build
+    monkeypatch.setattr(dense_tuning.optim, "build", lambda *words: built.append(real(*words)) or built[-1])
+    task = task_of(measured)
+    dense_tuning.train(task, 0, 1e-3)
+    task.source.settings["train"]["steps"] = 0
+    dense_tuning.train(task, 0, 1e-3)
+    pretrained, untrained = ({round(group["lr_scale"], 6) for group in each.param_groups} for each in built)
+    assert untrained == {1.0} and max(pretrained) == 1.0 and min(pretrained) == pytest.approx(0.75**3)  # two blocks
+
+
+def test_fine_tuning_has_rows_a_column_and_a_picture_of_its_own(measured, tmp_path, monkeypatch, capsys):
+    shutil.copytree(measured, tmp_path / "measured")
+    folder = tmp_path / "measured"
+    words = ["--backbone", "runs/mae-s0", "runs/mae-s1", "pixels", "--finetune", "--steps", "3", "--lr", "2e-3"]
+    segment(folder, monkeypatch, *words)
+    assert "fine-tuned" in capsys.readouterr().out
+    rows = results.read(folder / "runs" / "mae-s0")
+    [row] = [row for row in rows if row["protocol"].startswith("segmentation-finetune-")]
+    assert row["settings"] == dict(lr=2e-3, changed=dict(steps=3, lr=[2e-3]))
+    assert (row["train_n"], row["eval_images"], row["metric"]) == (20, 3 * 16 + 8, "mIoU")
+    counts = np.load(folder / "runs" / "mae-s0" / row["predictions"])["confusion"]
+    assert row["miou"] == pytest.approx(dense.miou(counts)) and counts.sum((1, 2)).tolist() == [11 * 16] * 8
+    assert len(results.read(folder / "runs" / "pixels-scenes")) == 2  # raw pixels have no weights
+    monkeypatch.setattr(sys, "argv", ["report.py", "runs/mae-s0", "runs/mae-s1", "runs/pixels-scenes"])
+    reports.main()
+    text = (folder / "runs" / "report" / "report.md").read_text()
+    assert f"fine-tuned with a decoder ({row['protocol'].rpartition('-')[2]})" in text
+    assert "The same with steps=3, lr=" in text
+    for wrong, words in (
+        (["--steps", "3"], "are of fine-tuning: add --finetune"),
+        (["--finetune", "--lr", "0"], "--lr must be positive numbers"),
+    ):
+        with pytest.raises(UserError, match=words):
+            segment(folder, monkeypatch, "--backbone", "runs/mae-s0", *wrong)

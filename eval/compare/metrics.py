@@ -5,7 +5,7 @@ Metric("knn-k20", "cls", -1, 1.0).name           # "k-NN (k = 20), class token"
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PRIMARY = "knn-k20"
 # protocols, after the primary; the last are of segmentations, which stand in tables of their own
@@ -40,6 +40,7 @@ NAMES = {
     "robust-": "linear, on corrupted images",
     "segmentation-linear": "linear probe of patches",
     "segmentation-knn-k20": "k-NN among patches (k = 20)",
+    "segmentation-finetune": "fine-tuned with a decoder",
     "attention-masks": "attention as masks",
 }
 
@@ -55,16 +56,16 @@ class Metric:
 
     @property
     def finetunes(self) -> bool:
-        return self.protocol.startswith("finetune")
+        return self.protocol.startswith(("finetune", "segmentation-finetune"))
 
     @property
     def evaluator(self) -> str:
         if knn := re.fullmatch(r"knn(-uncentred)?-k(\d+)", self.protocol):
             return f"k-NN{', uncentred' if knn[1] else ''} (k = {knn[2]})"
-        if other := re.fullmatch(r"(finetune|linear-mae|linear-dino)-(.+)", self.protocol):
-            return f"{NAMES[other[1]]} ({other[2]})"
         if sized := re.fullmatch(r"(segmentation-.+|attention-masks)-(\d+x\d+)", self.protocol):
-            return f"{NAMES[sized[1]]}, images of {sized[2]}"
+            return f"{replace(self, protocol=sized[1]).evaluator}, images of {sized[2]}"
+        if other := re.fullmatch(r"((?:segmentation-)?finetune|linear-mae|linear-dino)-(.+)", self.protocol):
+            return f"{NAMES[other[1]]} ({other[2]})"
         return NAMES.get(self.protocol, self.protocol)
 
     @property

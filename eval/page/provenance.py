@@ -30,6 +30,9 @@ DEFINITIONS = {
     "its intervals are by the jackknife over images.",
     "segmentation-knn-k20": "The fractions of the classes in the 20 most similar patches of training images (centred "
     "cosine), weighted by exp(similarity / 0.07); 50,000 patches at most are searched.",
+    "segmentation-finetune": "All weights are trained further, together with a decoder of two convolutions that "
+    "upsample, on random crops and flips of images with their masks; of several learning rates the best on a held-out "
+    "tenth of train is used. For the random initialisation, this is training from scratch.",
     "attention-masks": "The patches that hold 60 % of the class token’s attention in the last block, for each head, as "
     "a mask. For each class that an image shows, the head counts that overlaps it best (Jaccard index); the mean over "
     "these classes is the image’s value. More heads are more tries: compare with the random initialisation of the same "
@@ -90,7 +93,8 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
         for metric in eval_set.metrics(lambda c: c.finetunes):
             row = next(iter(eval_set.scores[metric].values())).rows[0]
             changed = ", ".join(f"{key}={value}" for key, value in row.get("settings", {}).get("changed", {}).items())
-            definitions += [(metric.evaluator, f"The recipe finetune with {changed}.")] if changed else []
+            base = "The recipe finetune" if metric.protocol.startswith("finetune") else "The same"
+            definitions += [(metric.evaluator, f"{base} with {changed}.")] if changed else []
     definitions = list(dict.fromkeys(definitions))
     made: dict[tuple, set[str]] = {}
     for run in runs:

@@ -17,19 +17,19 @@ def blocks(eval_set: EvalSet) -> tuple[list[Block], Table]:
         title, each = "Segmentation", "Intersection over union of each class"
         caption = (
             f"Mean intersection over union in % ± half-width of the 95 % interval {images}, {row['train_n']:,} images "
-            "with masks for training)."
+            "with masks for training). The backbones are frozen, unless they are fine-tuned."
         )
     else:
         title, each = "Attention as masks", "Jaccard index of each class"
         caption = (
             f"Jaccard index in % ± half-width of the 95 % interval {images}): how well the best head of the class "
-            "token’s attention overlaps the classes of an image, without any training."
+            "token’s attention overlaps the classes of an image, without any training. The backbones are frozen."
         )
     main = table(
         eval_set,
         eval_set.main,
-        f"{caption} The backbones are frozen. Marked in each column: the best recipe, controls aside, and all that are "
-        "not distinguishable from it.",
+        f"{caption} Marked in each column: the best recipe, controls aside, and all that are not distinguishable from "
+        "it.",
         ("pre-training", ["FLOPs", "images seen", "seconds"]),
     )
     found: list[Block] = [Heading(f"{title}{suffix}"), main]
