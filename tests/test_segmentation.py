@@ -498,12 +498,17 @@ def test_the_rate_is_the_best_on_images_that_it_did_not_see(measured, monkeypatc
     monkeypatch.setattr(
         dense_tuning, "train", lambda part, *more: seen.append((len(part.images), more[1])) or real(part, *more)
     )
+    judged = []
+    confusions = dense_tuning.Tuned.confusions
+    monkeypatch.setattr(
+        dense_tuning.Tuned, "confusions", lambda self, part: judged.append(len(part.masks)) or confusions(self, part)
+    )
     tuned = dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e-5, 2e-3, 1e30)))
     tried = tuned.about["settings"]["tried"]
     assert tried["1e+30"] is None and "lr 1e+30: diverged" in capsys.readouterr().out
     best = float(max((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate]))
     assert tuned.about["settings"]["lr"] == best and seen[-1] == (20, best)
-    assert [count for count, _ in seen[:-1]] == [18] * len(tried)
+    assert [count for count, _ in seen[:-1]] == [18] * len(tried) and set(judged) == {2}
     assert tuned.images == len(tried) * (64 + 2) + 64
     with pytest.raises(UserError, match="diverged at every rate: pass smaller --lr"):
         dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e29, 1e30)))
