@@ -6,10 +6,10 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, in half an hour:
 
     python eval/advise.py --data digits --backbone runs/mae-digits-s0
 
-Each backbone is evaluated frozen (eval/linear_probe.py) and fine-tuned (eval/finetune.py), beside a random
-initialisation of its shape that is fine-tuned alike, in as many FLOPs; beside a run of your own also for the FLOPs of
-its pre-training on top. Without --backbone they are the published weights of DINO's ViT-S, if they are here or can be
-fetched. A key=value, such as train.epochs=20, applies to every fine-tuning.
+Each backbone is evaluated frozen (eval/linear_probe.py) and fine-tuned (eval/finetune.py). Beside it a random
+initialisation of its shape is fine-tuned in as many FLOPs, which is training from scratch; beside a run of your own
+also longer, with the FLOPs of the pre-training on top. Without --backbone they are the published weights of DINO's
+ViT-S, if they are here or can be fetched. A key=value, such as train.epochs=20, applies to every fine-tuning.
 
 It ends with one sentence of advice and its cost, and writes runs/advise-DATA/advice.html: the advice, every way with
 its interval, and accuracy against labels. The same command continues where it was stopped.
@@ -25,7 +25,7 @@ import numpy as np
 
 import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare import advice
-from eval.compare.advice import FROZEN, SCRATCH, TUNED, Way
+from eval.compare.advice import FROZEN, LONGER, SCRATCH, TUNED, Way
 from eval.measure import cli, features, fine_tuning, results
 from eval.page import advice_section
 from eval.page.document import html
@@ -47,48 +47,52 @@ class Plan:
         self.args, self.folder = args, Path("runs") / f"advise-{recipes.short(args.data)}"
         self.threads = max(1, system.cores() // at_once)
         self.jobs: list[Job] = []
-        self.ways: list[tuple[Path, str, str, str]] = []  # folder, name, how, protocol
-        self.scratch: dict[str, Job] = {}
+        self.ways: list[tuple[Path, list[str], str, str]] = []  # folder, names, how, protocol
+        self.starts: dict[Path, tuple[Job, list[str]]] = {}  # of training from scratch, and the backbones of its shape
         for source in sources:
             self._pretrained(source)
             self._from_scratch(source)
 
     def _pretrained(self, source: features.Source) -> None:
-        name = source.name.rstrip("/").rpartition("/")[2]
-        self._evaluation("linear_probe", source.name, source.folder, name, FROZEN, "linear-sweep", [], [])
-        self._fine_tuning(source.name, source.folder, name, TUNED, [], [])
+        names = [_called(source)]
+        self._evaluation("linear_probe", source.name, source.folder, names, FROZEN, "linear-sweep", [], [])
+        self._fine_tuning(source.name, source.folder, names, TUNED, [], [])
 
     def _from_scratch(self, source: features.Source) -> None:
         """A random initialisation of the backbone's shape, shared by those of one shape."""
-        settings = shape(source)
-        recipe = pretrain.read("supervised", settings, self.args.data)
-        run = Path("runs") / recipe.run_name()
-        start = self.scratch.get(str(run))
-        kind, extra = "random initialisation", results.spent(source.folder)["flops"] if source.settings else 0.0
-        if start is None:
+        settings, plain = shape(source), ["optim.layer_decay=1"]  # there is nothing to protect
+        run = Path("runs") / pretrain.read("supervised", settings, self.args.data).run_name()
+        if run not in self.starts:
             command = [str(commands.script("pretrain")), "--recipe", "supervised", "--data", self.args.data, *settings]
             mark = run / "backbone" / "config.json"
-            start = self.scratch[str(run)] = Job(run.name, kind, [sys.executable, *command], mark, marks=True)
+            start = Job(run.name, "random initialisation", [sys.executable, *command], mark, marks=True)
+            self.starts[run] = start, []
             self.jobs.append(start)
-            plain = ["optim.layer_decay=1"]  # there is nothing to protect
-            self._fine_tuning(str(run), run, _called(recipe), SCRATCH, plain, [start])
-        if extra:
-            name = f"{_called(recipe)}, as long as the pre-training"
-            longer = ["--extra-flops", f"{extra:g}", "optim.layer_decay=1"]
-            self._fine_tuning(str(run), run, name, SCRATCH, longer, [start])
+            self._fine_tuning(str(run), run, self.starts[run][1], SCRATCH, plain, [start])
+        start, names = self.starts[run]
+        names.append(_called(source))
+        if extra := results.spent(source.folder)["flops"] if source.settings else 0.0:
+            longer = ["--extra-flops", f"{extra:g}", *plain]
+            self._fine_tuning(str(run), run, [_called(source)], LONGER, longer, [start])
 
-    def _fine_tuning(self, what: str, folder: Path, name: str, how: str, words: list[str], needs: list[Job]) -> None:
+    def _fine_tuning(
+        self, what: str, folder: Path, names: list[str], how: str, words: list[str], needs: list[Job]
+    ) -> None:
+        """Not twice where two runs of one shape were trained for as long."""
         arguments = ["--lr", *RATES, *self.args.settings, *words]
         _, schedule = fine_tuning.parse(["--backbone", what, *arguments])
-        if (folder, name, how, schedule.protocol) not in self.ways:
-            self._evaluation("finetune", what, folder, name, how, schedule.protocol, arguments, needs)
+        same = [known for where, known, _, protocol in self.ways if (where, protocol) == (folder, schedule.protocol)]
+        if same:
+            same[0].extend(names)
+        else:
+            self._evaluation("finetune", what, folder, names, how, schedule.protocol, arguments, needs)
 
     def _evaluation(
         self,
         script: str,
         what: str,
         folder: Path,
-        name: str,
+        names: list[str],
         how: str,
         protocol: str,
         words: list[str],
@@ -100,11 +104,14 @@ class Plan:
         mark = self.folder / "done" / f"{fingerprint([script, *arguments], 12)}.json"
         title = f"{folder.name} {script} {len(self.ways)}"
         self.jobs.append(Job(title, script, [sys.executable, *command], mark, needs))
-        self.ways.append((folder, name, how, protocol))
+        self.ways.append((folder, names, how, protocol))
 
     def read(self) -> list[Way]:
         """The ways as they were measured. Raises UserError if they were not, or not on the same images."""
-        found = [advice.read(*way, self.args.data) for way in self.ways]
+        found = [
+            advice.read(folder, ", ".join(names), how, protocol, self.args.data)
+            for folder, names, how, protocol in self.ways
+        ]
         if any(not np.array_equal(found[0][1], truth) for _, truth in found):
             raise UserError(f"The images of {self.args.data} have changed: remove {self.folder}, and start again.")
         return [way for way, _ in found]
@@ -121,9 +128,8 @@ def shape(source: features.Source) -> list[str]:
     return [*settings, f"data.img_size=[{height},{width}]", "train.flops=null", "train.steps=0"]
 
 
-def _called(recipe: recipes.Recipe) -> str:
-    b = recipe.backbone
-    return b.name if b.embed_dim is None else f"ViT, {b.embed_dim} wide, {b.depth} deep, patch {b.patch_size}"
+def _called(source: features.Source) -> str:
+    return source.name.rstrip("/").rpartition("/")[2]
 
 
 def open_all(args: argparse.Namespace) -> list[features.Source]:

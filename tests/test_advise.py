@@ -1,5 +1,6 @@
 """Advice: which way is chosen, what is said of it, and what is run for it."""
 
+import argparse
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ from test_loop import TINY
 
 from eval import advise
 from eval.compare import advice
-from eval.compare.advice import FROZEN, SCRATCH, TUNED, Measured, Way
+from eval.compare.advice import FROZEN, LONGER, SCRATCH, TUNED, Measured, Way
 from eval.measure import features, results
 from ssl_vit import pretrain
 from ssl_vit.errors import UserError
@@ -59,8 +60,8 @@ def test_the_cheapest_of_the_best_is_advised(accuracies, chosen, words):
 
 
 def test_the_longest_training_from_scratch_is_the_reference():
-    ways = [way("s", SCRATCH, 100, 1e12), way("s, longer", SCRATCH, 300, 5e12), way("t", TUNED, 310, 1e12)]
-    assert advice.advise(ways).scratch.name == "s, longer"
+    ways = [way("s", SCRATCH, 100, 1e12), way("s", LONGER, 300, 5e12), way("t", TUNED, 310, 1e12)]
+    assert advice.advise(ways).scratch.how == LONGER
 
 
 @pytest.fixture
@@ -98,6 +99,26 @@ def test_ways_are_measured_and_the_page_is_written(run, monkeypatch, capfd, tmp_
     assert call(monkeypatch, *words) == 0 and "started" not in capfd.readouterr().out
     done = next((tmp_path / "runs/advise-digits/done").glob("*.json"))
     assert json.loads(done.read_text())["command"].startswith("python eval/")
+
+
+def test_backbones_of_one_shape_share_a_training_from_scratch(run, tmp_path, monkeypatch):
+    for name, steps in (("twin", 2), ("longer", 4), ("deeper", 2)):
+        settings = [*TINY, *SMALL["mae"], f"train.steps={steps}", f"train.seed={steps}"]
+        recipe = pretrain.read("mae", [*settings, *["backbone.depth=3"] * (name == "deeper")], None)
+        assert pretrain.pretrain(recipe, tmp_path / "runs" / name) == 0
+    runs = [run, "runs/twin", "runs/longer", "runs/deeper"]
+    monkeypatch.setattr(sys, "argv", ["advise.py"])
+    args = argparse.Namespace(data="digits", labels=["all"], label_seeds=[0], settings=[])
+    plan = advise.Plan(args, [features.open_source(name, None, None) for name in runs], 1)
+    found = [(names, how) for _, names, how, _ in plan.ways if how in (SCRATCH, LONGER)]
+    assert found == [
+        (["mine", "twin", "longer"], SCRATCH),
+        (["mine", "twin"], LONGER),
+        (["longer"], LONGER),
+        (["deeper"], SCRATCH),
+        (["deeper"], LONGER),
+    ]
+    assert len(plan.jobs) == 2 + 2 * len(runs) + len(found)
 
 
 def test_a_random_initialisation_has_the_shape_of_the_backbone(run):

@@ -16,7 +16,7 @@ from eval.measure import results
 from ssl_vit.errors import UserError
 from ssl_vit.recipe import short
 
-FROZEN, TUNED, SCRATCH = "frozen", "fine-tuned", "from scratch"
+FROZEN, TUNED, SCRATCH, LONGER = "frozen", "fine-tuned", "from scratch", "longer from scratch"
 
 
 @dataclass
@@ -34,11 +34,16 @@ class Measured:
 
 @dataclass
 class Way:
-    """how: FROZEN, TUNED or SCRATCH. by_labels: what was measured, by the number of labelled images."""
+    """name: the backbone, or those whose shape was trained from scratch; how: FROZEN, TUNED, SCRATCH, or LONGER, for
+    the FLOPs of the pre-training on top. by_labels: what was measured, by the number of labelled images."""
 
     name: str
     how: str
     by_labels: dict[int, Measured] = field(default_factory=dict)
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.how in (SCRATCH, LONGER)
 
     @property
     def most(self) -> Measured:
@@ -107,7 +112,7 @@ class Advice:
 
 def advise(ways: list[Way]) -> Advice:
     """The advice from ways that were measured on the same test images with the same numbers of labels."""
-    scratch = max((way for way in ways if way.how == SCRATCH), key=lambda way: way.most.estimate.mean)
+    scratch = max((way for way in ways if way.from_scratch), key=lambda way: way.most.estimate.mean)
     level = 1 - (1 - intervals.LEVEL) / max(len(ways) - 1, 1)
     best = max(ways, key=lambda way: way.most.estimate.mean)
     found = Advice(ways, best, scratch, level)

@@ -13,7 +13,7 @@ def blocks(advice: Advice, data: str, command: str) -> list[Block]:
     lines = []
     for way in ways:
         mean, half = advice.gain(way)
-        against = "" if way is advice.scratch else f"{percent(mean, '+')} ± {percent(half)}"
+        against = "–" if way is advice.scratch else f"{percent(mean, '+')} ± {percent(half)}"
         cells = [
             with_interval(way.most.estimate),
             against,
@@ -31,11 +31,11 @@ def blocks(advice: Advice, data: str, command: str) -> list[Block]:
     )
     series = [
         plots.Series(
-            f"{way.name}, {way.how}",
+            f"{way.how.replace('from ', '')}: {way.name}",  # a long one is cut off at its end
             list(way.by_labels),
             [found.estimate.mean for found in way.by_labels.values()],
             [found.estimate.bounds for found in way.by_labels.values()],
-            None if way.how == "from scratch" else place,
+            None if way.from_scratch else place,
         )
         for place, way in enumerate(ways)
     ]
@@ -49,9 +49,8 @@ def blocks(advice: Advice, data: str, command: str) -> list[Block]:
         Heading("Where it comes from"),
         Text(
             "The same test images serve every way. Training from scratch is fine-tuning from a random initialisation "
-            "of the same shape, without layer decay; “as long as the pre-training” means that the FLOPs of the run’s "
-            "pre-training are added. Learning rates are chosen on a tenth of the labelled training images. This page "
-            "was made by"
+            "of the backbone’s shape, without layer decay; “longer” means that the FLOPs of the run’s pre-training are "
+            "added. Learning rates are chosen on a tenth of the labelled training images. This page was made by"
         ),
         Code(command),
     ]
