@@ -21,9 +21,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare import advice
 from eval.compare.advice import FROZEN, LONGER, SCRATCH, TUNED, Way
 from eval.measure import cli, features, fine_tuning, results

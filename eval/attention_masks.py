@@ -14,10 +14,11 @@ classes is the image's Jaccard index (after section 4.2.2 of the DINO paper). On
 
 import time
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 import torch
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import attention_masks, cli, dense_sets, features, results
 from eval.page import mask_pictures, text_tables
 from ssl_vit import errors, flops, pictures

@@ -26,13 +26,14 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, features, results
 from eval.page import text_tables
 from ssl_vit import data, errors, files, pretrain, system

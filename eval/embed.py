@@ -15,11 +15,12 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 import torch
 from accelerate import PartialState
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, embedding, everything, features
 from eval.page import embedding_page
 from eval.page.document import html

@@ -25,12 +25,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, features, rates, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions

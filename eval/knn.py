@@ -15,9 +15,10 @@ without centring.
 import time
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, features, pictures, results
 from eval.measure.predictions import Predictions
 from eval.page import text_tables

@@ -25,13 +25,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 import torch
 from accelerate.utils import gather
 from torch import Tensor
 from tqdm import tqdm
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, features, kept_probes, linear_heads, results
 from eval.measure.probing import Probe, combine, head_flops, sweep_options
 from eval.page import text_tables

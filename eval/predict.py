@@ -18,11 +18,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 import torch
 from accelerate import PartialState
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare.intervals import interval
 from eval.measure import cli, everything, features, kept_probes
 from eval.page.text_tables import aligned

@@ -21,7 +21,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
 from eval.compare.studies import read_study

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.measure import cli, common_corruptions, features, linear_heads, results
 from eval.measure.predictions import Predictions
 from eval.measure.probing import Probe, combine, head_flops, sweep_options

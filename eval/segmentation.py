@@ -23,11 +23,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import numpy as np
 import torch
 from torch import Tensor
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.compare import iou
 from eval.measure import cli, dense, dense_sets, dense_tuning, features, results
 from eval.page import mask_pictures, text_tables

@@ -21,9 +21,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 import torch
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
 from eval.schedule import plans
 from eval.schedule.cost import estimate
 from eval.schedule.jobs import Job, needed, work

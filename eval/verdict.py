@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import ssl_vit.own_eval  # noqa: F401  or another package called eval is imported
+import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
+
 from eval.compare.evidence import read
 from eval.compare.studies import read_study
 from eval.page.document import Figure, markdown

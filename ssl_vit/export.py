@@ -17,6 +17,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import ssl_vit  # noqa: F401  # isort: skip  before torch
+
 import torch
 from safetensors.torch import save_file
 

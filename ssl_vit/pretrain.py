@@ -16,6 +16,8 @@ import math
 import shlex
 from pathlib import Path
 
+import ssl_vit  # noqa: F401  # isort: skip  before torch
+
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState

@@ -1,6 +1,8 @@
 """Every script starts, from anywhere, with nothing of ours in the way of an installed package."""
 
+import ast
 import importlib.util
+import re
 import runpy
 import subprocess
 import sys
@@ -30,6 +32,33 @@ def test_a_script_starts_beside_transformers(script, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "python" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there")
+@pytest.mark.parametrize("script", ["ssl_vit/pretrain.py", "eval/study.py"])
+def test_threads_that_wait_for_others_soon_sleep(script):
+    """Torch's OpenMP says what it read when it was loaded, which must be after the package has set it."""
+
+    def spins(**own: str) -> str:
+        variables = {key: value for key, value in environment().items() if not key.startswith(("OMP_", "GOMP_"))}
+        variables |= dict(OMP_DISPLAY_ENV="VERBOSE", **own)
+        result = subprocess.run([sys.executable, str(ROOT / script), "--help"], env=variables, capture_output=True)
+        [found] = set(re.findall(r"GOMP_SPINCOUNT = '(.+)'", result.stderr.decode()))
+        return found
+
+    assert spins() == "4000"
+    assert spins(GOMP_SPINCOUNT="77") == "77"  # the user wins
+    assert spins(OMP_WAIT_POLICY="active") not in ("4000", "77")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_package_is_imported_before_torch(script):
+    imports = [
+        node for node in ast.parse((ROOT / script).read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = [n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports]
+    others = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+    assert others[0].split(".")[0] == "ssl_vit"
 
 
 def as_script(script: str) -> Callable[[], None]:

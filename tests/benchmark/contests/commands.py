@@ -1,5 +1,6 @@
 """Whole commands: how long one takes to start, and what several processes or jobs side by side gain."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -37,18 +38,20 @@ def contests() -> Iterator[Contest]:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
             _run([sys.executable, *launch, PRETRAIN, *train(0, "runtime.num_threads=1")])
 
-        def side_by_side() -> None:
-            jobs = [_start([sys.executable, PRETRAIN, *train(seed, "runtime.num_threads=1")]) for seed in (1, 2)]
+        def side_by_side(threads: int) -> None:
+            own = f"runtime.num_threads={threads}"
+            jobs = [_start([sys.executable, PRETRAIN, *train(seed, own)]) for seed in (1, 2)]
             assert [job.wait() for job in jobs] == [0, 0]
 
         alone = {"one process, two threads": lambda: one(2)}
         yield Contest(f"{STEPS} steps of mae by two processes", two, alone, goal=0.9)
-        yield Contest(
-            "two jobs side by side, a thread each",
-            side_by_side,
-            {"one after the other, two threads each": lambda: [one(2), one(2)]},
-            goal=0.8,
-        )
+        for threads, words in ((1, "a thread"), (2, "two threads")):
+            yield Contest(
+                f"two jobs side by side, {words} each",
+                functools.partial(side_by_side, threads),
+                {"one after the other, two threads each": lambda: [one(2), one(2)]},
+                goal=0.8,
+            )
 
 
 def _start(command: list[str]) -> subprocess.Popen:
