@@ -1,7 +1,7 @@
 """How fast ssl_vit is beside what one would take instead, in turns on this machine.
 
     python tests/benchmark/beside_peers.py                    # everything: a quarter of an hour on two idle cores
-    python tests/benchmark/beside_peers.py views --rounds 3   # of views, steps, photos, evaluation, commands
+    python tests/benchmark/beside_peers.py views --rounds 3   # KINDs are listed by --help
 
 The peers are torchvision, transformers, timm, faiss and scikit-learn, and lightly if it is installed. On a GPU the same
 command measures there, in bf16, eager and compiled. Every figure is a ratio of speeds within one run, ours over the
@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmark import turns  # noqa: E402
-from benchmark.contests import commands, evaluation, photos, steps, views  # noqa: E402
+from benchmark.contests import attention, commands, evaluation, growth, photos, steps, views  # noqa: E402
 from benchmark.it_runs import matmul_rate  # noqa: E402
 
 from eval.measure.results import SURROUNDINGS  # noqa: E402
 from ssl_vit import system  # noqa: E402
 from ssl_vit.overview import name_of  # noqa: E402
 
-KINDS = ("views", "steps", "photos", "evaluation", "commands")
+KINDS = ("views", "steps", "attention", "growth", "photos", "evaluation", "commands")
 
 
 def contests(kind: str, device: torch.device, args: argparse.Namespace) -> Iterator[turns.Contest]:
@@ -36,12 +36,14 @@ def contests(kind: str, device: torch.device, args: argparse.Namespace) -> Itera
         yield from steps.contests(device, args.batch_size, compile=False)
         if device.type == "cuda":
             yield from steps.contests(device, args.batch_size, compile=True)
+    elif kind == "growth":
+        yield from growth.contests(device, args.batch_size)
     elif kind == "photos":
         yield from photos.contests(args.photos)
     elif kind == "commands":
         yield from commands.contests()
     else:
-        yield from dict(views=views, evaluation=evaluation)[kind].contests(device)
+        yield from dict(views=views, attention=attention, evaluation=evaluation)[kind].contests(device)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ That the work is the same is checked by counted FLOPs, which must agree to 5 %.
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import timm
 import torch
@@ -61,7 +61,7 @@ def contests(device: torch.device, batch_size: int, compile: bool) -> Iterator[C
             peers["lightly"] = _stepping(LightlyDino().to(device), batch_size, device)
         if not peers:
             continue
-        flops = {who: _flops(call) / batch_size for who, call in {"ours": step, **peers}.items()}
+        flops = {who: count(call) / batch_size for who, call in {"ours": step, **peers}.items()}
         most, least = max(flops.values()), min(flops.values())
         assert most < 1.05 * least, f"{name}: not the same work, {flops}"
         goal = 1.1 if name in ("mae", "dino") else 1.0
@@ -69,11 +69,13 @@ def contests(device: torch.device, batch_size: int, compile: bool) -> Iterator[C
         yield Contest(what, step, peers, batch_size, "image", goal, dict(flops_per_image=flops))
 
 
-def ours(name: str, batch_size: int, device: torch.device, compile: bool) -> tuple[Objective, Callable[[], Tensor]]:
-    """(the objective of a recipe, a step of it on one made-up batch)."""
+def ours(
+    name: str, batch_size: int, device: torch.device, compile: bool = False, more: Sequence[str] = ()
+) -> tuple[Objective, Callable[[], Tensor]]:
+    """(the objective of a recipe, with `more` settings; a step of it on one made-up batch)."""
     shape = [f"backbone.embed_dim={DIM}", f"backbone.depth={DEPTH}", f"backbone.num_heads={HEADS}"]
     facts = [f"data.img_size={SIZE}", "data.in_chans=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]"]
-    recipe = pretrain.read(name, [*shape, f"backbone.patch_size={PATCH}", *facts, *OURS[name]], None)
+    recipe = pretrain.read(name, [*shape, f"backbone.patch_size={PATCH}", *facts, *OURS[name], *more], None)
     backbone = backbones.build(recipe.backbone, recipe.data, 0)
     info = DatasetInfo((SIZE, SIZE), 0.5, CLASSES, recipe.views, batch_size)
     objective = objectives.find(recipe.objective_name)(recipe.objective, backbone, info).to(device).train()
@@ -122,7 +124,8 @@ def _stepping(model: nn.Module, batch_size: int, device: torch.device) -> Callab
     return step
 
 
-def _flops(call: Callable[[], Tensor]) -> float:
+def count(call: Callable[[], Tensor]) -> float:
+    """The FLOPs of a call, with unfused attention."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
