@@ -61,7 +61,7 @@ class Group:
         """Whether its pre-training learnt from labels."""
         run = self.runs[0]
         supervised = run.rows[0]["objective"] == "supervised"  # for runs whose recipe.yaml does not say it yet
-        return run.settings.get("resolved", {}).get("labelled", supervised)
+        return bool(run.settings.get("resolved", {}).get("labelled", supervised))
 
     @property
     def foreign(self) -> bool:
