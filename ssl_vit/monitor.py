@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ssl_vit import neighbours, overview, system, views
 from ssl_vit import recipe as recipes
-from ssl_vit.backbones import Backbone
+from ssl_vit.backbones import Backbone, evaluating
 from ssl_vit.checkpoint import Run
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.errors import Diverged
@@ -350,14 +350,12 @@ class OnlineKnn:
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         """{"rank": RankMe of mean-pooled patches, "knn": their accuracy at k = 20, "knn_cls": the class token's}."""
-        training = backbone.training
-        backbone.eval()
         pooled, first = [], []
-        for batch in evaluation_views(self.images, self.view, self.device, self.chosen):
-            [(prefix, patches)] = backbone.features(batch)
-            pooled.append(patches.flatten(1, 2).mean(1).float().cpu())
-            first.append(prefix[:, : int(backbone.has_class_token)].flatten(1).float().cpu())
-        backbone.train(training)
+        with evaluating(backbone):
+            for batch in evaluation_views(self.images, self.view, self.device, self.chosen):
+                [(prefix, patches)] = backbone.features(batch)
+                pooled.append(patches.flatten(1, 2).mean(1).float().cpu())
+                first.append(prefix[:, : int(backbone.has_class_token)].flatten(1).float().cpu())
         features = torch.cat(pooled).numpy()
         result = dict(rank=effective_rank(features[:2048]))
         if self.labels is not None:

@@ -55,7 +55,7 @@ def freeze(objective: nn.Module, step: int, frozen: int) -> None:
 def drop_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Of the groups that do not learn yet: AdamW then leaves weights and moments as they are."""
     for group in optimizer.param_groups:
-        if step < group["start"]:
+        if step < group.get("start", 0):  # older checkpoints do not say it
             for weight in group["params"]:
                 weight.grad = None
 

@@ -90,9 +90,13 @@ ViewSpec = dict[str, View]  # by name; the name is part of the address of the vi
 
 def make(spec: ViewSpec, images: UInt8[Tensor, "B C H W"], draw: Draw) -> dict[str, Float[Tensor, "B ... C _ _"]]:
     """All views of decoded images of one size. images: uint8 (B, C, H, W) on the device → float32 in [0, 1] there:
-    (B, C, h, w), or (B, count, C, h, w) where the view has a count."""
+    (B, C, h, w), or (B, count, C, h, w) where the view has a count.
+
+    Raises ValueError if a view is to have the crop of one that the spec lacks."""
     views = {}
     for name, view in spec.items():
+        if view.same_as is not None and view.same_as not in spec:
+            raise ValueError(f"there is no view {view.same_as!r} that {name!r} could be like")
         u = _numbers(name, view, draw)
         flip = u[..., 0] < view.flip
         if view.crop:

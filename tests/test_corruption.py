@@ -102,6 +102,34 @@ def test_only_the_hidden_patches_are_spoiled(variant):
     assert torch.equal(changed, hidden) and (hidden.sum(1) == objective.num_masked).all()
 
 
+@pytest.mark.parametrize("encoder_input", ["visible", "mask_token"])
+@pytest.mark.parametrize("name", ["shuffle", "gaussian"])
+def test_where_masked_patches_are_not_seen_the_others_are_spoiled(name, encoder_input):
+    """Their corruption depends on no hidden pixel, and changes what the network sees."""
+    settings = [f"objective.corruption={name}", f"objective.encoder_input={encoder_input}", "objective.mask_ratio=0.5"]
+    objective = small_objective("mae", *settings)
+    batch = make_batch(objective, torch.arange(6))
+    images, size = batch.views["image"], objective.backbone.patch_size
+    seen, hidden = spoiled(objective, images)
+    changed = (patchify(seen, size) != patchify(images, size)).any(-1)
+    assert changed[~hidden].all() and (name == "gaussian" or not changed[hidden].any())
+    prediction, hidden, *_ = objective.predict(images, batch.draw)
+    mask = corruption.mask_pixels(hidden, objective.grid, objective.backbone.stride)
+    other = torch.where(mask, torch.rand_like(images), images)
+    assert torch.equal(objective.predict(other, batch.draw)[0], prediction)
+    clean = small_objective("mae", *settings[1:])
+    assert not torch.equal(clean.predict(images, batch.draw)[0], prediction)
+
+
+def test_corruptions_that_show_or_ask_for_what_is_hidden_are_refused():
+    for encoder_input in ("visible", "mask_token"):
+        own = f"objective.encoder_input={encoder_input}"
+        with pytest.raises(UserError, match="blur carries the pixels of masked patches"):
+            small_objective("mae", own, "objective.corruption=blur")
+        with pytest.raises(UserError, match="the noise in masked patches, which the encoder does not see"):
+            small_objective("mae", own, "objective.corruption=gaussian", "objective.target=noise")
+
+
 @pytest.mark.parametrize("variant", ["blur", "noise in patch space"])
 def test_images_are_spoiled_in_float32_whatever_the_network_computes_in(variant):
     objective = small(variant)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import small_objective, small_recipe
+from conftest import SMALL, small_objective, small_recipe
 from PIL import Image
 
 from ssl_vit import checkpoint, data, monitor
@@ -54,6 +54,23 @@ def test_online_k_nn_finds_the_copies_of_a_query_in_its_bank():
     images.images = images.images[:10].repeat(50, 1, 1, 1)
     watch = monitor.OnlineKnn(images, small_recipe("mae", "data.img_size=[4,4]"), torch.device("cpu"))
     assert watch(Pixels())["knn_cls"] == 1.0
+
+
+def test_online_k_nn_leaves_every_part_of_the_backbone_in_its_mode():
+    """A DINO teacher is in eval mode, and its batch norms are not."""
+    shape = [
+        *SMALL["dino"],
+        "backbone.name=cvt",
+        *(f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads")),
+    ]
+    objective = small_objective("dino", *shape).train()
+    modes = {name: part.training for name, part in objective.named_modules()}
+    assert not modes["teacher"] and any(mode for name, mode in modes.items() if name.startswith("teacher."))
+    recipe = small_recipe("dino", "data.img_size=[16,16]")
+    images = images_of(torch.arange(20) % 2)
+    images.images = images.images.expand(-1, 3, -1, -1)
+    monitor.OnlineKnn(images, recipe, torch.device("cpu"))(objective.exported)
+    assert {name: part.training for name, part in objective.named_modules()} == modes
 
 
 def test_speed_seconds_and_budget_as_a_clock_tells_them(tmp_path, monkeypatch):

@@ -288,6 +288,18 @@ def test_the_tokenizer_is_paid_for(trained):
     assert several.inherited == given.inherited
 
 
+def test_the_tokenizer_of_a_task_sees_the_crop_of_the_task(trained):
+    task = f"beit objective.tokenizer={trained / 'finer'}"
+    objective = small_objective("multitask", f"objective.tasks={json.dumps([task, 'mae'])}")
+    images = (255 * torch.rand(6, 3, 40, 48, generator=torch.Generator().manual_seed(0))).byte()
+    smooth = F.avg_pool2d(F.avg_pool2d(images.float(), 9, 1, 4), 9, 1, 4).byte()
+    made = views.make(objective.views, smooth, Draw(0, 1, torch.arange(6)))
+    small = F.avg_pool2d(made["beit/image"], 2)
+    assert (small - made["beit/tokens"]).abs().mean() < 0.1 * (small - small.roll(1, 0)).abs().mean()
+    with pytest.raises(ValueError, match="no view 'image'"):
+        views.make({"tokens": View((8, 8), same_as="image")}, smooth, Draw(0, 1, torch.arange(6)))
+
+
 def test_pictures_show_what_the_tokens_stand_for(trained):
     objective = small_objective("beit", f"objective.tokenizer={trained / 'same'}").eval()
     images = make_batch(objective, torch.arange(3)).views["image"]

@@ -1,6 +1,15 @@
 """Backbones: base.py is the contract, vit.py the plain ViT whose tokens objectives work on, factory.py builds them."""
 
-from ssl_vit.backbones.base import CAPABILITIES, FAULTS, REMEDIES, Backbone, Capability, Replacement, reason
+from ssl_vit.backbones.base import (
+    CAPABILITIES,
+    FAULTS,
+    REMEDIES,
+    Backbone,
+    Capability,
+    Replacement,
+    evaluating,
+    reason,
+)
 from ssl_vit.backbones.eva import EvaBackbone
 from ssl_vit.backbones.factory import build, build_name, resolve_patch, wrap
 from ssl_vit.backbones.local import LocalBackbone
@@ -20,6 +29,7 @@ __all__ = [
     "TokenBackbone",
     "build",
     "build_name",
+    "evaluating",
     "fix_sincos_positions",
     "reason",
     "resolve_patch",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -89,6 +90,19 @@ class Replacement:
         grid = images.shape[-2] // stride[0], images.shape[-1] // stride[1]
         patches = self.exchange(patchify(images, stride)).masked_fill(self.hidden[..., None], 0.0)
         return unpatchify(patches, stride, grid)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, and each of its parts in its own mode afterwards: a DINO teacher's batch norms train
+    while the teacher itself does not."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 class Backbone(nn.Module):
@@ -272,10 +286,10 @@ class Backbone(nn.Module):
     def check(self) -> None:
         """Compute the features of one black image, and keep how many patches and prefix tokens they have. Raises
         UserError naming the model if they cannot be used."""
-        training = self.training
-        self.eval()
         try:
-            found = self.features(self.mean.new_zeros(1, len(self.mean), *self.input_size), range(self.depth))
+            with evaluating(self):
+                zero = self.mean.new_zeros(1, len(self.mean), *self.input_size)
+                found = self.features(zero, range(self.depth))
             prefix, patches = found[-1]
             self._prefix, self._last = prefix.shape[1], (patches.shape[1], patches.shape[2])
         except FAULTS as error:
@@ -287,8 +301,6 @@ class Backbone(nn.Module):
                 f"{self.name} cannot be used{where} ({reason(error)}): {remedy} another model, such as vit_small, "
                 "swin_tiny_patch4_window7_224 or resnet50."
             ) from None
-        finally:
-            self.train(training)
 
     @property
     def name(self) -> str:
@@ -319,14 +331,13 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _give_head(self, classes: int, **pool: str | bool) -> None:
         """Reset the classifier, with timm's arguments for its pooling, and try it."""
-        training = self.training
-        self.eval()
         try:
             self.model.reset_classifier(classes, *([pool["global_pool"]] if pool else []))
             for head in self.classifiers:
                 for weight in head.parameters():
                     nn.init.zeros_(weight)
-            logits = self.classify(self.mean.new_zeros(1, len(self.mean), *self.input_size))
+            with evaluating(self):
+                logits = self.classify(self.mean.new_zeros(1, len(self.mean), *self.input_size))
             if not isinstance(logits, Tensor) or logits.shape != (1, classes):
                 raise Unsupported("its head gives no logits, one per class")
         except FAULTS as error:
@@ -334,6 +345,4 @@ class Backbone(nn.Module):
                 f"{self.name} takes no linear classifier ({reason(error)}): use another model, such as vit_small, "
                 "swin_tiny_patch4_window7_224 or resnet50."
             ) from None
-        finally:
-            self.train(training)
         self.args |= dict(num_classes=classes, **pool)

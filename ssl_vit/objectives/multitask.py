@@ -19,7 +19,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Multitask(Objective):
         self.specs = [task.views for task in tasks]
         self.makers = [self.names[self.specs.index(spec)] for spec in self.specs]
         self.views = {
-            f"{maker}/{name}": v
+            f"{maker}/{name}": replace(v, same_as=v.same_as and f"{maker}/{v.same_as}")
             for maker, spec in zip(self.makers, self.specs, strict=True)
             for name, v in spec.items()
         }

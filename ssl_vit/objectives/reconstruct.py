@@ -295,7 +295,9 @@ class Reconstruct(Objective):
         elif c.corruption == "blur":
             corrupted = corruption.blur(images, draw.uniform("blur", 1).flatten(), pair(c.blur_sigma))
         else:
-            corrupted = corruption.shuffle(images, b.stride, order[:, order.shape[1] - self.num_masked :])
+            shown = order.shape[1] - self.num_masked  # the masked patches come last
+            spoiled = order[:, shown:] if c.encoder_input in WHOLE else order[:, :shown]
+            corrupted = corruption.shuffle(images, b.stride, spoiled)
         if c.encoder_input in WHOLE and c.mask != "none":  # the masked patches alone
             corrupted = torch.where(corruption.mask_pixels(mask, self.grid, b.stride), corrupted, images)
         return corrupted, noise, level
@@ -390,6 +392,16 @@ def check_settings(config: ReconstructConfig) -> None:
         )
     if c.target == "tokenizer" and c.tokenizer is None:
         raise UserError("objective.target=tokenizer needs one: set objective.tokenizer=RUN, of the recipe tokenizer.")
+    if c.encoder_input in ("visible", "mask_token") and c.corruption == "blur":
+        raise UserError(
+            "objective.corruption=blur carries the pixels of masked patches into those beside them: set "
+            "objective.encoder_input=corrupted, which blurs the masked patches alone, or another corruption."
+        )
+    if c.encoder_input in ("visible", "mask_token") and c.corruption == "gaussian" and c.target == "noise":
+        raise UserError(
+            "objective.target=noise asks for the noise in masked patches, which the encoder does not see: set "
+            "objective.encoder_input=corrupted, or another target."
+        )
     if c.mask in NEXT and c.corruption != "none":
         raise UserError(f"objective.mask={c.mask} reads clean patches: set objective.corruption=none.")
     if c.mask in ("random", "blocks") and c.encoder_input == "corrupted" and c.corruption == "none":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ssl_vit import recipe as recipes
 from ssl_vit import targets, teachers, weights
-from ssl_vit.backbones import Backbone
+from ssl_vit.backbones import Backbone, evaluating
 from ssl_vit.decoders import check_width
 from ssl_vit.errors import UserError
 from ssl_vit.losses import full_precision
@@ -92,11 +92,9 @@ class Tokenizer(Objective):
     def fit(self, images: Tensor, seed: int) -> None:
         """Start the codes from k-means of what the encoder gives: as many images as have 256 patches for a code."""
         count = min(len(images), math.ceil(256 * self.config.vocab_size / math.prod(self.grid)))
-        training = self.training
-        self.eval()
         chosen = images[torch.linspace(0, len(images) - 1, count).long().to(images.device)]
-        vectors = [self.quantizer.vectors(self.encode(part)).flatten(0, 1) for part in chosen.split(256)]
-        self.train(training)
+        with evaluating(self):
+            vectors = [self.quantizer.vectors(self.encode(part)).flatten(0, 1) for part in chosen.split(256)]
         self.quantizer.codebook.fit(torch.cat(vectors), seed)
 
     def begin_step(self) -> None:
