@@ -12,8 +12,13 @@ from ssl_vit.backbones.timm_models import TimmModel
 from ssl_vit.schedules import cosine
 from ssl_vit.settings import pair
 
-TOKENS = ("pos_embed", "relative_position_bias_table", "cls_token", "dist_token", "reg_token", "mask_token")
-BEHIND = ("norm", "fc_norm", "head", "head_dist", "fc", "classifier")  # timm's names of what follows the last block
+# positions, of which `freqs` are learnt rotary ones, and tokens
+TOKENS = ("pos_embed", "relative_position_bias_table", "freqs", "cls_token", "dist_token", "reg_token", "mask_token")
+POSITION_MLP = "cpb_mlp"  # makes Swin v2's relative positions
+SCALES = ("logit_scale", "temperature")  # of attention: one number for each head
+# timm's names of what follows the last block, and of positions that all blocks share; it puts both in a last layer
+BEHIND = ("norm", "fc_norm", "head", "head_dist", "aux_head", "conv_head", "fc", "classifier")
+SHARED = ("rope", "shared_rel_pos")
 
 
 def build(objective: nn.Module, config: recipes.Optim, lr: float, frozen: int = 0) -> torch.optim.AdamW:
@@ -62,10 +67,11 @@ def drop_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 def decays(name: str, weight: Tensor, rule: str) -> bool:
     """Whether weight decay applies. Biases, norms and scales never; "1d+tokens" also spares positions and tokens, as do
-    the `no_weight_decay` of the official MAE (fine-tuning), DeiT, BEiT, SimMIM and Swin."""
-    if weight.ndim <= 1 or name.endswith(".bias"):
+    the `no_weight_decay` of the official MAE (fine-tuning), DeiT, BEiT, SimMIM and Swin v1 and v2."""
+    parts = name.split(".")
+    if weight.ndim <= 1 or parts[-1] in ("bias", *SCALES):
         return False
-    return not (rule == "1d+tokens" and name.rpartition(".")[2] in TOKENS)
+    return not (rule == "1d+tokens" and (parts[-1] in TOKENS or POSITION_MLP in parts))
 
 
 def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
@@ -88,6 +94,7 @@ def layer_ids(model: TimmModel) -> tuple[dict[str, int], int]:
     order, and last the final norm and the head (get_layer_id_for_vit in mae/util/lr_decay.py; timm has the norm in the
     last block's layer)."""
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    layers |= {name: 0 for name in layers if name.split(".")[0] in SHARED}
     last = 1 + max(layer for name, layer in layers.items() if name.split(".")[0] not in BEHIND)
     return {name: last if name.split(".")[0] in BEHIND else layer for name, layer in layers.items()}, last
 

@@ -69,13 +69,29 @@ def test_tokens_are_spared_as_by_timm():
         "vit_tiny_patch16_224": small | dict(reg_tokens=2),
         "deit_tiny_distilled_patch16_224": small,
         "swin_tiny_patch4_window7_224": dict(num_classes=0, depths=(1, 1), embed_dim=8, num_heads=(1, 1)),
+        "swinv2_tiny_window8_256": dict(num_classes=0, depths=(1, 1), embed_dim=8, num_heads=(1, 1)),
+        "vit_small_patch16_rope_mixed_224": dict(num_classes=0, depth=1, embed_dim=64, num_heads=1),
+        "xcit_nano_12_p8_224": dict(num_classes=0, depth=1, embed_dim=8, num_heads=2),
     }
+    words = ("relative_position_bias", "cpb_mlp", "logit_scale", "temperature")  # as the official code of Swin, of XCiT
     for name, args in models.items():
         model = timm.create_model(name, **args)
-        exempt = model.no_weight_decay() | {n for n, _ in model.named_parameters() if "relative_position_bias" in n}
+        exempt = model.no_weight_decay() | {n for n, _ in model.named_parameters() if any(word in n for word in words)}
         plain = {n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(".bias")}
         decayed = {n for n, p in model.named_parameters() if optim.decays(n, p, "1d+tokens")}
         assert plain - decayed == plain & (exempt | {"reg_token"}) != set(), name
+
+
+@pytest.mark.parametrize("head", [0, 3])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_mixed_224", "vit_srelpos_small_patch16_224"]
+)
+def test_positions_that_blocks_share_are_of_the_stem(name, head):
+    """Else they would be a layer of their own, and every block a layer further from the head."""
+    layers, last = optim.layer_ids(timm.create_model(name, depth=3, num_classes=head))
+    assert last == 4 and {layers[f"blocks.{i}.mlp.fc1.weight"] - i for i in range(3)} == {1}
+    shared = {layer for key, layer in layers.items() if key.startswith(("rope", "shared_rel_pos", "patch_embed"))}
+    assert shared == {0} and {layer for key, layer in layers.items() if key.startswith("head")} <= {4}
 
 
 def test_a_head_outside_of_the_backbone_is_not_slowed():

@@ -290,7 +290,9 @@ def test_the_tokenizer_is_paid_for(trained):
 
 def test_the_tokenizer_of_a_task_sees_the_crop_of_the_task(trained):
     task = f"beit objective.tokenizer={trained / 'finer'}"
-    objective = small_objective("multitask", f"objective.tasks={json.dumps([task, 'mae'])}")
+    read = pretrain.read("multitask", [f"objective.tasks={json.dumps([task, 'mae'])}", *BACKBONE, *FACTS], None)
+    info = DatasetInfo((16, 16), 0.5, 5, read.views, 256)
+    objective = Multitask(read.objective, backbones.build(read.backbone, read.data, 0), info)
     images = (255 * torch.rand(6, 3, 40, 48, generator=torch.Generator().manual_seed(0))).byte()
     smooth = F.avg_pool2d(F.avg_pool2d(images.float(), 9, 1, 4), 9, 1, 4).byte()
     made = views.make(objective.views, smooth, Draw(0, 1, torch.arange(6)))
