@@ -109,8 +109,11 @@ class Plan:
 
     def read(self) -> list[Way]:
         """The ways as they were measured. Raises UserError if they were not, or not on the same images."""
+        parts = [cli.part(text) for text in self.args.labels]
+        seeds = self.args.label_seeds
+        subsets = [(cli.describe_part(part), seed) for part in parts for seed in (seeds if part else [None])]
         found = [
-            advice.read(folder, ", ".join(names), how, protocol, self.args.data)
+            advice.read(folder, ", ".join(names), how, protocol, self.args.data, subsets)
             for folder, names, how, protocol in self.ways
         ]
         if any(not np.array_equal(found[0][1], truth) for _, truth in found):

@@ -105,13 +105,23 @@ def write(target: Path, rows: list[Row]) -> None:
 
 
 def judged(rows: list[Row], classes: list[str]) -> str:
-    """The accuracy, and the most confident mistakes, of rows with labels; "" if none has one that the model knows."""
+    """The accuracy on each split, and the most confident mistakes, of rows with labels; "" if none has one that the
+    model knows. A classifier of these images was trained on the first split, if there are several."""
     known = [row for row in rows if row.get("label") in classes]
     if not known:
         return ""
-    right = np.array([row["predicted"] == row["label"] for row in known])
-    estimate = interval(right[None])
-    text = f"{len(known):,} labelled images: {100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f} % are correct."
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    lines = []
+    for split in splits:
+        right = np.array([row["predicted"] == row["label"] for row in known if row["split"] == split])
+        if len(right):
+            estimate = interval(right[None])
+            accuracy = f"{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f} % are correct"
+            seen = "; a classifier of this data set was trained on them" if split == splits[0] and splits[1:] else ""
+            lines.append(f"{split}: {len(right):,} labelled images: {accuracy}{seen}.")
+    strangers = sum(bool(row.get("label")) for row in rows) - len(known)
+    lines += [f"{strangers:,} images have a label that the model does not know."] if strangers else []
+    text = "\n".join(lines)
     wrong = sorted(
         (row for row in known if row["predicted"] != row["label"]), key=lambda row: -float(row["probability"])
     )

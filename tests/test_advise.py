@@ -37,7 +37,7 @@ def way(name, how, right, flops, n=400):
             "frozen",
             "^Keep frozen frozen and train a linear classifier on its features",
         ),  # 319 is enough
-        ((320, 100, 100), "scratch", "^Train from scratch: .* no pre-trained weights are distinguishably better"),
+        ((320, 100, 100), "scratch", "^Train scratch’s architecture from scratch: .* no pre-trained weights are"),
         ((320, 319, 319), "frozen", r"not distinguishable from training from scratch \(0\.2 ± 0\.6 points below"),
     ],
 )
@@ -62,6 +62,34 @@ def test_the_cheapest_of_the_best_is_advised(accuracies, chosen, words):
 def test_the_longest_training_from_scratch_is_the_reference():
     ways = [way("s", SCRATCH, 100, 1e12), way("s", LONGER, 300, 5e12), way("t", TUNED, 310, 1e12)]
     assert advice.advise(ways).scratch.how == LONGER
+
+
+def test_a_shorter_training_from_scratch_may_be_advised():
+    ways = [way("s", SCRATCH, 360, 2e12), way("s", LONGER, 364, 4e12), way("t", TUNED, 362, 2.2e12)]
+    found = advice.advise(ways)
+    assert (found.chosen.how, found.scratch.how) == (SCRATCH, LONGER)
+    assert found.sentence.startswith(
+        "Train s’s architecture from scratch: with 400 labelled images it is right on 90.0"
+    )
+    ways[0].by_labels[400].correct[:] = 0
+    ways[2].by_labels[400].correct[:] = 0
+    assert advice.advise(ways).sentence.startswith("Train s’s architecture from scratch, for the FLOPs of the pre-tr")
+
+
+def test_rows_of_other_calls_are_not_read(run, tmp_path, monkeypatch):
+    """More labels were measured before, and other subsets of as many."""
+    rows = [
+        dict(protocol="linear-sweep", pooling="chosen", eval_data="digits", split="test", train_n=n, eval_flops=1.0)
+        | dict(label_fraction=fraction, subset_seed=seed, seconds=1.0, predictions="p.npz", number=number)
+        for number, (fraction, seed, n) in enumerate([(1.0, None, 900), (0.1, 0, 90), (0.1, 7, 90)])
+    ]
+    monkeypatch.setattr(results, "read", lambda folder: rows)
+    monkeypatch.setattr(results, "correct", lambda folder, row: np.full(4, float(row["number"])))
+    np.savez(tmp_path / "p.npz", true=np.arange(4))
+    found, _ = advice.read(tmp_path, "mine", FROZEN, "linear-sweep", "digits", [(0.1, 0)])
+    assert list(found.by_labels) == [90] and found.most.correct.tolist() == [1.0] * 4
+    with pytest.raises(UserError, match="mine was not measured"):
+        advice.read(tmp_path, "mine", FROZEN, "linear-sweep", "digits", [(0.1, 0), (0.2, 0)])
 
 
 @pytest.fixture

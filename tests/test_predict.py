@@ -45,7 +45,9 @@ def test_a_fine_tuned_run_predicts_every_image(runs, tmp_path, monkeypatch, caps
     assert [row["label"] for row in rows] == [str(c) for c in truth]
     said = capsys.readouterr().out
     right = found.argmax(1) == truth
-    assert f"1,797 labelled images: {100 * right.mean():.1f} ± " in said
+    for part, split in zip((right[:1437], right[1437:]), dict.fromkeys(row["split"] for row in rows), strict=True):
+        assert f"{split}: {len(part):,} labelled images: {100 * part.mean():.1f} ± " in said
+    assert said.count("a classifier of this data set was trained on them") == 1
     worst = int(np.argmax(np.where(right, 0, found.max(1))))
     first = said.split("The most confident mistakes:")[1].strip().splitlines()[2].split("|")
     assert [cell.strip() for cell in first[2:5]] == [

@@ -25,6 +25,7 @@ from eval.compare.scores import read_eval_sets
 from eval.measure import attention_masks, dense, dense_sets, dense_tuning, features, results
 from ssl_vit import data, pretrain
 from ssl_vit import recipe as recipes
+from ssl_vit.backbones.vit import AddressedDropPath
 from ssl_vit.data import masks
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
@@ -522,10 +523,26 @@ def test_layers_learn_more_slowly_the_deeper_they_are_unless_nothing_was_trained
     monkeypatch.setattr(dense_tuning.optim, "build", lambda *words: built.append(real(*words)) or built[-1])
     task = task_of(measured)
     dense_tuning.train(task, 0, 1e-3)
-    task.source.settings["train"]["steps"] = 0
+    monkeypatch.setattr(results, "spent", lambda folder: dict(images=0, flops=0.0, seconds=0.0))
+    task.source.settings["backbone"]["init_from"] = "weights.pth"  # they came from elsewhere
+    dense_tuning.train(task, 0, 1e-3)
+    first, second = ([group["lr_scale"] for group in each.param_groups] for each in built)
+    assert first == second
+    built.pop()
+    task.source.settings["backbone"]["init_from"] = None
     dense_tuning.train(task, 0, 1e-3)
     pretrained, untrained = ({round(group["lr_scale"], 6) for group in each.param_groups} for each in built)
     assert untrained == {1.0} and max(pretrained) == 1.0 and min(pretrained) == pytest.approx(0.75**3)  # two blocks
+
+
+def test_the_drop_path_of_a_pre_training_does_not_return(measured):
+    task = task_of(measured)
+    plain, _ = dense_tuning.train(task, 2, 1e-3)
+    for number, part in enumerate(task.source.backbone.model.blocks):
+        part.drop_path1 = part.drop_path2 = AddressedDropPath(0.1 * (number + 1))
+    dropped, _ = dense_tuning.train(task, 2, 1e-3)
+    images = torch.rand(2, 3, 12, 16)
+    assert torch.equal(plain(images), dropped(images))
 
 
 def test_fine_tuning_has_rows_a_column_and_a_picture_of_its_own(measured, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ difference, paired by image, excludes zero at a level that allows for all the wa
 distinguishable from the best, the one that takes the fewest FLOPs is advised.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,20 +51,27 @@ class Way:
         return self.by_labels[max(self.by_labels)]
 
 
-def read(folder: Path, name: str, how: str, protocol: str, data: str) -> tuple[Way, np.ndarray]:
-    """(the way whose rows of this protocol lie in this folder, the classes of the test images (n,)).
+Subset = tuple[float | str, int | None]  # of the labels: label_fraction, and the seed that draws it
 
-    Raises UserError if it was not measured.
+
+def read(
+    folder: Path, name: str, how: str, protocol: str, data: str, subsets: Sequence[Subset]
+) -> tuple[Way, np.ndarray]:
+    """(the way whose rows of this protocol lie in this folder, the classes of the test images (n,)). subsets: of the
+    labels; rows of others are of other calls.
+
+    Raises UserError if it was not measured with each of them.
     """
-    rows = [
-        row
+    found = {
+        (row["label_fraction"], row["subset_seed"]): row
         for row in results.read(folder)
         if (row["protocol"], short(row["eval_data"])) == (protocol, short(data))
         and (row["pooling"] == "chosen" or how != FROZEN)
         and not row["split"].startswith("held out")
-    ]
-    if not rows:
+    }
+    if set(subsets) - found.keys():
         raise UserError(f"{name} was not measured ({how}): see the logs of the jobs that failed.")
+    rows = [found[subset] for subset in subsets]
     way = Way(name, how)
     for count in sorted({row["train_n"] for row in rows}):
         alike = [row for row in rows if row["train_n"] == count]
@@ -96,8 +104,12 @@ class Advice:
         cost = f"{number(most.flops, power=True)} FLOPs and {_duration(most.seconds)} here"
         mean, half = self.gain(self.chosen)
         told = f"with {labels:,} labelled images it is right on {reached} of {len(most.correct):,} test images"
-        if self.chosen is self.scratch:
-            return f"Train from scratch: {told} at {cost}, and no pre-trained weights are distinguishably better."
+        if self.chosen.from_scratch:
+            longer = ", for the FLOPs of the pre-training too" if self.chosen.how == LONGER else ""
+            return (
+                f"Train {self.chosen.name}’s architecture from scratch{longer}: {told} at {cost}, and no pre-trained "
+                "weights are distinguishably better."
+            )
         do = {
             FROZEN: f"Keep {self.chosen.name} frozen and train a linear classifier on its features",
             TUNED: f"Fine-tune {self.chosen.name}",

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from eval.measure import cli, dense, features, rates
+from eval.measure import cli, dense, features, rates, results
 from ssl_vit import optim, pretrain, subsets
+from ssl_vit.backbones.vit import AddressedDropPath
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.errors import UserError, say
 from ssl_vit.files import fingerprint
@@ -93,6 +95,14 @@ class Segmenter(nn.Module):
             layers += [nn.Conv2d(width, WIDTH, 3, padding=1), nn.GroupNorm(8, WIDTH), nn.GELU()]
             layers += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)]
         self.decoder = nn.Sequential(*layers, nn.Conv2d(WIDTH, classes, 1))
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Without stochastic depth, whatever the pre-training had, so that all backbones are treated alike."""
+        super().train(mode)
+        for part in self.modules():
+            if isinstance(part, AddressedDropPath | DropPath):
+                part.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         [(_, patches)] = self.source.features(images)
@@ -203,7 +213,7 @@ def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, float]
         torch.manual_seed(task.seed)
         model = Segmenter(task.source, patches.shape[-1], task.classes).to(device)
     config = pretrain.read("finetune", [], None).optim
-    if task.source.settings and task.source.settings["train"]["steps"] == 0:
+    if results.describe_run(task.source.folder, task.source.settings)["recipe"] == "random":
         config.layer_decay = 1.0
     optimizer = optim.build(model, config, rate)
     work = 3 * count(model, lambda twin: twin(zero)) * BATCH_SIZE  # of a step: forward, and backward twice that
