@@ -539,7 +539,7 @@ def test_the_drop_path_of_a_pre_training_does_not_return(measured):
     task = task_of(measured)
     plain, _ = dense_tuning.train(task, 2, 1e-3)
     for number, part in enumerate(task.source.backbone.model.blocks):
-        part.drop_path1 = part.drop_path2 = AddressedDropPath(0.1 * (number + 1))
+        part.drop_path1 = part.drop_path2 = AddressedDropPath(0.1 * (number + 1)).eval()
     dropped, _ = dense_tuning.train(task, 2, 1e-3)
     images = torch.rand(2, 3, 12, 16)
     assert torch.equal(plain(images), dropped(images))
