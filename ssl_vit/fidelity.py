@@ -514,7 +514,7 @@ def page() -> str:
         if found or entry.absent:
             lines += ["", "| setting | here | there | reason |", "|---|---|---|---|"]
         for key, (here, there) in found.items():
-            there = round(there, 4) if isinstance(there, float) else there
+            there = float(f"{there:.4g}") if isinstance(there, float) else there
             lines.append(f"| `{key}` | {write(here)} | {write(there)} | {entry.reasons.get(key, '**unsaid**')} |")
         lines += [f"| {what} | {here} | {there} | has no setting |" for what, there, here in entry.absent]
     return "\n".join(lines) + "\n"

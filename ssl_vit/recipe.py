@@ -133,7 +133,9 @@ class Backbone:
     embed_dim: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
     depth: int | None = setting(None, "number of blocks", at_least=1)
     num_heads: int | None = setting(None, "number of attention heads", at_least=1)
-    patch_size: int | Literal["auto"] | None = setting("auto", "patch side; auto: size/8 up to 64 px", at_least=1)
+    patch_size: int | Literal["auto"] | None = setting(
+        "auto", "patch side; auto: the divisor nearest to size/8, from 2, up to 64 px", at_least=1
+    )
     pos_embed: Literal["learned", "sincos"] = setting("learned", "position embedding; sincos is fixed")
     weight_init: Literal["trunc_normal", "xavier"] = setting(
         "trunc_normal", "initial linear weights: timm's and DINO's, or MAE's"

@@ -54,6 +54,11 @@ def read_study(folder: Path) -> StudyResults:
     Raises UserError if it is not a study, or no run was evaluated.
     """
     file = folder / "study.json"
+    if not file.exists() and (trials := list(folder.glob("runs/*/recipe.yaml"))):
+        raise UserError(
+            f"{folder} holds {len(trials)} runs and no {file.name}, which is written when all trials are done. Go on: "
+            f"{shlex.join([*commands.typed('study'), 'PLAN', '--results', str(folder)])}"
+        )
     if not file.exists():
         raise UserError(
             f"{folder} is not a study: {file} is missing. `{shlex.join(commands.typed('study'))} PLAN` creates one."
