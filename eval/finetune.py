@@ -96,7 +96,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
         answer, judging = predict(path, test, request.state)
         spent += trained(path) + judging
         row = cli.row(source, test) | keys | answer.metrics(truth)
-        rows.append(row | described(recipe, schedule, how, about, spent))
+        rows.append(row | described(source, recipe, schedule, how, about, spent))
         if request.state.is_main_process:
             results.write(source.folder, [rows[-1]], [answer], truth, test)
     return rows
@@ -129,7 +129,7 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
         recipe = make_recipe(source, request.config, [*own, f"optim.lr={choice.rate}"])
         row = cli.row(source, left_out) | choice.answer.metrics(truth)
         row |= dict(label_fraction=cli.describe_part(part), subset_seed=seed if part else None, train_n=count)
-        rows.append(row | described(recipe, schedule, CHOSEN, choice.about, choice.cost))
+        rows.append(row | described(source, recipe, schedule, CHOSEN, choice.about, choice.cost))
         if request.state.is_main_process:
             results.write(source.folder, [rows[-1]], [choice.answer], truth, left_out)
     return rows
@@ -144,11 +144,13 @@ def settings_of(
     return own + (longer(source, request, own, images, schedule.extra) if schedule.extra else [])
 
 
-def described(recipe: recipes.Recipe, schedule: Schedule, how: str, about: dict, spent: Cost) -> dict:
+def described(
+    source: features.Source, recipe: recipes.Recipe, schedule: Schedule, how: str, about: dict, spent: Cost
+) -> dict:
     """The keys of a row that say how it was made."""
     return dict(
         protocol=schedule.protocol,
-        pooling=dict(token="cls", avg="mean")[recipe.objective.global_pool],
+        pooling=dict(token="cls", avg="mean")[source.network.pooling(recipe.objective.global_pool)],
         chosen=how,
         settings=dict(lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, **about),
         eval_images=spent.images,

@@ -207,6 +207,12 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
         backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
         if recipe.backbone.init_from:
             backbone = weights.initialise(backbone, recipe.backbone.init_from)
+        asked, origin = recipe.given.get("backbone.patch_size", (None, ""))
+        if isinstance(asked, int) and origin == recipes.COMMAND_LINE and backbone.patch_size != (asked, asked):
+            own = "no patches" if backbone.patch_size is None else f"patches of {backbone.patch_size[0]}"
+            raise UserError(f"{backbone.name} has {own}, whatever backbone.patch_size says: leave it out.")
+        if getattr(backbone.model, "pos_embed", None) is not None and backbone.model.pos_embed.requires_grad:
+            recipe.backbone.pos_embed = "learned"  # as in EVA, whatever the recipe says
         if backbone.patch_size is not None:
             recipe.backbone.patch_size = backbone.patch_size[0]
         recipe.backbone.name = backbones.build_name(recipe.backbone, recipe.data.size)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from conftest import SMALL
+from conftest import SMALL, small_objective
 from test_features import small_source
 from test_finetune import QUICK
 from test_loop import TINY, run
@@ -21,6 +21,7 @@ from eval import finetune, linear_probe
 from eval.measure import features, linear_heads
 from ssl_vit import backbones, data, objectives, pretrain, weights
 from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
 
 SIZE, CLASSES, COUNT = (16, 24), 3, 40
 TASKS = ["simmim", "supervised objective.mixup=0 objective.cutmix=0", "dino objective.local_crops_number=2"]
@@ -219,3 +220,41 @@ def test_every_step_of_the_loop_is_taken_at_its_own_learning_rate_and_weight_dec
         assert lr == pytest.approx(rate, abs=1e-12)
         for group in groups:
             assert group == pytest.approx([rate, decay], abs=1e-12), t
+
+
+def test_settings_that_a_backbone_cannot_follow_are_refused_or_not_recorded():
+    images = data.load(recipes.Data(name="digits"), "train")
+    shape = ["backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null"]
+
+    def built(name, *settings):
+        recipe = pretrain.read(name, settings, None)
+        recipe.add_dataset_info(images.info())
+        return pretrain.build(recipe, images), recipe
+
+    for name, size, words in (("resnet18", 32, "no patches"), ("swin_tiny_patch4_window7_224", 224, "patches of 4")):
+        with pytest.raises(UserError, match=f"{words}, whatever backbone.patch_size says: leave it out"):
+            built("supervised", f"backbone.name={name}", "backbone.patch_size=8", f"data.img_size={size}", *shape)
+    eva = ["backbone.name=eva02_tiny_patch14_224", "backbone.patch_size=2", "backbone.embed_dim=48", "backbone.depth=1"]
+    objective, recipe = built("mae", *eva, "backbone.num_heads=3", "backbone.pos_embed=sincos")
+    assert recipe.backbone.pos_embed == "learned" and objective.backbone.model.pos_embed.requires_grad
+    objective, recipe = built("mae", "backbone.pos_embed=sincos")
+    assert recipe.backbone.pos_embed == "sincos" and not objective.backbone.model.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("cvt", {"token": "token", "avg": "avg"}), ("swin", {"token": "avg", "avg": "avg"})]
+)
+def test_a_classifier_reads_what_it_is_said_to_read(name, read):
+    shape = ["backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null", "backbone.drop_path_rate=0"]
+    for asked, found in read.items():
+        settings = [f"backbone.name={name}", "data.img_size=32", f"objective.global_pool={asked}", *shape]
+        backbone = small_objective("supervised", *settings).backbone
+        assert backbone.pooling(asked) == found
+        with torch.no_grad():
+            for weight in backbone.classifiers[0].parameters():
+                weight.normal_()
+            images = torch.rand(2, 3, 32, 32)
+            tokens = backbone.eval()(images)
+            pooled = tokens[:, 0] if found == "token" else tokens[:, int(name == "cvt") :].mean(1)
+            [head] = [part for part in backbone.classifiers[0].modules() if isinstance(part, torch.nn.Linear)]
+            torch.testing.assert_close(backbone.classify(images), head(pooled), rtol=1e-4, atol=1e-5)

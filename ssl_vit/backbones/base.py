@@ -314,8 +314,14 @@ class Backbone(nn.Module):
         found = self.model.get_classifier()
         return [*found] if isinstance(found, tuple | list | nn.ModuleList) else [found]
 
-    def add_classifier(self, classes: int) -> None:
-        """Give the model a zero-initialised linear head for this many classes, so that training starts at ln K.
+    def pooling(self, asked: str) -> str:
+        """What its classifier reads if it is asked to read "token" (class token) or "avg" (mean of the patches): models
+        that are no plain ViTs mostly know one way."""
+        return "token" if self.has_class_token else "avg"
+
+    def add_classifier(self, classes: int, pool: str = "token") -> None:
+        """Give the model a zero-initialised linear head for this many classes, so that training starts at ln K. pool:
+        what it reads, as far as the model can choose (`pooling`).
 
         Raises UserError if the model accepts none.
         """

@@ -41,6 +41,14 @@ class CvtBackbone(Backbone):
         width: int = self.cvt.feature_info[0]["num_chs"]
         return width
 
+    def pooling(self, asked: str) -> str:
+        """As in `Backbone`."""
+        return asked
+
+    def add_classifier(self, classes: int, pool: str = "token") -> None:
+        """As in `Backbone`."""
+        self._give_head(classes, global_pool=pool)
+
     def forward(
         self,
         images: Float[Tensor, "B C H W"],

@@ -108,6 +108,10 @@ class TokenBackbone(Backbone):
         normed: Tensor = m.norm(x)
         return normed
 
+    def pooling(self, asked: str) -> str:
+        """As in `Backbone`."""
+        return asked
+
     def add_classifier(self, classes: int, pool: str = "token") -> None:
         """As in `Backbone`. pool: "token" (class token) or "avg" (mean of the patches), after the final norm."""
         if pool == "avg" and hasattr(self.model, "dist_token"):

@@ -87,10 +87,8 @@ class Supervised(Objective):
         self.head: nn.Sequential | None = None
         if config.representation_size is not None:
             self.head = self.two_layers(config.representation_size)
-        elif isinstance(backbone, TokenBackbone):
-            backbone.add_classifier(self.classes, config.global_pool)
         else:
-            backbone.add_classifier(self.classes)
+            backbone.add_classifier(self.classes, config.global_pool)
         self.teacher: Backbone | None = None
         if config.teacher is not None:
             if not hasattr(backbone.model, "dist_token"):
