@@ -42,10 +42,12 @@ RATES = ["5e-4", "1e-3", "2e-3"]  # of fine-tuning, to choose from
 
 
 class Plan:
-    """The jobs, and where the ways that they measure are to be read. at_once: jobs that run at a time."""
+    """The jobs, and where the ways that they measure are to be read. at_once: jobs that run at a time; images: the
+    fingerprints of those for training and for tests."""
 
-    def __init__(self, args: argparse.Namespace, sources: list[features.Source], at_once: int):
-        self.args, self.folder = args, Path("runs") / f"advise-{recipes.short(args.data)}"
+    def __init__(self, args: argparse.Namespace, sources: list[features.Source], at_once: int, images: list[str]):
+        self.args, self.folder, self.images = args, Path("runs") / f"advise-{recipes.short(args.data)}", images
+        self.digests = {str(source.folder): weights.digest(source.network) for source in sources}
         self.threads = max(1, system.cores() // at_once)
         self.jobs: list[Job] = []
         self.ways: list[tuple[Path, list[str], str, str]] = []  # folder, names, how, protocol
@@ -102,7 +104,8 @@ class Plan:
         labels = ["--labels", *self.args.labels, "--label-seeds", *map(str, self.args.label_seeds)]
         arguments = ["--data", self.args.data, "--backbone", what, *labels, *words]
         command = [str(commands.script(script.replace("_", "-"))), *arguments, "--threads", str(self.threads)]
-        mark = self.folder / "done" / f"{fingerprint([script, *arguments], 12)}.json"
+        telling = [script, *arguments, *self.images, self.digests.get(str(folder))]  # else old rows would count as new
+        mark = folder / "done" / f"{fingerprint(telling, 12)}.json"
         title = f"{folder.name} {script} {len(self.ways)}"
         self.jobs.append(Job(title, script, [sys.executable, *command], mark, needs))
         self.ways.append((folder, names, how, protocol))
@@ -184,7 +187,8 @@ def main() -> int:
     images = data.load(recipes.Data(name=args.data), "train")
     if images.labels is None:
         raise UserError(f"{args.data} has no labels to learn: eval/embed.py shows what is in images without labels.")
-    plan = Plan(args, open_all(args), args.jobs)
+    test = data.load(recipes.Data(name=args.data), "report", images.classes)
+    plan = Plan(args, open_all(args), args.jobs, [images.fingerprint, test.fingerprint])
     failed = work(plan.jobs, args.jobs, plan.folder)
     if failed:
         say(f"{len(failed)} of {len(plan.jobs)} jobs failed. Fix the errors above, then run the command again.")

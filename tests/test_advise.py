@@ -125,7 +125,7 @@ def test_ways_are_measured_and_the_page_is_written(run, monkeypatch, capfd, tmp_
     sentence = said.strip().splitlines()[-3]
     assert sentence.split(":")[0] in page
     assert call(monkeypatch, *words) == 0 and "started" not in capfd.readouterr().out
-    done = next((tmp_path / "runs/advise-digits/done").glob("*.json"))
+    done = next(file for file in (tmp_path / "runs/mine/done").glob("*.json"))
     assert json.loads(done.read_text())["command"].startswith("python eval/")
 
 
@@ -137,7 +137,8 @@ def test_backbones_of_one_shape_share_a_training_from_scratch(run, tmp_path, mon
     runs = [run, "runs/twin", "runs/longer", "runs/deeper"]
     monkeypatch.setattr(sys, "argv", ["advise.py"])
     args = argparse.Namespace(data="digits", labels=["all"], label_seeds=[0], settings=[])
-    plan = advise.Plan(args, [features.open_source(name, None, None) for name in runs], 1)
+    sources = [features.open_source(name, None, None) for name in runs]
+    plan = advise.Plan(args, sources, 1, ["a", "b"])
     found = [(names, how) for _, names, how, _ in plan.ways if how in (SCRATCH, LONGER)]
     assert found == [
         (["mine", "twin", "longer"], SCRATCH),
@@ -147,6 +148,14 @@ def test_backbones_of_one_shape_share_a_training_from_scratch(run, tmp_path, mon
         (["deeper"], LONGER),
     ]
     assert len(plan.jobs) == 2 + 2 * len(runs) + len(found)
+    marks = {job.mark for job in plan.jobs if not job.marks}
+    assert {job.mark.parent.parent for job in plan.jobs if not job.marks} == {folder for folder, *_ in plan.ways}
+    for sources_then, images in ((sources, ["a", "c"]), (sources[:1], ["a", "b"])):
+        if images == ["a", "b"]:  # other weights under the same name
+            next(sources[0].network.parameters()).data.add_(1.0)
+        others = advise.Plan(args, sources_then, 1, images)
+        mine = {job.mark for job in others.jobs if job.mark.parent.parent == sources[0].folder}
+        assert mine and not mine & marks
 
 
 def test_a_random_initialisation_has_the_shape_of_the_backbone(run):
