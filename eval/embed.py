@@ -103,7 +103,7 @@ def main() -> None:
     source.precision = system.precision(args.precision, state.device.type == "cuda")
     if source.backbone is None:
         raise UserError(f"{args.backbone} is no backbone: pass a run, a file or folder of weights, or a timm model.")
-    config = given or features.data_of(source.settings)
+    config = features.read_as(source.settings, args.data) if args.data else features.data_of(source.settings)
     images = everything.load(config, len(source.network.mean), state.device)
     if len(images) < 2:
         raise UserError(f"{config.name} holds a single image, which there is nothing to compare with: pass more.")

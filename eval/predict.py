@@ -154,6 +154,7 @@ def main() -> None:
     source.precision = system.precision(args.precision, state.device.type == "cuda")
     if source.backbone is None:
         raise UserError(f"{args.backbone} has no classifier: pass a fine-tuned run, or one with a kept probe.")
+    given = features.read_as(source.settings, args.data)
     images = everything.load(given, len(source.network.mean), state.device)
     found, classes = probabilities(source, images, state, args.probe)
     if not state.is_main_process:

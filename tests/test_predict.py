@@ -7,11 +7,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import SMALL
+from PIL import Image
 from test_embed import call
 from test_loop import TINY
 
 from eval import linear_probe, predict
-from eval.measure import probing, results
+from eval.measure import everything, features, probing, results
 from ssl_vit import data, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -97,3 +98,18 @@ def test_names_of_another_number_are_refused(runs, tmp_path, monkeypatch):
         call(predict, monkeypatch, "--backbone", runs / "tuned", "--data", "digits", "--output", "p.txt")
     with pytest.raises(UserError, match="pixels has no classifier"):
         call(predict, monkeypatch, "--backbone", "pixels", "--data", "digits")
+
+
+def test_deep_images_are_read_in_the_range_of_the_training(tmp_path):
+    """A dimmer folder of 16-bit images is dim to the model, too."""
+    for name, top in (("train", 4095), ("new", 1023)):
+        (tmp_path / name).mkdir()
+        values = np.linspace(0, top, 64).astype(np.uint16).reshape(8, 8)
+        for i in range(3):
+            Image.fromarray(np.roll(values, i)).save(tmp_path / name / f"{i}.png")
+    trained = data.load(recipes.Data(name=str(tmp_path / "train")), "train")
+    settings = dict(data=dict(name="train", range=list(trained.range), background="white", layout=None))
+    config = features.read_as(settings, str(tmp_path / "new"))
+    images = everything.load(config, 1, torch.device("cpu")).splits[0]
+    assert trained.range == images.range and trained.images.max() == 255 and 60 < images.images.max() < 68
+    assert features.read_as({}, "digits") == recipes.Data(name="digits")

@@ -84,6 +84,14 @@ def data_of(settings: dict) -> recipes.Data:
     return recipes.Data(**settings["data"] | info | dict(hold_out=False, permute_pixels=False))
 
 
+def read_as(settings: dict, name: str) -> recipes.Data:
+    """The images of this name, their values read as in a pre-training: what is black and what is white of images deeper
+    than 8 bits is a model's business, and not to be guessed again from other images. settings: the run's, or {}."""
+    told = settings.get("data", {})
+    own = {key: told[key] for key in ("range", "background", "layout") if told.get(key) is not None}
+    return recipes.Data(name=name, **own)
+
+
 def open_source(
     name: str, data: recipes.Data | None, size: tuple[int, int] | None, shown: tuple[int, int] | None = None
 ) -> Source:
