@@ -53,11 +53,13 @@ def classes(text: str) -> list[str] | None:
 
 
 def cost(text: str) -> dict[str, float]:
-    """{run directory: the FLOPs spent on it and on all that it learnt from}. {} for published weights, whose training
-    nobody counted."""
-    run = Path(text)
+    """{run directory: the FLOPs spent on it and on all that it learnt from}, and the same of the run that it started
+    from. {} for published weights, whose training nobody counted."""
+    run = weights.parse(text).path
     if not (run / "recipe.yaml").exists():
         return {}
     log = run / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
+    own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
+    start = recipes.read_settings(run / "recipe.yaml").get("backbone", {}).get("init_from")
+    return own | (cost(start) if start else {})

@@ -345,7 +345,7 @@ def test_what_does_not_fit_is_one_sentence(recipe, settings, said, trained):
 # -- a teacher's features instead of pixels ---------------------------------------------------------------------------
 
 
-def test_a_teacher_s_features_are_recovered(trained):
+def test_a_teacher_s_features_are_recovered(trained, tmp_path):
     """VQ-KD: one minus the cosine between the features of the teacher, and what the decoder makes of the codes."""
     objective = small_objective("tokenizer", f"objective.teacher={trained / 'dino'}")
     assert objective.views["teacher"].size == (32, 32)  # 8x8 patches of 4 px
@@ -363,6 +363,12 @@ def test_a_teacher_s_features_are_recovered(trained):
     assert all(weight.grad is None for weight in objective.teacher.parameters())
     assert objective.train().teacher.training is False
     assert teachers.cost("vit_tiny_patch16_224") == {}
+    for name, start in (("continued", "same"), ("again", "continued")):
+        as_run(tmp_path / name, "mae")
+        tree = yaml.safe_load((tmp_path / name / "recipe.yaml").read_text())
+        tree["backbone"]["init_from"] = str((trained if start == "same" else tmp_path) / start)
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert sum(teachers.cost(str(tmp_path / "again")).values()) == 3 * 3e9  # its own, and those before it
 
 
 def test_tokens_that_stand_for_features_have_no_picture(trained):
