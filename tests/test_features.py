@@ -189,6 +189,7 @@ def test_images_that_are_decoded_when_needed_give_the_same(tmp_path, state):
         assert np.allclose(values, found[1][1][pooling], atol=1e-5)
 
 
+@pytest.mark.matrix
 def test_two_processes_give_what_one_gives(tmp_path, alone):
     """k-NN and MAE's linear probe through the scripts, by torchrun: the same rows, every test image once."""
     settings = ["--recipe", "mae", *TINY, *SMALL["mae"], "train.steps=0", "--output", "run"]

@@ -147,6 +147,7 @@ def test_every_backbone_sees_the_same_images(tmp_path, monkeypatch, backbone):  
         assert all(torch.equal(by_run[0], other) for other in by_run[1:])
 
 
+@pytest.mark.matrix
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch, alone):
     for name, value in WHOLE.items():
         monkeypatch.setattr(probing, name, value)  # processes of their own have whole sweeps

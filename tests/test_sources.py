@@ -345,17 +345,10 @@ def test_labels_of_a_metadata_file(tmp_path, form):
     assert load(tmp_path, label_column="side").labels.tolist() == [0, 1] * 3
 
 
-class _Same:
-    """A backbone whose patches are the image's mean colour."""
+class _Same(torch.nn.Module):
+    """Features that are an image's mean colour."""
 
-    training = False
     has_class_token = False
-
-    def eval(self):
-        pass
-
-    def train(self, mode: bool):
-        pass
 
     def features(self, batch: torch.Tensor):
         return [(batch.new_zeros(len(batch), 0, 3), batch.mean((2, 3))[:, None, None, :])]
