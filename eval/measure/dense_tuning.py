@@ -247,7 +247,7 @@ def batch(task: Task, indices: np.ndarray, draw: Draw) -> tuple[Tensor, Tensor]:
     images, masks = [], []
     for box, mirrored, i in zip(boxes, flips.tolist(), indices.tolist(), strict=True):
         pair = _image(task.images, i), torch.from_numpy(task.masks[i])[None]
-        how = _resampling(task.view), InterpolationMode.NEAREST
+        how = InterpolationMode(task.view.interpolation), InterpolationMode.NEAREST
         cut = [_crop(part, box, task.view.size, mode) for part, mode in zip(pair, how, strict=True)]
         cut = [transforms.horizontal_flip(part) for part in cut] if mirrored else cut
         images.append(cut[0])
@@ -258,10 +258,6 @@ def batch(task: Task, indices: np.ndarray, draw: Draw) -> tuple[Tensor, Tensor]:
 def _image(images: ImageSet, i: int) -> Tensor:
     """Image i, uint8 (C, h, w)."""
     return known(images.images)[i].cpu() if images.photo is None else images.photo(i)
-
-
-def _resampling(view: Evaluation) -> InterpolationMode:
-    return InterpolationMode(view.interpolation)
 
 
 def _crop(part: Tensor, box: list[float], size: tuple[int, int], mode: InterpolationMode) -> Tensor:
