@@ -105,7 +105,7 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             count = seconds / size
             return f"{count:.1f} {unit}" if count < 10 and unit != "min" else f"{count:,.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 1 else "a second"
 
 
 def shape_of(backbone: backbones.Backbone, config: recipes.Backbone) -> str:

@@ -15,7 +15,7 @@ from ssl_vit import recipe as recipes
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (0.4, "0 s"),
+        (0.4, "a second"),
         (119.4, "119 s"),
         (120, "2 min"),
         (7199, "120 min"),

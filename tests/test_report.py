@@ -209,6 +209,22 @@ def test_raw_pixels_stand_in_every_pooling(tmp_path):
     assert pixels[0].text == pixels[1].text and pixels[0].text.startswith("45.0 ± ")
 
 
+def test_raw_pixels_are_those_of_the_size_that_was_measured_last(tmp_path):
+    folders, small = many(tmp_path, "mae", 0.6) + controls(tmp_path), dict(KNN, pooling="raw 16x16", share=0.3)
+
+    def shown():
+        return next(
+            cells[0].text
+            for name, cells in tables.main_table(the_test(folders)).parts[1][1]
+            if name.text == "raw pixels"
+        )
+
+    write_run(folders[-1], "pixels", 0.45, measures=[small], flops=0.0)
+    assert shown().startswith("30.0 ± ")
+    write_run(folders[-1], "pixels", 0.45, measures=[dict(KNN, pooling="raw 32x32")], flops=0.0)
+    assert shown().startswith("45.0 ± ")
+
+
 # marks and comparisons
 
 

@@ -167,11 +167,13 @@ class EvalSet:
         return [c for c in self.main if c.pooling == "chosen" or c.protocol not in sweep]
 
     def scores_of(self, group: Group, metric: Metric) -> Scores | None:
-        """A group's scores by a metric. Raw pixels have no pooling: they have the same scores for every pooling."""
+        """A group's scores by a metric. Raw pixels have no pooling: they have the same scores for every pooling, those
+        measured last if they were measured at several image sizes."""
         found = self.scores.get(metric, {}).get(group)
         if found is None and group.pixels:
-            alike = [c for c, by_group in self.scores.items() if group in by_group and _alike(c, metric)]
-            found = self.scores[alike[0]][group] if alike else None
+            alike = [by_group[group] for c, by_group in self.scores.items() if group in by_group and _alike(c, metric)]
+            measured = group.runs[0].rows
+            found = max(alike, key=lambda scores: measured.index(scores.rows[-1]), default=None)
         return found
 
     def reached(self, group: Group | None, protocol: str, labels: float | str) -> Scores | None:

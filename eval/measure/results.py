@@ -57,8 +57,8 @@ def write(
     """Add rows to folder/results.jsonl, with their predictions (arrays: classes whose probabilities are unknown).
 
     A row replaces an earlier one of the same identity, even if that was measured on another number of test images: the
-    images of that name have changed since. images: the test images; the names of their classes and files are stored in
-    one file beside the predictions."""
+    images of that name have changed since. The rows stay in the order of their measurement. images: the test images; the
+    names of their classes and files are stored in one file beside the predictions."""
     arrays = []
     for found in predictions:
         found = Predictions(found) if isinstance(found, np.ndarray) else found
@@ -88,6 +88,7 @@ def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], i
             index = np.arange(len(next(iter(stored.values()))), dtype=np.int32)
             with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
                 np.savez_compressed(stream, index=index, **stored)
+            known.pop(row_id(row, "n"), None)
             known[row_id(row, "n")] = row
         files.write(file, "".join(json.dumps(row) + "\n" for row in known.values()))
 
