@@ -268,6 +268,18 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
     assert (together.label, apart.label) == ("mae (data.permute_pixels=False)", "mae (data.permute_pixels=True)")
 
 
+def test_what_started_from_other_weights_says_so_and_has_no_known_cost(tmp_path):
+    """Beside runs from scratch it would look as if it had reached its accuracy at their cost."""
+    plain = many(tmp_path / "plain", "mae", 0.5)
+    started = []
+    for seed in range(3):
+        tree = settings("mae", seed) | dict(backbone=dict(init_from="/weights/dino_vitbase16.pth,img_size=32"))
+        started.append(write_run(tmp_path / "started" / f"mae-s{seed}", "mae", 0.7, seed, tree))
+    groups = groups_of(plain + started)
+    assert [group.label for group in groups] == ["mae", "mae from dino_vitbase16.pth"]
+    assert [charts.cost_of(group)[:2] for group in groups] == [["10¹²", "1,000"], ["unknown", "unknown"]]
+
+
 def test_differences_are_paired_by_seed(tmp_path):
     a, b = many(tmp_path, "mae", 0.6), many(tmp_path, "dino", 0.5)
     test = the_test([*a, *b[1:], *controls(tmp_path)])

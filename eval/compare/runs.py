@@ -64,9 +64,15 @@ class Group:
         return bool(run.settings.get("resolved", {}).get("labelled", supervised))
 
     @property
+    def start(self) -> str:
+        """The run or weights that its pre-training started from (backbone.init_from), without their folder; or ''."""
+        start = self.runs[0].settings.get("backbone", {}).get("init_from") or ""
+        return Path(start.split(",")[0]).name
+
+    @property
     def foreign(self) -> bool:
-        """Whether it was trained elsewhere, so that its cost is unknown."""
-        return not self.runs[0].settings and not self.pixels
+        """Whether it was trained elsewhere, or started from other weights, so that its cost is unknown."""
+        return bool(not self.runs[0].settings or self.start) and not self.pixels
 
     def label_in(self, metric: Metric) -> str:
         return self.label.replace(NAMES["random"], "from scratch") if metric.finetunes else self.label
@@ -162,9 +168,10 @@ def _name(groups: list[Group], without: tuple[str, ...] = ()) -> None:
     """Label the groups by recipe and, where two share it, by what differs. With `without`, name their families so."""
     for group in groups:
         key = _key(group.runs[0], without)
-        alike = [g for g in groups if g.recipe == group.recipe and (not g.pixels or g.eval_sets & group.eval_sets)]
+        alike = [g for g in groups if (g.recipe, g.start) == (group.recipe, group.start)]
+        alike = [g for g in alike if not g.pixels or g.eval_sets & group.eval_sets]
         others = [g for g in alike if _key(g.runs[0], without) != key]
-        name = NAMES.get(group.recipe, group.recipe)
+        name = NAMES.get(group.recipe, group.recipe) + (f" from {group.start}" if group.start else "")
         if others:
             name += f" ({_difference(group, others, without) or key})"
         if without:
