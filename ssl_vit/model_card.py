@@ -80,7 +80,9 @@ def _trained(settings: dict[str, Any]) -> str:
         f"Recipe {settings['recipe']} ({settings['objective']['name']}) on {settings['data']['name']}: "
         f"{images['count']:,} images, {train['steps']:,} steps of {train['batch_size']}, seed {train['seed']}"
     )
-    return text + (f", started from {start}, whose licence and data count too." if start else ", from scratch.")
+    text += f", started from {start}." if start else ", from scratch."
+    others = sorted({*settings.get("resolved", {}).get("published", []), *([start] if start else [])})
+    return text + (f" The licence and data of {' and '.join(others)} count too." if others else "")
 
 
 def _data(run: Path) -> str:

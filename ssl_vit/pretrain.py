@@ -40,6 +40,7 @@ from ssl_vit import (
     pictures,
     plan,
     system,
+    teachers,
     views,
     weights,
 )
@@ -265,6 +266,7 @@ def resolved(
 ) -> dict:
     """The content of a run's recipe.yaml: its settings, the values resolved from them, and its images."""
     lr, rule = recipe.learning_rate()
+    start = recipe.backbone.init_from
     settings = recipe.as_dict()
     settings["runtime"] |= dict(
         threads_used=torch.get_num_threads(),
@@ -279,6 +281,7 @@ def resolved(
             lr_rule=rule,
             flops_per_image=flops_per_image,
             inherited_flops=sum(objective.inherited.values()),
+            published=sorted({*objective.published, *(teachers.published(start) if start else [])}),
             precision=recipe.train.precision,
             labelled=objective.labelled,
             frozen_steps=recipe.frozen_steps(objective.labelled),

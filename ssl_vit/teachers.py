@@ -63,3 +63,9 @@ def cost(text: str) -> dict[str, float]:
     own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
     start = recipes.read_settings(run / "recipe.yaml").get("backbone", {}).get("init_from")
     return own | (cost(start) if start else {})
+
+
+def published(text: str) -> list[str]:
+    """The weights of other codes that are behind these: themselves, or what a run started from or learnt from."""
+    file = weights.parse(text).path / "recipe.yaml"
+    return recipes.read_settings(file).get("resolved", {}).get("published", []) if file.exists() else [text]

@@ -168,6 +168,7 @@ def test_a_distilled_run_pays_for_its_teacher(tmp_path):
     )
     found = yaml.safe_load((tmp_path / "it/recipe.yaml").read_text())["resolved"]
     assert found["inherited_flops"] == before and per_step == pytest.approx(32 * found["flops_per_image"])
+    assert found["published"] == []
     model = timm.create_model(f"local-dir:{tmp_path}/it/backbone", pretrained=True)
     assert model.head.out_features == model.head_dist.out_features == 10
     assert json.loads((tmp_path / "it/backbone/config.json").read_text())["architecture"].startswith("deit_tiny_dist")

@@ -275,9 +275,11 @@ def test_what_started_from_other_weights_says_so_and_has_no_known_cost(tmp_path)
     for seed in range(3):
         tree = settings("mae", seed) | dict(backbone=dict(init_from="/weights/dino_vitbase16.pth,img_size=32"))
         started.append(write_run(tmp_path / "started" / f"mae-s{seed}", "mae", 0.7, seed, tree))
+        tree = settings("deit", seed) | dict(resolved=dict(published=["regnety_160.deit_in1k"]))
+        started.append(write_run(tmp_path / "taught" / f"deit-s{seed}", "deit", 0.8, seed, tree))
     groups = groups_of(plain + started)
-    assert [group.label for group in groups] == ["mae", "mae from dino_vitbase16.pth"]
-    assert [charts.cost_of(group)[:2] for group in groups] == [["10¹²", "1,000"], ["unknown", "unknown"]]
+    assert [group.label for group in groups] == ["mae", "mae from dino_vitbase16.pth", "deit"]
+    assert [charts.cost_of(group)[0] for group in groups] == ["10¹²", "unknown", "unknown"]
 
 
 def test_differences_are_paired_by_seed(tmp_path):

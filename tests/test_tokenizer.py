@@ -371,6 +371,17 @@ def test_a_teacher_s_features_are_recovered(trained, tmp_path):
     assert sum(teachers.cost(str(tmp_path / "again")).values()) == 3 * 3e9  # its own, and those before it
 
 
+def test_published_weights_are_known_through_all_that_learnt_from_them(trained, tmp_path):
+    """Nobody counted their FLOPs, and their licence goes with what learnt from them."""
+    assert teachers.published("vit_tiny_patch16_224.x") == ["vit_tiny_patch16_224.x"]
+    assert teachers.published(str(trained / "dino")) == []
+    as_run(tmp_path / "taught", "mae")
+    tree = yaml.safe_load((tmp_path / "taught" / "recipe.yaml").read_text())
+    tree["resolved"] = dict(published=["vit_tiny_patch16_224.x"])
+    (tmp_path / "taught" / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert teachers.published(str(tmp_path / "taught")) == ["vit_tiny_patch16_224.x"]
+
+
 def test_tokens_that_stand_for_features_have_no_picture(trained):
     if not (trained / "kd").exists():
         as_run(trained / "kd", "tokenizer", f"objective.teacher={trained / 'dino'}")

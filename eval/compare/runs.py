@@ -71,8 +71,10 @@ class Group:
 
     @property
     def foreign(self) -> bool:
-        """Whether it was trained elsewhere, or started from other weights, so that its cost is unknown."""
-        return bool(not self.runs[0].settings or self.start) and not self.pixels
+        """Whether its cost is unknown: it was trained elsewhere, started from other weights, or learnt from those of
+        another code."""
+        settings = self.runs[0].settings
+        return not self.pixels and bool(not settings or self.start or settings.get("resolved", {}).get("published"))
 
     def label_in(self, metric: Metric) -> str:
         return self.label.replace(NAMES["random"], "from scratch") if metric.finetunes else self.label

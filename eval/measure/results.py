@@ -57,8 +57,8 @@ def write(
     """Add rows to folder/results.jsonl, with their predictions (arrays: classes whose probabilities are unknown).
 
     A row replaces an earlier one of the same identity, even if that was measured on another number of test images: the
-    images of that name have changed since. The rows stay in the order of their measurement. images: the test images; the
-    names of their classes and files are stored in one file beside the predictions."""
+    images of that name have changed since. The rows stay in the order of their measurement. images: the test images;
+    the names of their classes and files are stored in one file beside the predictions."""
     arrays = []
     for found in predictions:
         found = Predictions(found) if isinstance(found, np.ndarray) else found

@@ -83,8 +83,8 @@ def compute(eval_set: EvalSet, suffix: str) -> list[Block]:
     caption = "A line joins the budgets of one recipe; each point is a full schedule of its own. "
     if any(group.foreign for group in eval_set.groups):
         caption += (
-            "Backbones that were trained elsewhere, or started from other weights, are left out: the cost of their "
-            "pre-training is unknown. "
+            "Backbones that were trained elsewhere, or started or learnt from other weights, are left out: the cost of "
+            "their pre-training is unknown. "
         )
     figure = [Figure(charts, caption + counted(sources), sources)] if charts else []
     return [Heading(f"What it costs{suffix}"), *figure, costs_table(eval_set, known)]

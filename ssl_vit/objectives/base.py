@@ -83,6 +83,7 @@ class Objective(nn.Module):
         self.backbone = backbone
         # FLOPs that were spent before on what this one learns from, such as a tokenizer, by run
         self.inherited: dict[str, float] = {}
+        self.published: list[str] = []  # weights of other codes that it learns from, whose FLOPs nobody counted
 
     def train(self, mode: bool = True) -> "Objective":
         """Parts without a trainable parameter, such as teachers, stay in eval mode."""

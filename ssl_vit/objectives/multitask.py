@@ -95,6 +95,7 @@ class Multitask(Objective):
         self.tasks = nn.ModuleList(tasks)
         for task in tasks:
             self.inherited |= task.inherited
+            self.published += task.published
 
         # tasks with equal views share them, under the name of the first
         self.specs = [task.views for task in tasks]

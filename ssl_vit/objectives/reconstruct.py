@@ -176,7 +176,7 @@ class Reconstruct(Objective):
                 f"{self.grid[0]}x{self.grid[1]} patches: train a tokenizer whose data.img_size / backbone.patch_size "
                 "is the same."
             )
-        self.inherited = teachers.cost(run)
+        self.inherited, self.published = teachers.cost(run), teachers.published(run)
         return targets.Learnt(encoder, quantizer, config.teacher is None)
 
     def train(self, mode: bool = True) -> "Reconstruct":
