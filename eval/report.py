@@ -23,6 +23,8 @@ from pathlib import Path
 
 import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
 
+from eval.compare.evidence import read
+from eval.compare.rule import decide
 from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
 from eval.compare.studies import read_study
@@ -51,7 +53,9 @@ def main() -> None:
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     eval_sets = study.eval_sets if study else read_eval_sets(groups)
     dense = [*read_eval_sets(groups, "mIoU"), *read_eval_sets(groups, "Jaccard")]
-    title, blocks, mains = report(groups, eval_sets, dense, command, study)
+    # one look: a study that decides shows no accuracy before every planned run is measured
+    early = bool(study and study.manifest["decides"] and decide(read(study)).lacking)
+    title, blocks, mains = report(groups, eval_sets, dense, command, study, early)
     old = args.output / "report.md"
     earlier = re.findall(r"^!\[.*\]\(([\w.-]+)\.svg\)$", old.read_text() if old.exists() else "", re.MULTILINE)
     drawn = charts_in(blocks)
@@ -59,7 +63,7 @@ def main() -> None:
         files.write(args.output / f"{name}.svg", svg)
     files.write(args.output / "report.md", markdown(title, blocks, args.output))
     files.write(args.output / "report.html", html(title, blocks))
-    files.write(args.output / "report.csv", tidy([*eval_sets, *dense]))
+    files.write(args.output / "report.csv", tidy([] if early else [*eval_sets, *dense]))
     for name in set(earlier) - set(drawn):  # of an earlier report there
         (args.output / f"{name}.svg").unlink(missing_ok=True)
     for table in mains:

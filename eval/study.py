@@ -113,6 +113,8 @@ def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None =
                 "--accept-failed to choose among the others."
             )
             return 1
+    for trial in [trial for tried in study.trials.values() for trial in tried]:
+        keep(trial.run)
     for arm, settings in study.chosen.items():
         say(f"Chosen for {arm}: {' '.join(settings)}")
     trainings = study.trainings()
@@ -123,7 +125,9 @@ def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None =
     failed = work(everything, at_once, study.folder, keep)
     folders = [training.run for training in trainings] + list(study.controls().values())
     code = 1 if failed else 0
-    if any((folder / "results.jsonl").exists() for folder in folders):
+    if failed and study.plan.decides:
+        say("No report: a study that decides shows no contrast before all of it is measured.")
+    elif any((folder / "results.jsonl").exists() for folder in folders):
         report = [
             str(commands.script("report")),
             "--study",

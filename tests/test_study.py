@@ -410,6 +410,15 @@ def test_the_manifest_says_what_was_planned(tmp_path, monkeypatch):
     assert all(t["seed"] == 123 for trials in said["trials"].values() for t in trials)
 
 
+def test_what_was_done_before_is_packed_too(tmp_path):
+    """An earlier call may have been killed between a command's end and the packing of its results."""
+    job = Job("a", "kind", ["false"], tmp_path / "run/done/a.json")
+    job.mark.parent.mkdir(parents=True)
+    job.mark.touch()
+    packed = []
+    assert jobs.work([job], 1, tmp_path / "study", packed.append) == [] and packed == [tmp_path / "run"]
+
+
 def test_a_training_whose_evaluations_are_done_is_not_needed(tmp_path):
     def job(name, *needs, done=False, marks=False):
         mark = tmp_path / "runs" / name / "done" / "x.json"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import yaml
 from scipy import stats
 from test_loop import ROOT
 
-from eval import verdict
+from eval import report, verdict
 from eval.compare import evidence, intervals, power, rule
 from eval.compare.runs import Group, Run
 from eval.compare.scores import EvalSet, Scores
 from eval.compare.studies import StudyResults, read_study
 from eval.measure import results
-from eval.page import verdict_section
+from eval.page import document, verdict_section
 from ssl_vit.errors import UserError
 
 N, SEEDS, U = 1000, 6, 6e13
@@ -336,6 +337,21 @@ def test_seeds_beside_the_deciding_ones_do_not_count():
     assert beside.noise.contrast.estimate == plain.noise.contrast.estimate
 
 
+def test_the_page_says_which_settings_the_trials_chose(monkeypatch):
+    """Above all which noise it is that the claims are about."""
+    shared = ["views.scale=[0.2,1]", "train.seed=100"]
+    tried = [["optim.lr=0.1", "objective.noise_sigma=[0,1]"], ["optim.lr=0.1", "objective.noise_pca_dim=16"]]
+    trials = [dict(seed=100, settings=[*shared, *own], accuracy=0.5, budget=U / 2) for own in tried]
+    found = made(trials=dict(noise=trials))
+    for training in found.manifest["arms"]["noise"]["runs"]:
+        training["settings"] = ["views.scale=[0.2,1]", "optim.lr=0.1", "objective.noise_pca_dim=16"]
+    monkeypatch.setattr(verdict_section, "scope", lambda evidence: None)
+    words = [block.text for block in verdict_section.blocks(found) if isinstance(block, document.Text)]
+    assert (
+        "Chosen by trials at other seeds, on held-out training images: noise with objective.noise_pca_dim=16." in words
+    )
+
+
 def test_an_arm_is_never_chosen_where_it_decides(tmp_path):
     two = made(roles=ROLES | dict(less="noise")).study
     with pytest.raises(UserError, match="has 2 arms of the role noise"):
@@ -530,3 +546,17 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
     assert "\nNot decided (a ViT" in told and "| difference" not in told  # one look: no figure is shown
     assert "mae by FT10, seed 3" in told and "mae by LP10, seed 3" in told
     assert read_study(written).manifest["decides"]
+
+
+def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, capsys):
+    """One look, for the report as for the verdict."""
+    monkeypatch.setattr(sys, "argv", ["report.py", "--study", str(written), "--output", str(written / "report")])
+    report.main()
+    page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
+    assert "MAE pre-trains: YES" in page and "## Accuracy" in page and table.count("\n") > 20
+    (written.parent / "mae-s3/results.jsonl").unlink()
+    report.main()
+    page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
+    assert "Not decided (a ViT" in page and "mae by FT10, seed 3" in page and not re.search(r"\d ± \d", page)
+    assert table.count("\n") == 1  # the names of the columns
+    assert " ± " not in capsys.readouterr().out.split("Written: ")[1]

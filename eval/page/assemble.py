@@ -1,6 +1,7 @@
 """A report from top to bottom: which sections, in which order."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from eval.compare import evidence
 from eval.compare.runs import Group
@@ -25,12 +26,17 @@ def report(
     dense: list[EvalSet],
     command: str,
     study: StudyResults | None = None,
+    early: bool = False,
 ) -> tuple[str, list[Block], list[Table]]:
-    """Title, content, and the main tables. dense: those measured by masks; study: whose arms the runs are."""
+    """Title, content, and the main tables. dense: those measured by masks; study: whose arms the runs are; early: show
+    what lacks for its verdict, and no accuracy."""
     runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in [*eval_sets, *dense]))
+    names = names or (study.manifest["data"] if study else "")
     blocks: list[Block] = verdict_section.blocks(evidence.read(study)) if study and study.manifest["decides"] else []
+    if study and early:
+        study, eval_sets, dense = replace(study, eval_sets=[]), [], []
     blocks += [Heading("All arms")] if blocks else []
     for eval_set in eval_sets:
         deciding = study_sections.deciding_metrics(study) if study and eval_set is study.eval_set else []

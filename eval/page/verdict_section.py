@@ -26,7 +26,7 @@ def blocks(evidence: Evidence) -> list[Block]:
     found: list[Block] = [Text(sentence(verdict, scope(evidence)), "lead")]
     if verdict.lacking:
         return found
-    found += [Text(words) for words in (*_undecided(verdict), *_instrument(verdict))]
+    found += [Text(words) for words in (*_chosen(evidence), *_undecided(verdict), *_instrument(verdict))]
     found += [Heading("Each condition against its thresholds"), forest(verdict), table(verdict), Text(PUBLISHED)]
     return found
 
@@ -84,6 +84,19 @@ def _scope(about: Scope) -> str:
         f"a ViT of {about.parameters / 1e6:.2f} M parameters; one data set, {about.data}, {about.images:,} images of "
         f"{height}×{width} px, {about.values} values a token; {spent}epochs seen: {', '.join(epochs)}"
     )
+
+
+def _chosen(evidence: Evidence) -> Iterator[str]:
+    """The settings that trials chose for each arm: which noise it is that the claims are about, above all."""
+    arms = evidence.manifest["arms"]
+    words = []
+    for name, trials in evidence.manifest["trials"].items():
+        tried: list[set[str]] = [set(trial["settings"]) for trial in trials]
+        differing: set[str] = set().union(*tried) - set[str].intersection(*tried)
+        used = [text for text in arms[name]["runs"][0]["settings"] if text in differing] if arms[name]["runs"] else []
+        words += [f"{name} with {' '.join(used)}"] if used else []
+    if words:
+        yield f"Chosen by trials at other seeds, on held-out training images: {'; '.join(words)}."
 
 
 def _undecided(verdict: Verdict) -> Iterator[str]:

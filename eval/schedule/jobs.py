@@ -84,8 +84,11 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
     """Run all jobs, this many at once; returns those that failed. When told to stop, it stops the running ones.
 
     folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
-    SHOWN seconds. then: called with a job's run when the job is done.
+    SHOWN seconds. then: called with a job's run when the job is done. At the start it is called with the runs of
+    jobs that are done: an earlier call may have been killed before it got there.
     """
+    for run in dict.fromkeys(job.run for job in jobs if job.done):
+        then(run)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     times = Times(folder / "logs" / "seconds.jsonl")
     running: dict[Job, Command] = {}
