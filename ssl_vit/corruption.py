@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit import views
+from ssl_vit.devices import upload
 from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify, unpatchify
 
@@ -128,7 +129,7 @@ def random_erasing(images: Tensor, noise: Tensor, u: Tensor, prob: float) -> Ten
         tall * erased[:, None],
         wide,
     ]
-    numbers = torch.stack([part.gather(1, first).squeeze(1) for part in box]).to(images.device)
+    numbers = upload(torch.stack([part.gather(1, first).squeeze(1) for part in box]).float(), images.device)
     top, left, tall, wide = (part.view(-1, 1, 1, 1) for part in numbers)
     row, column = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
     inside = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)

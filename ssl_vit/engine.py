@@ -31,11 +31,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import batch_norm, checkpoint, flops, monitor, recomputation, shards, system
+from ssl_vit import batch_norm, checkpoint, compilation, flops, monitor, recomputation, shards, system
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, listed, say
 from ssl_vit.objectives.base import Objective
+from ssl_vit.settings import known
 
 Kind = Literal["plain", "ddp", "fsdp2"]
 
@@ -144,6 +145,9 @@ class Engine:
         self._copy = copy.deepcopy(objective).cpu() if self.kind == "fsdp2" and self.first else None
         if recipe.runtime.activation_checkpointing:
             recomputation.recompute(blocks(objective))
+        self.compiled = compilation.wanted(recipe.runtime, self.device, known(recipe.train.steps))
+        if self.compiled:
+            compilation.compile_blocks(blocks(objective), recipe.runtime.compile)
         if self.kind == "ddp":
             self.model = replicate(accelerator, objective, len(objective.backbone.mean))
         elif self.kind == "fsdp2":
@@ -245,6 +249,8 @@ class Engine:
                 place: {key: like(value, parameters[place]) for key, value in entry.items()}
                 for place, entry in moments["state"].items()
             }
+        for saved, group in zip(moments["param_groups"], optimizer.param_groups, strict=False):
+            saved["fused"] = group["fused"]  # of this device, not of the one that it was saved on
         self.objective.load_state_dict(weights)
         optimizer.load_state_dict(moments)
 
@@ -273,7 +279,12 @@ class Engine:
 
     @contextmanager
     def whole(self) -> Iterator[Objective]:
-        """The objective with all its weights, to be used on the first process alone, without the others."""
+        """The objective with all its weights, to be used on the first process alone, without the others; uncompiled, as
+        batches of other sizes would be compiled anew."""
+        with compilation.paused() if self.compiled else nullcontext():
+            yield from self._whole()
+
+    def _whole(self) -> Iterator[Objective]:
         if self.kind != "fsdp2":
             yield self.objective
             return

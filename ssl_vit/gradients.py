@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from ssl_vit import data, files, flops, overview
 from ssl_vit import recipe as recipes
+from ssl_vit.devices import out_of_memory, upload
 from ssl_vit.engine import Engine
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Objective
@@ -81,7 +81,7 @@ class Gradients:
                 labels = None
                 if objective.labelled:
                     every = known(images.labels)
-                    labels = every[part.indices.to(every.device, non_blocking=True)]
+                    labels = every[upload(part.indices, every.device)]
                 batch = Batch(part.views(images, objective.views), labels, part.draw, step, total)
                 weight = len(part) / self.local_batch_size
                 with self.devices.micro_batch(last=place == len(parts)):
@@ -181,15 +181,6 @@ class Gradients:
 
     def _check(self) -> None:
         check_full_batch(self.objective, self.micro_batch_size, self.recipe.train.batch_size, self.devices.processes)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that memory ran out, be it told by torch, cuBLAS or cuDNN."""
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or should_reduce_batch_size(error)
-        or any(sign in str(error) for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"))
-    )
 
 
 def choose_micro_batch_size(

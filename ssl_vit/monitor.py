@@ -301,6 +301,8 @@ class Monitor:
             self.bar.write(text)
 
     def __enter__(self) -> "Monitor":
+        if self.accelerator.device.type == "cuda":  # what was tried before the first step does not count
+            torch.cuda.reset_peak_memory_stats()
         return self
 
     def __exit__(self, *error) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ssl_vit import backbones, data, flops
 from ssl_vit import recipe as recipes
+from ssl_vit.devices import out_of_memory
 from ssl_vit.errors import say
 from ssl_vit.objectives.base import Objective
 from ssl_vit.settings import known
@@ -47,8 +48,10 @@ def foresee(recipe: recipes.Recipe, objective: Objective, accelerator: Accelerat
     rows = int(min(TRIAL.get(on, TRIAL["cpu"]) / flops_per_image, recipe.train.batch_size // accelerator.num_processes))
     try:
         each = seconds_per_image(objective, channels, accelerator, rows)
-    except torch.OutOfMemoryError:  # the first step finds out how many images fit
-        return
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return  # the first step finds out how many images fit
     whole = each / accelerator.num_processes * known(recipe.train.steps) * recipe.train.batch_size
     say(f"About {duration(whole)} if reading the images takes no time: one needs {each:.2g} s forward and backward.")
 

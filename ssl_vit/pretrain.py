@@ -98,8 +98,6 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
         for buffer in objective.buffers():  # processes fit the same, but for rounding
             buffer.copy_(broadcast(buffer))
-    if recipe.runtime.compile:
-        compile_blocks(objective)
     devices = engine.Engine(accelerator, recipe, objective)
     optimizer = optim.build(objective, recipe.optim, lr, frozen)
     done = resume(run, devices, optimizer, total)
@@ -204,7 +202,7 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             "channel(s): set views.augmentation=crop+flip, or data.in_chans=3."
         )
     recipe.data.img_size = list(recipe.data.size)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         backbone = backbones.build(recipe.backbone, recipe.data, recipe.train.seed, recipe.views.interpolation)
         if recipe.backbone.init_from:
             backbone = weights.initialise(backbone, recipe.backbone.init_from)
@@ -320,14 +318,6 @@ def resume(run: checkpoint.Run, devices: engine.Engine, optimizer: torch.optim.O
             ) from None
         say(f"Resuming from step {done} of {total}.")
     return done
-
-
-def compile_blocks(objective: Objective) -> None:
-    """Compile the blocks of all its transformers with torch.compile."""
-    for module in objective.modules():
-        if isinstance(module, backbones.TokenBackbone):
-            for block in module.model.blocks:
-                block.compile()
 
 
 # -- finishing --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_vit.decoders import Decoder
+from ssl_vit.devices import upload
 from ssl_vit.errors import UserError
 from ssl_vit.losses import full_precision
 from ssl_vit.randomness import Draw
@@ -66,8 +67,9 @@ class Codebook(nn.Module):
         self.share.copy_(torch.bincount(self(vectors), minlength=size) / len(vectors))
 
     def forward(self, vectors: Float[Tensor, "*batch D"]) -> Int[Tensor, "*batch"]:
-        """Unit vectors (…, D) → tokens, int64 (…)."""
-        return (vectors.detach() @ self.codes.T).argmax(-1)
+        """Unit vectors (…, D) → tokens, int64 (…). In full precision: in bf16 one in thirty would be another code."""
+        with full_precision(vectors):
+            return (vectors.detach() @ self.codes.T).argmax(-1)
 
     def begin_step(self) -> None:
         for part in (self.sums, self.counts, self.spare):
@@ -76,17 +78,21 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def gather(self, vectors: Float[Tensor, "B N D"], tokens: Int[Tensor, "B N"], draw: Draw, batch_size: int) -> None:
         """Add up unit vectors (B, N, D) with their tokens (B, N). batch_size: rows of the whole step."""
-        flat, counts = vectors.flatten(0, 1), torch.bincount(tokens.flatten(), minlength=len(self.codes))
-        order = tokens.flatten().argsort(stable=True)  # sums by index would be of another order on every GPU run
-        self.sums += torch.segment_reduce(flat[order], "sum", lengths=counts, axis=0)
+        flat, which = vectors.flatten(0, 1), tokens.flatten()
+        # bincount, and lengths that are checked, would wait for the GPU
+        counts = torch.zeros_like(self.idle).scatter_add_(0, which, torch.ones_like(which))
+        order = which.argsort(stable=True)  # sums by index would be of another order on every GPU run
+        self.sums += torch.segment_reduce(flat[order], "sum", lengths=counts, axis=0, unsafe=True)
         self.counts += counts
         if self.revive_after is None:
             return
         # the spare vector of a code is one patch of the whole batch, whichever process or micro-batch holds its row
         place = draw.for_rows(torch.arange(len(self.codes))).uniform("spare", 2, device="cpu")
         row, patch = (place * torch.tensor([batch_size, vectors.shape[1]])).long().unbind(1)
-        code, here = (row[:, None] == draw.rows).nonzero().unbind(1)
-        code, here, patch = (index.to(vectors.device) for index in (code, here, patch[code]))
+        at = torch.full((batch_size,), -1)
+        at[draw.rows] = torch.arange(len(draw.rows))
+        code = (at[row] >= 0).nonzero()[:, 0]
+        code, here, patch = upload(torch.stack([code, at[row[code]], patch[code]]), vectors.device)
         self.spare[code] = vectors[here, patch]
 
     @torch.no_grad()
@@ -140,9 +146,8 @@ class Quantizer(nn.Module):
         """Patch tokens of the encoder (B, N, D) → (what the decoder makes of their codes (B, N, width), the unit
         vectors (B, N, d), their tokens int64 (B, N)). The gradient passes the codes by, straight to the vectors."""
         vectors = self.vectors(encoded)
-        with full_precision(encoded):
-            tokens = self.codebook(vectors)
-            through = vectors + (self.codebook.codes[tokens] - vectors).detach()
+        tokens = self.codebook(vectors)
+        through = vectors + (self.codebook.codes[tokens] - vectors).detach()
         return self.decoder(through), vectors, tokens
 
     def decode(self, tokens: Int[Tensor, "B N"]) -> Float[Tensor, "B N width"]:

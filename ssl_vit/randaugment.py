@@ -7,6 +7,7 @@ and round as PIL does, on which timm's are built: images agree to the level, but
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
+
+from ssl_vit.devices import upload
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -36,13 +39,20 @@ def rand_augment(images: Float[Tensor, "N 3 H W"], u: Float[Tensor, "N L 5"], ma
     sign = torch.where(u[..., 4] < 0.5, -1.0, 1.0)
     which = (u[..., 0] * len(OPERATIONS)).long()
     applied = u[..., 1] < 0.5
+    turns, places, numbers = [], [], []  # which operation comes when, on which images, how strong
     for layer in range(LAYERS):
         for number, operation in enumerate(OPERATIONS.values()):
             chosen = ((which[:, layer] == number) & applied[:, layer]).nonzero().flatten()
-            if len(chosen):
-                here, by = chosen.to(levels.device), (strength[chosen, layer], sign[chosen, layer])
-                amount, side = (value.to(levels).view(-1, 1, 1, 1) for value in by)
-                levels = levels.index_copy(0, here, operation(levels.index_select(0, here), amount, side))
+            turns.append(operation)
+            places.append(chosen)
+            numbers.append(torch.stack([strength[chosen, layer], sign[chosen, layer]]))
+    lengths = [len(place) for place in places]
+    here = upload(torch.cat(places), levels.device).split(lengths)  # in one copy, which nothing waits for
+    by = upload(torch.cat(numbers, 1).to(levels.dtype), levels.device).split(lengths, 1)
+    for operation, rows, (amount, side) in zip(turns, here, by, strict=True):
+        if len(rows):
+            changed = operation(levels.index_select(0, rows), amount.view(-1, 1, 1, 1), side.view(-1, 1, 1, 1))
+            levels = levels.index_copy(0, rows, changed)
     return levels / 255
 
 
@@ -71,9 +81,8 @@ def rotate(x: Levels, strength: Tensor, sign: Tensor) -> Levels:
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     height, width = x.shape[-2:]
     a = torch.cat([cos, sin, zero, -sin, cos, zero], 1).flatten(1)
-    centre = torch.tensor([width / 2, height / 2]).to(a)
-    a[:, 2] = centre[0] - a[:, 0] * centre[0] - a[:, 1] * centre[1]
-    a[:, 5] = centre[1] - a[:, 3] * centre[0] - a[:, 4] * centre[1]
+    a[:, 2] = width / 2 - a[:, 0] * (width / 2) - a[:, 1] * (height / 2)
+    a[:, 5] = height / 2 - a[:, 3] * (width / 2) - a[:, 4] * (height / 2)
     return affine(x, a)
 
 
@@ -107,7 +116,7 @@ def brightness(x: Levels, strength: Tensor, sign: Tensor) -> Levels:
 
 def sharpness(x: Levels, strength: Tensor, sign: Tensor) -> Levels:
     """Away from, or towards, PIL's ImageFilter.SMOOTH, which leaves the edge as it is."""
-    kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    kernel = constant((1, 1, 1, 1, 5, 1, 1, 1, 1), x.device, x.dtype).view(3, 3) / 13
     inner = F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
     smooth = x.clone()
     smooth[..., 1:-1, 1:-1] = (inner + 0.5).trunc().clamp(0, 255)
@@ -153,6 +162,12 @@ OPERATIONS: dict[str, Callable[[Levels, Tensor, Tensor], Levels]] = {
 # -- what they are made of --------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """These values on a device, copied there once."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 def blend(without: Levels, x: Levels, strength: Tensor, sign: Tensor) -> Levels:
     """The image at factor 1, `without` at 0, more of it above (PIL's ImageEnhance). It is 1 ± 0.9 · strength."""
     factor = (1 + 0.9 * strength * sign).clamp(min=0.1)
@@ -167,7 +182,7 @@ def grey(x: Levels) -> Levels:
 
 def _matrix(place: int, value: Tensor) -> Tensor:
     """The identity, (N, 6) of its two rows, with `value` (N, 1, 1, 1) in one place."""
-    matrix = value.new_tensor([1, 0, 0, 0, 1, 0]).repeat(len(value), 1)
+    matrix = constant((1, 0, 0, 0, 1, 0), value.device, value.dtype).repeat(len(value), 1)
     matrix[:, place] = value.flatten()
     return matrix
 
@@ -191,7 +206,7 @@ def affine(x: Levels, matrix: Float[Tensor, "N 6"]) -> Levels:
             place = line + (near_x.long() + j - 1).clamp(0, width - 1)
             values = flat.gather(2, place.flatten(1)[:, None].expand(-1, channels, -1)).view_as(x)
             total += (weights_y[i] * weights_x[j])[:, None] * values
-    fill = x.new_tensor(FILL).view(1, 3, 1, 1)
+    fill = constant(FILL, x.device, x.dtype).view(1, 3, 1, 1)
     return torch.where(inside[:, None], total.clamp(0, 255).trunc().to(x.dtype), fill)
 
 

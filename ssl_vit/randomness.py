@@ -2,8 +2,7 @@
 
 A draw is a pure function of its address, so nothing has to be saved to resume a run, and cutting a batch into
 micro-batches or over processes leaves every crop, mask and noise value as it was. The function is Philox4x32-10
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in torch's integer arithmetic: the
-same integers on every device.
+(`philox`): the same integers on every device.
 """
 
 import math
@@ -13,24 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-
-
-def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words, in ints or (broadcastable) int64 tensors → four int64 tensors of them."""
-    c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
-    k0, k1 = key
-    for _ in range(10):
-        # int64 products wrap, but their 64 bits are those of the unsigned product
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+from ssl_vit import philox
+from ssl_vit.devices import upload
 
 
 class Draw:
@@ -42,7 +25,7 @@ class Draw:
 
     def __init__(self, seed: int, step: int, rows: Tensor, device: torch.device | str = "cpu", prefix: str = ""):
         self.seed, self.step, self.rows, self.device, self.prefix = seed, step, rows, torch.device(device), prefix
-        self._rows = {torch.device("cpu"): rows, self.device: rows.to(self.device, non_blocking=True)}
+        self._rows = {torch.device("cpu"): rows}
 
     def fold_in(self, name: str) -> "Draw":
         """The same rows with streams of their own: draws under different names are independent."""
@@ -54,7 +37,7 @@ class Draw:
 
     def uniform(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent float32 values in [0, 1), of shape (B, *shape); 24 random bits each."""
-        return self.bits(stream, *shape, device=device).bitwise_right_shift(8).float() * 2.0**-24
+        return philox.uniform(*self._address(stream, shape, device)).reshape(len(self.rows), *shape)
 
     def normal(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent standard normal float32 values (Box-Muller), of shape (B, *shape)."""
@@ -64,14 +47,15 @@ class Draw:
 
     def bits(self, stream: str, *shape: int, device: torch.device | str | None = None) -> Tensor:
         """Independent 32-bit words as int64, of shape (B, *shape)."""
-        rows = self._rows[torch.device(device or self.device)]
-        n = math.prod(shape)
-        quads = torch.arange((n + 3) // 4, device=rows.device)[None]
-        words = philox(
-            (quads, rows[:, None], self.step & _MASK, zlib.crc32((self.prefix + stream).encode())),
-            (self.seed & _MASK, (self.seed >> 32) & _MASK),
-        )
-        return torch.stack(words, -1).flatten(1)[:, :n].reshape(len(rows), *shape)
+        return philox.words(*self._address(stream, shape, device)).reshape(len(self.rows), *shape)
+
+    def _address(
+        self, stream: str, shape: tuple[int, ...], device: torch.device | str | None
+    ) -> tuple[Tensor, int, int, int, int]:
+        where = torch.device(device or self.device)
+        if where not in self._rows:
+            self._rows[where] = upload(self.rows, where)
+        return self._rows[where], math.prod(shape), self.step, zlib.crc32((self.prefix + stream).encode()), self.seed
 
 
 def permutation(seed: int, epoch: int, n: int, stream: str = "order") -> np.ndarray:

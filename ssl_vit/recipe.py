@@ -30,7 +30,9 @@ class Train:
     flops: float | None = setting(None, "training budget in counted FLOPs", above=0)
     batch_size: int = setting(256, "images per optimizer step, over all processes", at_least=1)
     seed: int = setting(0, "addresses every random draw of the run", at_least=0)
-    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on CUDA >= 8.0, else fp32")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = setting(
+        "auto", "auto: bf16 on CUDA >= 8.0, else fp32; tf32: fp32 whose products round to TF32, on such GPUs"
+    )
     freeze_backbone_fraction: float | None = setting(
         None,
         "fraction of the steps, at the start, in which heads and decoder are fitted to a backbone that stays as it is; "
@@ -175,7 +177,9 @@ class Runtime:
     keep_every: int = setting(
         0, "steps between backbones that are kept for the evaluators; 0: the last one only", at_least=0
     )
-    compile: bool = setting(False, "torch.compile the transformer blocks")
+    compile: bool | Literal["auto"] = setting(
+        "auto", "torch.compile the transformer blocks; auto: on CUDA, in runs of 5,000 steps and more"
+    )
     activation_checkpointing: bool = setting(
         False,
         "compute activations of the transformer blocks again in the backward pass: less memory, a third more time",

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from ssl_vit.errors import UserError
+
 # what asks a process to stop: schedulers (Slurm, docker, systemd, timeout), Ctrl-C, a warning before time is up, and a
 # terminal that is closed
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -56,10 +58,23 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def precision(asked: Literal["auto", "fp32", "bf16"], cuda: bool) -> Literal["fp32", "bf16"]:
-    """As asked; with "auto" bf16 on a GPU with units for it (compute capability 8.0 or more), else fp32."""
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def precision(asked: Literal["auto"] | Precision, cuda: bool) -> Precision:
+    """As asked; with "auto" bf16 on a GPU with units for it (compute capability 8.0 or more), else fp32.
+
+    From here on, a GPU rounds the factors of float32 products to TF32's ten bits for "tf32" alone; torch would do so in
+    every convolution. Raises UserError for tf32 without such a GPU.
+    """
+    units = cuda and torch.cuda.get_device_capability() >= (8, 0)
+    if asked == "tf32" and not units:
+        raise UserError("Precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more: take fp32.")
+    products = "tf32" if asked == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = products
+    torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
     if asked == "auto":
-        return "bf16" if cuda and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+        return "bf16" if units else "fp32"
     return asked
 
 

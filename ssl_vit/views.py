@@ -24,6 +24,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as per_sample
 
 from ssl_vit import randaugment
+from ssl_vit.devices import upload
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import pair
 
@@ -236,7 +237,7 @@ def crop(
     """
     n, channels, height, width = images.shape
     numbers = torch.cat([boxes, flip[..., None]], -1).reshape(n, -1, 5).float()
-    top, left, tall, wide, mirror = numbers.to(images.device, non_blocking=True).unbind(-1)
+    top, left, tall, wide, mirror = upload(numbers, images.device).unbind(-1)
     rows = _weights(height, top, tall, size[0], size[0], interpolation) / 255
     columns = _weights(width, left, wide, size[1], size[1], interpolation)
     columns = torch.where(mirror[..., None, None] > 0, columns.flip(-2), columns)
@@ -328,7 +329,7 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _flip(images: Tensor, flip: Tensor) -> Tensor:
     """Mirrors images (*shape, C, H, W) where flip (*shape), on the CPU, says so."""
-    return torch.where(flip.to(images.device, non_blocking=True)[..., None, None, None], images.flip(-1), images)
+    return torch.where(upload(flip, images.device)[..., None, None, None], images.flip(-1), images)
 
 
 # --- colours: float images (N, C, H, W) in [0, 1] → the same, never in place ------------------------------------------
@@ -345,6 +346,8 @@ def colour(view: View, images: Float[Tensor, "N C H W"], u: Float[Tensor, "N 11"
     hue, their order, whether to grey, to blur, to solarize, the blur's sigma, which of three. Other than three channels
     are not RGB: they keep their hue and saturation.
     """
+    if not (view.three_augment or view.jitter or view.grey or view.blur or view.solarize):
+        return images
     strength = torch.tensor([view.brightness, view.contrast, view.saturation, view.hue])
     centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
     low, high = torch.maximum(centre - strength, centre - 1), centre + strength
@@ -391,7 +394,7 @@ def jitter(
     blends = order[order != 3].view(n, 3)
     f = factors.gather(1, blends)[..., None, None]  # (N, 3, 1, 1): the three blends of every image in its order
     to_mean, to_grey = ((blends == k)[..., None, None] * (1 - f) * luma for k in (1, 2))  # (N, 3, 1, C)
-    matrices = torch.cat([f * torch.eye(channels) + to_grey, to_mean], 2).to(images.device, non_blocking=True)
+    matrices = upload(torch.cat([f * torch.eye(channels) + to_grey, to_mean], 2), images.device)
 
     turn = (factors[:, 3:] != 0) & (order == 3)  # (N, 4): the hue comes before the k-th blend, and after the last
     masks = list(turn.unbind(1))
@@ -415,7 +418,7 @@ def hue(images: Float[Tensor, "N 3 H W"], shift: Float[Tensor, " N"]) -> Float[T
         (green - blue) / divisor,
         torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    turned = (sector + 6 * shift.to(images.device, non_blocking=True)[:, None, None])[:, None]
+    turned = (sector + 6 * upload(shift, images.device)[:, None, None])[:, None]
     # back: around the six sectors a channel is low for two, rises in one, is high for two and falls in one
     k = (turned + torch.arange(5, 0, -2, device=images.device)[:, None, None]) % 6
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -432,7 +435,7 @@ def blur(images: Float[Tensor, "N C H W"], sigma: Float[Tensor, " N"], radius: i
 
     images: (N, C, H, W); sigma: (N,) in pixels.
     """
-    sigma = sigma.to(images.device, non_blocking=True)
+    sigma = upload(sigma, images.device)
     rows, columns = (_gaussian(side, sigma, min(radius, side - 1))[:, None] for side in images.shape[-2:])
     return _separable(images, rows, columns).squeeze(1)
 
@@ -457,7 +460,7 @@ def solarize(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
 def _places(masks: list[Tensor], device: torch.device) -> list[Tensor]:
     """The indices where each mask, on the CPU, is true; moved in one copy."""
     places = [mask.nonzero().flatten() for mask in masks]
-    return list(torch.cat(places).to(device, non_blocking=True).split([len(p) for p in places]))
+    return list(upload(torch.cat(places), device).split([len(p) for p in places]))
 
 
 def _on(images: Tensor, index: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -512,7 +515,7 @@ def mix(
     cut = cut & mixed
     end = end * cut[:, None]  # an empty box where nothing is pasted
     numbers = torch.cat([start, end, torch.where(cut, 1.0, own)[:, None], own[:, None]], 1).to(images.dtype)
-    top, left, bottom, right, outside, own = numbers.to(images.device, non_blocking=True)[..., None, None].unbind(1)
+    top, left, bottom, right, outside, own = upload(numbers, images.device)[..., None, None].unbind(1)
 
     y = torch.arange(height, device=images.device)[:, None]
     x = torch.arange(width, device=images.device)

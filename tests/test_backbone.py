@@ -10,6 +10,7 @@ from PIL import Image
 
 from ssl_vit import backbones, overview, pretrain, views, weights
 from ssl_vit.errors import UserError
+from ssl_vit.models import local_vit
 from ssl_vit.randomness import Draw
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -379,6 +380,15 @@ def test_a_name_on_the_command_line_gives_that_model():
         recipe = pretrain.read("mae", [f"backbone.name={name}", *facts], None)
         b = backbones.build(recipe.backbone, recipe.data, seed=0)
         assert (b.embed_dim, b.depth, b.patch_size[0], b.model.blocks[0].attn.num_heads) == (384, 12, patch, 6)
+
+
+def test_windows_are_attended_to_as_so_many_images():
+    """What a GPU computes in place of attention of five dimensions, for which it has no fused kernel."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 4, 5, 8, generator=generator)  # (B, heads, windows, tokens, d)
+    k, v = torch.randn(2, 2, 3, 4, 6, 8, generator=generator)  # a prefix token more
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(local_vit.folded_attention(q, k, v), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():

@@ -83,11 +83,21 @@ def test_in_bf16_they_are_near_those_in_fp32_and_stored_apart(tmp_path, state, i
         ("auto", False, (9, 0), "fp32"),
         ("fp32", True, (9, 0), "fp32"),
         ("bf16", False, (7, 5), "bf16"),
+        ("tf32", True, (8, 0), "tf32"),
     ],
 )
 def test_the_precision_is_that_of_the_device_unless_asked_for(monkeypatch, asked, cuda, capability, found):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert system.precision(asked, cuda) == found
+    products = "tf32" if found == "tf32" else "ieee"  # torch's own default for convolutions is tf32
+    assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == products
+
+
+@pytest.mark.parametrize(("cuda", "capability"), [(False, (9, 0)), (True, (7, 5))])
+def test_tf32_needs_a_gpu_that_has_it(monkeypatch, cuda, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(UserError, match="tf32 needs an NVIDIA GPU of compute capability 8.0 or more: take fp32"):
+        system.precision("tf32", cuda)
 
 
 def test_they_are_computed_once_and_again_when_the_weights_differ(tmp_path, state, images, monkeypatch):

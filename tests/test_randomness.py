@@ -1,11 +1,16 @@
 """Draws are addressed: known answers, no state, the law asked for."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from ssl_vit.randomness import Draw, Order, permutation, philox
+from ssl_vit import philox
+from ssl_vit.randomness import Draw, Order, permutation
 
 
 @pytest.mark.parametrize(
@@ -21,8 +26,69 @@ from ssl_vit.randomness import Draw, Order, permutation, philox
     ],
 )
 def test_philox_gives_the_reference_words(counter, key, expected):
-    words = philox(tuple(torch.tensor([c]) for c in counter), key)
+    words = philox.philox(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(w) for w in words) == expected
+
+
+ADDRESSES = [  # rows, words of each, step, stream, seed
+    ([0, 7, 300], 10, 5, 99, 3),
+    ([2**31 + 5], 1, 4_000_000_000, 2**32 - 1, 2**63 + 5),
+    (list(range(40)), 4 * 600, 1, 0, 2**32),  # more than one block of counters
+    ([], 4, 0, 0, 0),
+    ([1, 2], 0, 0, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("rows", "n", "step", "stream", "seed"), ADDRESSES)
+def test_all_forms_give_the_same_words(rows, n, step, stream, seed, monkeypatch):
+    """Torch's integers, which the reference words hold for, and NumPy's, which few threads use."""
+    places = torch.tensor(rows, dtype=torch.int64)
+    found = {}
+    for few in (0, 64):
+        monkeypatch.setattr(philox, "FEW_THREADS", few)
+        address = places, n, step, stream, seed
+        found[few] = philox.words(*address), philox.uniform(*address)
+    assert found[0][0].dtype == found[64][0].dtype == torch.int64 and found[0][0].shape == (len(rows), n)
+    assert torch.equal(found[0][0], found[64][0]) and torch.equal(found[0][1], found[64][1])
+    if n:
+        quads = torch.arange(-(-n // 4))[None]
+        reference = philox.philox((quads, places[:, None], step, stream), (seed % 2**32, seed >> 32))
+        assert torch.equal(found[0][0], torch.stack(reference, -1).flatten(1)[:, :n])
+
+
+FUSED = """
+import torch
+from ssl_vit import fused_philox, philox
+for rows, n, step, stream, seed in {addresses}:
+    address = torch.tensor(rows, dtype=torch.int64), n, step, stream, seed
+    assert torch.equal(fused_philox.words(*address, uniform=False), philox.words(*address)), address
+    assert torch.equal(fused_philox.words(*address, uniform=True), philox.uniform(*address)), address
+"""
+
+
+def test_the_kernel_for_gpus_gives_the_same_words():
+    """In Triton's interpreter, which needs no GPU."""
+    pytest.importorskip("triton")
+    environment = os.environ | dict(TRITON_INTERPRET="1")
+    subprocess.run([sys.executable, "-c", FUSED.format(addresses=ADDRESSES)], env=environment, check=True)
+
+
+def test_the_kernel_for_gpus_compiles(monkeypatch):
+    """To a GPU's machine code, on this machine."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or Triton warns of a default to come
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ssl_vit import fused_philox
+
+    for uniform, kind in ((True, "fp32"), (False, "i64")):
+        signature = dict(rows="*i64", out=f"*{kind}", n="i32", step="i64", stream="i64", seed="i64")
+        signature |= dict(UNIFORM="constexpr", BLOCK="constexpr")
+        constants = dict(UNIFORM=uniform, BLOCK=1024)
+        source = ASTSource(fused_philox._words, signature, constants)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert "cubin" in made.asm
 
 
 def test_a_draw_depends_on_its_address_alone():

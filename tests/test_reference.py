@@ -70,7 +70,7 @@ def test_help_writes_values_and_bounds_as_one_types_them(printed):
     for line in (
         r"train.epochs=null +number > 0 \| null",
         r"train.steps=null +integer >= 0 \| null",
-        r"train.precision=auto +auto \| fp32 \| bf16",
+        r"train.precision=auto +auto \| fp32 \| tf32 \| bf16",
         r"optim.betas=\[0.9,0.95\] +\[number, ...\]",
         r"optim.warmup_fraction=0.05 +number 0 to 1",
         r"optim.layer_decay=1 +number > 0 and <= 1",

@@ -82,6 +82,16 @@ def test_codes_of_equal_vectors_move_as_vector_quantize_pytorch_s():
     torch.testing.assert_close(book.codes, F.normalize(embed_avg / cluster_size, dim=-1), rtol=0, atol=1e-12)
 
 
+def test_tokens_are_chosen_in_full_precision():
+    """Under autocast too, where BEiT asks a trained tokenizer for its tokens."""
+    book = Codebook(512, 16)
+    book.codes.copy_(F.normalize(torch.randn(512, 16, generator=torch.Generator().manual_seed(0)), dim=-1))
+    vectors = F.normalize(torch.randn(4000, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = book(vectors)
+    assert torch.equal(tokens, (vectors @ book.codes.T).argmax(-1))
+
+
 def test_a_dead_code_becomes_a_vector_of_the_batch_however_it_is_cut():
     whole, cut, pair = (codebook(size=64, revive_after=3) for _ in range(3))
     for number in range(4):

@@ -61,9 +61,9 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     """The argument of commands that compute features or predictions of a frozen backbone."""
     parser.add_argument(
         "--precision",
-        choices=["auto", "fp32", "bf16"],
+        choices=["auto", "fp32", "tf32", "bf16"],
         default="auto",
-        help="of the frozen backbone: auto is bf16 on GPUs that are made for it, else fp32",
+        help="of the frozen backbone: auto is bf16 on GPUs that are made for it, else fp32; tf32 rounds products",
     )
 
 

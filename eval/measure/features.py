@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import timm
@@ -20,10 +19,11 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit import files, views, weights
+from ssl_vit import files, system, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.data import ImageSet, evaluation_views
+from ssl_vit.devices import out_of_memory
 from ssl_vit.errors import UserError, say
 from ssl_vit.flops import count
 
@@ -41,7 +41,7 @@ class Source:
     settings: dict
     backbone: Backbone | None  # None: raw pixels
     size: tuple[int, int] | None  # None: the images' own
-    precision: Literal["fp32", "bf16"] = "fp32"  # in which the backbone computes
+    precision: system.Precision = "fp32"  # in which the backbone computes
 
     @property
     def network(self) -> Backbone:
@@ -256,7 +256,9 @@ class Piecewise:
             part, found = view[at:][: self.most], None
             try:
                 found = self.compute(part)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 if len(part) == 1:
                     raise UserError(
                         "Not even one image at a time fits into GPU memory: free some, or compute on the CPU "

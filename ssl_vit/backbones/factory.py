@@ -82,7 +82,7 @@ def build(
     if isinstance(model, VisionTransformer) and config.pos_embed == "sincos":
         fix_sincos_positions(model)
     if config.weight_init == "xavier":
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.apply(xavier)
             if kind == "vit":  # which is a linear layer too
@@ -192,7 +192,7 @@ def _create(name: str, args: dict[str, Any], size: tuple[int, int], seed: int) -
     # models with a grid or windows must be told the size; convolutions do not take it
     tries = [args] if "img_size" in args or published_size(name) == size else [args | dict(img_size=size), args]
     for given in tries:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 return create_model(name, **given), given

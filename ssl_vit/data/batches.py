@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssl_vit import system, views
 from ssl_vit.data.image_set import ImageSet
+from ssl_vit.devices import upload
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import known
@@ -32,6 +33,8 @@ class Chunk:
 
     def part(self, start: int, stop: int) -> "Chunk":
         """The chunk's rows start:stop."""
+        if (start, stop) == (0, len(self)):
+            return self  # whose draw has its rows on the device already
         crops = self.crops and {name: crop[start:stop] for name, crop in self.crops.items()}
         return Chunk(self.draw.for_rows(self.draw.rows[start:stop]), self.indices[start:stop], crops)
 
@@ -39,7 +42,7 @@ class Chunk:
         """The augmented views, float32 in [0, 1], on the device."""
         device = self.draw.device
         if self.crops is None:
-            return views.make(spec, known(images.images)[self.indices.to(device, non_blocking=True)], self.draw)
+            return views.make(spec, known(images.images)[upload(self.indices, device)], self.draw)
         crops = {name: crop.to(device, non_blocking=True) for name, crop in self.crops.items()}
         return views.finish(spec, crops, self.draw)
 
@@ -82,10 +85,15 @@ def evaluation_views(
     dataset = _Whole(known(images.photo), view)
     workers = min(system.cores(), 16) if len(indices) > batch else 0
     loader: DataLoader[object] = DataLoader(
-        dataset, batch_size=batch, sampler=indices.tolist(), num_workers=workers, collate_fn=_collate
+        dataset,
+        batch_size=batch,
+        sampler=indices.tolist(),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        collate_fn=_collate,
     )
     for part in _batches(loader):
-        yield part.to(device).float().div_(255)
+        yield part.to(device, non_blocking=True).float().div_(255)
 
 
 Cropped = tuple[int, int, int, dict[str, Tensor]] | UserError  # step, row, index, crops by view

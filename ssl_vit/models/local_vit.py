@@ -48,8 +48,17 @@ class LocalAttention(Attention):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fused_attn:
-            return F.scaled_dot_product_attention(q, k, v)
+            windows = q.ndim == 5 and q.is_cuda
+            return folded_attention(q, k, v) if windows else F.scaled_dot_product_attention(q, k, v)
         return (q * self.scale @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def folded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention within windows, (B, heads, windows, tokens, d), as of that many images: the fused kernels of a GPU take
+    four dimensions. (On a CPU this changes the last bits.)"""
+    windows = q.shape[2]
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).unflatten(0, (-1, windows)).transpose(1, 2)
 
 
 class LocalViT(VisionTransformer):

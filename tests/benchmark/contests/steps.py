@@ -14,7 +14,7 @@ from benchmark.turns import Contest
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit import backbones, objectives, optim, pretrain, views
+from ssl_vit import backbones, compilation, engine, objectives, optim, pretrain, views
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.randomness import Draw
 
@@ -80,7 +80,7 @@ def ours(
     info = DatasetInfo((SIZE, SIZE), 0.5, CLASSES, recipe.views, batch_size)
     objective = objectives.find(recipe.objective_name)(recipe.objective, backbone, info).to(device).train()
     if compile:
-        pretrain.compile_blocks(objective)
+        compilation.compile_blocks(engine.blocks(objective))
     optimizer = optim.build(objective, recipe.optim, 1e-4)
     images = torch.randint(0, 256, (batch_size, 3, SIZE, SIZE), dtype=torch.uint8, device=device)
     rows = torch.arange(batch_size)
