@@ -81,14 +81,16 @@ def _numpy(rows: Tensor, n: int, step: int, stream: int, seed: int) -> np.ndarra
     rounds = [(np.uint64(k0), np.uint64(k1)) for k0, k1 in keys(split(seed))]
     quads = -(-n // 4)
     places = rows.numpy().astype(np.uint64)
-    out = np.empty((len(places) * quads, 4), dtype=np.uint32)
-    for start in range(0, len(out), BLOCK):
-        part = out[start : start + BLOCK]
-        row, c0 = np.divmod(np.arange(start, start + len(part)), quads or 1)
-        c0, c1 = c0.astype(np.uint64), places[row]
-        c2, c3 = np.full_like(c0, step & MASK), np.full_like(c0, stream)
+    out = np.empty((len(places), quads, 4), dtype=np.uint32)
+    at_once = max(1, BLOCK // max(quads, 1))
+    for start in range(0, len(places), at_once):
+        c0, c1 = np.arange(quads, dtype=np.uint64)[None], places[start : start + at_once, None]
+        c2, c3 = np.full((1, 1), step & MASK, dtype=np.uint64), np.full((1, 1), stream, dtype=np.uint64)
+        for k0, k1 in rounds[:4]:  # until each depends on row and quad: the first two rounds are of one of them alone
+            p0, p1 = c0 * m0, c2 * m1
+            c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & mask, (p0 >> shift) ^ c3 ^ k1, p0 & mask
         p0, p1 = np.empty_like(c0), np.empty_like(c0)
-        for k0, k1 in rounds:
+        for k0, k1 in rounds[4:]:  # the same in place
             np.multiply(c0, m0, out=p0)
             np.multiply(c2, m1, out=p1)
             np.right_shift(p1, shift, out=c0)
@@ -100,7 +102,7 @@ def _numpy(rows: Tensor, n: int, step: int, stream: int, seed: int) -> np.ndarra
             np.bitwise_and(p1, mask, out=c1)
             np.bitwise_and(p0, mask, out=c3)
         for place, word in enumerate((c0, c1, c2, c3)):
-            part[:, place] = word
+            out[start : start + at_once, :, place] = word
     return out.reshape(len(places), 4 * quads)[:, :n]
 
 
