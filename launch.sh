@@ -43,8 +43,8 @@ an hour, study 40 minutes. Both may be stopped and started again: finished work
 is not repeated, and runs/PLAN-DATA[-HASH]/progress.txt says how far they are.
 The report is report/report.html in the same folder. PLAN is compare, denoising
 or denoising-full; 'python eval/study.py PLAN' runs the others of recipes/study,
-such as denoising-small for two cores and denoising-gpu for one GPU. --plan says
-what a plan costs here, and does nothing.
+such as denoising-small for two cores and denoising-gpu for one GPU. --plan
+prints what a plan would cost on this machine, without running it.
 
 What a run does:
   1. Set-up, once: makes .venv and installs the project there, in the exact

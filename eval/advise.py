@@ -6,10 +6,10 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, in half an hour:
 
     python eval/advise.py --data digits --backbone runs/mae-digits-s0
 
-Each backbone is evaluated frozen (eval/linear_probe.py) and fine-tuned (eval/finetune.py). Beside it a random
-initialisation of its shape is fine-tuned in as many FLOPs, which is training from scratch; beside a run of your own
-also longer, with the FLOPs of the pre-training on top. Without --backbone they are the published weights of DINO's
-ViT-S, if they are here or can be fetched. A key=value, such as train.epochs=20, applies to every fine-tuning.
+Each backbone is evaluated frozen (eval/linear_probe.py) and fine-tuned (eval/finetune.py). As the control, the same
+architecture is trained from scratch with as many FLOPs and, for a run of your own, also longer, with the FLOPs of its
+pre-training added. The default of --backbone is DINO's published ViT-S, if it is cached or can be downloaded. A
+key=value, such as train.epochs=20, applies to every fine-tuning.
 
 It ends with one sentence of advice and its cost, and writes runs/advise-DATA/advice.html: the advice, every way with
 its interval, and accuracy against labels. The same command continues where it was stopped.

@@ -1,16 +1,17 @@
 """Fine-tuning: a backbone and a new classifier are trained together on labels; accuracy on the report split.
 
     accelerate launch eval/finetune.py --backbone RUN [RUN|WEIGHTS …] [--data NAME|PATH|owner/name]
-        [--labels all 0.1 10 …] [--label-seeds 0 1 …] [--lr 5e-4 1e-3 …] [key=value of recipes/finetune.yaml …]
+        [--labels 10% all] [--label-seeds 0 1 …] [--lr 5e-4 1e-3 …] [key=value of recipes/finetune.yaml …]
 
 On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `train.steps=0 --output runs/random`:
 
     python eval/finetune.py --backbone runs/mae-digits-s0 runs/random
 
 A randomly initialised backbone is the control: the same labels, from scratch. With several --lr, each is tried on nine
-tenths of the labelled images and evaluated on the last tenth; if the best is the smallest or largest, half or twice
-that follows, until it is neither. It is trained again on all of them, and only then is the report split read. With one
-label per class there is nothing to choose on: the middle one is used. --lr-of RUN uses the rate that was chosen for
+tenths of the labelled images and evaluated on the last tenth; if the best rate is the smallest or largest, half or
+twice that rate is tried next, until it is neither. With the best rate the model is trained again on all of them, and
+only then is the report split read. With one label per class nothing can be held out: the middle rate is used. --lr-of
+RUN uses the rate that was chosen for
 another run, such as one of another seed. --held-out only chooses, after a pre-training with data.hold_out=true: the
 labels are of the nine tenths that it saw, and every rate is judged on the tenth that it did not.
 With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:

@@ -14,8 +14,8 @@ looks the patches up among theirs (k = 20). Both predict scores for each patch, 
 Whole images are shown at the backbone's size, whatever their shape, or at --img-size: runs that were trained on small
 images see photographs so, with their positions resampled. --labels 10% uses the masks of a tenth of the images.
 --finetune adds a column: the backbone and a small convolutional decoder, trained together on random crops and flips of
-the images with masks; of several --lr that which is best on a tenth of them. From a random initialisation it is
-training from scratch.
+the images with masks; of several --lr, the one that is best on a held-out tenth of them. With a randomly initialised
+backbone this is training from scratch.
 """
 
 import dataclasses

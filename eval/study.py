@@ -11,8 +11,8 @@ run at a time. What is done is never run again: the same command continues where
 runs/PLAN-DATA[-HASH]/progress.txt. A key=value applies to the pre-training of every arm; an arm's own settings win.
 
 --plan says what it would cost on this machine and what differences it could detect, and does nothing else.
---results DIR keeps there, packed, what a verdict needs. With that folder a study goes on where its runs are lost:
-evaluations done are done, and a pre-training is run again only if an evaluation of it is left.
+--results DIR stores in DIR, packed, what a verdict needs. From that folder a study resumes even if its run directories
+are lost: finished evaluations are kept, and a pre-training is repeated only if an evaluation of it is missing.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None =
     folders = [training.run for training in trainings] + list(study.controls().values())
     code = 1 if failed else 0
     if failed and study.plan.decides:
-        say("No report: a study that decides shows no contrast before all of it is measured.")
+        say("No report: a study with a verdict shows no contrast before all of its runs are measured.")
     elif any((folder / "results.jsonl").exists() for folder in folders):
         report = [
             str(commands.script("report")),

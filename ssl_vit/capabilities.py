@@ -116,10 +116,10 @@ def page() -> str:
 HEAD = """\
 # Backbones
 
-Any timm model that gives a map of patches can be a backbone, and so can a few that timm lacks. What an objective can
-do with it follows from what it can do: give a vector of an image, give a grid of patches, take mask tokens in place
-of patches, leave patches out, limit which patch attends to which. The rest is refused in one sentence, with what to
-do.
+Any timm model that gives a map of patches can be a backbone, and so can a few that timm lacks. Which objectives it
+supports depends on its capabilities: return one vector per image, return a grid of patches, take mask tokens in place
+of patches, drop patches, and restrict which patches attend to which. Every other combination is refused in one sentence
+that names a remedy.
 
 This page is written from the code by `python -m ssl_vit.capabilities > docs/backbones.md`, and `./launch.sh test
 --all` tries every cell: the loss falls, a run that is stopped goes on with the same bytes, what is saved opens in
@@ -128,29 +128,31 @@ TAIL = """\
 ## How
 
 - **Vector.** The class token; without one the mean of the patches of the last grid. DINO's head reads it.
-- **Grid.** The last one. Pixels are predicted for whole cells of it: 8x8 pixels for each of the 4x4 patches that a
-  small Swin has of 32x32 px. That is SimMIM's head for Swin, a 1x1 convolution and pixel shuffle, as one linear
+- **Grid.** The last feature map. Pixels are predicted for each of its cells: a small Swin on images of 32x32 px has 4x4
+  cells of 8x8 pixels. That is SimMIM's head for Swin, a 1x1 convolution and pixel shuffle, as one linear
   layer.
-- **Mask tokens.** A plain ViT, EVA-02 and DINOv3 take them after the patch embedding. Swin does too, all embedded
-  patches of a masked cell, as SimMIM. A hybrid's stem and CvT's embedding overlap: hidden pixels are first filled
-  with the mean, and mask tokens stand behind. In no kind does any output depend on hidden pixels; a test changes
-  them.
+- **Mask tokens.** A plain ViT, EVA-02 and DINOv3 take them after the patch embedding. Swin does too, for all embedded
+  patches of a masked cell, as in SimMIM. The receptive fields of a hybrid's stem and of CvT's embedding overlap: masked
+  pixels are first replaced by the mean, and mask tokens are inserted after the stem. No output depends on masked
+  pixels; a test changes them.
 - **Rotary positions** (EVA-02, DINOv3) stay those of a patch's place in the image when others are dropped.
 - **BatchNorm** (ResNet, CvT): all rows of a step at once, shared by processes; micro-batches are refused. An EMA
   teacher normalises by the batches that it sees, as in the official DINO.
-- **Stochastic depth** (`backbone.drop_path_rate`): in kinds whose blocks have one width. Elsewhere it is 0, whatever
-  the name's own, and so is dropout everywhere: timm draws both from the global generator, which would not resume.
+- **Stochastic depth** (`backbone.drop_path_rate`): in models whose blocks all have one width. Elsewhere it is 0,
+  whatever the published rate, and dropout is 0 everywhere: timm draws both from the global generator, and a run could
+  not resume exactly.
 - **Local crops** of DINO are smaller than the images: positions are resampled, and Swin's windows filled up with
   zeros, as in EsViT (arXiv 2106.09785).
 
 ## Small builds
 
 timm's hierarchical models end with a stride of 32, which leaves one patch of a 32 px image. `backbone.name=swin`,
-`hybrid`, `cvt`, `resnet18` and `resnet50` are small ones at the images' size: the first grid has about 16 patches a
-side, and halves as long as 4 remain. They are registered with timm as `ssl_vit_…`, so that a saved folder opens in
+`hybrid`, `cvt`, `resnet18` and `resnet50` are small versions fitted to the size of the images: the first grid has about
+16 patches a side and is halved from stage to stage as long as 4 remain. They are registered with timm as `ssl_vit_…`,
+so that a saved folder opens in
 timm after `import ssl_vit`, and never as another architecture. `resnet18` and `resnet50` are timm's own above 64 px,
-and with `backbone.init_from`. Swin of timm takes images that its windows divide, and names a size that fits if they
-do not.
+and with `backbone.init_from`. timm's Swin needs images that its windows divide; otherwise the error message names a
+size that fits.
 
 The recipes `swin`, `hybrid`, `cvt` and `resnet` are supervised. Any other takes them by name:
 

@@ -70,7 +70,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
         )
     if recipe.train.batch_size % accelerator.num_processes:
         raise UserError(
-            f"train.batch_size={recipe.train.batch_size} does not divide by {accelerator.num_processes} processes: "
+            f"train.batch_size={recipe.train.batch_size} is not divisible by {accelerator.num_processes} processes: "
             f"take a multiple of {accelerator.num_processes}."
         )
     return accelerator
@@ -106,8 +106,8 @@ def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:
     different = [what for what, value in facts.items() if first[what] != value]
     if different:
         raise UserError(
-            f"Process {accelerator.process_index}, on {platform.node()}, has other {listed(different)} than the first "
-            "process: give all machines the same."
+            f"Process {accelerator.process_index}, on {platform.node()}, has different {listed(different)} from the "
+            "first process: all machines need the same."
         )
 
 

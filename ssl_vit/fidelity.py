@@ -21,8 +21,8 @@ SMALL = {  # why the recipes for the digits differ
     "train.batch_size": "for 1,437 images of 8x8",
     "backbone.name": "0.45 M parameters, for 8x8 images",
     "views.scale": "below half, little of an 8x8 digit is left",
-    "views.interpolation": "the same to rounding at this size",
-    "optim.warmup_fraction": "of a run of some hundred steps",
+    "views.interpolation": "bilinear in all small recipes",
+    "optim.warmup_fraction": "for a run of 340 to 1,120 steps",
     "backbone.weight_init": "0.02-normal weights are too small a start at width 96",
 }
 
@@ -176,7 +176,7 @@ BEIT: Values = {
 }
 BEIT_ABSENT = (
     ("tokenizer", "DALL-E's discrete VAE", "k-means, or a run of the recipe tokenizer (objective.tokenizer)"),
-    ("masks", "may stop short of 75 patches", "always 75"),
+    ("masks", "may stop short of the stated number of patches", "always the stated number"),
     ("colour jitter", "0.4", "none"),
     ("positions", "relative, shared by all blocks (a plain timm ViT holds none), without absolute ones", "learned"),
 )
@@ -242,7 +242,7 @@ DISTILLED: Values = {"objective.distillation_type": "hard", "objective.distillat
 DEIT_ABSENT = (
     ("head at the start", "normal, of std 0.02", "0"),
     ("mixing partner", "the batch in reverse", "row r with row r xor 1"),
-    ("average of the weights", "of decay 0.99996, evaluated too", "off: objective.model_ema_decay exports it instead"),
+    ("average of the weights", "of decay 0.99996, evaluated too", "off; objective.model_ema_decay exports it instead"),
 )
 BASELINE: Values = {
     "train.epochs": 90,
@@ -435,7 +435,7 @@ RECIPES: dict[str, Entry] = {
                 "backbone.drop_path_rate": "for larger models",
                 "backbone.rescale_residual": "for deeper models",
                 "objective.mask_ratio": "the paper's round number",
-                "objective.target": "until objective.tokenizer=RUN is given",
+                "objective.target": "unless objective.tokenizer=RUN is given",
                 "objective.vocab_size": "for small patches",
             }
         ),
@@ -512,11 +512,11 @@ def page() -> str:
         equal = len(entry.official) - len(found)
         lines += ["", f"## {name}", "", f"{equal} of {len(entry.official)} settings are as published."]
         if found or entry.absent:
-            lines += ["", "| setting | here | there | reason |", "|---|---|---|---|"]
+            lines += ["", "| setting | here | published | reason |", "|---|---|---|---|"]
         for key, (here, there) in found.items():
             there = float(f"{there:.4g}") if isinstance(there, float) else there
             lines.append(f"| `{key}` | {write(here)} | {write(there)} | {entry.reasons.get(key, '**unsaid**')} |")
-        lines += [f"| {what} | {here} | {there} | has no setting |" for what, there, here in entry.absent]
+        lines += [f"| {what} | {here} | {there} | no setting for this |" for what, there, here in entry.absent]
     return "\n".join(lines) + "\n"
 
 

@@ -91,16 +91,26 @@ THEIRS = {  # our key: (MAE, DINO, BEiT, timm)
 
 WORDS = {  # of the code and the docs
     "arm": "one way to pre-train in a study: a recipe with settings, and its seeds",
-    "backbone": "the network that is pre-trained, exported and evaluated: any timm model",
+    "backbone": "the network that is pre-trained, exported and evaluated: any timm model with a map of patches",
     "control": "what every result is compared with: random initialisation, raw pixels, training from scratch",
     "corruption": "what is done to an image before it is recovered: noise, blur, shuffled patches; masking is one more",
-    "draw": "random numbers by their address: seed, step, stream and row (`ssl_vit/randomness.py`)",
+    "draw": "random numbers as a function of seed, step, stream and row (`ssl_vit/randomness.py`)",
+    "held out": "a tenth of the training images that a pre-training did not see, on which settings are chosen",
+    "ledger": "a run's images.json: how many images were found and used, and what was left out and why",
     "metric": "a protocol, a pooling, a layer and a fraction of the labels; only equal metrics are compared",
     "objective": "a way to pre-train: heads, targets and loss (`ssl_vit/objectives/`)",
+    "plan": "a file in `recipes/study/`: the arms, seeds, budgets and evaluators of a study",
+    "pooling": "cls: the class token; mean: the mean of the patches; concat: both; chosen: which is best on train",
+    "prefix tokens": "the tokens before those of the patches: class, distillation and register tokens",
     "recipe": "all settings of a run, in one YAML file",
     "report split": "the images whose accuracy is reported; nothing is chosen on them",
-    "row": "one measurement: a line of results.jsonl; or one image of a global batch",
+    "role": "what an arm is to a verdict, such as masking, noise or scratch",
+    "row": "in results.jsonl, one line, which is one measurement; in training, one image of the global batch",
     "run": "a directory with one training and everything measured on it",
+    "small build": "an architecture fitted to small images: `backbone.name=swin`, `hybrid`, `cvt`, `resnet18`",
+    "study": "what `eval/study.py` runs: every arm of a plan at every seed, tuned and evaluated",
+    "trial": "a short pre-training with one of the settings to choose from, judged on held-out images",
+    "verdict": "the answer of a plan with `decides: true`, computed from its rows by a rule that was written before",
     "view": "what one image becomes by augmentation",
 }
 
@@ -110,7 +120,8 @@ def markdown() -> str:
     lines = [
         "# Glossary",
         "",
-        "Settings are called as in the papers' code and in timm. Parentheses: fixed in the code.",
+        "Settings have the names of the papers' code and of timm. In parentheses: values fixed in that code; empty: no",
+        "such setting. Written from the code by `python -m ssl_vit.glossary > docs/glossary.md`.",
         "",
     ]
     lines += ["| ours | MAE | DINO | BEiT | timm |", "|---|---|---|---|---|"]

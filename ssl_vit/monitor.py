@@ -330,8 +330,8 @@ def gained(log: list[dict], total: int) -> str:
         )
     kind = "class token" if key == "knn_cls" else "mean of the patches"
     return (
-        f"k-NN on a slice of the training images ({kind}): {100 * before[key]:.1f} % before, with the weights as they "
-        f"came, and {100 * after[key]:.1f} % after."
+        f"k-NN on a slice of the training images ({kind}): {100 * before[key]:.1f} % before, with the initial "
+        f"weights, and {100 * after[key]:.1f} % after."
     )
 
 

@@ -53,7 +53,7 @@ def foresee(recipe: recipes.Recipe, objective: Objective, accelerator: Accelerat
             raise
         return  # the first step finds out how many images fit
     whole = each / accelerator.num_processes * known(recipe.train.steps) * recipe.train.batch_size
-    say(f"About {duration(whole)} if reading the images takes no time: one needs {each:.2g} s forward and backward.")
+    say(f"About {duration(whole)} if loading images takes no time: forward and backward need {each:.2g} s an image.")
 
 
 def advise(

@@ -109,7 +109,7 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     else:
         steps = t.steps if t.steps is not None else math.ceil(known(t.epochs) * len(images) / t.batch_size)
     if t.batch_size % devices:
-        raise UserError(f"train.batch_size={t.batch_size} does not divide by {devices} devices.")
+        raise UserError(f"train.batch_size={t.batch_size} is not divisible by {devices} devices: take a multiple.")
 
     kind = GPUS[gpu]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)

@@ -31,7 +31,7 @@ class Train:
     batch_size: int = setting(256, "images per optimizer step, over all processes", at_least=1)
     seed: int = setting(0, "addresses every random draw of the run", at_least=0)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = setting(
-        "auto", "auto: bf16 on CUDA >= 8.0, else fp32; tf32: fp32 whose products round to TF32, on such GPUs"
+        "auto", "auto: bf16 on GPUs of compute capability >= 8.0, else fp32; tf32: fp32 with TF32 products"
     )
     freeze_backbone_fraction: float | None = setting(
         None,
@@ -81,7 +81,7 @@ class Data:
     in_chans: int | None = setting(None, "number of channels: 1 grey, 3 RGB, others as stored", at_least=1)
     mean: list[float] | None = setting(None, "mean of each channel, in [0, 1]")
     std: list[float] | None = setting(None, "standard deviation of each channel, in [0, 1]")
-    hflip: bool | None = setting(None, "whether a horizontal flip keeps the label")
+    hflip: bool | None = setting(None, "random horizontal flips; null: as suits the data set")
     permute_pixels: bool = setting(
         False, "a control: one fixed permutation of each image's pixels, before all views, in evaluation too"
     )
@@ -146,10 +146,10 @@ class Backbone:
         False, "divide the last weights of block l's attention and MLP by sqrt(2 l) at the start, as BEiT"
     )
     attn: Literal["full", "axial", "window"] = setting(
-        "full", "of vit_*: a patch attends to all, to its row and its column in blocks by turns, or to its window"
+        "full", "vit_*: full attention, rows and columns in alternating blocks (axial), or local windows (window)"
     )
     window_size: int = setting(4, "window: patches of a side", at_least=1)
-    global_every: int = setting(4, "window: one block of so many attends to all", at_least=1)
+    global_every: int = setting(4, "window: every n-th block has full attention", at_least=1)
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)
     drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)

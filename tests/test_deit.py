@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_one_sentence(settings, said, teachers):
 
 
 def test_a_teacher_of_other_classes_is_one_sentence(teachers):
-    with pytest.raises(UserError, match="tells 5 classes apart, and these images have 7: name one that was"):
+    with pytest.raises(UserError, match="classifies into 5 classes, and these images have 7: name one that was"):
         small_objective("deit", f"objective.teacher={teachers / 'same'}", classes=7)
     objective = student(teachers / "same")
     info = type("Info", (), dict(size=(16, 16), class_names=["a", "b", "x", "d", "e"]))

@@ -160,7 +160,7 @@ def test_bad_input_is_one_sentence(run, photos, tmp_path, monkeypatch):
         ("No images found under", "--backbone", run, "--data", empty),
         ("a single image, which there is nothing to compare with", "--backbone", run, "--data", single),
         ("pixels is no backbone", "--backbone", "pixels", "--data", photos),
-        ("Which images. Pass --data", "--backbone", run / "backbone"),
+        ("No images are named: pass --data", "--backbone", run / "backbone"),
     ):
         with pytest.raises(UserError, match=match):
             call(embed, monkeypatch, *arguments)

@@ -202,7 +202,7 @@ def test_one_that_fails_ends_all_with_one_message(way, place, rank, kind, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "code", "said"),
     [
-        (["train.batch_size=33"], 2, "error: train.batch_size=33 does not divide by 2 processes"),
+        (["train.batch_size=33"], 2, "error: train.batch_size=33 is not divisible by 2 processes"),
         pytest.param(["train.steps=1000000"], 137, "was ended by SIGKILL. The system may", marks=pytest.mark.matrix),
     ],
 )
@@ -221,7 +221,7 @@ def test_the_launcher_of_launch_sh_adds_no_stack(settings, code, said, tmp_path)
 def test_what_all_refuse_is_said_once(tmp_path):
     several = started(tmp_path, "mae", "ddp", "train.batch_size=33", "--output", "run")
     assert several.wait() == [2, 2]
-    assert several.said.count("does not divide by 2 processes") == 1 == several.said.count("error:")
+    assert several.said.count("is not divisible by 2 processes") == 1 == several.said.count("error:")
 
 
 def test_a_process_that_is_alone_shows_its_faults(monkeypatch, capsys):

@@ -181,7 +181,7 @@ def test_what_autograd_keeps_is_counted():
     ("arguments", "said"),
     [
         (["--gpu", "B100"], "Unknown GPU 'B100'.*Give one of T4, V100"),
-        (["--gpu", "5xA100"], "train.batch_size=4096 does not divide by 5 devices"),
+        (["--gpu", "5xA100"], "train.batch_size=4096 is not divisible by 5 devices"),
         (["--gpu", "T4", "backbone.depth=64"], "mae-vit-h does not fit on a T4 of 16 GB: .*Shard it"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_process_that_has_something_else_is_refused_once(what, tmp_path, monke
     monkeypatch.setattr(pretrain, "identity", other)
     several = started(tmp_path, "mae", "ddp", "--output", "run")
     assert several.wait(60)[1] == 2, several.said
-    assert several.said.count("error:") == 1 and f"has other {what} than the first process" in several.said
+    assert several.said.count("error:") == 1 and f"has different {what} from the first process" in several.said
 
 
 def test_identity_is_of_images_settings_and_code():

@@ -462,7 +462,7 @@ def test_two_processes_equal_one(name, tmp_path, alone):
     losses = [[line["loss"] for line in log_of(tmp_path / r)] for r in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     refused = launched([*TORCHRUN, SCRIPT, *arguments(name, "train.batch_size=33", "--output", "x")], tmp_path)
-    assert "does not divide by 2 processes" in refused.communicate(timeout=180)[0] and refused.returncode
+    assert "is not divisible by 2 processes" in refused.communicate(timeout=180)[0] and refused.returncode
 
 
 def test_launchers_give_the_same_bytes_and_threads(tmp_path):

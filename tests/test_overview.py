@@ -74,7 +74,7 @@ def test_the_time_is_foretold_from_a_pass_of_a_second(capsys, monkeypatch, flops
     monkeypatch.setattr(overview, "seconds_per_image", measured)
     overview.foresee(recipe, objective, accelerator, flops_per_image)
     said = capsys.readouterr().out
-    assert said == "About 27 min if reading the images takes no time: one needs 0.5 s forward and backward.\n"
+    assert said == "About 27 min if loading images takes no time: forward and backward need 0.5 s an image.\n"
 
 
 @pytest.mark.parametrize(("name", "rows", "measured"), [("dino", 7, 7), ("dino", 1, 2), ("supervised", 7, 6)])

@@ -564,7 +564,7 @@ def test_fine_tuning_has_rows_a_column_and_a_picture_of_its_own(measured, tmp_pa
     assert f"fine-tuned with a decoder ({row['protocol'].rpartition('-')[2]})" in text
     assert "The same with steps=3, lr=" in text
     for wrong, words in (
-        (["--steps", "3"], "are of fine-tuning: add --finetune"),
+        (["--steps", "3"], "belong to fine-tuning: add --finetune"),
         (["--finetune", "--lr", "0"], "--lr must be positive numbers"),
     ):
         with pytest.raises(UserError, match=words):

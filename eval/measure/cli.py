@@ -63,7 +63,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["auto", "fp32", "tf32", "bf16"],
         default="auto",
-        help="of the frozen backbone: auto is bf16 on GPUs that are made for it, else fp32; tf32 rounds products",
+        help="of the frozen backbone; auto: bf16 on GPUs that support it, else fp32; tf32: fp32 with TF32 products",
     )
 
 

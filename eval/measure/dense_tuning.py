@@ -58,7 +58,7 @@ class Schedule:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `schedule_of`."""
     parser.add_argument("--finetune", action="store_true", help="fine-tune, too, with a convolutional decoder")
-    parser.add_argument("--steps", type=cli.positive, help=f"of fine-tuning; default: {STEPS}")
+    parser.add_argument("--steps", type=cli.positive, help=f"steps of fine-tuning; default: {STEPS}")
     parser.add_argument(
         "--lr", type=float, nargs="+", help=f"of fine-tuning; default: {' '.join(f'{rate:g}' for rate in RATES)}"
     )
@@ -71,7 +71,7 @@ def schedule_of(args: argparse.Namespace) -> Schedule | None:
     """
     if not args.finetune:
         if args.steps or args.lr:
-            raise UserError("--steps and --lr are of fine-tuning: add --finetune, or leave them out.")
+            raise UserError("--steps and --lr belong to fine-tuning: add --finetune, or leave them out.")
         return None
     asked = tuple(sorted(set(args.lr or RATES)))
     if not all(0 < rate < float("inf") for rate in asked):

@@ -107,7 +107,7 @@ def open_source(
     if backbone and (path / "recipe.yaml").exists():
         return Source(name, path, recipes.read_settings(path / "recipe.yaml"), backbone, backbone.input_size)
     if data is None:
-        raise UserError("Which images? Pass --data, or name a run first, whose images are then used.")
+        raise UserError("No images are named: pass --data, or name a run first, whose images are then used.")
     return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size or shown)
 
 

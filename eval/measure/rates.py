@@ -1,4 +1,4 @@
-"""Which learning rate to try next, and which is the best: on by factors of two, until the best lies between two others.
+"""Line search for the learning rate: extend the range by factors of two until the best rate lies between two others.
 
 from eval.measure import rates
 rates.further({1e-3: 0.5, 2e-3: 0.6})        # [0.004]: the best is the largest so far

@@ -183,8 +183,8 @@ def estimate(study: Study, at_once: int) -> str:
     if plan.seeds > 1:
         found = [f"{100 * detectable(plan.seeds, costs.report_images, sd):.2f} ({100 * sd:g})" for sd in SPREADS]
         lines.append(
-            f"With {plan.seeds} seeds and {costs.report_images:,} test images a difference is detected in 4 of 5 "
-            f"studies, one-sided at 95 %, from so many points on (SD over seeds): {', '.join(found)}."
+            f"With {plan.seeds} seeds and {costs.report_images:,} test images the smallest difference detected in "
+            f"4 of 5 studies (one-sided, 95 %) is, in points (for an SD over seeds): {', '.join(found)}."
         )
     return "\n".join(lines)
 

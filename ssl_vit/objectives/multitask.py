@@ -41,7 +41,7 @@ class MultitaskConfig:
         'recipes whose objectives are the tasks, with settings: [mae, "gaussian objective.noise_sigma=[0,0.5]"]',
     )
     loss_weights: list[float] = setting([], "weight of each task's loss; []: 1 for all", above=0)
-    mix: Literal["rows", "all"] = setting("rows", "an image does one task, the tasks taking turns, or all of them")
+    mix: Literal["rows", "all"] = setting("rows", "rows: each image does one task; all: each image does all tasks")
 
     def __post_init__(self) -> None:
         """Write the tasks out in full, so that the run's record holds every setting."""

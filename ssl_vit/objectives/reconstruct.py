@@ -70,7 +70,7 @@ class ReconstructConfig:
     )
     blur_sigma: list[float] = setting([0.1, 2.0], "blur: range of its standard deviation, in pixels", above=0)
     noise_pca_dim: int | None = setting(
-        None, "gaussian: add the noise to so many principal components of the patches (l-DAE)", at_least=1
+        None, "gaussian: number of principal components of a patch that get noise (l-DAE); null: pixels", at_least=1
     )
     target: Literal["pixels", "noise", "colour", "kmeans", "tokenizer", "features"] = setting(
         "pixels",

@@ -93,7 +93,7 @@ class Supervised(Objective):
         if config.teacher is not None:
             if not hasattr(backbone.model, "dist_token"):
                 raise UserError(
-                    "objective.teacher needs a distillation token, which this backbone has not: set "
+                    "objective.teacher needs a distillation token, which this backbone lacks: set "
                     "backbone.name=deit_tiny_distilled_patch16_224 backbone.patch_size=auto."
                 )
             self.teacher = self.load_teacher(config.teacher, info)
@@ -127,7 +127,7 @@ class Supervised(Objective):
             )
         if teacher.model.num_classes != self.classes:
             raise UserError(
-                f"objective.teacher={text} tells {teacher.model.num_classes} classes apart, and these images have "
+                f"objective.teacher={text} classifies into {teacher.model.num_classes} classes, and these images have "
                 f"{self.classes}: name one that was trained on these classes."
             )
         try:

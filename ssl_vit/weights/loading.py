@@ -76,7 +76,7 @@ def _of_timm_folder(source: Source, folder: Path, of_run: bool = False) -> Backb
         model = create_model(f"local-dir:{folder}", pretrained=True, **args)
         return _sized(model, config["pretrained_cfg"], config.get("model_args", {}) | args)
     except FileNotFoundError:
-        unfinished = " (the run has not finished: start it again and it goes on)" if of_run else ""
+        unfinished = " (the run has not finished: the same command resumes it)" if of_run else ""
         raise UserError(f"{folder} holds no backbone{unfinished}.") from None
     except (SafetensorError, OSError, *FAULTS) as error:
         raise UserError(f"The backbone {source.where} cannot be read: {reason(error)}.") from None
