@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmark import turns  # noqa: E402
 from benchmark.contests import attention, commands, evaluation, growth, photos, steps, views  # noqa: E402
-from benchmark.it_runs import matmul_rate  # noqa: E402
+from benchmark.on_a_gpu import matmul_rate  # noqa: E402
 
 from eval.measure.results import SURROUNDINGS  # noqa: E402
 from ssl_vit import system  # noqa: E402
