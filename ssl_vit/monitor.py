@@ -348,12 +348,13 @@ class OnlineKnn:
         if self.labels is not None and not all((self.labels[q] >= 0).any() for q in (self.is_query, ~self.is_query)):
             self.labels = None  # too few have one
         self.view = views.evaluation(recipe.data.size, recipe.views.interpolation)
+        self.bf16 = recipe.train.precision == "bf16"
 
     @torch.no_grad()
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         """{"rank": RankMe of mean-pooled patches, "knn": their accuracy at k = 20, "knn_cls": the class token's}."""
         pooled, first = [], []
-        with evaluating(backbone):
+        with evaluating(backbone), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             for batch in evaluation_views(self.images, self.view, self.device, self.chosen):
                 [(prefix, patches)] = backbone.features(batch)
                 pooled.append(patches.flatten(1, 2).mean(1).float().cpu())
