@@ -36,7 +36,6 @@ from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, listed, say
 from ssl_vit.objectives.base import Objective
-from ssl_vit.settings import known
 
 Kind = Literal["plain", "ddp", "fsdp2"]
 
@@ -145,7 +144,7 @@ class Engine:
         self._copy = copy.deepcopy(objective).cpu() if self.kind == "fsdp2" and self.first else None
         if recipe.runtime.activation_checkpointing:
             recomputation.recompute(blocks(objective))
-        self.compiled = compilation.wanted(recipe.runtime, self.device, known(recipe.train.steps))
+        self.compiled = compilation.wanted(recipe.runtime, self.device, recipe.train.steps or 0)
         if self.compiled:
             compilation.compile_blocks(blocks(objective), recipe.runtime.compile)
         if self.kind == "ddp":

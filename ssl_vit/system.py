@@ -70,9 +70,8 @@ def precision(asked: Literal["auto"] | Precision, cuda: bool) -> Precision:
     units = cuda and torch.cuda.get_device_capability() >= (8, 0)
     if asked == "tf32" and not units:
         raise UserError("Precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more: take fp32.")
-    products = "tf32" if asked == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = products
-    torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+    # by torch's older flags: its exporters and compiler read these, and fail where the newer ones were set
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked == "tf32"
     if asked == "auto":
         return "bf16" if units else "fp32"
     return asked

@@ -113,7 +113,7 @@ def test_soft_distillation_of_equals_is_nothing():
         (["objective.teacher={}/grey"], r"takes images of 1 channel\(s\), and these have 3"),
         (
             ["objective.teacher={}/same", "backbone.name=vit_tiny"],
-            "needs a distillation token, which this backbone has",
+            "needs a distillation token, which this backbone lacks",
         ),
         (["objective.teacher={}/none"], "There is no run, file, folder or timm model '.*none'"),
         (["objective.global_pool=avg"], "reads its class and distillation tokens, each by a head of its own"),

@@ -89,8 +89,8 @@ def test_in_bf16_they_are_near_those_in_fp32_and_stored_apart(tmp_path, state, i
 def test_the_precision_is_that_of_the_device_unless_asked_for(monkeypatch, asked, cuda, capability, found):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert system.precision(asked, cuda) == found
-    products = "tf32" if found == "tf32" else "ieee"  # torch's own default for convolutions is tf32
-    assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == products
+    # torch's own default for convolutions is tf32
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is (found == "tf32")
 
 
 @pytest.mark.parametrize(("cuda", "capability"), [(False, (9, 0)), (True, (7, 5))])
