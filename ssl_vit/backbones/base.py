@@ -205,7 +205,7 @@ class Backbone(nn.Module):
         images: Float[Tensor, "B C H W"],
         replace: Replacement | None = None,
         keep: Int[Tensor, "B K"] | None = None,
-        attend: Bool[Tensor, "B 1 L L"] | None = None,
+        attend: Bool[Tensor, "#B 1 L L"] | None = None,
         draw: Draw | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Images in [0, 1] → output tokens (B, L, D), equal to those of timm's `forward_features`.

@@ -54,7 +54,7 @@ class CvtBackbone(Backbone):
         images: Float[Tensor, "B C H W"],
         replace: Replacement | None = None,
         keep: Int[Tensor, "B K"] | None = None,
-        attend: Bool[Tensor, "B 1 L L"] | None = None,
+        attend: Bool[Tensor, "#B 1 L L"] | None = None,
         draw: Draw | None = None,
     ) -> Float[Tensor, "B L D"]:
         """As in `Backbone`."""

@@ -60,7 +60,7 @@ class TokenBackbone(Backbone):
         images: Float[Tensor, "B C H W"],
         replace: Replacement | None = None,
         keep: Int[Tensor, "B K"] | None = None,
-        attend: Bool[Tensor, "B 1 L L"] | None = None,
+        attend: Bool[Tensor, "#B 1 L L"] | None = None,
         draw: Draw | None = None,
     ) -> Float[Tensor, "B L D"]:
         """As in `Backbone`: images in [0, 1] → normed output tokens (B, L, D). Tokens are replaced before positions are
@@ -97,7 +97,7 @@ class TokenBackbone(Backbone):
         return torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
 
     def encode(
-        self, tokens: Float[Tensor, "B L D"], attn_mask: Bool[Tensor, "B 1 L L"] | None = None, draw: Draw | None = None
+        self, tokens: Float[Tensor, "B L D"], attn_mask: Bool[Tensor, "#B 1 L L"] | None = None, draw: Draw | None = None
     ) -> Float[Tensor, "B L D"]:
         """Positioned tokens → normed output tokens, both (B, L, D)."""
         m = self.model

@@ -223,8 +223,10 @@ class Reconstruct(Objective):
         noise what was added (B, C, H, W) and its level (B, 1, 1, 1), in standardised pixels)."""
         b, c = self.backbone, self.config
         if c.mask in NEXT:
-            start = draw.uniform("prefix", 1) * (c.mask == "prefix")
+            # causal: one mask for all images
+            start = draw.uniform("prefix", 1) if c.mask == "prefix" else torch.zeros(1, 1, device=images.device)
             mask, attn_mask = corruption.next_patch(start, self.grid, b.num_prefix_tokens)
+            mask = mask.expand(len(images), -1)
             latent = b(images, attend=attn_mask, draw=draw)
             return self.decoder(latent, attn_mask=attn_mask).roll(1, 1), mask, None, None
         order = self.mask_order(draw)
