@@ -144,12 +144,13 @@ class Engine:
         self._copy = copy.deepcopy(objective).cpu() if self.kind == "fsdp2" and self.first else None
         if recipe.runtime.activation_checkpointing:
             recomputation.recompute(blocks(objective))
+        if self.kind == "ddp":
+            self.model = replicate(accelerator, objective, len(objective.backbone.mean))
+        # after replicas were tried on the CPU, and before blocks are sharded, whose gathering stays outside
         self.compiled = compilation.wanted(recipe.runtime, self.device, recipe.train.steps or 0)
         if self.compiled:
             compilation.compile_blocks(blocks(objective), recipe.runtime.compile)
-        if self.kind == "ddp":
-            self.model = replicate(accelerator, objective, len(objective.backbone.mean))
-        elif self.kind == "fsdp2":
+        if self.kind == "fsdp2":
             shard(objective, self.device)
         self._batch_norms = batch_norm.shareable(objective) if self.processes > 1 else []
         # flags travel here: on the device's own group they would wait for what the device computes

@@ -97,7 +97,10 @@ class TokenBackbone(Backbone):
         return torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
 
     def encode(
-        self, tokens: Float[Tensor, "B L D"], attn_mask: Bool[Tensor, "#B 1 L L"] | None = None, draw: Draw | None = None
+        self,
+        tokens: Float[Tensor, "B L D"],
+        attn_mask: Bool[Tensor, "#B 1 L L"] | None = None,
+        draw: Draw | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Positioned tokens → normed output tokens, both (B, L, D)."""
         m = self.model
