@@ -8,7 +8,7 @@ from torch import nn
 
 from ssl_vit import recipe as recipes
 
-LONG = 5000  # steps, in which compiling pays
+LONG = 5000  # steps, from which its minutes should pay; not measured
 SHAPES = 64  # of inputs to one kind of block: crops of two sizes, kept tokens, decoder, pictures
 
 
