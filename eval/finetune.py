@@ -283,9 +283,8 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
 def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
     """Train by this recipe, unless that is done already; returns the run directory. Exits if told to stop."""
     engine.resolve_precision(recipe)
-    identity = {k: v for k, v in recipe.as_dict().items() if k not in recipes.MAY_CHANGE}
     # all that must be the same when a run continues, and the weights: the folder may hold others by now
-    recipe.tag = fingerprint([identity, train.fingerprint, weights.digest(source.network)])
+    recipe.tag = fingerprint([recipe.identity(), train.fingerprint, weights.digest(source.network)])
     path = source.folder / "finetune" / recipe.run_name()
     code = pretrain.pretrain(recipe, path)
     if code:

@@ -250,7 +250,8 @@ class Engine:
                 for place, entry in moments["state"].items()
             }
         for saved, group in zip(moments["param_groups"], optimizer.param_groups, strict=False):
-            saved["fused"] = group["fused"]  # of this device, not of the one that it was saved on
+            for kernels in ("fused", "foreach"):  # of this device, not of the one that it was saved on
+                saved[kernels] = group[kernels]
         self.objective.load_state_dict(weights)
         optimizer.load_state_dict(moments)
 

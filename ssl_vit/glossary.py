@@ -17,6 +17,8 @@ THEIRS = {  # our key: (MAE, DINO, BEiT, timm)
     ),
     "train.seed": ("seed", "seed", "seed", "seed"),
     "train.precision": ("(AMP, always)", "use_fp16", "(AMP, always)", "amp, amp_dtype"),
+    "optim.name": ("(AdamW)", "optimizer", "opt", "opt"),
+    "optim.momentum": ("", "(0.9)", "momentum", "momentum"),
     "optim.lr": ("lr, or blr with lr_rule B/256", "lr (lr_rule B/256)", "lr", "lr, or lr_base"),
     "optim.lr_rule": ("blr: B/256", "B/256", "", "lr_base_size, lr_base_scale"),
     "optim.min_lr": ("min_lr", "min_lr", "min_lr", "min_lr"),

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit import data, files, flops, overview
+from ssl_vit import data, files, flops, optim, overview
 from ssl_vit import recipe as recipes
 from ssl_vit.devices import out_of_memory, upload
 from ssl_vit.engine import Engine
@@ -119,7 +119,7 @@ class Gradients:
         buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]
         try:
             trained = [] if optimizer.state else [p for p in objective.parameters() if p.requires_grad]
-            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+            moments = [torch.empty_like(p) for p in trained for _ in range(optim.moments(self.recipe.optim))]
             channels, rows = len(objective.backbone.mean), self.micro_batch_size
             with self.devices.apart():
                 self._backward(flops.grey(objective, channels, objective.labelled, rows, self.devices.device), 1.0)

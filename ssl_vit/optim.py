@@ -1,4 +1,4 @@
-"""Parameter groups with layer decay, and schedules as functions of the optimizer step."""
+"""The optimizer, its parameter groups with layer decay, and schedules as functions of the optimizer step."""
 
 from collections.abc import Iterable
 
@@ -21,9 +21,14 @@ BEHIND = ("norm", "fc_norm", "head", "head_dist", "aux_head", "conv_head", "fc",
 SHARED = ("rope", "shared_rel_pos")
 
 
-def build(objective: nn.Module, config: recipes.Optim, lr: float, frozen: int = 0) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; each group holds its `lr_scale`, whether it `decays`, and the step from
-    which on it learns: `frozen` for the backbone, 0 for all else."""
+def build(objective: nn.Module, config: recipes.Optim, lr: float, frozen: int = 0) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters; each group holds its `lr_scale`, whether it `decays`, and
+    the step from which on it learns: `frozen` for the backbone, 0 for all else.
+
+    Weight decay d at the rate r: AdamW's is decoupled and takes r·d·w from a weight w. SGD's is coupled, as in torch:
+    d·w is added to the gradient after clipping, so that momentum carries it on, and 0.05 of the one is not 0.05 of the
+    other. v ← momentum·v + g + d·w, w ← w - r·v, where v starts as the first g + d·w.
+    """
     groups: dict[tuple[float, bool, int], list[Tensor]] = {}
     scales = layer_scales(objective, config.layer_decay)
     waiting = {id(weight) for weight in encoder(objective)} if frozen else set()
@@ -34,8 +39,16 @@ def build(objective: nn.Module, config: recipes.Optim, lr: float, frozen: int = 
     parameters = [
         dict(params=p, lr_scale=scale, decays=decay, start=start) for (scale, decay, start), p in groups.items()
     ]
-    fused = any(p.is_cuda for p in objective.parameters())
-    return torch.optim.AdamW(parameters, lr=lr, betas=pair(config.betas), weight_decay=0.0, fused=fused)
+    on_gpu = any(p.is_cuda for p in objective.parameters())
+    if config.name == "sgd":
+        # not fused: those kernels take no shards, nor a group of which some parameters have no momentum yet
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=0.0, foreach=on_gpu)
+    return torch.optim.AdamW(parameters, lr=lr, betas=pair(config.betas), weight_decay=0.0, fused=on_gpu)
+
+
+def moments(config: recipes.Optim) -> int:
+    """How many numbers the optimizer keeps of every parameter."""
+    return 2 if config.name == "adamw" else int(config.momentum > 0)
 
 
 def encoder(objective: nn.Module) -> list[Tensor]:
@@ -58,7 +71,7 @@ def freeze(objective: nn.Module, step: int, frozen: int) -> None:
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Of the groups that do not learn yet: AdamW then leaves weights and moments as they are."""
+    """Of the groups that do not learn yet: the optimizer then leaves weights and moments as they are."""
     for group in optimizer.param_groups:
         if step < group.get("start", 0):  # older checkpoints do not say it
             for weight in group["params"]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_vit import data, flops, overview
+from ssl_vit import data, flops, optim, overview
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, nearest
@@ -114,7 +114,8 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     kind = GPUS[gpu]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
-    fixed = (16 * trained + 4 * frozen) / 1e9  # weights, gradients and moments
+    moments = optim.moments(recipe.optim)
+    fixed = (4 * (2 + moments) * trained + 4 * frozen) / 1e9  # weights, gradients and moments
     each = kept(objective, images.channels) / 1e9
     local, together = t.batch_size // devices, objective.micro_batch_multiple
     fits = int((kind.memory * USABLE - fixed) / each) // together * together
@@ -142,7 +143,7 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
         accumulation=accumulation,
         memory=fixed + each * per_device,
         hours=per_image * steps * t.batch_size / (kind.peak * UTILISATION * devices) / 3600,
-        disk=(2 * (12 * trained + 4 * frozen) + 4 * sum(p.numel() for p in backbone.parameters())) / 1e9,
+        disk=(2 * (4 * (1 + moments) * trained + 4 * frozen) + 4 * sum(p.numel() for p in backbone.parameters())) / 1e9,
     )
 
 

@@ -44,14 +44,21 @@ class Train:
 
 @dataclass
 class Optim:
+    name: Literal["adamw", "sgd"] = setting("adamw", "AdamW, or SGD with momentum")
     lr: float = setting(1e-3, "peak learning rate before `lr_rule`", above=0)
     lr_rule: Literal["absolute", "B/256", "B/512", "sqrt(B/1024)"] = setting(
         "absolute", "what `lr` is multiplied by; B is the global batch size"
     )
     min_lr: float = setting(0.0, "learning rate at the end of the cosine; `lr_rule` does not apply", at_least=0)
     warmup_fraction: float = setting(0.05, "fraction of the steps with linear warm-up", at_least=0, at_most=1)
-    betas: list[float] = setting([0.9, 0.95], "betas of AdamW")
-    weight_decay: float = setting(0.05, "decoupled weight decay of AdamW, multiplied by the learning rate", at_least=0)
+    betas: list[float] = setting([0.9, 0.95], "adamw: decay of the moving averages of gradients and of their squares")
+    momentum: float = setting(0.9, "sgd: decay of the sum of past gradients, below 1", at_least=0)
+    weight_decay: float = setting(
+        0.05,
+        "adamw: decoupled, multiplied by the learning rate alone; sgd: coupled, this part of the weights is added to "
+        "the gradients",
+        at_least=0,
+    )
     weight_decay_end: float | None = setting(None, "end of a cosine that starts at `weight_decay`", at_least=0)
     no_weight_decay: Literal["1d", "1d+tokens"] = setting(
         "1d",
@@ -255,6 +262,9 @@ RENAMED: dict[str, str] = {
     "objective.weights": "objective.loss_weights",
 }
 COMMAND_LINE = "the command line"
+READ_BY = {"optim.betas": "adamw", "optim.momentum": "sgd"}  # settings that one optimizer alone reads
+# settings that runs of earlier versions lack: at their defaults they are in no hash, so that those runs keep their name
+ADDED_LATER = ("optim.name", "optim.momentum")
 
 
 @dataclass
@@ -279,6 +289,11 @@ class Recipe:
         """The settings as nested plain values, in the form of a recipe file."""
         sections: dict[str, Any] = {name: asdict(getattr(self, name)) for name in SECTIONS}
         return dict(recipe=self.name, objective=dict(name=self.objective_name, **asdict(self.objective)), **sections)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the run, to be hashed: `as_dict` without what may change and without later defaults."""
+        kept = {key: value for key, value in self.as_dict().items() if key not in MAY_CHANGE}
+        return {key: _without_later(key, part) if key in SECTIONS else part for key, part in kept.items()}
 
     def add_dataset_info(self, info: dict[str, Any]) -> None:
         """Fill in what is known of the data set, wherever recipe and command line are silent or say null."""
@@ -322,6 +337,11 @@ class _File(NamedTuple):
     values: dict[str, Any]  # by section.key
     run: str | None  # the name of the run's recipe
 
+    @property
+    def telling(self) -> dict[str, Any]:
+        """The values without later defaults."""
+        return {key: value for key, value in self.values.items() if not _later_default(key, value)}
+
 
 def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[str], type[Any]]) -> Recipe:
     """The recipe called `recipe` (a name in recipes/ or a file) with `key=value` overrides, checked.
@@ -351,9 +371,11 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
         if section not in faulty:
             with mistakes:
                 built[section] = _build(section, cls, given)
+    if "optim" in built:
+        mistakes.sentences += _unread(built["optim"].name, given, file)
     mistakes.refuse()
 
-    telling = changes if file.run is None else file.values | changes  # the settings that change the recipe's run
+    telling = changes if file.run is None else file.telling | changes  # the settings that change the recipe's run
     tag = _tag({key: given[key][0] if key in given else value for key, value in telling.items()})
     return Recipe(file.run or file.path.stem, name, tag=tag, given=given, **built)
 
@@ -454,6 +476,28 @@ def _build(section: str, cls: type[Any], given: dict[str, tuple[Any, str]]) -> A
     if wrong:
         raise UserError(*wrong)
     return built
+
+
+def _unread(optimizer: str, given: dict[str, tuple[Any, str]], file: _File) -> Iterator[str]:
+    """What is wrong with settings that are no defaults and that the optimizer does not read: those of the command line,
+    and those of a recipe's file where the command line chooses no other optimizer. A run's file records all settings.
+    """
+    plain = flat(defaults())
+    chosen_in = given.get("optim.name", (None, str(file.path)))[1]
+    by_hand = {COMMAND_LINE} if file.run is not None else {COMMAND_LINE, chosen_in}
+    for key, reader in READ_BY.items():
+        value, source = given.get(key, (plain[key], ""))
+        if reader != optimizer and source in by_hand and value != plain[key]:
+            yield f"{key} in {source} is not read by optim.name={optimizer}: leave it out, or set optim.name={reader}."
+
+
+def _later_default(key: str, value: Any) -> bool:
+    """Whether a setting that earlier versions lack has its default."""
+    return key in ADDED_LATER and value == flat(defaults())[key]
+
+
+def _without_later(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not _later_default(f"{section}.{name}", value)}
 
 
 def _tag(telling: dict[str, Any]) -> str:
@@ -565,6 +609,8 @@ def _check_train(train: Train) -> Iterator[str]:
 def _check_optim(optim: Optim) -> Iterator[str]:
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield f"optim.betas must be two numbers in [0, 1), not {optim.betas}."
+    if optim.momentum >= 1:
+        yield f"optim.momentum must be below 1, not {optim.momentum}."
 
 
 def _check_data(data: Data) -> Iterator[str]:

@@ -203,9 +203,10 @@ def test_a_save_that_failed_is_raised_at_the_next_step():
         pass  # nor does the end of training pass over it
 
 
-def test_the_optimizer_s_kernels_are_those_of_this_device(tmp_path):
-    """A run that was saved on a CPU goes on with fused ones on a GPU, and the other way about."""
-    recipe = small_recipe("mae", "train.steps=3")
+@pytest.mark.parametrize(("name", "kernels"), [("adamw", "fused"), ("sgd", "foreach")])
+def test_the_optimizer_s_kernels_are_those_of_this_device(name, kernels, tmp_path):
+    """A run that was saved on a CPU goes on with those of a GPU there, and the other way about."""
+    recipe = small_recipe("mae", "train.steps=3", f"optim.name={name}")
     devices = engine.Engine(Accelerator(cpu=True), recipe, small_objective("mae"))
     optimizer, run = optim.build(devices.objective, recipe.optim, 1e-3), checkpoint.Run(tmp_path)
     devices.objective(make_batch(devices.objective, torch.arange(8)))["loss"].backward()
@@ -214,7 +215,7 @@ def test_the_optimizer_s_kernels_are_those_of_this_device(tmp_path):
     [path] = run.checkpoints().values()
     other = optim.build(devices.objective, recipe.optim, 1e-3)
     for group in other.param_groups:
-        group["fused"] = True
+        group[kernels] = True
     devices.load(path, other)
-    assert {group["fused"] for group in other.param_groups} == {True}
-    assert {group["fused"] for group in optimizer.param_groups} == {False}
+    assert {group[kernels] for group in other.param_groups} == {True}
+    assert {group[kernels] for group in optimizer.param_groups} == {False}

@@ -26,6 +26,10 @@ RECIPES = {  # name: (recipe, its settings)
     "recomputed": ("dino", [*SMALL["dino"], "backbone.drop_path_rate=0.3", "runtime.activation_checkpointing=true"]),
     "features": ("mae", ["objective.target=features"]),
     "clipped": ("mae", ["optim.clip_grad=0.5", "optim.clip_mode=global", "optim.layer_decay=0.7"]),
+    "supervised by sgd": (
+        "supervised",
+        ["optim.name=sgd", "optim.lr=0.3", "optim.clip_grad=0.5", "optim.layer_decay=0.7"],
+    ),
     "clipped each": ("dino", ["optim.clip_grad=0.05", "optim.clip_mode=parameter"]),
     "multitask": (
         "multitask",

@@ -139,6 +139,22 @@ def test_lower_layers_learn_more_slowly(tune, monkeypatch):
     assert len(found) == sum(p.requires_grad for p in objective.parameters())
 
 
+def test_sgd_as_in_the_vit_paper(tune, tmp_path):
+    """Without what the recipe gives to AdamW: no complaint of its betas; another protocol than with AdamW."""
+    asked = ["optim.name=sgd", "optim.weight_decay=0", "optim.clip_grad=1", "objective.model_ema_decay=0.99"]
+    [row] = tune(*asked, "--lr", "0.3")
+    assert row["settings"]["changed"]["optim.name"] == "sgd" and row["settings"]["lr"] == 0.3
+    [path] = tuned(tmp_path / "runs/mae")
+    [checkpoint] = (path / "checkpoints").iterdir()
+    state = torch.load(checkpoint, weights_only=True)["optimizer"]
+    assert all(entry.keys() == {"momentum_buffer"} for entry in state["state"].values())
+    assert {group["momentum"] for group in state["param_groups"]} == {0.9}
+    losses = [line["loss"] for line in log_of(path)]
+    assert losses[0] == pytest.approx(math.log(10), abs=1e-6) and min(losses[1:]) < losses[0]
+    names = {fine_tuning.Schedule(s, []).protocol for s in ([], ["optim.name=sgd"])}
+    assert len(names) == 2 and "finetune" in names
+
+
 @pytest.mark.parametrize("size", [(16, 16), (12, 8)])
 def test_other_resolutions_resample_the_positions(size, tune, tmp_path):
     [row] = tune(f"data.img_size={list(size)}", "train.steps=0")

@@ -125,6 +125,46 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(name, tmp_path):
     assert [line["step"] for line in lines[0]] == list(range(1, steps + 1))
 
 
+def test_sgd_killed_anywhere_ends_with_the_same_bytes(tmp_path):
+    """Its momentum is in the checkpoint; with micro-batches, an average of the weights and layer decay."""
+    asked = arguments("supervised", "train.steps=30", "optim.name=sgd", "optim.lr=0.3", "optim.layer_decay=0.7")
+    asked += ["objective.model_ema_decay=0.9", "runtime.per_device_batch_size=12"]
+    run(tmp_path, *asked, "--output", "whole")
+    for at in (1, 6):
+        started = Started(tmp_path, *asked, "--output", "killed")
+        until(lambda at=at: steps_done(tmp_path / "killed") >= at)
+        started.kill()
+    run(tmp_path, *asked, "--output", "killed")
+    run(tmp_path, *asked, "optim.momentum=0", "--output", "without")
+    whole, killed, without = (tmp_path / r / "backbone/model.safetensors" for r in ("whole", "killed", "without"))
+    assert whole.read_bytes() == killed.read_bytes() != without.read_bytes()
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "killed")
+    [path] = (tmp_path / "whole/checkpoints").iterdir()
+    state = torch.load(path, weights_only=True)["optimizer"]["state"]
+    assert state and all(entry.keys() == {"momentum_buffer"} for entry in state.values())
+
+
+def test_a_run_keeps_its_optimizer(tmp_path):
+    """Neither is changed into the other, and one that was made before there was a choice goes on with AdamW."""
+    stopped = ["runtime.save_every=2", "--output", "run"]
+    started = Started(tmp_path, *arguments("mae", "train.steps=1000000", *stopped))
+    until(lambda: (tmp_path / "run/checkpoints/step-00000002.pt").exists())
+    started.kill()
+    refused = Started(tmp_path, *arguments("mae", "train.steps=1000000", "optim.name=sgd", *stopped))
+    assert refused.wait() == 2 and "is a run with other settings (optim.name)" in refused.said
+    file = tmp_path / "run/recipe.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for key in ("name", "momentum"):
+        del settings["optim"][key]
+    file.write_text(yaml.safe_dump(settings))
+    again = Started(tmp_path, *arguments("mae", "train.steps=1000000", *stopped))
+    before = steps_done(tmp_path / "run")
+    until(lambda: steps_done(tmp_path / "run") > before)
+    again.kill()
+    assert "Resuming from step" in again.said
+    assert yaml.safe_load(file.read_text())["optim"]["name"] == "adamw"
+
+
 def test_sigterm_saves_first(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     steps = "train.steps=100"

@@ -199,6 +199,58 @@ def test_the_whole_course_of_dino_s_temperature_and_frozen_prototypes():
         assert result["teacher_entropy"].item() == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [0, 4])
+def test_sgd_is_its_formula(frozen):
+    """v = 0.9 v + g + d w and w -= r v, in float64: with a warm-up and a cosine for each group, layer decay, weight
+    decay of what decays, clipping, and a backbone that starts without momentum when its time comes."""
+    decay, peak, total = 0.1, 0.5, 12
+    config = Optim("sgd", momentum=0.9, weight_decay=decay, min_lr=0.01, warmup_fraction=0.25, layer_decay=0.5)
+    config.clip_grad = 10.0
+    objective = small_objective("supervised", "backbone.drop_path_rate=0").double()
+    with torch.no_grad():
+        objective.backbone.model.head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(2))
+    optimizer = optim.build(objective, config, peak, frozen)
+    assert isinstance(optimizer, torch.optim.SGD) and not any(group["nesterov"] for group in optimizer.param_groups)
+    weights = {n: p.detach().clone() for n, p in objective.named_parameters()}
+    velocity = {n: torch.zeros_like(p) for n, p in weights.items()}
+    clipped = []
+    for step in range(total):
+        objective.zero_grad()
+        objective(make_batch(objective, torch.arange(8), step, total, torch.float64))["loss"].backward()
+        optim.set_schedule(optimizer, config, peak, step, total)
+        optim.drop_gradients(optimizer, step)
+        learning = {n for n in weights if step >= frozen or ".head." in n}
+        gradients = {n: p.grad.clone() for n, p in objective.named_parameters() if n in learning}
+        norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+        clipped.append(norm > config.clip_grad)
+        optim.clip(objective.parameters(), config)
+        optimizer.step()
+        for name in learning:
+            own = name.removeprefix("backbone.model.")
+            below = 0 if own.startswith(("head.", "norm.")) else 1 if own.startswith("blocks.1.") else 2
+            below = 3 if own.startswith(("patch_embed.", "pos_embed", "cls_token")) else below
+            start = 0 if ".head." in name else frozen
+            rate = line_and_half_cosine(step - start, total - start, (total - start) / 4, peak, 0.01) * 0.5**below
+            plain = weights[name].ndim > 1 and not own.endswith(".bias")
+            pull = gradients[name] * min(1.0, config.clip_grad / (norm + 1e-6))
+            velocity[name] = 0.9 * velocity[name] + pull + (decay if plain else 0.0) * weights[name]
+            weights[name] = weights[name] - rate * velocity[name]
+        for name, parameter in objective.named_parameters():
+            torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-9, atol=1e-12, msg=f"{step} {name}")
+            assert ("momentum_buffer" in optimizer.state[parameter]) == (step >= frozen or ".head." in name)
+    assert True in clipped and False in clipped
+
+
+@pytest.mark.parametrize("settings, count", [(dict(), 2), (dict(name="sgd"), 1), (dict(name="sgd", momentum=0.0), 0)])
+def test_what_an_optimizer_keeps_of_each_parameter(settings, count):
+    weight = torch.nn.Linear(3, 2, bias=False)
+    optimizer = optim.build(weight, Optim(**settings), 0.1)
+    weight(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight.weight].values() if value is not None and value.numel() == 6]
+    assert len(kept) == count == optim.moments(Optim(**settings))
+
+
 def test_clipping_global_and_per_parameter():
     def gradients(mode):
         weights = [

@@ -87,6 +87,53 @@ def test_run_name_hashes_what_changes_the_result_and_only_that(tmp_path):
     assert (prefix, len(tag), seed) == ("mae-digits", 6, "s2")
 
 
+def test_names_and_hashes_are_those_of_versions_with_one_optimizer(of_run):
+    """What was trained before there was a choice is found again, under these names."""
+    assert read("optim.lr=1e-3", "train.epochs=20").run_name() == "mae-digits-92078d-s0"
+    assert read("optim.betas=[0.9,0.98]").run_name() == "mae-digits-bd84d5-s0"
+    recipe = read("train.steps=3")
+    older = recipe.as_dict()["optim"]
+    del older["name"], older["momentum"]
+    assert recipe.identity()["optim"] == older and recipe.identity().keys() == recipe.as_dict().keys() - {
+        "runtime",
+        "monitor",
+    }
+    changed = [[], ["optim.name=sgd"], ["optim.name=sgd", "optim.momentum=0.8"]]
+    assert len({str(read(*asked).identity()) for asked in changed}) == 3
+    assert len({read(*asked).run_name() for asked in changed}) == 3
+
+    run = Path(of_run(recipe))
+    name = read(recipe=run).run_name()
+    tree = yaml.safe_load(run.read_text())
+    run.write_text(yaml.safe_dump(tree | dict(optim=older)))
+    assert read(recipe=run).run_name() == name
+    assert read(recipe=of_run(read("train.steps=3", "optim.name=sgd"))).run_name() != name
+
+
+def test_what_an_optimizer_does_not_read_is_refused_where_it_was_asked_for(file, of_run):
+    """Not where a recipe was written for the other one, nor in a run, which records all settings."""
+    said = "^optim.{} in {} is not read by optim.name={}: leave it out, or set optim.name={}.$"
+    own = file(optim=dict(name="sgd", momentum=0.8))
+    cases = (
+        (("optim.momentum=0.8",), "mae", ("momentum", "the command line", "adamw", "sgd")),
+        (("optim.betas=[0.9,0.9]", "optim.name=sgd"), "mae", ("betas", "the command line", "sgd", "adamw")),
+        (("optim.betas=[0.9,0.9]",), own, ("betas", "the command line", "sgd", "adamw")),
+    )
+    for asked, recipe, words in cases:
+        with pytest.raises(UserError, match=said.format(*words)):
+            read(*asked, recipe=recipe)
+    assert read("optim.momentum=0.9").optim.name == "adamw"  # a default that is typed back asks for nothing
+    assert read("optim.name=adamw", recipe=own).optim.betas == [0.9, 0.95]
+    assert read("optim.name=sgd", recipe="finetune").optim.momentum == 0.9
+    run = of_run(read("optim.name=sgd"))
+    assert read(recipe=run).optim.name == "sgd" and read("optim.momentum=0.5", recipe=run).optim.momentum == 0.5
+    with pytest.raises(UserError, match="optim.betas in the command line"):
+        read("optim.betas=[0.9,0.9]", recipe=run)
+    for optim in (dict(momentum=0.8), dict(name="sgd", betas=[0.9, 0.9])):
+        with pytest.raises(UserError, match="optim.* in .*own.yaml is not read by"):
+            read(recipe=file(optim=optim))
+
+
 def test_a_backbone_s_name_on_the_command_line_replaces_the_recipe_s_shape(file):
     def shape(*settings: str, recipe: str = "mae") -> tuple:
         b = read(*settings, recipe=recipe).backbone
@@ -238,6 +285,7 @@ def test_what_an_older_version_did_not_resolve_is_no_difference():
         ("optim.lr=true", ["optim.lr", "a number"]),
         ("optim.lr_rule=B/128", ["optim.lr_rule", "B/256"]),
         ("optim.betas=[0.9, 1.5]", ["optim.betas"]),
+        ("optim.name=adam", ["optim.name", "adamw or sgd", "'adam'"]),
         ("views.scale=[0.9, 0.1]", ["views.scale"]),
         ("data.img_size=0", ["data.img_size"]),
         ("data.img_size=[8, 8, 8]", ["data.img_size"]),

@@ -76,8 +76,7 @@ class Schedule:
     @property
     def recipe(self) -> str:
         """A hash of the recipe's file, so that a report can tell whether it changed between rows."""
-        base = pretrain.read("finetune", [], None).as_dict()
-        return fingerprint({key: value for key, value in base.items() if key not in recipes.MAY_CHANGE})
+        return fingerprint(pretrain.read("finetune", [], None).identity())
 
     @property
     def protocol(self) -> str:

@@ -78,9 +78,8 @@ class Study:
         run = Path("runs") / recipe.run_name()
         refuse_other(run, recipe)
         steps = recipe.train.steps if recipe.train.flops is None else None
-        identity = {key: value for key, value in recipe.as_dict().items() if key not in recipes.MAY_CHANGE}
         seed, runs = recipe.train.seed, tuple(named.values())
-        return Training(arm, budget, seed, tuple(own), run, steps, fingerprint(identity, 12), runs)
+        return Training(arm, budget, seed, tuple(own), run, steps, fingerprint(recipe.identity(), 12), runs)
 
     def _tuned(self) -> list[str]:
         """The arms that have trials: those that are trained, and like no other."""
