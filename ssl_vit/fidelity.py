@@ -284,10 +284,40 @@ VIT: Values = {
     "objective.mixup": 0.0,
     "objective.global_pool": "token",
 }
-VIT_ABSENT = (
-    ("dropout", "0.1", "none: its draws would come from the global generator"),
-    ("fine-tuning", "SGD with momentum 0.9 for 20,000 steps, an average of the weights", "AdamW: there is no SGD"),
+VIT_ABSENT = (("dropout", "0.1", "none: its draws would come from the global generator"),)
+# table 4 and appendix B.1.1; the rate (one of four in the paper), warm-up, crops and dropout are those of vit_jax
+VIT_FINETUNE: Values = {
+    "train.steps": 20_000,
+    "train.batch_size": 512,
+    "optim.name": "sgd",
+    "optim.momentum": 0.9,
+    "optim.lr": 0.03,
+    "optim.lr_rule": "absolute",
+    "optim.min_lr": 0.0,
+    "optim.warmup_fraction": 500 / 20_000,
+    "optim.weight_decay": 0.0,
+    "optim.layer_decay": 1.0,
+    "optim.clip_grad": 1.0,
+    "optim.clip_mode": "global",
+    "data.img_size": 384,
+    "data.mean": [0.5, 0.5, 0.5],
+    "data.std": [0.5, 0.5, 0.5],
+    "views.augmentation": "crop+flip",
+    "views.scale": [0.05, 1.0],
+    "views.interpolation": "bilinear",
+    "backbone.name": "vit_base_patch16_224",
+    "backbone.drop_path_rate": 0.0,
+    "objective.loss": "ce",
+    "objective.smoothing": 0.0,
+    "objective.mixup": 0.0,
+    "objective.global_pool": "token",
+    "objective.representation_size": None,
+    "objective.model_ema_decay": None,  # 0.9999 in table 2, at 512 px; none in table 5, whose number the recipe states
+}
+VIT_FINETUNE_ABSENT = (
     ("positions at another resolution", "interpolated linearly", "bicubic, antialiased (timm's)"),
+    ("momentum", "stored in bf16", "stored in fp32"),
+    ("evaluation view", "the whole image, made square", "the centre, after the short side is resized"),
 )
 TOKENIZER: Values = {
     "train.epochs": 100,
@@ -400,6 +430,10 @@ RECIPES: dict[str, Entry] = {
             strict=True,
         )
     },
+    "imagenet/vit-finetune-b16": Entry(VIT_FINETUNE, absent=VIT_FINETUNE_ABSENT),
+    "imagenet/vit-finetune-l16": Entry(
+        VIT_FINETUNE | {"backbone.name": "vit_large_patch16_224"}, absent=(*VIT_ABSENT, *VIT_FINETUNE_ABSENT)
+    ),
     "mae": Entry(
         MAE,
         small(

@@ -11,7 +11,10 @@ from ssl_vit import fidelity, optim, plan, pretrain
 from ssl_vit import recipe as recipes
 
 ROOT = Path(__file__).parent.parent
-SOME = {f"imagenet/{n}" for n in ("mae-vit-b", "deit-ti", "dino-vit-s16", "vit-s16-baseline", "beit-vit-b")}
+SOME = {
+    f"imagenet/{n}"
+    for n in ("mae-vit-b", "deit-ti", "dino-vit-s16", "vit-s16-baseline", "beit-vit-b", "vit-finetune-b16")
+}
 PUBLISHED = sorted(f"imagenet/{path.stem}" for path in (recipes.RECIPES / "imagenet").glob("*.yaml"))
 
 
@@ -38,7 +41,7 @@ def test_a_departure_is_found(monkeypatch):
 
 
 def test_every_published_recipe_is_compared():
-    assert set(PUBLISHED) <= fidelity.RECIPES.keys() and len(PUBLISHED) == 21
+    assert set(PUBLISHED) <= fidelity.RECIPES.keys() and len(PUBLISHED) == 23
     assert {"mae", "dino", "beit", "simmim", "gaussian", "supervised", "deit"} <= fidelity.RECIPES.keys()
 
 
@@ -64,6 +67,7 @@ def of(name: str, devices: int = 8) -> plan.Plan:
         ("deit-b-distilled", 87.3, dict(image=198), 1024, 1e-3, 375_342, 6257),
         ("vit-s16-baseline", 22.1, dict(image=197), 1024, 1e-3, 112_603, 9999),
         ("vit-l16", 303.3, dict(image=197), 4096, 3e-3, 93_836, 10_003),
+        ("vit-finetune-b16", 86.9, dict(image=577), 512, 0.03, 20_000, 500),
     ],
 )
 def test_what_a_published_recipe_resolves_to(name, parameters, tokens, batch, lr, steps, warmup):
@@ -102,6 +106,19 @@ def test_layer_wise_rates_and_decay_of_fine_tuning():
     assert group["lr"] == pytest.approx(2e-3 * 0.65**12) and group["weight_decay"] == 0.05
 
 
+def test_sgd_and_a_new_head_of_the_vit_paper_s_fine_tuning():
+    """One rate and no weight decay for all; a zero head of one layer over the class token, in the exported model."""
+    _, optimizer, group_of = groups_of("imagenet/vit-finetune-b16")
+    assert isinstance(optimizer, torch.optim.SGD) and {group["momentum"] for group in optimizer.param_groups} == {0.9}
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0} and len(group_of) == 152
+    recipe = fidelity.read("imagenet/vit-finetune-b16")
+    recipe.backbone.depth, recipe.data.img_size = 1, 32
+    objective = pretrain.build(recipe, plan.facts(recipe))
+    head = objective.exported.model.head
+    assert objective.head is None and objective.average is None
+    assert head.weight.shape == (1000, 768) and not head.weight.any() and not head.bias.any()
+
+
 @pytest.mark.parametrize(
     ("name", "at", "lr", "decay"),
     [
@@ -113,6 +130,8 @@ def test_layer_wise_rates_and_decay_of_fine_tuning():
         ("dino-vit-s16", 1.0, 1e-5, 0.4),
         ("deit-s", 5 / 300, 1e-3, 0.05),
         ("deit-s", 1.0, 1e-5, 0.05),
+        ("vit-finetune-b16", 0.0125, 0.015, 0.0),
+        ("vit-finetune-b16", 1.0, 0.0, 0.0),
     ],
 )
 def test_schedules_at_fixed_steps(name, at, lr, decay):
