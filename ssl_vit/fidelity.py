@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ssl_vit import objectives
 from ssl_vit import recipe as recipes
+from ssl_vit.errors import listed
 from ssl_vit.settings import write
 
 Values = dict[str, Any]
@@ -539,19 +540,37 @@ def page() -> str:
         "",
         "Written from the code by `python -m ssl_vit.fidelity > docs/fidelity.md`. For each recipe: what differs from",
         "the values of the paper and its official code, and why; how many settings were compared; and what has no",
-        "setting here. A test fails when a recipe departs from a stored value and its table does not say so.",
+        "setting here. Recipes with the same table share it. A test fails when a recipe departs from a stored value",
+        "and its table does not say so.",
     ]
-    for name, entry in RECIPES.items():
-        found = departures(name)
-        equal = len(entry.official) - len(found)
-        lines += ["", f"## {name}", "", f"{equal} of {len(entry.official)} settings are as published."]
-        if found or entry.absent:
-            lines += ["", "| setting | here | published | reason |", "|---|---|---|---|"]
-        for key, (here, there) in found.items():
-            there = float(f"{there:.4g}") if isinstance(there, float) else there
-            lines.append(f"| `{key}` | {write(here)} | {write(there)} | {entry.reasons.get(key, '**unsaid**')} |")
-        lines += [f"| {what} | {here} | {there} | no setting for this |" for what, there, here in entry.absent]
+    alike: dict[tuple[str, ...], list[str]] = {}  # recipes by their table
+    for name in RECIPES:
+        alike.setdefault(tuple(table(name)), []).append(name)
+    for rows, names in alike.items():
+        lines += ["", f"## {', '.join(names)}", "", f"{counted(names)}."]
+        if rows:
+            lines += ["", "| setting | here | published | reason |", "|---|---|---|---|", *rows]
     return "\n".join(lines) + "\n"
+
+
+def table(name: str) -> list[str]:
+    """The rows of a recipe: its departures, and what has no setting here."""
+    entry, rows = RECIPES[name], []
+    for key, (here, there) in departures(name).items():
+        there = float(f"{there:.4g}") if isinstance(there, float) else there
+        rows.append(f"| `{key}` | {write(here)} | {write(there)} | {entry.reasons.get(key, '**unsaid**')} |")
+    return rows + [f"| {what} | {here} | {there} | no setting for this |" for what, there, here in entry.absent]
+
+
+def counted(names: list[str]) -> str:
+    """How many settings of these recipes are as published; with the recipes' names where that differs."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        compared = len(RECIPES[name].official)
+        found.setdefault(f"{compared - len(departures(name))} of {compared}", []).append(name)
+    (first, some), *others = found.items()
+    said = f"{first} settings are as published"
+    return "; ".join([f"{said} in {listed(some)}", *(f"{n} in {listed(of)}" for n, of in others)]) if others else said
 
 
 if __name__ == "__main__":

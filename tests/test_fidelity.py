@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,28 @@ def test_every_published_recipe_is_compared():
 
 def test_the_page_is_what_the_code_says():
     assert (ROOT / "docs" / "fidelity.md").read_text() == fidelity.page()
+
+
+def test_recipes_share_a_heading_where_their_tables_are_equal():
+    """Each is under one heading, with its own departures and counts; no two headings have the same table."""
+    tables, of_recipe = [], {}
+    for part in fidelity.page().split("\n## ")[1:]:
+        heading, _, text = part.partition("\n")
+        tables.append([line for line in text.splitlines() if line.startswith("|")])
+        for name in heading.split(", "):
+            assert name not in of_recipe
+            of_recipe[name] = text
+    assert of_recipe.keys() == fidelity.RECIPES.keys()
+    assert len(tables) == len({tuple(rows) for rows in tables}) < len(of_recipe)
+    for name, text in of_recipe.items():
+        entry = fidelity.RECIPES[name]
+        assert re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE) == list(fidelity.departures(name))
+        assert all(f"| {what} | {here} | {there} |" in text for what, there, here in entry.absent)
+        count = f"{len(entry.official) - len(entry.reasons)} of {len(entry.official)}"
+        [sentence] = [line for line in text.splitlines() if "settings are as published" in line]
+        told = [part for part in sentence.split("; ") if name in re.findall(r"[\w/-]+", part)] or [sentence]
+        assert len(told) == 1 and told[0].startswith(f"{count} "), name
+    assert of_recipe["imagenet/vit-b16"] is of_recipe["imagenet/vit-h14"] is not of_recipe["imagenet/vit-finetune-b16"]
 
 
 @functools.cache
