@@ -45,6 +45,9 @@ class Run:
     def claim(self, settings: dict[str, Any], config: type[Any]) -> None:
         """Write recipe.yaml, or check that an existing one agrees wherever it must. config: the objective's Config.
 
+        What changes under `runtime` when a run goes on, such as the commit or the device, is logged: recipe.yaml holds
+        the latest alone.
+
         Raises UserError naming the keys that differ and, where there is one, the command that starts a separate run.
         """
         file = self.path / "recipe.yaml"
@@ -70,6 +73,8 @@ class Run:
                 if "images.fingerprint" in keys:
                     other += " Its images differ (of photos the names, sizes or times of the files; cp -p keeps those)."
                 raise UserError(f"{other} Start a new one: {command}")
+            if not self.finished:
+                self._log_changes(recipes.defaults()["runtime"] | old["runtime"], settings["runtime"])
         if not self.finished:
             files.write(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
@@ -118,6 +123,14 @@ class Run:
 
     def log(self, line: dict[str, Any]) -> None:
         files.append(self.log_file, json.dumps(line) + "\n")
+
+    def _log_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """A line with what differs, at the step from which the run goes on; none if it begins again."""
+        done = max(self.checkpoints(), default=0)
+        changed = {key: value for key, value in now.items() if before.get(key) != value}
+        if done and changed:
+            self.cut_log(done)  # a half-written line would swallow the new one
+            self.log(dict(step=done, runtime=changed, before={key: before.get(key) for key in changed}))
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines logged, up to the first that is half written."""

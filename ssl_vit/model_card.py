@@ -9,6 +9,8 @@ import yaml
 
 from ssl_vit import __version__
 from ssl_vit.backbones import Backbone
+from ssl_vit.checkout import commits, in_words
+from ssl_vit.checkpoint import Run
 
 LOADED = {
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)   # or "hf-hub:OWNER/NAME"',
@@ -61,7 +63,7 @@ def card(
         shown = ", ".join(classes[:50]) + (f" and {len(classes) - 50:,} more" if len(classes) > 50 else "")
         parts += [f"## Classes\n\n{shown}."]
     if run is not None:
-        parts += [f"## Training\n\n{_trained(settings)}", _data(run), _results(run, settings)]
+        parts += [f"## Training\n\n{_trained(run, settings)}", _data(run), _results(run, settings)]
     parts += [f"## Licence\n\n{licence or UNSTATED}", f"## Command\n\n```bash\n{command}\n```"]
     if run is not None:
         recipe = {key: settings[key] for key in settings if key != "images"}
@@ -73,7 +75,7 @@ def _numbers(values: Any) -> str:
     return " ".join(f"{value:.4g}" for value in values.flatten().tolist())
 
 
-def _trained(settings: dict[str, Any]) -> str:
+def _trained(run: Path, settings: dict[str, Any]) -> str:
     train, images = settings["train"], settings["images"]
     start = settings["backbone"].get("init_from")
     text = (
@@ -81,6 +83,7 @@ def _trained(settings: dict[str, Any]) -> str:
         f"{images['count']:,} images, {train['steps']:,} steps of {train['batch_size']}, seed {train['seed']}"
     )
     text += f", started from {start}." if start else ", from scratch."
+    text += f" Commit of ssl_vit: {in_words(commits(settings, Run(run).read_log()))}."
     others = sorted({*settings.get("resolved", {}).get("published", []), *([start] if start else [])})
     return text + (f" The licence and data of {' and '.join(others)} count too." if others else "")
 

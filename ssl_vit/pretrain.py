@@ -45,6 +45,7 @@ from ssl_vit import (
     weights,
 )
 from ssl_vit import recipe as recipes
+from ssl_vit.checkout import COMMIT
 from ssl_vit.commands import HelpFormatter, typed
 from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
@@ -272,6 +273,7 @@ def resolved(
         device=accelerator.device.type,
         engine_used=engine.kind(recipe, accelerator),
         torch=str(torch.__version__),
+        commit=COMMIT,
     )
     return settings | dict(
         resolved=dict(

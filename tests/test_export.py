@@ -15,6 +15,7 @@ from conftest import SMALL
 from test_loop import TINY
 
 from ssl_vit import backbones, commands, export, model_card, pretrain, weights
+from ssl_vit.checkout import COMMIT
 from ssl_vit.errors import UserError
 from ssl_vit.weights import graphs
 
@@ -192,7 +193,14 @@ def test_the_card_says_what_is_known(classifier, tmp_path, monkeypatch):
     assert "Dinov2ForImageClassification.from_pretrained" in body
     # 1.96 · sqrt(.75 · .25 / 300) = 4.9 points
     assert "| digits, test | finetune-1 | mean | 1,437 | 75.0 ± 4.9 | 300 |" in body and "finetune-2" not in body
-    for words in ("0, 1, 2, 3", "1,437 images used", "optim:", "--to hf", "started from"):
+    for words in (
+        "0, 1, 2, 3",
+        "1,437 images used",
+        "optim:",
+        "--to hf",
+        "started from",
+        f"Commit of ssl_vit: {COMMIT}.",
+    ):
         assert words in body
     export.export(str(classifier), "timm", tmp_path / "unstated")
     assert model_card.UNSTATED in (tmp_path / "unstated" / "README.md").read_text()

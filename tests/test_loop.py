@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eval import knn
 from eval.measure import results
-from ssl_vit import checkpoint, data, errors, gradients, monitor, overview, pretrain, weights
+from ssl_vit import checkout, checkpoint, data, errors, gradients, monitor, overview, pretrain, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -209,6 +209,60 @@ def test_other_settings_are_refused_with_the_keys_and_a_command(tmp_path):
     assert other.wait() == 2
     assert "optim.lr" in other.said and "train.seed" in other.said and f"--output {tmp_path}/run-2" in other.said
     assert "Traceback" not in other.said
+
+
+def claimed(path, steps_done, commit, **runtime):
+    """A start of a run whose last checkpoint is that of so many steps, none for 0; what it leaves is returned."""
+    run_ = checkpoint.Run(path)
+    recipe = small_recipe("mae")
+    settings = recipe.as_dict()
+    settings["runtime"] |= runtime | ({} if commit == "unrecorded" else dict(commit=commit))
+    if steps_done:
+        (path / "checkpoints").mkdir(exist_ok=True)
+        (path / "checkpoints" / f"step-{steps_done:08d}.pt").touch()
+    run_.claim(settings, type(recipe.objective))
+    run_.cut_log(steps_done)
+    return yaml.safe_load((path / "recipe.yaml").read_text()), run_.read_log()
+
+
+def test_a_run_tells_the_commit_that_trains_it(tmp_path):
+    run(tmp_path, *arguments("mae", "--output", "run", "train.steps=1"))
+    settings = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert settings["runtime"]["commit"] == checkout.COMMIT == results.SURROUNDINGS["commit"]
+    assert checkout.commits(settings, log_of(tmp_path / "run")) == {0: checkout.COMMIT}
+
+
+def test_a_run_of_several_commits_tells_them_all(tmp_path):
+    claimed(tmp_path, 0, "a")
+    settings, log = claimed(tmp_path, 0, "b", torch="2.0")  # stopped before the first checkpoint: all of it is b's
+    assert log == [] and checkout.commits(settings, log) == {0: "b"}
+    assert claimed(tmp_path, 4, "b", torch="2.0")[1] == []
+    (tmp_path / "log.jsonl").write_text('{"step": 4}\n{"step": 5, "lo')  # killed while it wrote
+    settings, log = claimed(tmp_path, 4, "c", torch="2.1")
+    assert log[1:] == [dict(step=4, runtime=dict(commit="c", torch="2.1"), before=dict(commit="b", torch="2.0"))]
+    assert checkout.commits(settings, log) == {0: "b", 4: "c"}
+    settings, log = claimed(tmp_path, 8, "d", torch="2.1")
+    assert checkout.commits(settings, log) == {0: "b", 4: "c", 8: "d"} and settings["runtime"]["commit"] == "d"
+
+
+def test_a_run_from_before_commits_were_recorded_goes_on(tmp_path):
+    claimed(tmp_path, 0, "unrecorded")
+    before = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(before.replace("  keep_every: 0\n", ""))  # a setting that was not there yet
+    settings, log = claimed(tmp_path, 4, "b")
+    assert log == [dict(step=4, runtime=dict(commit="b"), before=dict(commit=None))]
+    assert checkout.in_words(checkout.commits(settings, log)) == "no commit recorded, from step 4 on b"
+
+
+def test_the_commit_is_no_part_of_a_run_s_name(tmp_path):
+    settings, _ = claimed(tmp_path, 0, "a")
+    added = dict(resolved={}, images={})
+    names = set()
+    for commit in ({}, dict(commit="a"), dict(commit="b")):
+        settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k != "commit"} | commit
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | added))
+        names.add(pretrain.read(str(tmp_path / "recipe.yaml"), [], None).run_name())
+    assert len(names) == 1
 
 
 def test_another_script_is_not_told_to_pass_an_output(tmp_path, monkeypatch):

@@ -549,6 +549,19 @@ def test_a_full_report(tmp_path, monkeypatch, capsys):
     assert named == known
 
 
+def test_the_page_tells_which_commits_trained_the_runs(tmp_path, monkeypatch):
+    folders = many(tmp_path, "mae", 0.6, seeds=2, changes=dict(runtime__commit="aaa"))
+    folders += many(tmp_path, "dino", 0.5, seeds=1)  # from before they were recorded
+    page, text = write_report(folders, tmp_path / "out", monkeypatch)
+    assert "- **aaa**: Runs: mae-s0, mae-s1\n" in text and "- **no commit recorded**: Runs: dino-s0\n" in text
+    assert "commits of the code that trained" not in text  # one is known
+    with open(folders[1] / "log.jsonl", "a") as log:
+        log.write(json.dumps(dict(step=50, runtime=dict(commit="aaa"), before=dict(commit="bbb"))) + "\n")
+    page, text = write_report(folders, tmp_path / "out", monkeypatch)
+    assert "- **aaa**: Runs: mae-s0\n" in text and "- **bbb, from step 50 on aaa**: Runs: mae-s1\n" in text
+    assert "2 commits of the code that trained the runs: see" in text and "2 commits of the code that trained" in page
+
+
 def test_sections_without_rows_are_left_out(tmp_path, monkeypatch):
     page, text = write_report([write_run(tmp_path / "vit", None, 0.8, flops=0.0)], tmp_path / "out", monkeypatch)
     check_html(page)

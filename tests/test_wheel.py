@@ -88,6 +88,7 @@ def test_an_installed_wheel_pretrains_evaluates_and_studies(installed, tmp_path)
     assert said.endswith(f"Start a new one: {command}\n")
     assert "| run " in start("knn", "--backbone", "run", "pixels")
     rows = [json.loads(line) for line in (here / "run/results.jsonl").read_text().splitlines()]
+    assert "  commit: null\n" in (here / "run/recipe.yaml").read_text()
     # of no commit: not that of a checkout in which the installation happens to lie
     assert {(row["commit"], row["versions"]["ssl_vit"]) for row in rows} == {(None, __version__)}
 

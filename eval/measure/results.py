@@ -9,8 +9,6 @@ which are stored.
 import hashlib
 import importlib.metadata
 import json
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -19,7 +17,7 @@ import numpy as np
 
 from eval.measure.predictions import Predictions
 from ssl_vit import __version__, files
-from ssl_vit.commands import ROOT
+from ssl_vit.checkout import COMMIT
 from ssl_vit.data import ImageSet
 from ssl_vit.recipe import short
 
@@ -140,11 +138,7 @@ def _untrained(settings: dict, last: dict) -> bool:
 def _surroundings() -> dict:
     """Package versions, and the commit of this code if it is in a checkout."""
     versions = {"ssl_vit": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    commit = None
-    if (ROOT / ".git").exists() and shutil.which("git"):  # an installed package may be in another project's checkout
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    return dict(versions=versions, commit=commit)
+    return dict(versions=versions, commit=COMMIT)
 
 
-SURROUNDINGS = _surroundings()  # read when the code is loaded: the files may change before a row is written
+SURROUNDINGS = _surroundings()

@@ -12,6 +12,7 @@ from eval.page.document import (
     Items,
     Text,
 )
+from ssl_vit.checkout import commits, in_words
 
 DEFINITIONS = {
     "knn-k": "k nearest training images by cosine of features centred by the training mean, weights exp(similarity / "
@@ -55,7 +56,7 @@ INTERVALS = (
 
 
 def several_origins(runs: list[Run]) -> list[Block]:
-    """A warning if the rows come from several versions of the code, its packages, the recipe finetune or a sweep."""
+    """A warning if the rows or their runs come from several versions of code, packages, recipe finetune or sweep."""
     rows = [row for run in runs for row in run.rows]
     recipes = {row.get("settings", {}).get("recipe") for row in rows if row["protocol"].startswith("finetune")}
     swept = [row.get("settings", {}) for row in rows if row["protocol"] in ("linear-sweep", "linear-block")]
@@ -69,6 +70,10 @@ def several_origins(runs: list[Run]) -> list[Block]:
         for name, found in (
             ("commits of this code", {row["commit"] for row in rows}),
             (
+                "commits of the code that trained the runs",
+                {commit for run in runs for commit in _trained(run).values()} - {None},
+            ),
+            (
                 "precisions of the evaluated backbones by the same protocol",
                 max(precisions.values(), key=len, default=set()),
             ),
@@ -80,7 +85,12 @@ def several_origins(runs: list[Run]) -> list[Block]:
     ]
     if not several:
         return []
-    return [Text(f"These rows were made by {' and '.join(several)}: see results.jsonl of each run.", "warning")]
+    return [
+        Text(
+            f"These rows were made by {' and '.join(several)}: see results.jsonl and recipe.yaml of each run.",
+            "warning",
+        )
+    ]
 
 
 def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[Block]:
@@ -97,7 +107,10 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
             definitions += [(metric.evaluator, f"{base} with {changed}.")] if changed else []
     definitions = list(dict.fromkeys(definitions))
     made: dict[tuple, set[str]] = {}
+    trained: dict[str, set[str]] = {}
     for run in runs:
+        if run.settings:
+            trained.setdefault(in_words(_trained(run)), set()).add(run.folder.name)
         for row in run.rows:
             versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
             made.setdefault((row["commit"] or "no commit recorded", versions), set()).add(run.folder.name)
@@ -116,7 +129,14 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
         Text(INTERVALS),
         Heading("The code behind the rows", 3),
         Items([(commit, f"{versions}. Runs: {', '.join(sorted(runs))}") for (commit, versions), runs in made.items()]),
+        *([Heading("The code that trained the runs", 3)] if trained else []),
+        *([Items([(said, f"Runs: {', '.join(sorted(runs))}") for said, runs in trained.items()])] if trained else []),
     ]
+
+
+def _trained(run: Run) -> dict[int, str | None]:
+    """{step: the commit that trained a run from that step on}."""
+    return commits(run.settings, run.log)
 
 
 def _defined(start: str) -> str:

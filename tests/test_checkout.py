@@ -1,0 +1,48 @@
+"""The commit of the code: that of its own checkout, and whether the code differs from it."""
+
+import subprocess
+
+import pytest
+
+from ssl_vit import checkout
+
+
+def git(folder, *words):
+    """What git says in this folder."""
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", *who, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A checkout with one file of code and one document."""
+    folder = tmp_path / "project"
+    for name in ("ssl_vit/loop.py", "docs/page.md"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("one\n")
+    git(tmp_path, "init", "-q", "project")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "one")
+    return folder
+
+
+def test_the_commit_of_a_checkout(root):
+    commit = git(root, "rev-parse", "HEAD")
+    assert len(commit) == 40 and checkout.commit_of(root) == commit
+    (root / "docs/page.md").write_text("two\n")  # as a study does, which packs its results beside the code
+    assert checkout.commit_of(root) == commit
+
+
+@pytest.mark.parametrize("changed", ["ssl_vit/loop.py", "eval/new.py"])
+def test_code_that_is_not_committed_is_told(changed, root):
+    commit = git(root, "rev-parse", "HEAD")
+    (root / changed).parent.mkdir(exist_ok=True)
+    (root / changed).write_text("two\n")
+    assert checkout.commit_of(root) == f"{commit}-dirty"
+
+
+def test_a_package_inside_of_another_checkout_has_no_commit(root, monkeypatch):
+    assert checkout.commit_of(root / "ssl_vit") is None
+    monkeypatch.setenv("PATH", "")
+    assert checkout.commit_of(root) is None  # without git
