@@ -65,7 +65,10 @@ def evaluate(run: Path) -> dict | None:
             f"{run} has nothing to measure: its objective, {recipe.objective_name}, does not recover a corrupted image."
         )
         return None
-    files.write(run / "difficulty.json", json.dumps(errors_of_run | results.SURROUNDINGS, indent=1))
+    files.write(
+        run / "difficulty.json",
+        json.dumps(errors_of_run | results.SURROUNDINGS | dict(measured_at=results.now()), indent=1),
+    )
     return errors_of_run
 
 

@@ -32,6 +32,96 @@ def run(tmp_path):
     return folder
 
 
+def measure(run, predicted=0, at=None, **keys):
+    """Write a row whose predictions are all of one class, measured at this time; None: as rows of old, without one."""
+    row = dict.fromkeys(results.IDENTITY) | dict(run=run.name, n=N, value=0.5) | keys
+    results.write(run, [row], [np.full(N, predicted)], np.zeros(N, dtype=int))
+    *others, row = results.read(run)
+    row.pop("measured_at")
+    (run / "results.jsonl").write_text(results.lines([*others, row | (dict(measured_at=at) if at else {})]))
+
+
+def measured(run):
+    """{protocol: (value, the class predicted)} of a run's rows."""
+    found = {}
+    for row in results.read(run):
+        with np.load(run / row["predictions"]) as stored:
+            found[row["protocol"]] = row["value"], int(stored["predicted"][0])
+    return found
+
+
+def mark(run, name, **outcome):
+    (run / "done").mkdir(parents=True, exist_ok=True)
+    (run / "done" / name).write_text("{}")
+    if outcome:
+        (run / "difficulty.json").write_text(json.dumps(outcome))
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Two machines with runs of one name: folders (one, two), and the packed results that they share."""
+    return tmp_path / "one/run", tmp_path / "two/run", Packed(tmp_path / "kept")
+
+
+def test_rows_are_timed_when_they_are_written(run):
+    [row] = results.read(run)
+    assert row["measured_at"].startswith("20") and row["measured_at"].endswith("+00:00")
+    assert row["measured_at"] <= results.now()
+
+
+def test_machines_that_take_turns_lose_no_row(machines):
+    one, two, kept = machines
+    for protocol in ("knn", "linear"):
+        measure(one, protocol=protocol)
+    mark(one, "one.json")
+    measure(two, protocol="finetune", predicted=3)
+    mark(two, "two.json")
+    for run in (one, two, one):
+        kept.add(run)
+    assert measured(kept.folder / "runs/run") == dict(knn=(0.5, 0), linear=(0.5, 0), finetune=(0.5, 3))
+    assert {file.name for file in kept.folder.rglob("done/*")} == {"one.json", "two.json"}
+    assert kept.restore(two.parent) == [two] and kept.restore(two.parent) == []  # so that it repeats nothing
+    assert measured(two) == dict(finetune=(0.5, 3), knn=(0.5, 0), linear=(0.5, 0))
+    assert {file.name for file in two.glob("done/*")} == {"one.json", "two.json"}
+
+
+@pytest.mark.parametrize(
+    ("packed", "own", "later"),
+    [
+        ("2026-01-01", "2026-01-02", "own"),
+        ("2026-01-02", "2026-01-01", "packed"),
+        ("2026-01-01", None, "packed"),
+        (None, "2026-01-01", "own"),
+        (None, None, "own"),  # of old rows nothing tells
+    ],
+)
+def test_of_two_rows_of_one_identity_the_later_counts(packed, own, later, machines):
+    one, two, kept = machines
+    measure(one, predicted=1, at=packed, value=0.1, protocol="knn")
+    mark(one, "x.json", pixels=0.1, **(dict(measured_at=packed) if packed else {}))
+    measure(two, predicted=2, at=own, value=0.2, protocol="knn")
+    mark(two, "x.json", pixels=0.2, **(dict(measured_at=own) if own else {}))
+    kept.add(one)
+    there = kept.folder / "runs/run"
+    expected = dict(knn=(0.2, 2) if later == "own" else (0.1, 1))
+    kept.restore(two.parent)
+    assert measured(two) == expected
+    kept.add(two)
+    assert measured(there) == expected
+    assert json.loads((there / "difficulty.json").read_text())["pixels"] == expected["knn"][0]
+
+
+def test_an_older_row_comes_back_from_no_machine(machines):
+    """Its predictions neither."""
+    one, two, kept = machines
+    measure(two, predicted=1, at="2026-01-01", value=0.1, protocol="knn")
+    measure(two, protocol="linear")
+    measure(one, predicted=2, at="2026-01-02", value=0.2, protocol="knn")
+    kept.add(one)
+    kept.add(two)
+    assert measured(kept.folder / "runs/run") == dict(knn=(0.2, 2), linear=(0.5, 0))
+
+
 def test_predictions_lose_nothing_that_a_verdict_reads(run, tmp_path):
     [row] = results.read(run)
     Packed(tmp_path / "kept").add(run)
@@ -70,9 +160,9 @@ def test_what_is_unchanged_is_not_written_again_and_what_changed_is(run, tmp_pat
     stamps = {file: file.stat().st_mtime_ns for file in files}
     kept.add(run)
     assert {file: file.stat().st_mtime_ns for file in files} == stamps
-    (run / "results.jsonl").write_text("")
+    measure(run, value=0.25, at="2999-01-01")
     kept.add(run)
-    assert (kept.folder / "runs/mae-cifar10-s0/results.jsonl").read_text() == ""
+    assert [row["value"] for row in results.read(kept.folder / "runs/mae-cifar10-s0")] == [0.25]
 
 
 def test_a_mark_is_copied_after_what_it_stands_for(run, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -82,19 +83,29 @@ def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], i
     with files.Lock(folder / ".results.lock"):
         known = {row_id(row, "n"): row for row in read(folder)}
         for row, stored in zip(rows, arrays, strict=True):
-            row["predictions"] = f"predictions/{row_id(row)}.npz"
+            row |= dict(predictions=f"predictions/{row_id(row)}.npz", measured_at=now())
             index = np.arange(len(next(iter(stored.values()))), dtype=np.int32)
             with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
                 np.savez_compressed(stream, index=index, **stored)
             known.pop(row_id(row, "n"), None)
             known[row_id(row, "n")] = row
-        files.write(file, "".join(json.dumps(row) + "\n" for row in known.values()))
+        files.write(file, lines(list(known.values())))
+
+
+def now() -> str:
+    """The time in UTC, for what is measured: of two times as texts the later is the larger."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read(folder: Path) -> list[dict]:
     """The rows of a run directory."""
     file = folder / "results.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def lines(rows: list[dict]) -> str:
+    """Rows as the text of a results.jsonl."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def correct(folder: Path, row: dict) -> np.ndarray:

@@ -4,6 +4,9 @@
     packed.restore(Path("runs"))          # what this machine lacks
     packed.add(Path("runs/mae-cifar10-s0"))
 
+Several machines may take turns: each has its own rows of a run, and none is lost. Of two rows of one identity the one
+that was measured later counts; this machine's, if they do not tell.
+
 In DIR/runs/RUN are recipe.yaml, results.jsonl, difficulty.json, the marks of the evaluations that are done, and the
 predictions: 10,000 of ten classes take 11 kB a row instead of 63. Left out are the probabilities, and with them what a
 report says of calibration, and the names of image files.
@@ -11,11 +14,14 @@ report says of calibration, and the names of image files.
 
 import io
 import json
+import operator
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from eval.measure import results
 from eval.measure.results import Stored
 from ssl_vit import files
 
@@ -27,26 +33,81 @@ class Packed:
         self.folder = folder
 
     def add(self, run: Path) -> None:
-        """Copy what a run has by now. Marks come last, so that what is marked as done is there, whenever this stops."""
+        """Copy what a run has by now."""
         target = self.folder / "runs" / run.name
-        for file in sorted(run.glob("predictions/*.npz")):
-            _write(target / "predictions" / file.name, narrow(file))
-        for file in sorted(run.glob("predictions/images-*.json")):
-            _write(target / "predictions" / file.name, json.dumps(json.loads(file.read_text()) | dict(names=None)))
-        for name in ("recipe.yaml", "difficulty.json", "results.jsonl"):
-            if (run / name).exists():
-                _write(target / name, (run / name).read_bytes())
-        for file in sorted(run.glob("done/*.json")):
-            _write(target / "done" / file.name, file.read_bytes())
+        if (run / "recipe.yaml").exists():
+            _write(target / "recipe.yaml", (run / "recipe.yaml").read_bytes())
+        _bring(run, target, operator.ge)
 
     def restore(self, runs: Path) -> list[Path]:
-        """Copy back each run that is not in this folder; returns them. They have no weights: a training that an
-        evaluation still needs starts from its first step."""
-        missing = [run for run in sorted(self.folder.glob("runs/*")) if not (runs / run.name).exists()]
-        for run in missing:
-            with files.writing(runs / run.name) as partial:
-                shutil.copytree(run, partial)
-        return [runs / run.name for run in missing]
+        """Copy back what the runs in this folder lack; returns those that lacked something. A run that was not there
+        has no weights: a training that an evaluation still needs starts from its first step."""
+        restored = []
+        for packed in sorted(self.folder.glob("runs/*")):
+            run = runs / packed.name
+            if not run.exists():
+                with files.writing(run) as partial:
+                    shutil.copytree(packed, partial)
+                restored.append(run)
+            else:
+                with files.Lock(run / ".results.lock"):
+                    restored += [run] if _bring(packed, run, operator.gt) else []
+        return restored
+
+
+def _bring(source: Path, target: Path, beats: Callable[[str, str], bool]) -> bool:
+    """Give the target what it lacks and what the source has newer; returns whether that is anything. Marks come last,
+    so that what is marked as done is there, whenever this stops. beats: as in `merged`."""
+    rows, taken = merged(results.read(target), results.read(source), beats)
+    others = _lacking(source, target, "recipe.yaml", "predictions/images-*.json")
+    others += [source / "difficulty.json"] if _counts(source / "difficulty.json", target, beats) else []
+    marks = _lacking(source, target, "done/*.json")
+    for row in taken:
+        _write(target / row["predictions"], narrow(source / row["predictions"]))
+    for file in others:
+        named = file.parent.name == "predictions"
+        small = json.dumps(json.loads(file.read_text()) | dict(names=None)) if named else file.read_bytes()
+        _write(target / file.relative_to(source), small)
+    if taken:
+        _write(target / "results.jsonl", results.lines(rows))
+    for file in marks:
+        _write(target / file.relative_to(source), file.read_bytes())
+    return bool(taken or others or marks)
+
+
+def merged(rows: list[dict], others: list[dict], beats: Callable[[str, str], bool]) -> tuple[list[dict], list[dict]]:
+    """(rows with those of `others` that they lack or that replace one of the same identity, the latter alone).
+
+    beats: whether a row measured at the first time replaces one of the second; a time is "" where a row tells none.
+    """
+    known = {results.row_id(row, "n"): row for row in rows}
+    taken = []
+    for row in others:
+        key = results.row_id(row, "n")
+        if key not in known or (row != known[key] and beats(_time(row), _time(known[key]))):
+            known.pop(key, None)  # the last is what was measured last
+            known[key] = row
+            taken.append(row)
+    return list(known.values()), taken
+
+
+def _counts(file: Path, target: Path, beats: Callable[[str, str], bool]) -> bool:
+    """Whether there is an outcome outside of the rows that the target lacks, or that replaces the target's."""
+    if not file.exists() or not (target / file.name).exists():
+        return file.exists()
+    found, known = (json.loads(place.read_text()) for place in (file, target / file.name))
+    return found != known and beats(_time(found), _time(known))
+
+
+def _time(outcome: dict) -> str:
+    found: str = outcome.get("measured_at", "")
+    return found
+
+
+def _lacking(source: Path, target: Path, *patterns: str) -> list[Path]:
+    """The files of the source that are not in the target."""
+    files = [file for pattern in patterns for file in sorted(source.glob(pattern))]
+    return [file for file in files if not (target / file.relative_to(source)).exists()]
 
 
 def narrow(file: Path) -> bytes:
