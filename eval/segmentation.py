@@ -15,7 +15,8 @@ Whole images are shown at the backbone's size, whatever their shape, or at --img
 images see photographs so, with their positions resampled. --labels 10% uses the masks of a tenth of the images.
 --finetune adds a column: the backbone and a small convolutional decoder, trained together on random crops and flips of
 the images with masks; of several --lr, the one that is best on a held-out tenth of them. With a randomly initialised
-backbone this is training from scratch.
+backbone this is training from scratch. Its states are in RUN/segmentation/: the same command continues where it was
+stopped.
 """
 
 import dataclasses
@@ -78,15 +79,18 @@ def evaluate(
         if schedule and source.backbone is not None:
             started = time.perf_counter()
             images_left = train_images.part(torch.from_numpy(chosen))
-            task = dense_tuning.Task(source, images_left, own.masks, request.classes, view, seed_of(source, seed))
+            states = source.folder / "segmentation"
+            task = dense_tuning.Task(
+                source, images_left, own.masks, request.classes, view, seed_of(source, seed), states
+            )
             tuned = dense_tuning.fine_tune(task, schedule)
             judged = dataclasses.replace(task, images=test_images, masks=test.masks)
             counts.append(tuned.confusions(judged))
             cost = dict(
                 eval_images=tuned.images + len(test),
-                eval_flops=tuned.flops + len(test) * tuned.flops_per_image(judged),
+                eval_flops=tuned.spent.flops + len(test) * tuned.flops_per_image(judged),
             )
-            found = measured(request.sized(schedule.protocol), counts[-1], started)
+            found = measured(request.sized(schedule.protocol), counts[-1], started - tuned.spent.earlier)
             rows.append(common | labels | cost | tuned.about | found)
             if (part, seed) == request.most:
                 words.append(TUNED)

@@ -1,9 +1,14 @@
 """Segmentation: masks as they are stored, the probes, mIoU and its intervals."""
 
 import csv
+import dataclasses
 import io
+import os
 import shutil
+import signal
 import sys
+import tempfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -455,7 +460,8 @@ def task_of(folder, run="mae-s0", **changes):
     source = features.open_source(str(folder / "runs" / run), None, None)
     (masks_of_train, _), _, classes = dense_sets.masks_of(str(folder / "scenes"), train, test, [])
     view = dense_sets.view_of(source, train)
-    return dense_tuning.Task(source, train, masks_of_train, classes, view, seed=3)
+    states = Path(tempfile.mkdtemp(dir=folder))
+    return dense_tuning.Task(source, train, masks_of_train, classes, view, seed=3, folder=states)
 
 
 def test_an_image_and_its_mask_are_cropped_and_flipped_alike(measured):
@@ -478,7 +484,8 @@ def test_an_image_and_its_mask_are_cropped_and_flipped_alike(measured):
 def test_fine_tuning_learns_the_masks_and_is_the_same_again(measured):
     task = task_of(measured)
     before = {name: weight.clone() for name, weight in task.source.backbone.state_dict().items()}
-    tuned, again = (dense_tuning.fine_tune(task, dense_tuning.Schedule(40, (5e-3,))) for _ in range(2))
+    schedule = dense_tuning.Schedule(40, (5e-3,))
+    tuned, again = (dense_tuning.fine_tune(each, schedule) for each in (task, task_of(measured)))
     counts = tuned.confusions(task)
     assert counts.sum((1, 2)).tolist() == [11 * 16] * 20 and np.array_equal(counts, again.confusions(task))
     untrained, _ = dense_tuning.train(task, 0, 5e-3)
@@ -490,7 +497,7 @@ def test_fine_tuning_learns_the_masks_and_is_the_same_again(measured):
     assert scores.shape == (4 * 6, 4 * 8, 2)  # four times the grid
     assert tuned.about == dict(settings=dict(lr=5e-3, changed=dict(steps=40, lr=[5e-3]))) and tuned.images == 640
     forward = tuned.flops_per_image(task)
-    assert tuned.flops == pytest.approx(3 * 640 * forward)
+    assert tuned.spent.flops == pytest.approx(3 * 640 * forward)
 
 
 def test_the_rate_is_the_best_on_images_that_it_did_not_see(measured, monkeypatch, capsys):
@@ -540,7 +547,7 @@ def test_the_drop_path_of_a_pre_training_does_not_return(measured):
     plain, _ = dense_tuning.train(task, 2, 1e-3)
     for number, part in enumerate(task.source.backbone.model.blocks):
         part.drop_path1 = part.drop_path2 = AddressedDropPath(0.1 * (number + 1)).eval()
-    dropped, _ = dense_tuning.train(task, 2, 1e-3)
+    dropped, _ = dense_tuning.train(dataclasses.replace(task, folder=task.folder / "again"), 2, 1e-3)
     images = torch.rand(2, 3, 12, 16)
     assert torch.equal(plain(images), dropped(images))
 
@@ -569,3 +576,53 @@ def test_fine_tuning_has_rows_a_column_and_a_picture_of_its_own(measured, tmp_pa
     ):
         with pytest.raises(UserError, match=words):
             segment(folder, monkeypatch, "--backbone", "runs/mae-s0", *wrong)
+
+
+def test_fine_tuning_stops_when_told_and_goes_on_to_the_same_row(measured, tmp_path, monkeypatch, capsys):
+    real, steps, stop_at = dense_tuning.batch, [], None
+
+    def batch(task, indices, draw):
+        steps.append(draw.step)
+        if len(steps) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(task, indices, draw)
+
+    monkeypatch.setattr(dense_tuning, "batch", batch)
+    words = ["--backbone", "runs/mae-s0", "--finetune", "--steps", "6", "--lr", "1e-3", "2e-3"]
+
+    def tuned(folder):
+        [row] = [r for r in results.read(folder / "runs/mae-s0") if "finetune" in r["protocol"]]
+        with np.load(folder / "runs/mae-s0" / row["predictions"]) as stored:
+            return row | dict(seconds=0, measured_at=""), row["seconds"], stored["confusion"]
+
+    for name in ("whole", "stopped"):
+        shutil.copytree(measured, tmp_path / name)
+    segment(tmp_path / "whole", monkeypatch, *words)
+    whole, steps[:] = list(steps), []
+    stop_at = 6 + 3  # in the second of several trainings
+    with pytest.raises(SystemExit) as stopped:
+        segment(tmp_path / "stopped", monkeypatch, *words)
+    assert stopped.value.code == 128 + signal.SIGTERM and "Stopped after step 3 of 6, saved." in capsys.readouterr().out
+    assert not any("finetune" in row["protocol"] for row in results.read(tmp_path / "stopped/runs/mae-s0"))
+    saved = list((tmp_path / "stopped/runs/mae-s0/segmentation").rglob("*.pt"))
+    assert sorted(file.name for file in saved) == ["step-00000003.pt", "step-00000006.pt"]
+    for file in saved:
+        state = torch.load(file, weights_only=True)
+        assert 0 < state["seconds"] < 100
+        torch.save(state | dict(seconds=1000.0), file)
+    segment(tmp_path / "stopped", monkeypatch, *words)
+    assert steps == whole  # none was repeated
+    expected, (row, seconds, counts) = tuned(tmp_path / "whole"), tuned(tmp_path / "stopped")
+    assert row == expected[0] and np.array_equal(counts, expected[2]) and 2000 < seconds < 2100
+    segment(tmp_path / "stopped", monkeypatch, *words)
+    assert steps == whole and tuned(tmp_path / "stopped")[0] == row
+
+
+def test_a_training_of_other_weights_or_masks_is_not_gone_on_with(measured):
+    task = task_of(measured)
+    config = recipes.Optim()
+    names = {dense_tuning._name(task, 3, 1e-3, config)}
+    for change in (dict(source=task_of(measured, "mae-s1").source), dict(masks=task.masks[1:]), dict(seed=4)):
+        names.add(dense_tuning._name(dataclasses.replace(task, **change), 3, 1e-3, config))
+    names |= {dense_tuning._name(task, 4, 1e-3, config), dense_tuning._name(task, 3, 1e-4, config)}
+    assert len(names) == 6

@@ -1,10 +1,18 @@
-"""Fine-tuning for segmentation: a backbone and a small convolutional decoder, trained together on images with masks."""
+"""Fine-tuning for segmentation: a backbone and a small convolutional decoder, trained together on images with masks.
+
+A training that is stopped goes on where it was saved, and one that is finished is not repeated, as those of
+eval/finetune.py.
+"""
 
 import argparse
 import copy
 import dataclasses
+import hashlib
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +24,8 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from eval.measure import cli, dense, features, rates, results
-from ssl_vit import optim, pretrain, subsets
+from ssl_vit import checkpoint, files, optim, pretrain, subsets, system, weights
+from ssl_vit import recipe as recipes
 from ssl_vit.backbones.vit import AddressedDropPath
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.errors import UserError, say
@@ -112,7 +121,8 @@ class Segmenter(nn.Module):
 
 @dataclass
 class Task:
-    """A backbone and images with masks to fine-tune it on, in this view. seed: of the decoder and all draws."""
+    """A backbone and images with masks to fine-tune it on, in this view. seed: of the decoder and all draws; folder:
+    where each training has a folder with its state."""
 
     source: features.Source
     images: ImageSet
@@ -120,21 +130,33 @@ class Task:
     classes: int
     view: Evaluation
     seed: int
+    folder: Path
 
     def part(self, chosen: np.ndarray) -> "Task":
         images, masks = self.images.part(torch.from_numpy(chosen)), [self.masks[i] for i in chosen]
         return dataclasses.replace(self, images=images, masks=masks)
 
 
+@dataclass(frozen=True)
+class Spent:
+    """FLOPs of trainings, and the seconds that earlier starts of the command spent on them."""
+
+    flops: float = 0.0
+    earlier: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(self.flops + other.flops, self.earlier + other.earlier)
+
+
 @dataclass
 class Tuned:
-    """A fine-tuned segmenter. about: what a row records of its making; images, flops: passed through the backbone and
-    spent in its training and the trials of rates."""
+    """A fine-tuned segmenter. about: what a row records of its making; images: passed through the backbone in its
+    training and the trials of rates; spent: on both."""
 
     model: Segmenter
     about: dict = dataclasses.field(default_factory=dict)
     images: int = 0
-    flops: float = 0.0
+    spent: Spent = Spent()
 
     def flops_per_image(self, task: Task) -> float:
         """Of scores for an image of the task."""
@@ -162,7 +184,7 @@ def fine_tune(task: Task, schedule: Schedule) -> Tuned:
 
     Raises UserError if training diverges.
     """
-    passed, spent, best = schedule.steps * BATCH_SIZE, 0.0, schedule.rates[0]
+    passed, spent, best = schedule.steps * BATCH_SIZE, Spent(), schedule.rates[0]
     about: dict[str, object] = {}
     settings: dict[str, object] = {}
     if len(schedule.rates) > 1:
@@ -177,15 +199,15 @@ def fine_tune(task: Task, schedule: Schedule) -> Tuned:
     return Tuned(model, about, passed, spent + work)
 
 
-def search(task: Task, schedule: Schedule) -> tuple[rates.Tried, int, float]:
-    """({rate: mIoU}, images passed, FLOPs): each rate of the schedule, trained on nine tenths of the images and judged
-    on the last, and on beyond them while the best is at an edge.
+def search(task: Task, schedule: Schedule) -> tuple[rates.Tried, int, Spent]:
+    """({rate: mIoU}, images passed, what was spent): each rate of the schedule, trained on nine tenths of the images
+    and judged on the last, and on beyond them while the best is at an edge.
 
     Raises UserError if training diverges at every rate.
     """
     fit, rest = (task.part(chosen) for chosen in subsets.hold_out(np.zeros(len(task.images), dtype=int), 0))
     tried: rates.Tried = {}
-    spent, left = 0.0, list(schedule.rates)
+    spent, left = Spent(), list(schedule.rates)
     while left:
         for rate in left:
             model, work = train(fit, schedule.steps, rate)
@@ -199,11 +221,11 @@ def search(task: Task, schedule: Schedule) -> tuple[rates.Tried, int, float]:
     return tried, len(tried) * (schedule.steps * BATCH_SIZE + len(rest.images)), spent
 
 
-def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, float]:
-    """(the segmenter, the FLOPs of its training), or None for it if the loss is no longer a finite number.
+def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, Spent]:
+    """(the segmenter, what its training cost), or None for it if the loss is no longer a finite number.
 
     AdamW as in recipes/finetune.yaml, in batches of BATCH_SIZE; an untrained backbone has no layer decay, since there
-    is nothing to protect.
+    is nothing to protect. Goes on from the state in the task's folder; exits, saved, if told to stop.
     """
     device = _device(task.source.network)
     zero = torch.zeros(1, task.images.channels, *task.view.size)
@@ -212,26 +234,87 @@ def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, float]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
         model = Segmenter(task.source, patches.shape[-1], task.classes).to(device)
-    config = pretrain.read("finetune", [], None).optim
+    recipe = pretrain.read("finetune", [], None)
+    config = recipe.optim
     if results.describe_run(task.source.folder, task.source.settings)["recipe"] == "random":
         config.layer_decay = 1.0
     optimizer = optim.build(model, config, rate)
     work = 3 * count(model, lambda twin: twin(zero)) * BATCH_SIZE  # of a step: forward, and backward twice that
     order = Order(task.seed, len(task.images), BATCH_SIZE)
     rows = np.arange(BATCH_SIZE)
-    bar = tqdm(range(steps), desc=f"fine-tuning {task.source.name}", unit="step", leave=False, mininterval=1.0)
-    for step in bar:
-        optim.set_schedule(optimizer, config, rate, step, steps)
-        model.train()
-        images, masks = batch(task, order.indices(step, rows), Draw(task.seed, step, torch.from_numpy(rows)))
-        scores = interpolate(model(images.to(device)), task.view.size, mode="bilinear", align_corners=False)
-        loss = cross_entropy(scores, masks.to(device), ignore_index=dense.IGNORED)
-        if not loss.isfinite():
-            return None, (step + 1) * work
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval(), steps * work
+    state = State(task.folder / _name(task, steps, rate, config), model, optimizer)
+    with state.lock, system.StopSignal() as stop:
+        done = state.load()
+        if 0 < done < steps:
+            say(f"Resuming from step {done} of {steps}.")
+        saver = checkpoint.Saver(state.save, recipe.runtime, lambda step: None, done)
+        bar = tqdm(
+            range(done, steps),
+            desc=f"fine-tuning {task.source.name}",
+            initial=done,
+            total=steps,
+            unit="step",
+            leave=False,
+            mininterval=1.0,
+        )
+        for step in bar:
+            optim.set_schedule(optimizer, config, rate, step, steps)
+            model.train()
+            images, masks = batch(task, order.indices(step, rows), Draw(task.seed, step, torch.from_numpy(rows)))
+            scores = interpolate(model(images.to(device)), task.view.size, mode="bilinear", align_corners=False)
+            loss = cross_entropy(scores, masks.to(device), ignore_index=dense.IGNORED)
+            if not loss.isfinite():
+                return None, Spent((step + 1) * work, state.earlier)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            at = step + 1
+            if at == steps or stop.requested or saver.overdue:
+                saver.save(at)
+            if stop.requested and at < steps:
+                bar.close()
+                say(f"Stopped after step {at} of {steps}, saved. The same command resumes from there.")
+                sys.exit(stop.code)
+    return model.eval(), Spent(steps * work, state.earlier)
+
+
+class State:
+    """A training's checkpoints in a folder of its own. earlier: the seconds that other starts spent on what was loaded;
+    lock: for the only process that may train."""
+
+    def __init__(self, folder: Path, model: Segmenter, optimizer: torch.optim.Optimizer):
+        self.run, self.model, self.optimizer = checkpoint.Run(folder), model, optimizer
+        self.lock = files.Lock(folder / ".lock", wait=False)
+        self.earlier, self.began = 0.0, time.perf_counter()
+
+    def load(self) -> int:
+        """Take the newest state, if there is one; returns the steps done. Raises UserError if it cannot be read."""
+        done, path = max(self.run.checkpoints().items(), default=(0, None))
+        if path is not None:
+            with checkpoint.reading(path):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            self.earlier = state["seconds"]
+        return done
+
+    def save(self, step: int) -> None:
+        """Write the state after so many steps. Raises UserError if the disk is full."""
+        seconds = self.earlier + time.perf_counter() - self.began
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), seconds=seconds)
+        with self.run.saving(step, ".pt") as path, open(path, "wb") as stream:
+            torch.save(state, stream)
+
+
+def _name(task: Task, steps: int, rate: float, config: recipes.Optim) -> str:
+    """The name of a training's folder: a hash of all that its result depends on."""
+    masks = hashlib.sha256()
+    for mask in task.masks:
+        masks.update(repr(mask.shape).encode() + mask.tobytes())
+    source = task.source
+    found = [weights.digest(source.network), source.precision, task.images.fingerprint, masks.hexdigest(), task.classes]
+    found += [dataclasses.asdict(task.view), task.seed, steps, rate, dataclasses.asdict(config)]
+    return f"{steps}-steps-{rate:g}-{fingerprint(found, 12)}"
 
 
 def batch(task: Task, indices: np.ndarray, draw: Draw) -> tuple[Tensor, Tensor]:
