@@ -2,17 +2,21 @@
 
 import dataclasses
 import re
+import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from sklearn.linear_model import LogisticRegression
+from test_loop import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import linear_probe
+from eval import knn, linear_probe
 from eval.measure import features, linear_heads, probing, results
-from ssl_vit import data, errors, subsets
+from ssl_vit import data, errors, pretrain, subsets
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -469,3 +473,26 @@ def test_bad_input_is_refused(arguments, said, tmp_path, monkeypatch):
 def test_pixels_have_no_augmented_features(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="use sweep"):
         run(monkeypatch, tmp_path, "--backbone", "pixels", "--data", "digits", "--preset", "mae")
+
+
+def test_seconds_leave_out_the_features_as_those_of_k_nn_do(tmp_path, monkeypatch):
+    """And FLOPs count them: eval/measure/results.py."""
+    clock, compute, real = [0.0], features._compute, time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
+
+    def slow(*words):
+        clock[0] += 1000.0
+        compute(*words)
+
+    monkeypatch.setattr(features, "_compute", slow)
+    monkeypatch.chdir(tmp_path)
+    settings = [*TINY, "train.steps=0", *SMALL["mae"]]
+    assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs/mae") == 0
+    words = ["--backbone", "runs/mae", "--labels", "5", "--threads", "1"]
+    for evaluator in (linear_probe, knn):
+        shutil.rmtree(tmp_path / "runs/mae/features", ignore_errors=True)
+        monkeypatch.setattr(sys, "argv", ["evaluator.py", *words])
+        evaluator.main()
+    rows = results.read(tmp_path / "runs/mae")
+    assert {row["protocol"].split("-")[0] for row in rows} == {"linear", "knn"} and clock[0] == 4000
+    assert all(0 < row["seconds"] < 1000 and row["eval_flops"] > 1e6 for row in rows)

@@ -18,7 +18,8 @@ control. Numbers are fractions, not percentages. Columns:
     seeds, pooled_arms         the number of seeds (1: the interval covers the images only); the number of arms whose
                                variance between seeds was pooled, 0 if it is its own (eval/compare/intervals.py)
     balanced_accuracy          for an accuracy: the mean recall over the classes
-    pretrain_flops, pretrain_images, eval_flops, eval_images, eval_seconds    means over the seeds; empty if unknown
+    pretrain_flops, pretrain_images, eval_flops, eval_images, eval_seconds    means over the seeds; empty if unknown;
+                               eval_seconds are without stored features (eval/measure/results.py)
 
 Training curves are in log.jsonl of each run.
 """

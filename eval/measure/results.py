@@ -2,8 +2,19 @@
 
 The cost of a row is in eval_images (images passed through the backbone, including those of training), eval_flops and
 seconds. Images and FLOPs are those of this row alone, as if features were not shared with other rows. Seconds are
-measured: the time to fit and evaluate all rows that were made together, without the features of unaugmented images,
-which are stored.
+measured, and not of the same work: the features of unaugmented images are stored, for all evaluators and all times, so
+that the seconds to compute them are in no row, though their FLOPs are in each. In all other respects seconds are all of
+the work, of all rows that were made together:
+
+    k-NN                        the votes for all k and poolings
+    linear sweep, logistic      the fits and trials of all poolings
+    linear-mae, linear-dino     the head, and its augmented training images through the backbone
+    robustness                  the heads, and the corrupted test images of all kinds through the backbone
+    segmentation                of each row alone: its probe; its fine-tuning, with trials, and the test images
+    attention masks             the test images through the backbone
+    fine-tuning                 of each row alone: its training, with trials, and the test images
+
+So seconds compare rows of one protocol; eval_flops compare protocols.
 """
 
 import hashlib
