@@ -101,6 +101,7 @@ def main() -> None:
     given = recipes.Data(name=args.data) if args.data else None
     source = features.open_source(args.backbone, given, None)
     source.precision = system.precision(args.precision, state.device.type == "cuda")
+    system.set_products(source.precision)
     if source.backbone is None:
         raise UserError(f"{args.backbone} is no backbone: pass a run, a file or folder of weights, or a timm model.")
     config = features.read_as(source.settings, args.data) if args.data else features.data_of(source.settings)

@@ -152,6 +152,7 @@ def main() -> None:
     given = recipes.Data(name=args.data)
     source = features.open_source(args.backbone, given, None)
     source.precision = system.precision(args.precision, state.device.type == "cuda")
+    system.set_products(source.precision)
     if source.backbone is None:
         raise UserError(f"{args.backbone} has no classifier: pass a fine-tuned run, or one with a kept probe.")
     given = features.read_as(source.settings, args.data)

@@ -44,7 +44,7 @@ Kind = Literal["plain", "ddp", "fsdp2"]
 
 def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
     """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
-    resolve_precision(recipe)
+    system.set_products(resolve_precision(recipe))
     resolve_engine(recipe)
     names = monitor.trackers(recipe.monitor.trackers)
     try:
@@ -93,10 +93,11 @@ def resolve_engine(recipe: recipes.Recipe) -> None:
     del os.environ["ACCELERATE_USE_FSDP"]  # Accelerate would shard by its own plugin, which does nothing on a CPU
 
 
-def resolve_precision(recipe: recipes.Recipe) -> None:
-    """Replace train.precision=auto by what this device can do."""
+def resolve_precision(recipe: recipes.Recipe) -> system.Precision:
+    """Replace train.precision=auto by what this device can do, and return that."""
     cuda = not told_to_use_cpu() and torch.cuda.is_available()
-    recipe.train.precision = system.precision(recipe.train.precision, cuda)
+    recipe.train.precision = found = system.precision(recipe.train.precision, cuda)
+    return found
 
 
 def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:

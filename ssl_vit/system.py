@@ -64,17 +64,21 @@ Precision = Literal["fp32", "tf32", "bf16"]
 def precision(asked: Literal["auto"] | Precision, cuda: bool) -> Precision:
     """As asked; with "auto" bf16 on a GPU with units for it (compute capability 8.0 or more), else fp32.
 
-    From here on, a GPU rounds the factors of float32 products to TF32's ten bits for "tf32" alone; torch would do so in
-    every convolution. Raises UserError for tf32 without such a GPU.
+    Raises UserError for tf32 without such a GPU.
     """
     units = cuda and torch.cuda.get_device_capability() >= (8, 0)
     if asked == "tf32" and not units:
         raise UserError("Precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more: take fp32.")
-    # by torch's older flags: its exporters and compiler read these, and fail where the newer ones were set
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked == "tf32"
     if asked == "auto":
         return "bf16" if units else "fp32"
     return asked
+
+
+def set_products(precision: Precision) -> None:
+    """From here on, a GPU rounds the factors of float32 products to TF32's ten bits for "tf32" alone; torch would do so
+    in every convolution."""
+    # by torch's older flags: its exporters and compiler read these, and fail where the newer ones were set
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def workers(asked: int | Literal["auto"]) -> int:

@@ -14,8 +14,8 @@ from conftest import SMALL, small_recipe
 from PIL import Image
 from test_loop import ROOT, TINY, TORCHRUN, environment
 
-from eval.measure import features
-from ssl_vit import backbones, data, system, views, weights
+from eval.measure import cli, features
+from ssl_vit import backbones, data, engine, system, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -26,6 +26,14 @@ def small_source(folder, name="mae"):
     recipe = small_recipe(name, *DIGITS)
     backbone = backbones.build(recipe.backbone, recipe.data, 0).eval()
     return features.Source("small", folder, {}, backbone, (8, 8))
+
+
+@pytest.fixture
+def products():
+    """How products are rounded is as before when the test ends."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture
@@ -86,11 +94,32 @@ def test_in_bf16_they_are_near_those_in_fp32_and_stored_apart(tmp_path, state, i
         ("tf32", True, (8, 0), "tf32"),
     ],
 )
-def test_the_precision_is_that_of_the_device_unless_asked_for(monkeypatch, asked, cuda, capability, found):
+def test_the_precision_is_that_of_the_device_unless_asked_for(monkeypatch, products, asked, cuda, capability, found):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert system.precision(asked, cuda) == found
-    # torch's own default for convolutions is tf32
-    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is (found == "tf32")
+    for flag in (True, False):  # which it leaves alone
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = flag
+        assert system.precision(asked, cuda) == found
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is flag
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_products_are_rounded_for_tf32_alone(products, precision):
+    """In convolutions too, where torch's own default is tf32."""
+    for flag in (True, False):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = flag
+        system.set_products(precision)
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is (precision == "tf32")
+
+
+def test_training_and_evaluating_set_it(monkeypatch, products, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["knn.py"])
+    for begin in (
+        lambda: engine.start(small_recipe("mae", "train.precision=fp32", "monitor.trackers=none"), tmp_path),
+        lambda: cli.EvalRequest(cli.parser("").parse_args(["--backbone", "pixels", "--data", "digits"])),
+    ):
+        torch.backends.cudnn.allow_tf32 = True
+        begin()
+        assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(("cuda", "capability"), [(False, (9, 0)), (True, (7, 5))])

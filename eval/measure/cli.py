@@ -93,6 +93,7 @@ class EvalRequest:
         asked = getattr(args, "labels", [None])
         self.parts = [(part, seed) for part in asked for seed in (args.label_seeds if part else [None])]
         precision = system.precision(getattr(args, "precision", "fp32"), self.state.device.type == "cuda")
+        system.set_products(precision)
         self.sources: list[features.Source] = []
         for name in args.backbone:
             source = features.open_source(name, config, size, getattr(args, "img_size", None))
