@@ -12,8 +12,9 @@ tenths of the labelled images and evaluated on the last tenth; if the best rate 
 twice that rate is tried next, until it is neither. With the best rate the model is trained again on all of them, and
 only then is the report split read. With one label per class nothing can be held out: the middle rate is used. --lr-of
 RUN uses the rate that was chosen for
-another run, such as one of another seed. --held-out only chooses, after a pre-training with data.hold_out=true: the
-labels are of the nine tenths that it saw, and every rate is judged on the tenth that it did not.
+another run, such as one of another seed. --held-out leaves the report split alone, after a pre-training with
+data.hold_out=true: the labels are of the nine tenths that it saw, and it is judged on the tenth that it did not, every
+rate if there are several --lr.
 With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:
 for the compute of a pre-training, so that a control from scratch has equal total compute.
 
@@ -104,7 +105,8 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
 
 
 def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Schedule) -> list[dict]:
-    """The rows of --held-out: the best rate for each number of labels, judged on what the pre-training left out.
+    """The rows of --held-out: the best rate for each number of labels, judged on what the pre-training left out; if
+    there is only one, that.
 
     The labels are drawn by the seed of that tenth. The parts of a seed are nested and the tenth is its last part, so
     that the two are disjoint; raises UserError if so many labels are asked for that they are not.
@@ -126,13 +128,21 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
                     f"{count:,} labels reach into the tenth of train that they are to be judged on: ask for fewer."
                 )
         own = settings_of(source, request, schedule, subset, count)
-        choice = choose(source, request, own, schedule.rates, left_out)
-        recipe = make_recipe(source, request.config, [*own, f"optim.lr={choice.rate}"])
-        row = cli.row(source, left_out) | choice.answer.metrics(truth)
+        about: dict[str, object] = {}
+        if schedule.rates:
+            choice = choose(source, request, own, schedule.rates, left_out)
+            recipe = make_recipe(source, request.config, [*own, f"optim.lr={choice.rate}"])
+            how, about, spent, answer = CHOSEN, choice.about, choice.cost, choice.answer
+        else:
+            recipe, how = make_recipe(source, request.config, own), "last checkpoint"
+            path = tune(source, recipe, seen)
+            answer, judging = predict(path, left_out, request.state)
+            spent = trained(path) + judging
+        row = cli.row(source, left_out) | answer.metrics(truth)
         row |= dict(label_fraction=cli.describe_part(part), subset_seed=seed if part else None, train_n=count)
-        rows.append(row | described(source, recipe, schedule, CHOSEN, choice.about, choice.cost))
+        rows.append(row | described(source, recipe, schedule, how, about, spent))
         if request.state.is_main_process:
-            results.write(source.folder, [rows[-1]], [choice.answer], truth, left_out)
+            results.write(source.folder, [rows[-1]], [answer], truth, left_out)
     return rows
 
 

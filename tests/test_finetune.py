@@ -323,6 +323,30 @@ def test_held_out_images_are_those_that_pre_training_left_out(labels, tune, left
     assert taken["protocol"] == row["protocol"] and taken["chosen"] == row["chosen"]
 
 
+@pytest.mark.parametrize("rate", [[], ["--lr", "2e-3"]])
+def test_one_learning_rate_is_judged_on_held_out_images(rate, tune, left_out, tmp_path, monkeypatch):
+    """Whose row is no choice that another run could take."""
+    seen, roles, load = [], [], data.load
+    predict = finetune.predict
+    monkeypatch.setattr(
+        finetune, "predict", lambda path, images, state: seen.append((path, images)) or predict(path, images, state)
+    )
+    monkeypatch.setattr(
+        data, "load", lambda config, role, classes=None: roles.append(role) or load(config, role, classes)
+    )
+    asked = ["--labels", "20", "train.steps=1"]
+    [row] = tune("--held-out", *rate, *asked, backbones=("runs/tuned",))
+    [(path, images)] = seen
+    assert rows_in(images) == rows_in(load(recipes.Data(), "train")) - rows_in(left_out) and "report" not in roles
+    assert (row["split"], row["n"], row["train_n"]) == ("held out of train", 142, 200)
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+    assert recipe["images"]["count"] == 200 and row["settings"]["lr"] == recipe["optim"]["lr"]
+    assert row["chosen"] == "last checkpoint" and "tried" not in row["settings"]
+    assert row["eval_images"] == recipe["train"]["batch_size"] + 142
+    with pytest.raises(UserError, match="there is no choice to use"):
+        tune(*asked, "--lr", "1e-3", "2e-3", "--lr-of", "runs/tuned")
+
+
 def test_held_out_images_must_have_been_left_out(tune, left_out):
     asked = ["--held-out", "--lr", "1e-3", "2e-3", "train.steps=1"]
     with pytest.raises(UserError, match="runs/mae may have seen the held-out tenth"):
@@ -330,8 +354,7 @@ def test_held_out_images_must_have_been_left_out(tune, left_out):
     with pytest.raises(UserError, match="1,3.. labels reach into the tenth of train that they are to be judged on"):
         tune(*asked, "--labels", "95%", backbones=("runs/tuned",))
     for words, said in (
-        (["--held-out", "--lr", "1e-3"], "--held-out chooses among several --lr"),
-        ([*asked, "--lr-of", "runs/mae"], "--held-out chooses among several --lr: give those, without --lr-of"),
+        ([*asked, "--lr-of", "runs/mae"], "--held-out judges or chooses learning rates of its own: leave --lr-of out"),
         ([*asked, "--label-seeds", "3"], "leave --label-seeds out"),
     ):
         with pytest.raises(UserError, match=said):

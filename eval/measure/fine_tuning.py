@@ -41,7 +41,7 @@ STEPS = 300  # the fewest steps of a training, however few images it has
 class Schedule:
     """How to fine-tune. settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for
     the recipe's; lr_of: a run whose chosen rate is used; extra: FLOPs to train beyond the recipe's epochs; held_out:
-    whether rates are only chosen, on what the pre-training left out."""
+    whether to judge, and of several rates to choose, on what the pre-training left out."""
 
     settings: list[str]
     rates: list[float]
@@ -108,8 +108,8 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
         settings, rates = [*settings, f"optim.lr={rates[0]}"], []
     if args.lr_of and not rates:
         raise UserError("--lr-of uses a choice among several --lr: give those too, or leave it out.")
-    if args.held_out and (args.lr_of or not rates):
-        raise UserError("--held-out chooses among several --lr: give those, without --lr-of.")
+    if args.held_out and args.lr_of:
+        raise UserError("--held-out judges or chooses learning rates of its own: leave --lr-of out.")
     if args.held_out and args.label_seeds != [0]:
         raise UserError("--held-out draws the labels by the seed of the held-out tenth: leave --label-seeds out.")
     if not 0 <= args.extra_flops < float("inf"):
