@@ -53,9 +53,9 @@ def main() -> None:
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     eval_sets = study.eval_sets if study else read_eval_sets(groups)
     dense = [*read_eval_sets(groups, "mIoU"), *read_eval_sets(groups, "Jaccard")]
-    # one look: a study that decides shows no accuracy before every planned run is measured
-    early = bool(study and study.manifest["decides"] and decide(read(study)).lacking)
-    title, blocks, mains = report(groups, eval_sets, dense, command, study, early)
+    evidence = read(study) if study and study.manifest["decides"] else None
+    decided = (evidence, decide(evidence)) if evidence else None
+    title, blocks, mains = report(groups, eval_sets, dense, command, study, decided)
     old = args.output / "report.md"
     earlier = re.findall(r"^!\[.*\]\(([\w.-]+)\.svg\)$", old.read_text() if old.exists() else "", re.MULTILINE)
     drawn = charts_in(blocks)
@@ -63,6 +63,8 @@ def main() -> None:
         files.write(args.output / f"{name}.svg", svg)
     files.write(args.output / "report.md", markdown(title, blocks, args.output))
     files.write(args.output / "report.html", html(title, blocks))
+    # one look: a study that decides shows no accuracy before every planned run is measured
+    early = decided and decided[1].lacking
     files.write(args.output / "report.csv", tidy([] if early else [*eval_sets, *dense]))
     for name in set(earlier) - set(drawn):  # of an earlier report there
         (args.output / f"{name}.svg").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
 
 from eval.compare.evidence import read
+from eval.compare.rule import decide
 from eval.compare.studies import read_study
 from eval.page.document import Figure, markdown
 from eval.page.provenance import several_origins
@@ -28,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     evidence = read(read_study(args.study))
     runs = [run for group in evidence.study.groups for run in group.runs]
-    said = [block for block in blocks(evidence) if not isinstance(block, Figure)]
+    said = [block for block in blocks(evidence, decide(evidence)) if not isinstance(block, Figure)]
     sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", said + several_origins(runs), Path()))
 
 

@@ -346,7 +346,9 @@ def test_the_page_says_which_settings_the_trials_chose(monkeypatch):
     for training in found.manifest["arms"]["noise"]["runs"]:
         training["settings"] = ["views.scale=[0.2,1]", "optim.lr=0.1", "objective.noise_pca_dim=16"]
     monkeypatch.setattr(verdict_section, "scope", lambda evidence: None)
-    words = [block.text for block in verdict_section.blocks(found) if isinstance(block, document.Text)]
+    words = [
+        block.text for block in verdict_section.blocks(found, rule.decide(found)) if isinstance(block, document.Text)
+    ]
     assert (
         "Chosen by trials at other seeds, on held-out training images: noise with objective.noise_pca_dim=16." in words
     )
@@ -549,11 +551,14 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
 
 
 def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, capsys):
-    """One look, for the report as for the verdict."""
+    """One look, for the report as for the verdict, which is found once for all parts of the page."""
+    claims, calls = rule._claims, []
+    monkeypatch.setattr(rule, "_claims", lambda evidence: calls.append(evidence) or claims(evidence))
     monkeypatch.setattr(sys, "argv", ["report.py", "--study", str(written), "--output", str(written / "report")])
     report.main()
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
     assert "MAE pre-trains: YES" in page and "## Accuracy" in page and table.count("\n") > 20
+    assert len(calls) == 1
     (written.parent / "mae-s3/results.jsonl").unlink()
     report.main()
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from eval.compare import evidence
+from eval.compare.evidence import Evidence
+from eval.compare.rule import Verdict
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet
 from eval.compare.studies import StudyResults
@@ -26,16 +27,16 @@ def report(
     dense: list[EvalSet],
     command: str,
     study: StudyResults | None = None,
-    early: bool = False,
+    decided: tuple[Evidence, Verdict] | None = None,
 ) -> tuple[str, list[Block], list[Table]]:
-    """Title, content, and the main tables. dense: those measured by masks; study: whose arms the runs are; early: show
-    what lacks for its verdict, and no accuracy."""
+    """Title, content, and the main tables. dense: those measured by masks; study: whose arms the runs are; decided: its
+    verdict, and what that is of, if it decides. While anything lacks for a verdict, no accuracy is shown."""
     runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in [*eval_sets, *dense]))
     names = names or (study.manifest["data"] if study else "")
-    blocks: list[Block] = verdict_section.blocks(evidence.read(study)) if study and study.manifest["decides"] else []
-    if study and early:
+    blocks: list[Block] = verdict_section.blocks(*decided) if decided else []
+    if study and decided and decided[1].lacking:
         study, eval_sets, dense = replace(study, eval_sets=[]), [], []
     blocks += [Heading("All arms")] if blocks else []
     for eval_set in eval_sets:

@@ -20,9 +20,8 @@ PUBLISHED = (
 )
 
 
-def blocks(evidence: Evidence) -> list[Block]:
-    """The verdict's sections of a page; the first sentence of the first block is the answer."""
-    verdict = rule.decide(evidence)
+def blocks(evidence: Evidence, verdict: Verdict) -> list[Block]:
+    """The sections of a page on the verdict from this evidence; the first sentence of the first block is the answer."""
     found: list[Block] = [Text(sentence(verdict, scope(evidence)), "lead")]
     if verdict.lacking:
         return found
