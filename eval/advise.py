@@ -116,7 +116,7 @@ class Plan:
         seeds = self.args.label_seeds
         subsets = [(cli.describe_part(part), seed) for part in parts for seed in (seeds if part else [None])]
         found = [
-            advice.read(folder, ", ".join(names), how, protocol, self.args.data, subsets)
+            advice.read(folder, errors.listed(names), how, protocol, self.args.data, subsets)
             for folder, names, how, protocol in self.ways
         ]
         if any(not np.array_equal(found[0][1], truth) for _, truth in found):

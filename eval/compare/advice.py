@@ -107,8 +107,8 @@ class Advice:
         if self.chosen.from_scratch:
             longer = ", for the FLOPs of the pre-training too" if self.chosen.how == LONGER else ""
             return (
-                f"Train {self.chosen.name}’s architecture from scratch{longer}: {told} at {cost}, and no pre-trained "
-                "weights are distinguishably better."
+                f"Train the architecture of {self.chosen.name} from scratch{longer}: {told} at {cost}, and no "
+                "pre-trained weights are distinguishably better."
             )
         do = {
             FROZEN: f"Keep {self.chosen.name} frozen and train a linear classifier on its features",
