@@ -21,7 +21,9 @@ def commit_of(root: Path) -> str | None:
 
 
 def _git(root: Path, *words: str) -> str:
-    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    # without locks: `status` would else refresh the index, and refuse a commit that the user makes at that moment
+    command = ["git", "--no-optional-locks", *words]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 COMMIT = commit_of(ROOT)  # read when the code is loaded: the files may change before anything is written
