@@ -121,24 +121,67 @@ def augment(
     return make(spec, images, Draw(seed, step, torch.arange(len(images)), images.device))
 
 
+@dataclass(frozen=True)
+class Photo:
+    """A photo that is not decoded yet. size: its (H, W), upright; decode: n of REDUCTIONS → uint8 (C, h, w), its sides
+    at least those of the photo divided by n."""
+
+    size: tuple[int, int]
+    decode: Callable[[int], UInt8[Tensor, "C _ _"]]
+
+    @classmethod
+    def of(cls, photo: UInt8[Tensor, "C H W"] | Photo) -> Photo:
+        """The same, or a decoded photo as one that has no other size."""
+        return photo if isinstance(photo, Photo) else cls((photo.shape[-2], photo.shape[-1]), lambda _: photo)
+
+
+REDUCTIONS = (8, 4, 2, 1)  # what libjpeg can divide the sides of a photo by while it decodes
+
+
+def reduction(parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """The most of REDUCTIONS after which none of the parts is smaller than it is shown. parts: (height, width) in
+    pixels of the whole photo, and those at which it is shown. 1 if there are none."""
+    ratios = [side / shown for part, size in parts for side, shown in zip(part, size, strict=True)]
+    return next((n for n in REDUCTIONS if n <= min(ratios, default=1)), 1)
+
+
+def _in_pixels(box: Sequence[int], size: tuple[int, int], pixels: Tensor) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the box of a photo of `size` in its pixels, (C, h, w), which may be fewer. Edges go
+    to the nearest pixel and halves up: then no side is less than the whole number that it was reduced to or beyond."""
+    (top, left), (bottom, right) = (
+        [(2 * edge * n + side) // (2 * side) for edge, side, n in zip(corner, size, pixels.shape[-2:], strict=True)]
+        for corner in (box[:2], (box[0] + box[2], box[1] + box[3]))
+    )
+    return top, left, bottom - top, right - left
+
+
 def crop_photos(
     spec: ViewSpec, draw: Draw
-) -> Callable[[int, UInt8[Tensor, "C H W"]], dict[str, UInt8[Tensor, "_ C _ _"]]]:
+) -> Callable[[int, UInt8[Tensor, "C H W"] | Photo], dict[str, UInt8[Tensor, "_ C _ _"]]]:
     """What crops photos at their original sizes, in a DataLoader worker: a function of a place among the rows of the
     draw and its photo, uint8 (C, H, W), that gives uint8 (V, C, h, w) by view, with V = count or 1, from the boxes
-    `make` would take, not yet flipped. The numbers of all rows are drawn at once: that takes little longer than one."""
+    `make` would take, not yet flipped. The numbers of all rows are drawn at once: that takes little longer than one.
+    A `Photo` is decoded once for all views, as small as the one that needs most of it allows."""
     drawn = {name: _proportions(name, view, draw) for name, view in spec.items() if view.crop}
 
-    def crop_photo(at: int, photo: Tensor) -> dict[str, Tensor]:
-        crops = {}
+    def crop_photo(at: int, photo: Tensor | Photo) -> dict[str, Tensor]:
+        photo, crops = Photo.of(photo), {}
+        places, needed = {}, []
         for name, view in spec.items():
-            mode = InterpolationMode(view.interpolation)
             if view.crop:
                 area, aspect, place = drawn[name]
-                places = _placed(view, (area[at], aspect[at], place[at]), *photo.shape[-2:]).tolist()
-                parts = [per_sample.resized_crop(photo, *box, list(view.size), mode) for box in places]
+                places[name] = _placed(view, (area[at], aspect[at], place[at]), *photo.size).tolist()
+                needed += [(box[2:], view.size) for box in places[name]]
             else:
-                seen = whole_photo(Evaluation(view.size, interpolation=view.interpolation), photo)
+                needed.append((photo.size, _covering(*photo.size, view.size)))
+        pixels = photo.decode(reduction(needed))
+        for name, view in spec.items():
+            if view.crop:
+                mode, size = InterpolationMode(view.interpolation), list(view.size)
+                found = [_in_pixels(box, photo.size, pixels) for box in places[name]]
+                parts = [per_sample.resized_crop(pixels, *box, size, mode) for box in found]
+            else:
+                seen = _centre(Evaluation(view.size, interpolation=view.interpolation), pixels, photo.size)
                 parts = [seen] * (view.count or 1)
             crops[name] = torch.stack(parts).contiguous()
         return crops
@@ -146,13 +189,20 @@ def crop_photos(
     return crop_photo
 
 
-def whole_photo(view: Evaluation, photo: UInt8[Tensor, "C H W"]) -> UInt8[Tensor, "C _ _"]:
+def whole_photo(view: Evaluation, photo: UInt8[Tensor, "C H W"] | Photo) -> UInt8[Tensor, "C _ _"]:
     """The evaluation view of one photo in whole grey levels, uint8 (C, H, W) → uint8 (C, *size): those of `whole` or
-    the next ones, and those of timm's transform by PIL but for a few values in a hundred, a level or two off."""
-    height, width = photo.shape[-2:]
-    resized = _resized(height, width, view.size, view.crop_pct, view.crop_mode)
-    photo = per_sample.resize(photo, list(resized), InterpolationMode(view.interpolation))
-    cropped: Tensor = per_sample.center_crop(photo, list(view.size))
+    the next ones, and those of timm's transform by PIL but for a few values in a hundred, a level or two off.
+    A `Photo` is decoded as small as the view allows."""
+    photo = Photo.of(photo)
+    shown = _resized(*photo.size, view.size, view.crop_pct, view.crop_mode)
+    return _centre(view, photo.decode(reduction([(photo.size, shown)])), photo.size)
+
+
+def _centre(view: Evaluation, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The evaluation view of a photo of `size`, from its pixels, uint8 (C, h, w), of which it may have fewer."""
+    shown = _resized(*size, view.size, view.crop_pct, view.crop_mode)
+    pixels = per_sample.resize(pixels, list(shown), InterpolationMode(view.interpolation))
+    cropped: Tensor = per_sample.center_crop(pixels, list(view.size))
     return cropped.contiguous()
 
 

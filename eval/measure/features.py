@@ -79,9 +79,11 @@ def data_of(settings: dict) -> recipes.Data:
     """The images of a pre-training, as its recipe.yaml names them: all of them even if it was trained on a subset, with
     their own size, channels, mean and std. hflip stays as in the recipe, because only the user knows the labels.
     Permuted pixels do not: each run is shown images as in its own training, every other backbone those that are stored.
+    JPEGs are decoded in full (data.jpeg_draft), since all backbones are judged on the same pixels.
     """
     info = dict.fromkeys(("img_size", "in_chans", "mean", "std", "subset"))
-    return recipes.Data(**settings["data"] | info | dict(hold_out=False, permute_pixels=False))
+    own = dict(hold_out=False, permute_pixels=False, jpeg_draft=False)
+    return recipes.Data(**settings["data"] | info | own)
 
 
 def read_as(settings: dict, name: str) -> recipes.Data:

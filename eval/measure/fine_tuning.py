@@ -26,6 +26,7 @@ ELSEWHERE = {
     "data.hold_out": "pass several --lr, and the best is chosen on held-out images",
     **dict.fromkeys(("data.in_chans", "data.mean", "data.std"), "it belongs to the backbone's weights"),
     "data.permute_pixels": "it is that of the pre-training",
+    "data.jpeg_draft": "evaluators decode photos in full",
     **{
         f"backbone.{f.name}": "it belongs to the backbone that is fine-tuned"
         for f in dataclasses.fields(recipes.Backbone)

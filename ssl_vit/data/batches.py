@@ -60,7 +60,7 @@ def chunks(
         for step, rows, indices in plan:
             yield Chunk(Draw(seed, step, torch.from_numpy(rows), device), torch.from_numpy(indices))
         return
-    dataset = _Crops(known(images.photo), spec, seed)
+    dataset = _Crops(images.opened or known(images.photo), spec, seed)
     batches = ([(step, int(r), int(i)) for r, i in zip(rows, indices, strict=True)] for step, rows, indices in plan)
     loader: DataLoader[object] = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate
@@ -82,7 +82,7 @@ def evaluation_views(
         for part in indices.split(batch):
             yield view(images.images[part.to(images.images.device)].to(device))
         return
-    dataset = _Whole(known(images.photo), view)
+    dataset = _Whole(images.opened or known(images.photo), view)
     workers = min(system.cores(), 16) if len(indices) > batch else 0
     loader: DataLoader[object] = DataLoader(
         dataset,
@@ -102,7 +102,7 @@ Cropped = tuple[int, int, int, dict[str, Tensor]] | UserError  # step, row, inde
 class _Crops(Dataset[object]):
     """Decodes photos and crops all their views from the originals. An item is (step, row, index)."""
 
-    def __init__(self, photo: Callable[[int], Tensor], spec: views.ViewSpec, seed: int):
+    def __init__(self, photo: Callable[[int], Tensor | views.Photo], spec: views.ViewSpec, seed: int):
         self.photo, self.spec, self.seed = photo, spec, seed
 
     def __getitems__(self, items: list[tuple[int, int, int]]) -> list[Cropped]:
@@ -121,7 +121,7 @@ class _Crops(Dataset[object]):
 class _Whole(Dataset[object]):
     """Decodes one photo and makes its evaluation view, uint8 (C, H, W)."""
 
-    def __init__(self, photo: Callable[[int], Tensor], view: views.Evaluation):
+    def __init__(self, photo: Callable[[int], Tensor | views.Photo], view: views.Evaluation):
         self.photo, self.view = photo, view
 
     def __getitem__(self, index: int) -> Tensor | UserError:

@@ -1,5 +1,6 @@
 """The rows of a table → uint8 images: what a set is like, how it is decoded once, and the cache on disk."""
 
+import functools
 import hashlib
 import os
 from collections import Counter
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -17,12 +19,14 @@ from ssl_vit import files, system
 from ssl_vit.data import pixels
 from ssl_vit.data.pixels import Rules, Stored, one_line
 from ssl_vit.errors import UserError, say
+from ssl_vit.views import Photo
 
 LAW = 2  # version of the conversion to uint8: images decoded by another version are not used
 PROBE = 256  # images whose headers are read to learn what a set is like
 FILE = "ssl_vit.file"  # the column with an image file's path under its split; no user's column has this name
 FIRST = "ssl_vit.first"  # the column with the name or row of the first of equal images
 
+Result = TypeVar("Result")
 Kind = tuple[str, str, bool, bool]  # of an image: form, mode, whether it has alpha, whether it was turned upright
 
 
@@ -90,17 +94,28 @@ def decode(read: Callable[[int], Stored], rules: Rules, i: int) -> Tensor:
     return pixels.convert(read(i), rules)[0]
 
 
-def photo(decode: Callable, kept: Tensor | None, i: int) -> Tensor:
-    """Image i of those kept, decoded."""
+def photo(decode: Callable[[int], Result], kept: Tensor | None, i: int) -> Result:
+    """What decode makes of image i of those kept."""
     return decode(i if kept is None else int(kept[i]))
 
 
-def advising(decode: Callable, i: int) -> Tensor:
-    """Image i, decoded. Raises UserError, naming it and the remedy."""
+def advising(decode: Callable[[int], Result], i: int) -> Result:
+    """What decode makes of i. Raises UserError, naming the image and the remedy."""
     try:
         return decode(i)
     except UserError as error:
         raise _advised(error) from None
+
+
+def open_photo(read: Callable[[int], Stored], rules: Rules, i: int) -> Photo:
+    """Image i, of which only the header is read. This and its `decode` raise UserError, naming it and the remedy."""
+    stored = advising(read, i)
+
+    def decode(n: int) -> Tensor:
+        stored.shrink(n)
+        return pixels.convert(stored, rules)[0]
+
+    return Photo(stored.size, functools.partial(advising, decode))
 
 
 def _advised(error: UserError) -> UserError:

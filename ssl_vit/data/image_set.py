@@ -18,11 +18,12 @@ from torch import Tensor
 from ssl_vit import recipe as recipes
 from ssl_vit import subsets
 from ssl_vit.data import decoding, ledger, masks
-from ssl_vit.data.pixels import Rules
+from ssl_vit.data.pixels import JPEG, Rules
 from ssl_vit.data.sources import Rows, labels_of, place, rows_of
 from ssl_vit.errors import UserError, say_once
 from ssl_vit.randomness import permutation
 from ssl_vit.settings import known, pair
+from ssl_vit.views import Photo
 
 
 @dataclass
@@ -39,6 +40,7 @@ class ImageSet:
     size: tuple[int, int] | None  # (H, W), if the images share it
     images: Tensor | None = None
     photo: Callable[[int], Tensor] | None = None
+    opened: Callable[[int], Photo] | None = None  # i → image i, decoded as small as its views allow: data.jpeg_draft
     flip: bool = True
     masks: Callable[[int], Tensor] | None = None  # i → the class of each pixel of image i, uint8 (H, W)
     names: Callable[[], list[str]] | None = None  # the files' paths under the split, in order, if they are files
@@ -65,6 +67,7 @@ class ImageSet:
             count=len(chosen),
             images=None if self.images is None else self.images[chosen],
             photo=self.photo and functools.partial(decoding.photo, self.photo, chosen),
+            opened=self.opened and functools.partial(decoding.photo, self.opened, chosen),
             masks=self.masks and functools.partial(decoding.photo, self.masks, chosen),
             names=self.names and functools.partial(_names, self.names, chosen),
         )
@@ -120,6 +123,11 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     whole = _load(config, "report" if role == "report" else "train", classes)
     if config.hflip is not None:  # the recipe wins
         whole.flip = config.hflip
+    if config.jpeg_draft and whole.images is not None and role != "report":
+        raise UserError(
+            f"data.jpeg_draft=true is for photos that are decoded anew for every view, and the images of {whole.name} "
+            f"({whole.split}) are decoded once and kept: leave it out, or set data.cache_gb=0 to decode them anew."
+        )
     if config.permute_pixels:
         whole = whole.permuted()
         if config.img_size is not None and config.size != whole.size:
@@ -184,6 +192,11 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
             raise decoding.alike(len(stored["images"]), title)
     if images is None:
         decoding.refuse_alike(decode, look.indices, title)
+    draft = config.jpeg_draft and images is None
+    if draft:
+        content = f"{content} draft"
+    if draft and role == "train" and not any(form in JPEG for form, *_ in look.seen):
+        say_once(f"data.jpeg_draft is not used: the inspected images of {title} are no JPEGs.")
     if labels is not None and kept is not None:
         labels = labels[kept]
     if labels is not None and not bool((labels >= 0).any()):
@@ -205,6 +218,9 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
         images=images,
         photo=functools.partial(decoding.photo, functools.partial(decoding.advising, decode), kept)
         if images is None
+        else None,
+        opened=functools.partial(decoding.photo, functools.partial(decoding.open_photo, read, rules), kept)
+        if draft
         else None,
         flip=found.flip,
         masks=mask_of and functools.partial(decoding.photo, mask_of, kept),

@@ -46,6 +46,7 @@ TURNS = {  # EXIF orientation → what makes stored values (H, W, C) upright
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a),
 }
+JPEG = ("JPEG", "MPO")  # Pillow's formats that libjpeg decodes, at a fraction of their sides too
 GREY, DEEP = ("1", "L", "LA", "La"), ("I", "F")  # Pillow's modes; for the deep ones, their first letter
 
 
@@ -71,6 +72,7 @@ class Stored:
     turned: bool
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    draft: Callable[[int], object] | None = None  # of a JPEG: n → from now on it is read at 1/n of its sides
 
     @property
     def deep(self) -> str | None:
@@ -86,6 +88,12 @@ class Stored:
         if self.dtype.kind == "f" and not np.isfinite(values).all():
             raise UserError(f"Image {self.where} holds values that are not finite numbers.")
         return values
+
+    def shrink(self, n: int) -> None:
+        """Have a JPEG read at 1/n of its sides, rounded up, for n = 1, 2, 4 or 8, once; other images stay whole."""
+        if self.draft is not None and n > 1:
+            with naming(self.where):
+                self.draft(n)
 
     def colours(self) -> np.ndarray:
         """values() without alpha."""
@@ -247,6 +255,10 @@ def _picture(where: str, source: str | bytes, pages: str | None) -> Stored:
             found.append(_values(image, colours, alpha))
         return turn(np.concatenate(found, 2) if len(found) > 1 else found[0])
 
+    def draft(n: int) -> None:
+        # of the scales of libjpeg Pillow takes the smallest that keeps this size, which is 1/n
+        image.draft(None, (image.width // n, image.height // n))
+
     return Stored(
         where,
         known(image.format),
@@ -257,6 +269,7 @@ def _picture(where: str, source: str | bytes, pages: str | None) -> Stored:
         turned,
         dtype.newbyteorder("="),
         read,
+        draft if image.format in JPEG else None,
     )
 
 

@@ -1,7 +1,9 @@
-"""Photos on the way into training and evaluation, one process, against plain decoding of the same files by Pillow."""
+"""Photos on the way into training and evaluation, one process, against plain decoding of the same files by Pillow; and
+large ones with data.jpeg_draft, against the same without it."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,11 @@ from ssl_vit import recipe as recipes
 
 SIZE = 224
 MADE = 48  # JPEGs of 500x375 and 375x500, if no folder is named
+LARGE = 16  # and of four times the sides, for data.jpeg_draft
+SPECS = {
+    "MAE, 224 px": views.resampled(views.crop_flip((SIZE, SIZE), 0.5), "bicubic"),
+    "DINO, 2 + 8 views": views.resampled(views.dino((SIZE, SIZE), (96, 96), 8, 0.5), "bicubic"),
+}
 
 
 def contests(folder: Path | None) -> Iterator[Contest]:
@@ -21,8 +28,7 @@ def contests(folder: Path | None) -> Iterator[Contest]:
         if folder is None:
             folder = Path(scratch)
             _make(folder)
-        config = recipes.Data(name=str(folder), img_size=SIZE, in_chans=3, hold_out=False)
-        images = data.load(config, "train")
+        images = data.load(_config(folder), "train")
         files = sorted(file for file in (folder / "train").rglob("*") if file.is_file())
         chosen = np.arange(min(len(images), 256))
         assert images.images is None and len(files) == len(images), "photos in train/, of several sizes, are needed"
@@ -31,27 +37,46 @@ def contests(folder: Path | None) -> Iterator[Contest]:
             for file in files[: len(chosen)]:
                 np.asarray(Image.open(file).convert("RGB"))
 
-        def train(spec: views.ViewSpec) -> None:
-            for chunk in data.chunks(images, spec, iter([(0, chosen, chosen)]), 0, torch.device("cpu"), workers=0):
-                assert chunk.crops is not None
-
-        mae = views.resampled(views.crop_flip((SIZE, SIZE), 0.5), "bicubic")
-        dino = views.resampled(views.dino((SIZE, SIZE), (96, 96), 8, 0.5), "bicubic")
         peer = {"Pillow, decoding alone": decode}
-        yield Contest("photos for MAE, 224 px", lambda: train(mae), peer, len(chosen), "image", 0.65)
-        yield Contest("photos for DINO, 2 + 8 views", lambda: train(dino), peer, len(chosen), "image", 0.3)
-        view = views.evaluation((SIZE, SIZE))
-        evaluate = lambda: list(data.evaluation_views(images, view, torch.device("cpu"), torch.from_numpy(chosen)))  # noqa: E731
-        yield Contest("photos for evaluation", evaluate, peer, len(chosen), "image", 0.6)
+        goals = dict(zip(SPECS, (0.65, 0.3), strict=True))
+        for name, spec in SPECS.items():
+            yield Contest(
+                f"photos for {name}", partial(_train, images, spec, chosen), peer, len(chosen), "image", goals[name]
+            )
+        yield Contest("photos for evaluation", partial(_evaluate, images, chosen), peer, len(chosen), "image", 0.6)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _make(folder, LARGE, (2000, 1500))
+        whole, draft = (data.load(_config(folder, jpeg_draft=draft), "train") for draft in (False, True))
+        chosen = np.arange(len(whole))
+        calls: dict[str, Callable] = {name: partial(_train, spec=spec) for name, spec in SPECS.items()}
+        for name, call in (calls | dict(evaluation=_evaluate)).items():
+            entrants = [partial(call, images, chosen=chosen) for images in (draft, whole)]
+            peer = {"decoded whole": entrants[1]}
+            yield Contest(f"large photos for {name}, jpeg_draft", entrants[0], peer, len(chosen), "image")
 
 
-def _make(folder: Path) -> None:
-    """JPEGs of smooth structure with noise, so that they take about as many bytes as photos do."""
+def _config(folder: Path, **settings: bool) -> recipes.Data:
+    return recipes.Data(name=str(folder), img_size=SIZE, in_chans=3, hold_out=False, **settings)
+
+
+def _train(images: data.ImageSet, spec: views.ViewSpec, chosen: np.ndarray) -> None:
+    for chunk in data.chunks(images, spec, iter([(0, chosen, chosen)]), 0, torch.device("cpu"), workers=0):
+        assert chunk.crops is not None
+
+
+def _evaluate(images: data.ImageSet, chosen: np.ndarray) -> None:
+    list(data.evaluation_views(images, views.evaluation((SIZE, SIZE)), torch.device("cpu"), torch.from_numpy(chosen)))
+
+
+def _make(folder: Path, count: int = MADE, size: tuple[int, int] = (500, 375)) -> None:
+    """JPEGs of smooth structure with noise, so that they take about as many bytes as photos do. size: (W, H)."""
     rng = np.random.default_rng(0)
-    for i in range(MADE):
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
-        noisy = np.asarray(coarse).astype(int) + rng.integers(-12, 13, (375, 500, 3))
-        split = "train" if i < MADE - 2 else "test"
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+        noisy = np.asarray(coarse).astype(int) + rng.integers(-12, 13, (*size[::-1], 3))
+        split = "train" if i < count - 2 else "test"
         file = folder / split / f"class{i % 2}" / f"{i}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         photo = noisy.clip(0, 255).astype(np.uint8)
