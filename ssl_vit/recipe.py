@@ -269,7 +269,7 @@ RENAMED: dict[str, str] = {
 COMMAND_LINE = "the command line"
 READ_BY = {"optim.betas": "adamw", "optim.momentum": "sgd"}  # settings that one optimizer alone reads
 # settings that runs of earlier versions lack: at their defaults they are in no hash, so that those runs keep their name
-ADDED_LATER = ("optim.name", "optim.momentum")
+ADDED_LATER = ("optim.name", "optim.momentum", "data.jpeg_draft")
 
 
 @dataclass

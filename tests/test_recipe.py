@@ -98,9 +98,10 @@ def test_names_and_hashes_are_those_of_versions_with_one_optimizer(of_run):
         "runtime",
         "monitor",
     }
-    changed = [[], ["optim.name=sgd"], ["optim.name=sgd", "optim.momentum=0.8"]]
-    assert len({str(read(*asked).identity()) for asked in changed}) == 3
-    assert len({read(*asked).run_name() for asked in changed}) == 3
+    assert "jpeg_draft" not in recipe.identity()["data"]
+    changed = [[], ["optim.name=sgd"], ["optim.name=sgd", "optim.momentum=0.8"], ["data.jpeg_draft=true"]]
+    assert len({str(read(*asked).identity()) for asked in changed}) == 4
+    assert len({read(*asked).run_name() for asked in changed}) == 4
 
     run = Path(of_run(recipe))
     name = read(recipe=run).run_name()
