@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import batch_norm, checkpoint, compilation, flops, monitor, recomputation, shards, system
+from ssl_vit import batch_norm, channels_last, checkpoint, compilation, flops, monitor, recomputation, shards, system
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, listed, say
@@ -145,6 +145,8 @@ class Engine:
         self._copy = copy.deepcopy(objective).cpu() if self.kind == "fsdp2" and self.first else None
         if recipe.runtime.activation_checkpointing:
             recomputation.recompute(blocks(objective))
+        if channels_last.wanted(recipe.runtime, self.device, objective, self.kind == "fsdp2"):
+            channels_last.convert(objective)  # before replicas lay their gradients as the weights
         if self.kind == "ddp":
             self.model = replicate(accelerator, objective, len(objective.backbone.mean))
         # after replicas were tried on the CPU, and before blocks are sharded, whose gathering stays outside
@@ -255,6 +257,7 @@ class Engine:
                 saved[kernels] = group[kernels]
         self.objective.load_state_dict(weights)
         optimizer.load_state_dict(moments)
+        channels_last.follow(optimizer)
 
     def _load_parts(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """From a folder: each process reads its parts alone."""
@@ -276,6 +279,7 @@ class Engine:
         with checkpoint.reading(folder):
             shards.read(folder, tensors)
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=moments))
+        channels_last.follow(optimizer)
 
     # -- whole, as one process holds it -------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ THEIRS = {  # our key: (MAE, DINO, BEiT, timm)
     "runtime.num_workers": ("num_workers", "num_workers", "num_workers", "workers"),
     "runtime.save_every": ("(20 epochs)", "saveckp_freq", "save_ckpt_freq", "recovery_interval"),
     "runtime.compile": ("", "", "", "torchcompile"),
+    "runtime.channels_last": ("", "", "", "channels_last"),
     "objective.mask_ratio": ("mask_ratio", "", "num_mask_patches / patches", ""),
     "objective.norm_pix_loss": ("norm_pix_loss", "", "", ""),
     "objective.vocab_size": ("", "", "vocab_size", ""),

@@ -192,6 +192,10 @@ class Runtime:
     compile: bool | Literal["auto"] = setting(
         "auto", "torch.compile the transformer blocks; auto: on CUDA, in runs of 5,000 steps and more"
     )
+    channels_last: bool | Literal["auto"] = setting(
+        "auto",
+        "keep the channels of a pixel together in convolutional backbones; auto: on CUDA, without GroupNorm and fsdp2",
+    )
     activation_checkpointing: bool = setting(
         False,
         "compute activations of the transformer blocks again in the backward pass: less memory, a third more time",
