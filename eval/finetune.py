@@ -18,7 +18,8 @@ rate if there are several --lr.
 With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:
 for the compute of a pre-training, so that a control from scratch has equal total compute.
 
-Each training is a run of the loop in RUN/finetune/: the same command continues where it was stopped.
+Each training is a run of the loop in RUN/finetune/: the same command continues where it was stopped. A rate that has
+been judged is not tried again.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from eval.measure import cli, features, rates, results
+from eval.measure import cli, features, kept_trials, rates, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
@@ -94,7 +95,8 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
                 say(f"One label per class leaves nothing to choose on: lr {best:g}, the middle of --lr, is used.")
             own.append(f"optim.lr={best}")
         recipe = make_recipe(source, request.config, own)
-        path = tune(source, recipe, train)
+        path = place(source, recipe, train)
+        tune(recipe, path)
         answer, judging = predict(path, test, request.state)
         spent += trained(path) + judging
         row = cli.row(source, test) | keys | answer.metrics(truth)
@@ -135,9 +137,7 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
             how, about, spent, answer = CHOSEN, choice.about, choice.cost, choice.answer
         else:
             recipe, how = make_recipe(source, request.config, own), "last checkpoint"
-            path = tune(source, recipe, seen)
-            answer, judging = predict(path, left_out, request.state)
-            spent = trained(path) + judging
+            answer, spent = attempt(source, request, recipe, seen, left_out)
         row = cli.row(source, left_out) | answer.metrics(truth)
         row |= dict(label_fraction=cli.describe_part(part), subset_seed=seed if part else None, train_n=count)
         rows.append(row | described(source, recipe, schedule, how, about, spent))
@@ -221,16 +221,15 @@ def choose(
     while left:
         for rate in left:
             recipe = make_recipe(source, request.config, [*settings, f"optim.lr={rate}"])
+            judge = left_out or cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
             try:
-                path = tune(source, recipe, request.images(source)[0])
+                answers[rate], cost = attempt(source, request, recipe, request.images(source)[0], judge)
             except Diverged as error:
                 say(f"lr {rate:g}: {error}")
                 tried[rate] = None
                 continue
-            judge = left_out or cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
-            answers[rate], judging = predict(path, judge, request.state)
             tried[rate] = accuracy = answers[rate].metrics(cli.labels_of(judge))["value"]
-            total += trained(path) + judging
+            total += cost
             say(f"lr {rate:g}: {100 * accuracy:.1f} % of {len(judge)} held-out training images are correct")
         if not answers:
             raise UserError(f"Training diverged at every learning rate from {left[0]:g} on: pass smaller --lr.")
@@ -290,17 +289,41 @@ def architecture(source: features.Source, drop_path: float) -> recipes.Backbone:
     return dataclasses.replace(own, pos_embed="learned", drop_path_rate=drop_path, init_from=start)
 
 
-def tune(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
-    """Train by this recipe, unless that is done already; returns the run directory. Exits if told to stop."""
+def attempt(
+    source: features.Source,
+    request: cli.EvalRequest,
+    recipe: recipes.Recipe,
+    train: data.ImageSet,
+    judge: data.ImageSet,
+) -> tuple[Predictions, Cost]:
+    """(what a training by this recipe predicts for the images to judge on, the cost of both), unless that is kept from
+    an earlier call: then neither is done again."""
+    path = place(source, recipe, train)
+    if kept := kept_trials.read(source.folder, path.name, judge):
+        return kept[0], Cost(**kept[1])
+    tune(recipe, path)
+    answer, judging = predict(path, judge, request.state)
+    cost = trained(path) + judging
+    if request.state.is_main_process:
+        truth = cli.labels_of(judge)
+        kept_trials.write(source.folder, path.name, answer, truth, judge, dataclasses.asdict(cost))
+    return answer, cost
+
+
+def place(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:
+    """The run directory of a training by this recipe, whose tag and precision are set."""
     engine.resolve_precision(recipe)
     # all that must be the same when a run continues, and the weights: the folder may hold others by now
     recipe.tag = fingerprint([recipe.identity(), train.fingerprint, weights.digest(source.network)])
-    path = source.folder / "finetune" / recipe.run_name()
+    return source.folder / "finetune" / recipe.run_name()
+
+
+def tune(recipe: recipes.Recipe, path: Path) -> None:
+    """Train by this recipe, unless that is done already. Exits if told to stop."""
     code = pretrain.pretrain(recipe, path)
     if code:
         PartialState().destroy_process_group()
         sys.exit(code)
-    return path
 
 
 def trained(path: Path) -> Cost:

@@ -21,6 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from eval import finetune
 from eval.measure import fine_tuning, results
 from eval.measure.predictions import Predictions
+from eval.schedule.packed import Packed
 from ssl_vit import data, errors, flops, optim, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -260,10 +261,10 @@ def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, monkeypatch, 
     train = finetune.tune
     least = [4e-3]
 
-    def fragile(source, recipe, images):
+    def fragile(recipe, path):
         if recipe.optim.lr >= least[0]:
             raise errors.Diverged("The loss of step 7 is not a finite number.")
-        return train(source, recipe, images)
+        return train(recipe, path)
 
     monkeypatch.setattr(finetune, "tune", fragile)
     monkeypatch.setattr(finetune, "predict", near(1.0))
@@ -271,8 +272,8 @@ def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, monkeypatch, 
     assert row["settings"]["lr"] == 2e-3 and row["settings"]["tried"]["0.004"] is None
     assert "lr 0.004: The loss of step 7 is not a finite number." in capsys.readouterr().out
     least[0] = 0.0
-    with pytest.raises(UserError, match="Training diverged at every learning rate from 0.001 on"):
-        tune("--lr", "1e-3", "3e-3", "train.steps=1")
+    with pytest.raises(UserError, match="Training diverged at every learning rate from 0.0012 on"):
+        tune("--lr", "1.2e-3", "3e-3", "train.steps=1")
 
 
 @pytest.fixture
@@ -345,6 +346,35 @@ def test_one_learning_rate_is_judged_on_held_out_images(rate, tune, left_out, tm
     assert row["eval_images"] == recipe["train"]["batch_size"] + 142
     with pytest.raises(UserError, match="there is no choice to use"):
         tune(*asked, "--lr", "1e-3", "2e-3", "--lr-of", "runs/tuned")
+
+
+def test_a_choice_goes_on_from_what_was_judged(tune, left_out, tmp_path, monkeypatch):
+    """As after the loss of a machine, of which the packed results are left: no rate that they hold is tried again."""
+    asked = ["--held-out", "--lr", "1e-3", "2e-3", "4e-3", "--labels", "20", "train.steps=1"]
+    seen = judged(monkeypatch, best=2e-3)
+    [row] = tune(*asked, backbones=("runs/tuned",))
+    assert [lr for _, lr, *_ in seen] == [1e-3, 2e-3, 4e-3]
+    Packed(tmp_path / "kept").add(tmp_path / "runs/tuned")
+    (tmp_path / "kept/runs/tuned/results.jsonl").unlink()  # the row comes after the last rate
+    lost = tmp_path / "kept/runs/tuned/trials" / f"{at_rate(tmp_path, 1e-3)}.json"
+    lost.write_text(json.dumps(json.loads(lost.read_text()) | dict(images="other images")))
+    shutil.rmtree(tmp_path / "runs/tuned/finetune")
+    shutil.rmtree(tmp_path / "runs/tuned/trials")
+    (tmp_path / "runs/tuned/results.jsonl").unlink()
+    Packed(tmp_path / "kept").restore(tmp_path / "runs")
+    seen.clear()
+    [again] = tune(*asked, backbones=("runs/tuned",))
+    assert [lr for _, lr, *_ in seen] == [1e-3]  # whose answers are for other images
+    assert again["settings"] == row["settings"] and (again["value"], again["eval_images"]) == (1.0, 3 * (32 + 142))
+    assert again["eval_flops"] == row["eval_flops"] and again["seconds"] > 0
+    assert np.load(tmp_path / "runs/tuned" / again["predictions"])["predicted"].shape == (142,)
+
+
+def at_rate(tmp_path, rate) -> str:
+    """The name of the training of runs/tuned at this learning rate."""
+    settings = {path: yaml.safe_load((path / "recipe.yaml").read_text()) for path in tuned(tmp_path / "runs/tuned")}
+    [path] = [path for path, recipe in settings.items() if recipe["optim"]["lr"] == rate]
+    return path.name
 
 
 def test_held_out_images_must_have_been_left_out(tune, left_out):

@@ -1,11 +1,13 @@
 """Packed results: small, whole, and enough to go on from."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eval.measure import results
+from eval.measure import kept_trials, results
 from eval.measure.predictions import Predictions
 from eval.schedule import packed
 from eval.schedule.packed import Packed
@@ -183,3 +185,21 @@ def test_only_runs_that_are_missing_are_restored(run, tmp_path):
     assert kept.restore(elsewhere) == [elsewhere / run.name]
     assert results.read(elsewhere / run.name) == results.read(run) and (elsewhere / run.name / "done/x.json").exists()
     assert not list(elsewhere.glob("*.partial")) and Packed(tmp_path / "none").restore(elsewhere) == []
+
+
+def test_trials_of_fine_tuning_are_kept_and_restored(run, tmp_path):
+    answer = Predictions(np.arange(N) % 10, *np.full((2, N), 0.5, np.float32))
+    images = SimpleNamespace(fingerprint="abc")
+    cost = dict(images=7, flops=1e9, seconds=0.5)
+    kept_trials.write(run, "a", answer, np.zeros(N), images, cost)
+    kept = Packed(tmp_path / "kept")
+    kept.add(run)
+    assert {file.name for file in (kept.folder / "runs" / run.name / "trials").iterdir()} == {"a.json", "a.npz"}
+    kept.restore(tmp_path / "other")
+    found, spent = kept_trials.read(tmp_path / "other" / run.name, "a", images)
+    assert found.predicted.tolist() == answer.predicted.tolist() and found.p_true is None and spent == cost
+    # also beside a run that is there
+    shutil.rmtree(run / "trials")
+    assert kept.restore(run.parent) == [run] and kept.restore(run.parent) == []
+    assert kept_trials.read(run, "a", images)[1] == cost
+    assert kept_trials.read(run, "a", SimpleNamespace(fingerprint="of others")) is None

@@ -95,12 +95,13 @@ def test_what_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
 def test_a_stopped_study_goes_on(tmp_path, run):
     slow = dict(recipe="mae", settings=[*TINY, *SMALL["mae"], "train.steps=1000"])
     write_plan(tmp_path, arms=dict(mae=slow), controls=[], evaluators=[])
-    command = [sys.executable, str(ROOT / "eval/study.py"), "tiny.yaml"]
+    command = [sys.executable, str(ROOT / "eval/study.py"), "tiny.yaml", "--results", "packed"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
     until(lambda: any(steps_done(folder) >= 20 for folder in tmp_path.glob("runs/mae-*")))
     os.kill(process.pid, signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM and "continues from there" in said
+    assert list(tmp_path.glob("packed/runs/mae-*/recipe.yaml"))  # what there is, of what was stopped
     settings = next(tmp_path.glob("runs/mae-*/recipe.yaml"))
     settings.write_text(settings.read_text().replace("steps: 1000", "steps: 1001"))
     with pytest.raises(UserError, match=r"with other settings \(train.steps\)"):

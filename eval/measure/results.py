@@ -69,15 +69,17 @@ def write(
     A row replaces an earlier one of the same identity, even if that was measured on another number of test images: the
     images of that name have changed since. The rows stay in the order of their measurement. images: the test images;
     the names of their classes and files are stored in one file beside the predictions."""
-    arrays = []
-    for found in predictions:
-        found = Predictions(found) if isinstance(found, np.ndarray) else found
-        stored = Stored(predicted=found.predicted.astype(np.int32), true=truth.astype(np.int32))
-        if found.p_predicted is not None and found.p_true is not None:
-            stored["p_predicted"] = found.p_predicted.astype(np.float16)
-            stored["p_true"] = found.p_true.astype(np.float16)
-        arrays.append(stored)
+    arrays = [stored(found if isinstance(found, Predictions) else Predictions(found), truth) for found in predictions]
     store(folder, rows, arrays, images)
+
+
+def stored(found: Predictions, truth: np.ndarray) -> Stored:
+    """Predictions as they are stored."""
+    arrays = Stored(predicted=found.predicted.astype(np.int32), true=truth.astype(np.int32))
+    if found.p_predicted is not None and found.p_true is not None:
+        arrays["p_predicted"] = found.p_predicted.astype(np.float16)
+        arrays["p_true"] = found.p_true.astype(np.float16)
+    return arrays
 
 
 def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], images: ImageSet | None = None) -> None:

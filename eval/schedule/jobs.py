@@ -84,8 +84,8 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
     """Run all jobs, this many at once; returns those that failed. When told to stop, it stops the running ones.
 
     folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
-    SHOWN seconds. then: called with a job's run when the job is done. At the start it is called with the runs of
-    jobs that are done: an earlier call may have been killed before it got there.
+    SHOWN seconds. then: called with a job's run when the job is done or stopped. At the start it is called with the
+    runs of jobs that are done: an earlier call may have been killed before it got there.
     """
     for run in dict.fromkeys(job.run for job in jobs if job.done):
         then(run)
@@ -114,8 +114,9 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
         if asked:
             for command in running.values():
                 command.stop()
-            for command in running.values():
+            for job, command in running.items():
                 command.wait()
+                then(job.run)
             files.write(folder / "progress.txt", progress(jobs, (), times, at_once))
             say("\nStopped. The same command continues from there.")
             sys.exit(128 + asked[0])

@@ -7,9 +7,10 @@
 Several machines may take turns: each has its own rows of a run, and none is lost. Of two rows of one identity the one
 that was measured later counts; this machine's, if they do not tell.
 
-In DIR/runs/RUN are recipe.yaml, results.jsonl, difficulty.json, the marks of the evaluations that are done, and the
-predictions: 10,000 of ten classes take 11 kB a row instead of 63. Left out are the probabilities, and with them what a
-report says of calibration, and the names of image files.
+In DIR/runs/RUN are recipe.yaml, results.jsonl, difficulty.json, the marks of the evaluations that are done, the
+predictions (10,000 of ten classes take 11 kB a row instead of 63), and the trials of fine-tuning, so that a choice of a
+learning rate goes on. Left out are the probabilities, and with them what a report says of calibration, and the names of
+image files.
 """
 
 import io
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.measure import results
+from eval.measure import kept_trials, results
 from eval.measure.results import Stored
 from ssl_vit import files
 
@@ -61,9 +62,10 @@ def _bring(source: Path, target: Path, beats: Callable[[str, str], bool]) -> boo
     rows, taken = merged(results.read(target), results.read(source), beats)
     others = _lacking(source, target, "recipe.yaml", "predictions/images-*.json")
     others += [source / "difficulty.json"] if _counts(source / "difficulty.json", target, beats) else []
-    marks = _lacking(source, target, "done/*.json")
-    for row in taken:
-        _write(target / row["predictions"], narrow(source / row["predictions"]))
+    trials, done = _lacking(source, target, "trials/*.json"), _lacking(source, target, "done/*.json")
+    marks, answers = trials + done, [kept_trials.places(source, about.stem)[1] for about in trials]
+    for file in [*(source / row["predictions"] for row in taken), *answers]:
+        _write(target / file.relative_to(source), narrow(file))
     for file in others:
         named = file.parent.name == "predictions"
         small = json.dumps(json.loads(file.read_text()) | dict(names=None)) if named else file.read_bytes()
