@@ -15,15 +15,12 @@ def commit_of(root: Path) -> str | None:
     folder is not itself a checkout, or git is not installed."""
     if not (root / ".git").exists() or not shutil.which("git"):  # a package may lie in another project's checkout
         return None
-    commit = _git(root, "rev-parse", "HEAD")
-    changed = commit and _git(root, "status", "--porcelain", "--", *CODE)
-    return f"{commit}-dirty" if changed else commit or None
-
-
-def _git(root: Path, *words: str) -> str:
     # without locks: `status` would else refresh the index, and refuse a commit that the user makes at that moment
-    command = ["git", "--no-optional-locks", *words]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    words = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--", *CODE]
+    said = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False).stdout.splitlines()
+    commit = next((line.split()[-1] for line in said if line.startswith("# branch.oid ")), "(initial)")
+    changed = any(not line.startswith("#") for line in said)
+    return None if commit == "(initial)" else f"{commit}-dirty" if changed else commit
 
 
 COMMIT = commit_of(ROOT)  # read when the code is loaded: the files may change before anything is written

@@ -46,3 +46,8 @@ def test_a_package_inside_of_another_checkout_has_no_commit(root, monkeypatch):
     assert checkout.commit_of(root / "ssl_vit") is None
     monkeypatch.setenv("PATH", "")
     assert checkout.commit_of(root) is None  # without git
+
+
+def test_a_checkout_without_a_commit_has_none(tmp_path):
+    git(tmp_path, "init", "-q", "project")
+    assert checkout.commit_of(tmp_path / "project") is None

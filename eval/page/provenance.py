@@ -129,9 +129,14 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
         Text(INTERVALS),
         Heading("The code behind the rows", 3),
         Items([(commit, f"{versions}. Runs: {', '.join(sorted(runs))}") for (commit, versions), runs in made.items()]),
-        *([Heading("The code that trained the runs", 3)] if trained else []),
-        *([Items([(said, f"Runs: {', '.join(sorted(runs))}") for said, runs in trained.items()])] if trained else []),
+        *(_trainings(trained) if trained else []),
     ]
+
+
+def _trainings(trained: dict[str, set[str]]) -> list[Block]:
+    """trained: the names of runs by the commits that trained them."""
+    items = [(said, f"Runs: {', '.join(sorted(runs))}") for said, runs in trained.items()]
+    return [Heading("The code that trained the runs", 3), Items(items)]
 
 
 def _trained(run: Run) -> dict[int, str | None]:
