@@ -274,6 +274,32 @@ def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tm
     assert plan.decides is decides
 
 
+@pytest.mark.parametrize(
+    ("evaluators", "decides"), [("knn", False), ("linear_probe", False), ("knn,linear_probe,finetune", True)]
+)
+def test_some_of_the_evaluators_decide_nothing(evaluators, decides, tmp_path, monkeypatch):
+    """Of the claims that they leave, the levels would be too low."""
+    monkeypatch.chdir(tmp_path)
+    arms = deciding()
+    arms["random"]["evaluators"] = [["finetune"]]
+    tuning = dict(flops=1e8, seed=100, judge=["knn"])
+    lines = [["knn", "--k", "5"], ["linear_probe"]]
+    write_plan(tmp_path, arms=arms, seeds=2, budgets=[2e9], decides=True, tuning=tuning, evaluators=lines)
+    plan = plans.read("tiny.yaml")
+    plan.narrow(None, None, evaluators, False)
+    assert plan.decides is decides
+
+
+def test_the_plan_s_own_number_of_seeds_changes_nothing(tmp_path, monkeypatch):
+    """Those of an arm with fewer stay."""
+    monkeypatch.chdir(tmp_path)
+    arms = deciding() | dict(check=dict(recipe="supervised", role="positive-check", settings=TINY, seeds=1))
+    write_plan(tmp_path, arms=arms, seeds=2, budgets=[2e9], decides=True)
+    plan = plans.read("tiny.yaml")
+    assert plan.narrow(2, None, None, False) == [] and plan.decides
+    assert (plan.seeds_of("mae"), plan.seeds_of("check")) == (2, 1)
+
+
 def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arms = dict(mae=dict(recipe="mae", settings=MAE[:-1]))

@@ -231,6 +231,11 @@ def test_what_is_too_noisy_is_undecided_and_says_what_power_there_was():
     expected = intervals.shift(5, 0.95) * se
     assert answer.detectable(answer.conditions[0]) == pytest.approx(expected)
     assert f"gain of {100 * expected:.1f} points" in words
+    # of C2, whose probe holds, the fine-tuning is named, although the probe is the less precise
+    probe = decided({("noise", PLAIN): 52, ("noise", "LP"): 80}, spread={("noise", PLAIN): 4.0, ("noise", "LP"): 12.0})
+    assert said(probe, "C2") == rule.FEATURES
+    [words] = [text for text in verdict_section._undecided(probe) if text.startswith("C2")]
+    assert words.startswith("C2 is not shown.") and "noise − scratch-long by FT10: in it alone" in words
     both = decided(spread={("noise", PLAIN): 9.0, ("noise", "LP"): 30.0})
     assert said(both, "C2") == rule.OPEN
     assert both.noise.said == rule.UNSIZED and any("C3 is undecided" in t for t in verdict_section._undecided(both))
@@ -296,6 +301,17 @@ def test_the_instrument_is_checked(change, trusted):
     assert (not found.failed) == trusted
     assert verdict_section.sentence(found, None).startswith("MAE pre-trains" if trusted else "Instrument not trusted")
     assert all(answer.said == rule.YES for answer in found.claims.values())  # outside the claims
+
+
+def test_bounds_are_told_apart_from_their_thresholds():
+    small = decided({("random", PLAIN): 60 - 1.46, ("supervised", "LP"): 39.96})
+    whole = decided({("random", PLAIN): 60 - 1.54})
+    shown = [verdict_section.table(found).parts[0][1][0][1] for found in (small, whole)]
+    assert [(row[1].text, row[-1].text) for row in shown] == [
+        ("+1.46 to +1.46", "holds, small"),
+        ("+1.54 to +1.54", "holds"),
+    ]
+    assert "the difference is +4.96 points" in next(iter(verdict_section._instrument(small)))
 
 
 def test_a_plan_without_checks_says_so():
@@ -365,6 +381,61 @@ def test_an_arm_is_never_chosen_where_it_decides(tmp_path):
     evidence.read(made(trials=dict(noise=[trial | dict(seed=100)])).study)
     with pytest.raises(UserError, match="decides nothing"):
         evidence.read(made(decides=False).study)
+
+
+@pytest.fixture
+def tuned_rows():
+    """A tuned study, and a function that gives the fine-tunings of one arm rows of these settings, seed by seed."""
+    study = made(tuning=dict(flops=3e13, seed=100, judge=["linear_probe"])).study
+
+    def give(arm, settings):
+        for metric, by_group in study.eval_set.scores.items():
+            for group, scores in by_group.items():
+                if group.label == "" and group.recipe == arm and metric.protocol == PLAIN:
+                    rows = [dict(run=f"{arm}-s{seed}", seed=seed, settings=said) for seed, said in enumerate(settings)]
+                    scores.rows = rows
+        return study
+
+    return give
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([dict(lr=1e-3, lr_of="a", recipe="r")] * 6, None),
+        (
+            [dict(lr=1e-3, lr_of="a", recipe="r")] * 5 + [dict(lr=2e-3, lr_of="b", recipe="r")],
+            "different learning rates: mae-s0 has 0.001, as chosen for a and mae-s5 has 0.002, as chosen for b",
+        ),
+        ([dict(lr=1e-3, lr_of="a", recipe="r")] * 5 + [dict(lr=1e-3, tried={"1e-3": 0.5})], "chosen at a seed that"),
+        ([dict(lr=1e-3, lr_of="a", recipe="r")] * 5 + [dict(lr=1e-3, lr_of="a", recipe="s")], "different versions of"),
+    ],
+)
+def test_a_fine_tuning_that_is_not_the_study_s_decides_nothing(settings, said, tuned_rows):
+    """One by hand, or by a part of the plan, has the row's identity and replaces it."""
+    study = tuned_rows("mae", settings)
+    if said is None:
+        evidence.read(study)
+    else:
+        with pytest.raises(UserError, match=said):
+            evidence.read(study)
+
+
+def test_the_page_says_which_rates_were_chosen(tuned_rows):
+    study = tuned_rows("mae", [dict(lr=1e-3, lr_of="a")] * 6)
+    study.manifest["trials"] = {}
+    [words] = list(verdict_section._chosen(evidence.read(study)))
+    assert words == "Learning rates of fine-tuning, chosen in the same way: mae 0.001."
+
+
+def test_seeds_of_an_arm_have_one_recipe(written):
+    evidence.read(read_study(written))
+    file = written.parent / "mae-s3/recipe.yaml"
+    tree = yaml.safe_load(file.read_text())
+    tree["train"]["batch_size"] = 7
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"mae-s2 and .*mae-s3 are seeds of mae with .*\(train.batch_size\): train"):
+        evidence.read(read_study(written))
 
 
 def test_each_contrast_has_its_own_variance_over_seeds():
@@ -524,7 +595,7 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
     told = capsys.readouterr().out
     title, answer = told.split("\n\n")[:2]
     assert title == "# Can denoising objectives pre-train ViTs?"
-    assert answer.startswith("MAE pre-trains: YES; noise pre-trains: YES; noise against MAE: EQUIVALENT (+0.0, 95 % ")
+    assert answer.startswith("MAE pre-trains: YES; noise pre-trains: YES; noise against MAE: EQUIVALENT (+0.00, 95 % ")
     for words in (
         "a ViT of 0.45 M parameters",
         "one data set, cifar10, 50,000 images of 32×32 px, 48 values a token",

@@ -8,13 +8,14 @@ and only what the plan asks for counts: rows of other seeds, or of another fine-
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from eval.compare import intervals
 from eval.compare.metrics import Metric
-from eval.compare.runs import Group
+from eval.compare.runs import Group, differing
 from eval.compare.scores import Scores
 from eval.compare.studies import StudyResults
 from ssl_vit.errors import UserError, listed
@@ -104,6 +105,12 @@ class Evidence:
                 found.append(FromScratch(name, bool(extra), corruption, scores))
         return found
 
+    def fine_tunings(self) -> list[tuple[str, Scores]]:
+        """(name, scores) of every fine-tuning and training from scratch that counts."""
+        found = [(arm, self._side(role)[1]) for role, arm in self.arms.items() if role != "scratch"]
+        found += [(training.name, training.scores) for training in self.scratch()]
+        return [(name, scores) for name, scores in found if scores is not None]
+
     def group(self, arm: str) -> Group | None:
         """The runs of an arm, if they were evaluated."""
         return self.study.group(arm, self.budget)
@@ -170,4 +177,46 @@ def read(study: StudyResults) -> Evidence:
                 f"{study.folder} chose the settings of {arm} at seed {deciding[0]}, which decides: tune at seeds of "
                 "100 and more."
             )
-    return Evidence(study)
+    evidence = Evidence(study)
+    _one_recipe(evidence)
+    _one_choice(evidence)
+    return evidence
+
+
+def _one_recipe(evidence: Evidence) -> None:
+    """Raises UserError if the seeds of an arm were trained with other settings."""
+    for arm in evidence.manifest["arms"]:
+        group = evidence.group(arm)
+        runs = group.runs if group else []
+        for first, run in itertools.pairwise(runs):
+            if keys := differing(first, run):
+                raise UserError(
+                    f"{first.folder} and {run.folder} are seeds of {arm} with different settings ({', '.join(keys)}): "
+                    "train one of them again."
+                )
+
+
+def _one_choice(evidence: Evidence) -> None:
+    """Raises UserError if fine-tunings of one arm have different learning rates, or rates chosen where they decide, or
+    if their recipes differ. All seeds take what was chosen once, at the seed of the trials."""
+    recipes: dict[str | None, str] = {}
+    for name, scores in evidence.fine_tunings():
+        rows = [row for row in scores.rows if row["seed"] in evidence.seeds]
+        chosen: dict[tuple, str] = {}
+        for row in rows:
+            said = row["settings"]
+            recipes.setdefault(said.get("recipe"), row["run"])
+            chosen.setdefault((said.get("lr"), said.get("lr_of")), row["run"])
+            if "tried" in said and evidence.manifest["tuning"]:
+                raise UserError(
+                    f"The learning rate of {row['run']} ({name}) was chosen at a seed that decides, by a fine-tuning "
+                    "that is not the study's: delete its row, and its mark in the folder done, and run the study again."
+                )
+        if evidence.manifest["tuning"] and len(chosen) > 1:
+            words = [f"{run} has {lr:g}, as chosen for {of}" for (lr, of), run in chosen.items()]
+            raise UserError(f"The seeds of {name} were fine-tuned at different learning rates: {listed(words)}.")
+    if len(recipes) > 1:
+        raise UserError(
+            f"{listed(sorted(recipes.values()))} were fine-tuned by different versions of recipes/finetune.yaml: "
+            "fine-tune all runs by one."
+        )

@@ -33,7 +33,7 @@ CLAIMS = dict(
     C2="noise pre-trains",
     C3="noise against MAE",
     C4a="noise is worth more than autoencoding",
-    C4b="noise is worth more than as augmentation",
+    C4b="denoising is worth more than noise as augmentation",
 )
 ASKED = {  # of a check's arm, against another role, by the mean over its seeds: two seeds have no useful interval
     "positive-check": ("supervised pre-training", "5 points above random features", "scratch"),

@@ -161,6 +161,12 @@ def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:
     return {key: value for key, value in flat.items() if key != "train.seed" and key not in without}
 
 
+def differing(one: Run, other: Run) -> list[str]:
+    """The settings that define the recipe, by section.key, in which two runs differ; not the seed."""
+    a, b = _flat(one), _flat(other)
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
 def _key(run: Run, without: tuple[str, ...] = ()) -> str:
     identity = _flat(run, without) if run.settings else run.folder.name
     return fingerprint(identity)

@@ -7,8 +7,8 @@ from eval.compare.intervals import OWN, Estimate
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def percent(value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}".replace("-", "−")
+def percent(value: float, sign: str = "", digits: int = 1) -> str:
+    return f"{100 * value:{sign}.{digits}f}".replace("-", "−")
 
 
 def with_interval(estimate: Estimate, sign: str = "") -> str:

@@ -46,6 +46,7 @@ def primary(study: StudyResults) -> list[Block]:
         lines = _lines(eval_set, group, said["finetuned"])
         for name, by_group in sorted(lines.items(), key=lambda line: line[1][2] is None):
             label = f"{group.family} ({name})" if name and group.recipe != "random" else name or group.family
+            label += f" ({said['budget']:g} of the FLOPs)" if said["budget"] != 1 else ""
             cells = [Cell(with_interval(f.estimate)) if f else Cell() for f in by_group]
             count = len(group.runs)
             parts[group.control].append((named(label, f"{count} seed{'s' * (count > 1)}"), cells))
@@ -57,7 +58,7 @@ def primary(study: StudyResults) -> list[Block]:
         return []
     filled = [(title, [(name, [cells[i] for i in there]) for name, cells in rows]) for title, rows in filled]
     head = [("", [names[i] for i in there])]
-    at = f" after {number(budget)} FLOPs of pre-training" if budget else ""
+    at = f" after {number(budget)} FLOPs of pre-training, unless a row says otherwise" if budget else ""
     caption = f"Accuracy in % ± half-width of the 95 % interval{at}. {eval_set.floors} "
     caption = (caption + borrowed(f.estimate for f in used)).strip()
     if there != [2]:

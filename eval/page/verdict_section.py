@@ -68,11 +68,16 @@ def _against(verdict: Verdict) -> str:
 
 
 def _interval(size: Size) -> str:
-    return f"{percent(size.contrast.estimate.mean, '+')}, 95 % interval {_between(size.bounds)}"
+    return f"{_points(size.contrast.estimate.mean)}, 95 % interval {_between(size.bounds)}"
 
 
 def _between(bounds: tuple[float, float]) -> str:
-    return f"{percent(bounds[0], '+')} to {percent(bounds[1], '+')}"
+    return f"{_points(bounds[0])} to {_points(bounds[1])}"
+
+
+def _points(value: float) -> str:
+    """A difference in points, in as many digits as it takes to tell it from a threshold."""
+    return percent(value, "+", 2)
 
 
 def _scope(about: Scope) -> str:
@@ -96,17 +101,23 @@ def _chosen(evidence: Evidence) -> Iterator[str]:
         words += [f"{name} with {' '.join(used)}"] if used else []
     if words:
         yield f"Chosen by trials at other seeds, on held-out training images: {'; '.join(words)}."
+    tuned = [(name, scores.rows[0]["settings"]) for name, scores in evidence.fine_tunings() if scores.rows]
+    rates = [f"{name} {said['lr']:g}" for name, said in tuned if "lr_of" in said]
+    if rates:
+        yield f"Learning rates of fine-tuning, chosen in the same way: {', '.join(rates)}."
 
 
 def _undecided(verdict: Verdict) -> Iterator[str]:
     """The power that there was, of each answer that is open."""
     for claim, answer in verdict.claims.items():
         if answer.said in (rule.OPEN, rule.FEATURES):
-            contrast = max(answer.conditions, key=answer.detectable)
+            not_shown = [contrast for contrast in answer.conditions if answer.bounds(contrast)[0] <= 0]
+            contrast = max(not_shown, key=answer.detectable)
             least = answer.detectable(contrast)
             yield (
-                f"{claim} is undecided. Its weakest condition is {_named(contrast)} by {contrast.metric}: a true gain "
-                f"of {percent(least)} points would have been found with a power of 80 %."
+                f"{claim} is {'not shown' if answer.features else 'undecided'}. The least precise of its conditions "
+                f"that do not hold is {_named(contrast)} by {contrast.metric}: in it alone, a true gain of "
+                f"{percent(least)} points would have been found with a power of 80 %."
             )
     if verdict.noise.said == rule.UNSIZED and verdict.instrument:
         estimate = verdict.noise.contrast.estimate
@@ -124,7 +135,7 @@ def _instrument(verdict: Verdict) -> Iterator[str]:
         else:
             mean, seeds = check.contrast.estimate.mean, check.contrast.estimate.seeds
             yield (
-                f"Check of the instrument: {check.arm} must be {check.asks}; the difference is {percent(mean, '+')} "
+                f"Check of the instrument: {check.arm} must be {check.asks}; the difference is {_points(mean)} "
                 f"points over {seeds} seed{'s' * (seeds > 1)} ({'passed' if check.passed else 'failed'})."
             )
 
@@ -202,5 +213,5 @@ def _one_sided(contrast: Contrast) -> tuple[float, float]:
 
 def _row(contrast: Contrast, note: str, bounds: tuple[float, float], least: str, words: str) -> tuple[Cell, list[Cell]]:
     mean, seeds = contrast.estimate.mean, contrast.estimate.seeds
-    cells = [Cell(text) for text in (percent(mean, "+"), _between(bounds), str(seeds), least, words)]
+    cells = [Cell(text) for text in (_points(mean), _between(bounds), str(seeds), least, words)]
     return Cell(_named(contrast), ", ".join(filter(None, (contrast.metric, note)))), cells

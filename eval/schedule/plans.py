@@ -99,8 +99,8 @@ class Plan:
     def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
         """Keep a part of the plan, by comma-separated names, or change its number of seeds; returns what was changed.
 
-        Untrained arms are always kept, and those that a kept one is like. With fewer arms, another number of seeds, or
-        without tuning, the plan decides nothing. Raises UserError for an unknown name.
+        Untrained arms are always kept, and those that a kept one is like. With fewer arms or evaluators, another number
+        of seeds, or without tuning, the plan decides nothing. Raises UserError for an unknown name.
         """
         changed = []
         if arms is not None:
@@ -127,13 +127,14 @@ class Plan:
                 if name not in there:
                     known = ", ".join(name for name in EVALUATORS if name in there)
                     raise UserError(f"{self.name} has no evaluator {name!r}. Evaluators: {known}.")
+            self.decides &= there <= set(asked)
             self.evaluators = [line for line in self.evaluators if line[0] in asked]
             for own in self.arms.values():
                 if own.evaluators is not None:
                     own.evaluators = [line for line in own.evaluators if line[0] in asked]
             changed.append(f"evaluators={','.join(sorted(asked))}")
-        if seeds is not None:
-            self.decides &= seeds == self.seeds
+        if seeds is not None and seeds != self.seeds:
+            self.decides = False
             if any(self.seeds_of(arm) > seeds for arm in self.arms):
                 changed.append(f"seeds={seeds}")
             self.seeds = seeds
