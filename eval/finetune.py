@@ -42,6 +42,7 @@ from eval.page import text_tables
 from ssl_vit import data, engine, errors, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import EvaBackbone, LocalBackbone, TokenBackbone
+from ssl_vit.checkout import COMMIT
 from ssl_vit.errors import Diverged, UserError, say
 from ssl_vit.files import fingerprint
 
@@ -137,7 +138,7 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
             how, about, spent, answer = CHOSEN, choice.about, choice.cost, choice.answer
         else:
             recipe, how = make_recipe(source, request.config, own), "last checkpoint"
-            answer, spent = attempt(source, request, recipe, seen, left_out)
+            answer, spent, _ = attempt(source, request, recipe, seen, left_out)
         row = cli.row(source, left_out) | answer.metrics(truth)
         row |= dict(label_fraction=cli.describe_part(part), subset_seed=seed if part else None, train_n=count)
         rows.append(row | described(source, recipe, schedule, how, about, spent))
@@ -218,24 +219,30 @@ def choose(
     """
     tried: rates.Tried = {}
     answers, total, left = {}, Cost(), asked
+    commits: set[str | None] = set()  # of trials that are kept from an earlier call
     while left:
         for rate in left:
             recipe = make_recipe(source, request.config, [*settings, f"optim.lr={rate}"])
             judge = left_out or cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
+            train = request.images(source)[0]
             try:
-                answers[rate], cost = attempt(source, request, recipe, request.images(source)[0], judge)
+                answers[rate], cost, commit = attempt(source, request, recipe, train, judge)
             except Diverged as error:
                 say(f"lr {rate:g}: {error}")
                 tried[rate] = None
+                total += trained(place(source, recipe, train))
                 continue
             tried[rate] = accuracy = answers[rate].metrics(cli.labels_of(judge))["value"]
             total += cost
+            commits |= {commit} - {COMMIT, None}
             say(f"lr {rate:g}: {100 * accuracy:.1f} % of {len(judge)} held-out training images are correct")
         if not answers:
             raise UserError(f"Training diverged at every learning rate from {left[0]:g} on: pass smaller --lr.")
         left = rates.further(tried)
     best = rates.best(tried)
-    about = dict(tried={f"{rate:g}": tried[rate] for rate in sorted(tried)}, validation=tried[best])
+    about: dict[str, object] = dict(tried={f"{rate:g}": tried[rate] for rate in sorted(tried)}, validation=tried[best])
+    if commits:
+        about["commits"] = sorted(map(str, commits))
     return Choice(best, about, total, answers[best])
 
 
@@ -295,19 +302,28 @@ def attempt(
     recipe: recipes.Recipe,
     train: data.ImageSet,
     judge: data.ImageSet,
-) -> tuple[Predictions, Cost]:
-    """(what a training by this recipe predicts for the images to judge on, the cost of both), unless that is kept from
-    an earlier call: then neither is done again."""
+) -> tuple[Predictions, Cost, str | None]:
+    """(what a training by this recipe predicts for the images to judge on, the cost of both, the commit of the code),
+    unless that is kept from an earlier call: then neither is done again."""
+    name = f"lr-{recipe.optim.lr:g}-{named_by(source, recipe, train)}"
+    if kept := kept_trials.read(source.folder, name, judge):
+        return kept[0], Cost(**kept[1]), kept[2]
     path = place(source, recipe, train)
-    if kept := kept_trials.read(source.folder, path.name, judge):
-        return kept[0], Cost(**kept[1])
     tune(recipe, path)
     answer, judging = predict(path, judge, request.state)
     cost = trained(path) + judging
     if request.state.is_main_process:
-        truth = cli.labels_of(judge)
-        kept_trials.write(source.folder, path.name, answer, truth, judge, dataclasses.asdict(cost))
-    return answer, cost
+        kept_trials.write(source.folder, name, answer, cli.labels_of(judge), judge, dataclasses.asdict(cost))
+    return answer, cost, COMMIT
+
+
+def named_by(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> str:
+    """A hash of all that a training depends on; the place of its first weights is none of it, since machines differ in
+    that."""
+    engine.resolve_precision(recipe)
+    identity = recipe.identity()
+    identity["backbone"] = {key: value for key, value in identity["backbone"].items() if key != "init_from"}
+    return fingerprint([identity, train.fingerprint, weights.digest(source.network)])
 
 
 def place(source: features.Source, recipe: recipes.Recipe, train: data.ImageSet) -> Path:

@@ -19,7 +19,7 @@ from test_loop import ROOT, TINY, TORCHRUN, Started, arguments, launched, log_of
 from timm.layers import resample_abs_pos_embed
 
 from eval import finetune
-from eval.measure import fine_tuning, results
+from eval.measure import fine_tuning, kept_trials, results
 from eval.measure.predictions import Predictions
 from eval.schedule.packed import Packed
 from ssl_vit import data, errors, flops, optim, pretrain, weights
@@ -262,14 +262,15 @@ def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, monkeypatch, 
     least = [4e-3]
 
     def fragile(recipe, path):
+        train(recipe, path)
         if recipe.optim.lr >= least[0]:
             raise errors.Diverged("The loss of step 7 is not a finite number.")
-        return train(recipe, path)
 
     monkeypatch.setattr(finetune, "tune", fragile)
     monkeypatch.setattr(finetune, "predict", near(1.0))
     [row] = tune("--lr", "1e-3", "2e-3", "train.steps=1")
     assert row["settings"]["lr"] == 2e-3 and row["settings"]["tried"]["0.004"] is None
+    assert row["eval_images"] == 4 * 32  # of three trials and the last training
     assert "lr 0.004: The loss of step 7 is not a finite number." in capsys.readouterr().out
     least[0] = 0.0
     with pytest.raises(UserError, match="Training diverged at every learning rate from 0.0012 on"):
@@ -349,32 +350,30 @@ def test_one_learning_rate_is_judged_on_held_out_images(rate, tune, left_out, tm
 
 
 def test_a_choice_goes_on_from_what_was_judged(tune, left_out, tmp_path, monkeypatch):
-    """As after the loss of a machine, of which the packed results are left: no rate that they hold is tried again."""
+    """After the loss of a machine, of which the packed results are left: elsewhere no rate that they hold is tried
+    again, and the row tells the commit that tried it."""
     asked = ["--held-out", "--lr", "1e-3", "2e-3", "4e-3", "--labels", "20", "train.steps=1"]
     seen = judged(monkeypatch, best=2e-3)
+    monkeypatch.setattr(kept_trials, "COMMIT", "abc")
     [row] = tune(*asked, backbones=("runs/tuned",))
     assert [lr for _, lr, *_ in seen] == [1e-3, 2e-3, 4e-3]
     Packed(tmp_path / "kept").add(tmp_path / "runs/tuned")
     (tmp_path / "kept/runs/tuned/results.jsonl").unlink()  # the row comes after the last rate
-    lost = tmp_path / "kept/runs/tuned/trials" / f"{at_rate(tmp_path, 1e-3)}.json"
+    [lost] = tmp_path.glob("kept/runs/tuned/trials/lr-0.001-*.json")
     lost.write_text(json.dumps(json.loads(lost.read_text()) | dict(images="other images")))
-    shutil.rmtree(tmp_path / "runs/tuned/finetune")
-    shutil.rmtree(tmp_path / "runs/tuned/trials")
-    (tmp_path / "runs/tuned/results.jsonl").unlink()
-    Packed(tmp_path / "kept").restore(tmp_path / "runs")
+
+    there = tmp_path / "elsewhere"
+    shutil.copytree("runs/tuned", there / "runs/tuned", ignore=lambda *_: ["finetune", "trials", "results.jsonl"])
+    monkeypatch.chdir(there)
+    Packed(tmp_path / "kept").restore(there / "runs")
     seen.clear()
-    [again] = tune(*asked, backbones=("runs/tuned",))
+    tune(*asked, backbones=("runs/tuned",))
+    [again] = results.read(there / "runs/tuned")
     assert [lr for _, lr, *_ in seen] == [1e-3]  # whose answers are for other images
-    assert again["settings"] == row["settings"] and (again["value"], again["eval_images"]) == (1.0, 3 * (32 + 142))
+    assert again["settings"] == row["settings"] | dict(commits=["abc"]) and "commits" not in row["settings"]
+    assert (again["value"], again["eval_images"]) == (1.0, 3 * (32 + 142))
     assert again["eval_flops"] == row["eval_flops"] and again["seconds"] > 0
-    assert np.load(tmp_path / "runs/tuned" / again["predictions"])["predicted"].shape == (142,)
-
-
-def at_rate(tmp_path, rate) -> str:
-    """The name of the training of runs/tuned at this learning rate."""
-    settings = {path: yaml.safe_load((path / "recipe.yaml").read_text()) for path in tuned(tmp_path / "runs/tuned")}
-    [path] = [path for path, recipe in settings.items() if recipe["optim"]["lr"] == rate]
-    return path.name
+    assert np.load(there / "runs/tuned" / again["predictions"])["predicted"].shape == (142,)
 
 
 def test_held_out_images_must_have_been_left_out(tune, left_out):

@@ -11,6 +11,7 @@ from eval.measure import kept_trials, results
 from eval.measure.predictions import Predictions
 from eval.schedule import packed
 from eval.schedule.packed import Packed
+from ssl_vit.checkout import COMMIT
 
 N = 10_000  # CIFAR-10's test images
 
@@ -196,8 +197,13 @@ def test_trials_of_fine_tuning_are_kept_and_restored(run, tmp_path):
     kept.add(run)
     assert {file.name for file in (kept.folder / "runs" / run.name / "trials").iterdir()} == {"a.json", "a.npz"}
     kept.restore(tmp_path / "other")
-    found, spent = kept_trials.read(tmp_path / "other" / run.name, "a", images)
-    assert found.predicted.tolist() == answer.predicted.tolist() and found.p_true is None and spent == cost
+    found, spent, commit = kept_trials.read(tmp_path / "other" / run.name, "a", images)
+    assert (
+        found.predicted.tolist() == answer.predicted.tolist()
+        and found.p_true is None
+        and spent == cost
+        and commit == COMMIT
+    )
     # also beside a run that is there
     shutil.rmtree(run / "trials")
     assert kept.restore(run.parent) == [run] and kept.restore(run.parent) == []

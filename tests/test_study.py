@@ -446,6 +446,16 @@ def test_what_was_done_before_is_packed_too(tmp_path):
     assert jobs.work([job], 1, tmp_path / "study", packed.append) == [] and packed == [tmp_path / "run"]
 
 
+def test_what_a_job_has_by_now_is_packed_while_it_runs_and_when_it_fails(tmp_path, monkeypatch):
+    """A machine may not come back."""
+    monkeypatch.setattr(jobs, "SHOWN", 0)
+    command = [sys.executable, str(ROOT / "eval/knn.py"), "--backbone", "nothing"]
+    job = Job("a", "kind", command, tmp_path / "run/done/a.json")
+    packed = []
+    failed = jobs.work([job], 1, tmp_path / "study", lambda run: packed.append((run, job.failed)))
+    assert failed == [job] and packed[-1] == (tmp_path / "run", True) and len(packed) > 1
+
+
 def test_a_training_whose_evaluations_are_done_is_not_needed(tmp_path):
     def job(name, *needs, done=False, marks=False):
         mark = tmp_path / "runs" / name / "done" / "x.json"

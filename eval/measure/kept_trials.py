@@ -11,6 +11,7 @@ import numpy as np
 from eval.measure import results
 from eval.measure.predictions import Predictions
 from ssl_vit import files
+from ssl_vit.checkout import COMMIT
 from ssl_vit.data import ImageSet
 
 
@@ -22,11 +23,13 @@ def write(run: Path, name: str, answer: Predictions, truth: np.ndarray, images: 
     about, answers = places(run, name)
     with files.writing(answers) as partial, open(partial, "wb") as stream:
         np.savez_compressed(stream, **results.stored(answer, truth))
-    files.write(about, json.dumps(dict(images=images.fingerprint, cost=cost)))  # last: where it is, the answers are
+    said = dict(images=images.fingerprint, cost=cost, commit=COMMIT)
+    files.write(about, json.dumps(said))  # last: where it is, the answers are
 
 
-def read(run: Path, name: str, images: ImageSet) -> tuple[Predictions, dict] | None:
-    """(the answer of this training that is kept for these images, its cost); None if there is none."""
+def read(run: Path, name: str, images: ImageSet) -> tuple[Predictions, dict, str | None] | None:
+    """(the answer of this training that is kept for these images, its cost, the commit of the code that judged it);
+    None if there is none."""
     about, answers = places(run, name)
     if not about.exists():
         return None
@@ -35,7 +38,7 @@ def read(run: Path, name: str, images: ImageSet) -> tuple[Predictions, dict] | N
         return None
     with np.load(answers) as kept:
         arrays = {key: kept[key] for key in kept.files if key != "true"}
-    return Predictions(**arrays), said["cost"]
+    return Predictions(**arrays), said["cost"], said["commit"]
 
 
 def places(run: Path, name: str) -> tuple[Path, Path]:

@@ -68,7 +68,10 @@ def several_origins(runs: list[Run]) -> list[Block]:
     several = [
         f"{len(found)} {name}"
         for name, found in (
-            ("commits of this code", {row["commit"] for row in rows}),
+            (
+                "commits of this code",
+                {commit for row in rows for commit in (row["commit"], *row.get("settings", {}).get("commits", ()))},
+            ),
             (
                 "commits of the code that trained the runs",
                 {commit for run in runs for commit in _trained(run).values()} - {None},

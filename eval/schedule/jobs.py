@@ -84,10 +84,11 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
     """Run all jobs, this many at once; returns those that failed. When told to stop, it stops the running ones.
 
     folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
-    SHOWN seconds. then: called with a job's run when the job is done or stopped. At the start it is called with the
-    runs of jobs that are done: an earlier call may have been killed before it got there.
+    SHOWN seconds. then: called with a job's run when the job has ended, and every SHOWN seconds while it is running,
+    since a machine may not come back. At the start it is called with the runs that are there: an earlier call may have
+    been killed before it got to it.
     """
-    for run in dict.fromkeys(job.run for job in jobs if job.done):
+    for run in dict.fromkeys(job.run for job in jobs if job.run.exists()):
         then(run)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     times = Times(folder / "logs" / "seconds.jsonl")
@@ -126,6 +127,8 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
         if time.monotonic() - shown > SHOWN:
             shown = time.monotonic()
             files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
+            for job in running:
+                then(job.run)
         for job, code in [(job, code) for job, c in running.items() if (code := c.poll()) is not None]:
             del running[job]
             if job.device:
@@ -135,12 +138,12 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                 words = shlex.join(["python", str(job.script), *job.command[2:]])
                 files.write(job.mark, json.dumps(dict(command=words, seconds=round(seconds, 1))))
             job.failed = code != 0 or not job.done
+            then(job.run)
             if job.failed:
                 last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
                 tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
             else:
                 times.add(job.kind, seconds)
-                then(job.run)
                 tell("done", job, f", {seconds:.0f} s")
     for number, handler in before.items():
         signal.signal(number, handler)
