@@ -58,19 +58,29 @@ class SharedBatchNorm(_BatchNorm):
         self.running_var.lerp_(var * (count / (count - 1)), weight)
 
 
+def of_batches(module: nn.Module) -> dict[str, _BatchNorm]:
+    """{name: layer} of every BatchNorm that normalises by the batch while the module is trained: not those of a frozen
+    teacher, which an objective leaves in eval mode."""
+    before = module.training
+    module.train()
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    found = {name: layer for name, layer in layers.items() if layer.training or layer.running_mean is None}
+    module.train(before)
+    return found
+
+
 def shareable(module: nn.Module) -> list[SharedBatchNorm]:
-    """Every BatchNorm in the module, able to share from now on. Raises UserError for a kind of it that cannot."""
+    """The layers of `of_batches`, able to share from now on. Raises UserError for a kind of BatchNorm that cannot."""
     layers = []
-    for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm):
-            if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
-                raise UserError(
-                    f"{name} is a {type(layer).__name__}, whose statistics several processes cannot share here: run "
-                    "one process, or take a backbone without it."
-                )
-            layer.__class__ = type(f"Shared{type(layer).__name__}", (SharedBatchNorm, type(layer)), {})
-            assert isinstance(layer, SharedBatchNorm)
-            layers.append(layer)
+    for name, layer in of_batches(module).items():
+        if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
+            raise UserError(
+                f"{name} is a {type(layer).__name__}, whose statistics several processes cannot share here: run "
+                "one process, or take a backbone without it."
+            )
+        layer.__class__ = type(f"Shared{type(layer).__name__}", (SharedBatchNorm, type(layer)), {})
+        assert isinstance(layer, SharedBatchNorm)
+        layers.append(layer)
     return layers
 
 

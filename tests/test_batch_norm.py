@@ -3,6 +3,7 @@
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ssl_vit import batch_norm, engine
 from ssl_vit.errors import UserError
+from ssl_vit.objectives.base import Objective
 
 TIED = {
     "dino": ["objective.use_bn_in_head=true"],
@@ -56,6 +58,32 @@ def test_a_layer_normalises_its_rows_by_the_statistics_of_all(layer, training):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="0 is a BatchNorm3d, whose statistics"):
         batch_norm.shareable(nn.Sequential(nn.BatchNorm3d(2)))
+
+
+class Taught(Objective):
+    """A student with a teacher whose BatchNorm is of a kind that cannot be shared."""
+
+    def __init__(self, trained: bool):
+        nn.Module.__init__(self)
+        self.backbone = SimpleNamespace(model=nn.Linear(2, 2))
+        self.student = nn.Sequential(nn.Linear(2, 2), *[nn.BatchNorm1d(2)] * trained)
+        self.teacher = nn.Sequential(nn.BatchNorm3d(2)).requires_grad_(False)
+
+
+def test_a_frozen_teacher_s_statistics_do_not_depend_on_the_batch():
+    """Its student may take micro-batches, whatever the teacher is made of."""
+    free, tied = Taught(trained=False), Taught(trained=True)
+    assert free.batch_statistics is None and batch_norm.shareable(free) == []
+    assert tied.batch_statistics == "BatchNorm in Linear" and len(batch_norm.shareable(tied)) == 1
+    for mode in (True, False):
+        assert free.train(mode).batch_statistics is None
+        assert (free.training, free.student.training, free.teacher.training) == (mode, mode, False)
+
+
+def test_an_ema_teacher_normalises_by_its_batches():
+    objective = small_objective("dino", "objective.use_bn_in_head=true")
+    names = list(batch_norm.of_batches(objective))
+    assert any("teacher" in name for name in names) and any("teacher" not in name for name in names)
 
 
 def step() -> int:

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ssl_vit import batch_norm, views
 from ssl_vit import recipe as recipes
-from ssl_vit import views
 from ssl_vit.backbones import CAPABILITIES, REMEDIES, Backbone, Capability
 from ssl_vit.errors import UserError
 from ssl_vit.pictures import Sheet
@@ -140,9 +140,9 @@ class Objective(nn.Module):
 
     @property
     def batch_statistics(self) -> str | None:
-        """The name of a BatchNorm, if there is one: several processes share its statistics, and none may cut its rows
-        into micro-batches."""
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
+        """The name of a BatchNorm, if one normalises by the batch: several processes share its statistics, and none may
+        cut its rows into micro-batches."""
+        if batch_norm.of_batches(self):
             return f"BatchNorm in {type(self.backbone.model).__name__}"
         return None
 
