@@ -27,11 +27,11 @@ import numpy as np
 
 from eval.compare import advice
 from eval.compare.advice import FROZEN, LONGER, SCRATCH, TUNED, Way
-from eval.measure import cli, features, fine_tuning, results
+from eval.measure import cli, features, fine_tuning
 from eval.page import advice_section
 from eval.page.document import html
 from eval.schedule.jobs import Job, work
-from ssl_vit import commands, data, errors, files, pretrain, system, weights
+from ssl_vit import commands, data, errors, files, pretrain, system, teachers, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
@@ -74,7 +74,8 @@ class Plan:
             self._fine_tuning(str(run), run, self.starts[run][1], SCRATCH, plain, [start])
         start, names = self.starts[run]
         names.append(_called(source))
-        if extra := results.spent(source.folder)["flops"] if source.settings else 0.0:
+        known = source.settings and not teachers.published(source.name)  # nobody counted the FLOPs behind others
+        if extra := sum(teachers.cost(source.name).values()) if known else 0.0:
             longer = ["--extra-flops", f"{extra:g}", *plain]
             self._fine_tuning(str(run), run, [_called(source)], LONGER, longer, [start])
 
@@ -184,6 +185,9 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every fine-tuning")
     settings = [word for word in sys.argv[1:] if re.match(r"[a-z_]+\.[a-z_]+=", word)]  # also after several values
     args = parser.parse_args([*(word for word in sys.argv[1:] if word not in settings), "--", *settings])
+    for key in (text.partition("=")[0] for text in settings):
+        if key.startswith("data.") and key not in ("data.img_size", "data.hflip"):
+            raise UserError(f"{key} would hold for fine-tuning alone, and not for the linear probe: leave it out.")
     images = data.load(recipes.Data(name=args.data), "train")
     if images.labels is None:
         raise UserError(f"{args.data} has no labels to learn: eval/embed.py shows what is in images without labels.")

@@ -163,6 +163,21 @@ def test_backbones_of_one_shape_share_a_training_from_scratch(run, tmp_path, mon
         assert mine and not mine & marks
 
 
+def test_all_that_went_into_a_backbone_is_given_to_training_from_scratch(run, tmp_path, monkeypatch):
+    """The run that it started from too; of published weights nobody knows."""
+    monkeypatch.setattr(sys, "argv", ["advise.py"])
+    again = [*TINY, *SMALL["mae"], "train.steps=4", "train.seed=1", "train.freeze_backbone_fraction=0"]
+    for name, start in (("more", "runs/mine"), ("theirs", "runs/mine/backbone")):
+        recipe = pretrain.read("mae", [*again, f"backbone.init_from={start}"], None)
+        assert pretrain.pretrain(recipe, tmp_path / "runs" / name) == 0
+    spent = [results.spent(tmp_path / "runs" / name)["flops"] for name in ("mine", "more")]
+    args = argparse.Namespace(data="digits", labels=["all"], label_seeds=[0], settings=[])
+    plan = advise.Plan(args, [features.open_source(f"runs/{name}", None, None) for name in ("more", "theirs")], 1, [])
+    [longer] = [job for job in plan.jobs if "--extra-flops" in job.command]
+    asked = float(longer.command[longer.command.index("--extra-flops") + 1])
+    assert asked == pytest.approx(sum(spent), rel=1e-4) and spent[0] > 0 and spent[1] > 0
+
+
 def test_a_random_initialisation_has_the_shape_of_the_backbone(run):
     source = features.open_source(run, None, None)
     recipe = pretrain.read("supervised", advise.shape(source), "digits")
@@ -177,6 +192,7 @@ def test_bad_input_is_one_sentence(run, monkeypatch, tmp_path):
         ("pixels has no weights to start from", "--backbone", "pixels"),
         ("There is no run, file, folder", "--backbone", "runs/nowhere"),
         ("backbone.depth cannot be set here", "--backbone", run, "backbone.depth=3"),
+        ("data.background would hold for fine-tuning alone", "--backbone", run, "data.background=black"),
     ):
         with pytest.raises(UserError, match=match):
             call(monkeypatch, *words)

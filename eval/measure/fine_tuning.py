@@ -33,8 +33,7 @@ ELSEWHERE = {
         if f.name != "drop_path_rate"
     },
 }
-
-
+NO_MATTER = ("data.cache_gb", "data.skip_broken")  # of how images are read, and not of what is learnt from them
 STEPS = 300  # the fewest steps of a training, however few images it has
 
 
@@ -55,11 +54,7 @@ class Schedule:
         """The settings that differ from the recipe, by key."""
         base = pretrain.read("finetune", [], None).as_dict()
         recipe = pretrain.read("finetune", self.settings, None).as_dict()
-        keys = [
-            key
-            for key in recipes.differences(base, recipe)
-            if not key.startswith("data.") or key in ("data.img_size", "data.hflip")
-        ]
+        keys = [key for key in recipes.differences(base, recipe) if key not in (*ELSEWHERE, *NO_MATTER)]
         changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
         if self.rates:
             changed["optim.lr"] = self.rates
