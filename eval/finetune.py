@@ -139,6 +139,7 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
         else:
             recipe, how = make_recipe(source, request.config, own), "last checkpoint"
             answer, spent, _ = attempt(source, request, recipe, seen, left_out)
+        place(source, recipe, seen)
         row = cli.row(source, left_out) | answer.metrics(truth)
         row |= dict(label_fraction=cli.describe_part(part), subset_seed=seed if part else None, train_n=count)
         rows.append(row | described(source, recipe, schedule, how, about, spent))
@@ -159,12 +160,14 @@ def settings_of(
 def described(
     source: features.Source, recipe: recipes.Recipe, schedule: Schedule, how: str, about: dict, spent: Cost
 ) -> dict:
-    """The keys of a row that say how it was made."""
+    """The keys of a row that say how it was made. recipe: of its training, with a tag."""
     return dict(
         protocol=schedule.protocol,
         pooling=dict(token="cls", avg="mean")[source.network.pooling(recipe.objective.global_pool)],
         chosen=how,
-        settings=dict(lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, **about),
+        settings=dict(
+            lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, training=recipe.run_name(), **about
+        ),
         eval_images=spent.images,
         eval_flops=spent.flops,
         seconds=round(spent.seconds, 3),

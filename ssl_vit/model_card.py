@@ -63,7 +63,7 @@ def card(
         shown = ", ".join(classes[:50]) + (f" and {len(classes) - 50:,} more" if len(classes) > 50 else "")
         parts += [f"## Classes\n\n{shown}."]
     if run is not None:
-        parts += [f"## Training\n\n{_trained(run, settings)}", _data(run), _results(run, settings)]
+        parts += [f"## Training\n\n{_trained(run, settings)}", _data(run), _results(run)]
     parts += [f"## Licence\n\n{licence or UNSTATED}", f"## Command\n\n```bash\n{command}\n```"]
     if run is not None:
         recipe = {key: settings[key] for key in settings if key != "images"}
@@ -106,24 +106,20 @@ def _data(run: Path) -> str:
     return "### Data\n\n" + "\n".join(lines)
 
 
-def rows_of(run: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The result rows of these weights: of a run those in it; of a fine-tuning those that its evaluation left in the
-    run that was fine-tuned, told by learning rate and number of images."""
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The accuracies of these weights: of a run the rows in it; of a fine-tuning those that its evaluation left in the
+    run that was fine-tuned, told by the name of the training."""
     fine_tuned = run.parent.name == "finetune"
     file = (run.parent.parent if fine_tuned else run) / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [row for row in rows if row["metric"] == "accuracy"]
     if not fine_tuned:
         return [row for row in rows if not row["protocol"].startswith("finetune")]
-    same = settings["optim"]["lr"], settings["images"]["count"]
-    return [
-        row
-        for row in rows
-        if row["protocol"].startswith("finetune") and (row["settings"]["lr"], row["train_n"]) == same
-    ]
+    return [row for row in rows if row.get("settings", {}).get("training") == run.name]
 
 
-def _results(run: Path, settings: dict[str, Any]) -> str:
-    rows = rows_of(run, settings)
+def _results(run: Path) -> str:
+    rows = rows_of(run)
     if not rows:
         return "## Results\n\nNone were measured."
     lines = ["| images | protocol | features | labels | accuracy, % | n |", "|---|---|---|---|---:|---:|"]

@@ -1,6 +1,7 @@
 """Weights out: what timm, transformers, onnxruntime and torch.export load gives the outputs of the model, to 1e-5."""
 
 import json
+import shutil
 import sys
 
 import huggingface_hub
@@ -175,12 +176,11 @@ def test_timm_and_the_graphs_give_the_logits_of_a_fine_tuned_run(classifier, tmp
 
 
 def test_the_card_says_what_is_known(classifier, tmp_path, monkeypatch):
+    common = dict(eval_data="digits", split="test", pooling="mean", train_n=1437, n=300, metric="accuracy")
     rows = [
-        dict(eval_data="digits", split="test", protocol="finetune-1", pooling="mean", train_n=1437, value=0.75, n=300,
-             settings=dict(lr=2e-3)),
-        dict(eval_data="digits", split="test", protocol="finetune-2", pooling="mean", train_n=99, value=0.5, n=300,
-             settings=dict(lr=2e-3)),
-    ]  # fmt: skip
+        common | dict(protocol="finetune-1", value=0.75, settings=dict(lr=2e-3, training=classifier.name)),
+        common | dict(protocol="finetune-2", value=0.5, settings=dict(lr=2e-3, training="another")),
+    ]
     (classifier.parent.parent / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sys, "argv", ["export", str(classifier), "--to", "hf", "--output", str(tmp_path / "out"),
                                       "--license", "apache-2.0"])  # fmt: skip
@@ -204,6 +204,22 @@ def test_the_card_says_what_is_known(classifier, tmp_path, monkeypatch):
         assert words in body
     export.export(str(classifier), "timm", tmp_path / "unstated")
     assert model_card.UNSTATED in (tmp_path / "unstated" / "README.md").read_text()
+
+
+def test_scores_that_are_no_accuracies_are_not_on_the_card(mae, tmp_path):
+    """Those of segmentation, which have no value, and of attention masks."""
+    common = dict(eval_data="digits", split="test", pooling="mean", train_n=9, n=300)
+    rows = [
+        common | dict(protocol="knn-k20", value=0.25, metric="accuracy"),
+        common | dict(protocol="segmentation-linear", miou=0.5, metric="mIoU"),
+        common | dict(protocol="attention-masks", value=0.5, metric="Jaccard"),
+    ]
+    run = tmp_path / "run"
+    shutil.copytree(mae, run)
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export.export(str(run), "timm", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| knn-k20 |" in text and "segmentation" not in text and "attention" not in text
 
 
 def test_an_upload_to_a_stand_in_for_the_hub(classifier, tmp_path, monkeypatch, capsys):

@@ -370,7 +370,8 @@ def test_a_choice_goes_on_from_what_was_judged(tune, left_out, tmp_path, monkeyp
     tune(*asked, backbones=("runs/tuned",))
     [again] = results.read(there / "runs/tuned")
     assert [lr for _, lr, *_ in seen] == [1e-3]  # whose answers are for other images
-    assert again["settings"] == row["settings"] | dict(commits=["abc"]) and "commits" not in row["settings"]
+    told, first = (dict(found["settings"], training=None) for found in (again, row))
+    assert told == first | dict(commits=["abc"]) and "commits" not in first
     assert (again["value"], again["eval_images"]) == (1.0, 3 * (32 + 142))
     assert again["eval_flops"] == row["eval_flops"] and again["seconds"] > 0
     assert np.load(there / "runs/tuned" / again["predictions"])["predicted"].shape == (142,)
@@ -512,12 +513,15 @@ def test_held_out_images_are_none_of_those_trained_on():
 def test_unequal_schedules_have_unequal_names():
     plain = fine_tuning.Schedule([], []).protocol
     assert plain == "finetune"
-    for same in (["runtime.num_threads=1"], ["data.label_column=y"], ["objective.global_pool=avg"], ["data.subset=5"]):
+    for same in (["runtime.num_threads=1"], ["data.cache_gb=1"], ["objective.global_pool=avg"], ["data.subset=5"]):
         assert fine_tuning.Schedule(same, []).protocol == plain
     named = [
         fine_tuning.Schedule(*changed).protocol
         for changed in (
             (["train.epochs=7"], []),
+            (["data.label_column=y"], []),
+            (["data.background=black"], []),
+            (["data.range=[0,4095]"], []),
             (["train.epochs=7.5"], []),
             (["data.img_size=16"], []),
             (["data.hflip=true"], []),
@@ -526,7 +530,7 @@ def test_unequal_schedules_have_unequal_names():
             ([], [1e-3, 4e-3]),
         )
     ]
-    assert len({plain, *named}) == 8 and all(name.startswith("finetune-") for name in named)
+    assert len({plain, *named}) == 11 and all(name.startswith("finetune-") for name in named)
 
 
 # -- it measures what it says -----------------------------------------------------------------------------------------

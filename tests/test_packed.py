@@ -1,5 +1,6 @@
 """Packed results: small, whole, and enough to go on from."""
 
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -209,3 +210,13 @@ def test_trials_of_fine_tuning_are_kept_and_restored(run, tmp_path):
     assert kept.restore(run.parent) == [run] and kept.restore(run.parent) == []
     assert kept_trials.read(run, "a", images)[1] == cost
     assert kept_trials.read(run, "a", SimpleNamespace(fingerprint="of others")) is None
+
+
+def test_scores_are_packed_as_they_are(tmp_path):
+    """Those of an attention mask are no counts."""
+    scores = np.random.default_rng(0).random(50).astype(np.float32)
+    with open(tmp_path / "x.npz", "wb") as stream:
+        np.savez(stream, jaccard=scores, index=np.arange(50))
+    with np.load(io.BytesIO(packed.narrow(tmp_path / "x.npz"))) as kept:
+        assert kept.files == ["jaccard"] and kept["jaccard"].dtype == np.float32
+        assert kept["jaccard"].tolist() == scores.tolist()

@@ -622,7 +622,9 @@ def test_a_training_of_other_weights_or_masks_is_not_gone_on_with(measured):
     task = task_of(measured)
     config = recipes.Optim()
     names = {dense_tuning._name(task, 3, 1e-3, config)}
-    for change in (dict(source=task_of(measured, "mae-s1").source), dict(masks=task.masks[1:]), dict(seed=4)):
+    flipped = dataclasses.replace(task.images, flip=not task.images.flip)
+    others = task_of(measured, "mae-s1").source
+    for change in (dict(source=others), dict(masks=task.masks[1:]), dict(seed=4), dict(images=flipped)):
         names.add(dense_tuning._name(dataclasses.replace(task, **change), 3, 1e-3, config))
     names |= {dense_tuning._name(task, 4, 1e-3, config), dense_tuning._name(task, 3, 1e-4, config)}
-    assert len(names) == 6
+    assert len(names) == 7

@@ -200,6 +200,8 @@ def test_a_collapsed_codebook_alarms():
     objective = small_objective("tokenizer")
     assert objective.alarm(dict(perplexity=6.0)) is None
     assert "as varied as 1.5 equally frequent ones, of 8 codes" in objective.alarm(dict(perplexity=1.5))
+    objective.config.vocab_size = 2
+    assert objective.alarm(dict(perplexity=1.9)) is None and objective.alarm(dict(perplexity=1.4))
     with torch.no_grad():
         objective.quantizer.project[2].weight.zero_()
         objective.quantizer.project[2].bias.fill_(1)  # every patch has the same vector

@@ -313,7 +313,7 @@ def _name(task: Task, steps: int, rate: float, config: recipes.Optim) -> str:
         masks.update(repr(mask.shape).encode() + mask.tobytes())
     source = task.source
     found = [weights.digest(source.network), source.precision, task.images.fingerprint, masks.hexdigest(), task.classes]
-    found += [dataclasses.asdict(task.view), task.seed, steps, rate, dataclasses.asdict(config)]
+    found += [dataclasses.asdict(task.view), task.seed, steps, rate, dataclasses.asdict(config), task.images.flip]
     return f"{steps}-steps-{rate:g}-{fingerprint(found, 12)}"
 
 

@@ -113,12 +113,15 @@ def _lacking(source: Path, target: Path, *patterns: str) -> list[Path]:
 
 
 def narrow(file: Path) -> bytes:
-    """A row's predictions in the smallest integers that hold them, and nothing else; the same bytes each time."""
+    """A row's predictions and nothing else, integers in the smallest type that holds them; the same bytes each time."""
     with np.load(file) as stored:
         kept = Stored.__required_keys__ & stored.keys() or stored.keys() - {"index"}  # of a segmentation its counts
         arrays = {key: stored[key] for key in sorted(kept)}
     stream = io.BytesIO()
-    small = {key: values.astype(np.min_scalar_type(values.max(initial=0))) for key, values in arrays.items()}
+    small = {
+        key: values.astype(np.min_scalar_type(values.max(initial=0))) if values.dtype.kind in "iu" else values
+        for key, values in arrays.items()
+    }
     np.savez_compressed(stream, allow_pickle=False, **small)
     return stream.getvalue()
 

@@ -147,7 +147,7 @@ class Tokenizer(Objective):
 
     def alarm(self, logged: dict[str, float]) -> str | None:
         size, perplexity = self.config.vocab_size, logged["perplexity"]
-        if perplexity > max(2.0, 0.02 * size):
+        if perplexity > max(min(2.0, 0.75 * size), 0.02 * size):
             return None
         return (
             f"The codebook has collapsed: its tokens are as varied as {perplexity:.1f} equally frequent ones, "
