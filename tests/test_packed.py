@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from eval.measure import kept_trials, results
 from eval.measure.predictions import Predictions
 from eval.schedule import packed
 from eval.schedule.packed import Packed
 from ssl_vit.checkout import COMMIT
+from ssl_vit.errors import UserError
 
 N = 10_000  # CIFAR-10's test images
 
@@ -220,3 +222,22 @@ def test_scores_are_packed_as_they_are(tmp_path):
     with np.load(io.BytesIO(packed.narrow(tmp_path / "x.npz"))) as kept:
         assert kept.files == ["jaccard"] and kept["jaccard"].dtype == np.float32
         assert kept["jaccard"].tolist() == scores.tolist()
+
+
+@pytest.mark.parametrize("way", ["add", "restore"])
+def test_rows_of_two_trainings_of_one_name_are_not_mixed(way, machines):
+    """As after a change of a recipe's file, which is not in the name."""
+    one, two, kept = machines
+    for run, decay in ((one, 0.05), (two, 0.5)):
+        measure(run, protocol="knn")
+        tree = dict(
+            recipe="mae", optim=dict(weight_decay=decay), data=dict(name=str(run)), runtime=dict(device=str(run))
+        )
+        (run / "recipe.yaml").write_text(yaml.safe_dump(tree | dict(resolved=dict(a=decay), images=dict(count=decay))))
+    kept.add(one)
+    kept.add(one)
+    before = sorted((file, file.read_bytes()) for file in kept.folder.rglob("*.*"))
+    with pytest.raises(UserError, match=r"two/run and .*kept/runs/run are runs of one name .*\(optim.weight_decay\)"):
+        kept.add(two) if way == "add" else kept.restore(two.parent)
+    assert sorted((file, file.read_bytes()) for file in kept.folder.rglob("*.*")) == before
+    assert len(results.read(two)) == 1

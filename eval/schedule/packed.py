@@ -25,6 +25,8 @@ import numpy as np
 from eval.measure import kept_trials, results
 from eval.measure.results import Stored
 from ssl_vit import files
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
 
 
 class Packed:
@@ -34,18 +36,22 @@ class Packed:
         self.folder = folder
 
     def add(self, run: Path) -> None:
-        """Copy what a run has by now."""
+        """Copy what a run has by now. Raises UserError if a run with other settings is packed by its name."""
         target = self.folder / "runs" / run.name
+        _check_same(run, target)
         if (run / "recipe.yaml").exists():
             _write(target / "recipe.yaml", (run / "recipe.yaml").read_bytes())
         _bring(run, target, operator.ge)
 
     def restore(self, runs: Path) -> list[Path]:
         """Copy back what the runs in this folder lack; returns those that lacked something. A run that was not there
-        has no weights: a training that an evaluation still needs starts from its first step."""
+        has no weights: a training that an evaluation still needs starts from its first step.
+
+        Raises UserError if one of them has other settings than the packed one of its name."""
         restored = []
         for packed in sorted(self.folder.glob("runs/*")):
             run = runs / packed.name
+            _check_same(run, packed)
             if not run.exists():
                 with files.writing(run) as partial:
                     shutil.copytree(packed, partial)
@@ -54,6 +60,23 @@ class Packed:
                 with files.Lock(run / ".results.lock"):
                     restored += [run] if _bring(packed, run, operator.gt) else []
         return restored
+
+
+def _check_same(run: Path, packed: Path) -> None:
+    """Raises UserError if these are two trainings of one name, as after a change of a recipe: rows of both would count
+    as those of one."""
+    files = run / "recipe.yaml", packed / "recipe.yaml"
+    if not all(file.exists() for file in files):
+        return
+    one, other = (recipes.flat(recipes.read_settings(file)) for file in files)
+    free = (*recipes.MAY_CHANGE, "resolved", "images")
+    keys = [key for key in one.keys() & other.keys() if one[key] != other[key]]
+    keys = sorted(key for key in keys if key.partition(".")[0] not in free and key != "data.name")
+    if keys:
+        raise UserError(
+            f"{run} and {packed} are runs of one name with different settings ({', '.join(keys)}), and their rows must "
+            "not be mixed: move one of them elsewhere."
+        )
 
 
 def _bring(source: Path, target: Path, beats: Callable[[str, str], bool]) -> bool:
