@@ -10,7 +10,7 @@ PLAN is a file in recipes/study/ or a path to your own. Each job is a command of
 run at a time. What is done is never run again: the same command continues where it was stopped. The progress is in
 runs/PLAN-DATA[-HASH]/progress.txt. A key=value applies to the pre-training of every arm; an arm's own settings win.
 
---plan says what it would cost on this machine and what differences it could detect, and does nothing else.
+--plan says what it would cost on this machine and what differences it could detect; it trains a few timed steps alone.
 --results DIR stores in DIR, packed, what a verdict needs. From that folder a study resumes even if its run directories
 are lost: finished evaluations are kept, and a pre-training is repeated only if an evaluation of it is missing.
 """

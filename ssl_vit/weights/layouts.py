@@ -281,7 +281,7 @@ LAYOUTS = [
         "`visual.class_embedding`",
         has("visual.class_embedding", "visual.conv1.weight"),
         _openclip,
-        drop=((r"(?!visual\.).*", "text tower"), (r"visual\.proj", "projection into the space of texts")),
+        drop=((r"(?!visual\.).*", "text tower"), (r"visual\.proj", "projection to the joint embedding space")),
     ),
     Layout(
         "BEiT",
