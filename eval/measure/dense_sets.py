@@ -35,6 +35,8 @@ class Request(cli.EvalRequest):
 
     def __init__(self, args: argparse.Namespace):
         self.img_size = args.img_size = tuple(args.img_size) if args.img_size else None
+        if "pixels-pca64" in args.backbone:
+            raise UserError("pixels-pca64 projects whole images, and there is none of patches: name pixels.")
         super().__init__(args)
         for part, _ in self.parts:
             if part is not None and part >= 1:
