@@ -19,7 +19,7 @@ from eval.compare.runs import Group, Run
 from eval.compare.scores import EvalSet, Scores
 from eval.compare.studies import StudyResults, read_study
 from eval.measure import results
-from eval.page import document, verdict_section
+from eval.page import document, plots, verdict_section
 from ssl_vit.errors import UserError
 
 N, SEEDS, U = 1000, 6, 6e13
@@ -524,6 +524,16 @@ def test_the_chart_has_each_condition_with_its_seeds_and_thresholds():
     table = verdict_section.table(found)
     assert sum(len(of) for _, of in table.parts) == rows
     assert [cells[-1].text for _, cells in table.parts[0][1]] == ["holds"] * 3
+
+
+def test_no_heading_of_the_chart_is_cut_off():
+    found = decided({("random", AUGMENTED): 59})
+    assert said(found, "C4b") == rule.SMALL
+    [(_, svg)] = verdict_section.forest(found).charts
+    headings = re.findall(r"<text[^>]*font-weight=.600.[^>]*>([^<]*)<|<text[^>]*font-weight:600[^>]*>([^<]*)<", svg)
+    shown = ["".join(parts) for parts in headings]
+    assert any("yes, but small" in words for words in shown)
+    assert max(len(words) * plots.MINOR * plots.BOLD for words in shown) <= plots.WIDTH
 
 
 def write_run(folder, arm, seed, points):

@@ -9,6 +9,7 @@ each mark shows its values on hover. Values are fractions and are shown in %.
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -21,7 +22,7 @@ from eval.compare.words import between, number, percent
 WIDTH = 400  # units; text is then at least 11 px high on a phone 360 px wide
 SMALL = 300  # the width of a chart that is one of many
 TEXT, MINOR = 14, 13  # font sizes
-LETTER = 0.53  # mean width of a letter, relative to the font size
+LETTER, BOLD = 0.53, 0.65  # mean width of a letter, relative to the font size
 LIGHT = ("#0b6fb3", "#cf4f05", "#008060", "#b0508c", "#5a4fc0", "#9a6b00", "#2b8fa8", "#a33b3b")
 DARK = ("#5cb3f0", "#ff8f52", "#35c79e", "#ec9dc9", "#a9a0ff", "#e8b53c", "#66cde3", "#ff8a8a")
 
@@ -122,7 +123,8 @@ def lines(
 def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: bool = False) -> str:
     """A chart with a row for each value and its interval. zero: values are differences, hollow if not distinguishable
     from zero. brief: the numbers beside them are the values alone."""
-    names = [[row.name] if row.value is None else _split(row.name) for row in rows]
+    letters = int(WIDTH / (MINOR * BOLD))
+    names = [textwrap.wrap(row.name, letters) if row.value is None else _split(row.name) for row in rows]
     measured = [row for row in rows if row.value is not None]
     sign = "+" if zero else ""
     told = [between(row.value, *row.bounds, sign) for row in rows if row.value is not None]
@@ -144,7 +146,9 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: 
         colour = _colour(row)
         if row.value is None:
             halo = "stroke:var(--ground);stroke-width:4;paint-order:stroke"  # over the lines of the axis
-            parts.append(_text(0, middle + 4.5, row.name, "soft", MINOR, weight=600, style=halo))
+            for i, words in enumerate(name):
+                place = middle + 4.5 + 16 * (i - (len(name) - 1) / 2)
+                parts.append(_text(0, place, words, "soft", MINOR, weight=600, style=halo))
         else:
             for i, words in enumerate(name):
                 place = middle + 4.5 + 16 * (i - (len(name) - 1) / 2)
