@@ -44,7 +44,7 @@ Kind = Literal["plain", "ddp", "fsdp2"]
 
 def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
     """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
-    system.set_products(resolve_precision(recipe))
+    system.set_products(resolve_precision(recipe, path))
     resolve_engine(recipe)
     names = monitor.trackers(recipe.monitor.trackers)
     try:
@@ -93,8 +93,11 @@ def resolve_engine(recipe: recipes.Recipe) -> None:
     del os.environ["ACCELERATE_USE_FSDP"]  # Accelerate would shard by its own plugin, which does nothing on a CPU
 
 
-def resolve_precision(recipe: recipes.Recipe) -> system.Precision:
-    """Replace train.precision=auto by what this device can do, and return that."""
+def resolve_precision(recipe: recipes.Recipe, path: Path | None = None) -> system.Precision:
+    """Replace train.precision=auto by that of the run in this directory, which may have begun on another device, else
+    by what this device can do; returns it."""
+    if path is not None and recipe.train.precision == "auto" and (path / "recipe.yaml").exists():
+        recipe.train.precision = recipes.read_settings(path / "recipe.yaml")["train"]["precision"]
     cuda = not told_to_use_cpu() and torch.cuda.is_available()
     recipe.train.precision = found = system.precision(recipe.train.precision, cuda)
     return found

@@ -538,11 +538,11 @@ def page() -> str:
     lines = [
         "# Fidelity: the recipes and the published code",
         "",
-        "Written from the code by `python -m ssl_vit.fidelity > docs/fidelity.md`. For the recipes of `imagenet/` and for",
-        "mae, simmim, beit, dino, gaussian, supervised and deit: what differs from the values of the paper and its",
-        "official code, and why; how many settings were compared; and what has no setting here. The other recipes state",
-        "their departures in their files. Recipes with the same table share it. A test fails when a recipe departs from",
-        "a stored value and its table does not say so.",
+        "Written from the code by `python -m ssl_vit.fidelity > docs/fidelity.md`. For the recipes of `imagenet/`",
+        "and for mae, simmim, beit, dino, gaussian, supervised and deit: what differs from the values of the paper",
+        "and its official code, and why; how many settings were compared; and what has no setting here. The other",
+        "recipes state their departures in their files. Recipes with the same table share it. A test fails when a",
+        "recipe departs from a stored value and its table does not say so.",
     ]
     alike: dict[tuple[str, ...], list[str]] = {}  # recipes by their table
     for name in RECIPES:

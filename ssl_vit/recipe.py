@@ -31,7 +31,9 @@ class Train:
     batch_size: int = setting(256, "images per optimizer step, over all processes", at_least=1)
     seed: int = setting(0, "addresses every random draw of the run", at_least=0)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = setting(
-        "auto", "auto: bf16 on GPUs of compute capability >= 8.0, else fp32; tf32: fp32 with TF32 products"
+        "auto",
+        "auto: bf16 on GPUs of compute capability >= 8.0, else fp32, and as it began if a run goes on; tf32: fp32 with "
+        "TF32 products",
     )
     freeze_backbone_fraction: float | None = setting(
         None,

@@ -254,6 +254,20 @@ def test_a_run_from_before_commits_were_recorded_goes_on(tmp_path):
     assert checkout.in_words(checkout.commits(settings, log)) == "no commit recorded, from step 4 on b"
 
 
+def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path):
+    """Also on a device that would begin in another."""
+    steps, half = ["train.steps=80"], ["train.precision=bf16"]
+    run(tmp_path, *arguments("mae", *steps, *half, "--output", "whole"))
+    begun = Started(tmp_path, *arguments("mae", *steps, *half, "--output", "cut"))
+    until(lambda: steps_done(tmp_path / "cut") >= 6)
+    begun.kill()
+    other = Started(tmp_path, *arguments("mae", *steps, "train.precision=fp32", "--output", "cut"))
+    assert other.wait() == 2 and "with other settings (resolved.precision, train.precision)" in other.said
+    assert "Resuming from step" in run(tmp_path, *arguments("mae", *steps, "--output", "cut")).said
+    whole, cut = ((tmp_path / name / "backbone/model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
 def test_the_commit_is_no_part_of_a_run_s_name(tmp_path):
     settings, _ = claimed(tmp_path, 0, "a")
     added = dict(resolved={}, images={})
