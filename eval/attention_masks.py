@@ -22,7 +22,7 @@ import torch
 from eval.measure import attention_masks, cli, dense_sets, features, results
 from eval.page import mask_pictures, text_tables
 from ssl_vit import errors, flops, pictures
-from ssl_vit.backbones import TokenBackbone
+from ssl_vit.backbones import EvaBackbone, TokenBackbone
 from ssl_vit.data import evaluation_views
 from ssl_vit.errors import UserError, say
 
@@ -35,6 +35,8 @@ def evaluate(source: features.Source, request: dense_sets.Request) -> list[dict]
     backbone = source.backbone
     if not isinstance(backbone, TokenBackbone) or not backbone.has_class_token:
         raise UserError(f"{source.name} has no class token, whose attention would be the masks: leave it out.")
+    if isinstance(backbone, EvaBackbone):
+        raise UserError(f"{source.name} has rotary positions, and its attention cannot be read here: leave it out.")
     _, test = request.images(source)
     if not request.state.is_main_process:
         return []

@@ -149,9 +149,9 @@ def where(folds: int) -> str:
 
 def combinations(probe: Probe, per_block: bool) -> list[tuple[str, tuple[int, ...]]]:
     """(pooling, blocks) of the features that a sweep tries."""
+    if per_block:  # a class token may come in the last stage alone
+        return [(pooling, (block,)) for block in probe.blocks for pooling in probe.queries.poolings(block)]
     poolings = list(probe.queries.poolings(-1))
-    if per_block:
-        return [(pooling, (block,)) for block in probe.blocks for pooling in poolings]
     if len(poolings) > 1:
         poolings.append("concat")
     depths = dict.fromkeys((tuple(probe.blocks[-1:]), tuple(probe.blocks[-4:])))

@@ -61,7 +61,7 @@ def weights(
     """
     index = _index(train)
     for start in range(0, len(queries), 1024):  # so that memory does not grow with the test set
-        similarity, nearest = index.search(queries[start : start + 1024], max(ks))
+        similarity, nearest = index.search(queries[start : start + 1024], min(max(ks), len(train)))
         each = np.ones_like(similarity) if temperature is None else np.exp((similarity - 1) / temperature)
         rows = np.arange(len(similarity))[:, None]
         found = {k: np.zeros((len(similarity), classes)) for k in ks}
@@ -78,12 +78,15 @@ def predict(
     temperature: float | None = 0.07,
     centre: bool = True,
 ) -> Int[np.ndarray, " m"]:
-    """The classes, int64 (m,), that k-NN predicts for queries (m, D) from features (n, D) with labels, int (n,).
+    """The classes, int64 (m,), that k-NN predicts for queries (m, D) from features (n, D) with labels, int (n,) from 0
+    on: all n vote if they are fewer than k. Raises ValueError for a label below 0.
 
     >>> features = np.array([[1.0, 0.1], [0.9, 0.2], [-1.0, 0.3], [-0.8, 0.1]])
     >>> predict(features, np.array([0, 0, 1, 1]), features, k=2)
     array([0, 0, 1, 1])
     """
+    if labels.min() < 0:
+        raise ValueError("A label is below 0: leave out the features that have none.")
     bank, queries = prepare(train, queries, centre)
     return vote(bank, labels, queries, [k], int(labels.max()) + 1, temperature)[k]
 

@@ -166,3 +166,12 @@ def test_bad_input_is_one_sentence(run, photos, tmp_path, monkeypatch):
             call(embed, monkeypatch, *arguments)
     with pytest.raises(UserError, match="have no labels to evaluate with.*eval/embed.py"):
         call(knn, monkeypatch, "--backbone", run)
+
+
+def test_more_copies_than_neighbours_are_looked_at_are_told(tmp_path):
+    rng = np.random.default_rng(0)
+    copies = rng.normal(size=16) + 1e-3 * rng.normal(size=(20, 16))
+    found = embedding.examine(np.concatenate([copies, rng.normal(size=(40, 16))]).astype(np.float32))
+    assert len(found.duplicates(0.95)) < 190 and found.has_more(0.95)
+    few = embedding.examine(np.concatenate([copies[:3], rng.normal(size=(40, 16))]).astype(np.float32))
+    assert len(few.duplicates(0.95)) == 3 and not few.has_more(0.95)

@@ -18,6 +18,7 @@ from test_loop import ROOT, TINY, environment
 from eval import knn
 from eval.measure import features, results
 from eval.measure.predictions import Predictions
+from eval.page import text_tables
 from ssl_vit import data, neighbours, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -300,3 +301,36 @@ def test_results_are_json_lines(tmp_path):
     results.write(tmp_path, [dict(row, seed=1), dict(row, value=0.7)], [np.zeros(3)] * 2, np.zeros(3))
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert sorted((line["seed"] or 0, line["value"]) for line in lines) == [(0, 0.7), (1, 0.5)]
+
+
+def test_all_vote_where_they_are_fewer_than_k():
+    """And a label below 0 is none."""
+    features = np.array([[1.0, 0.0]] * 4 + [[0.9, 0.1]] * 2, dtype=np.float32)
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    for temperature in (None, 0.07):
+        found = neighbours.predict(features, labels, features, k=20, temperature=temperature, centre=False)
+        assert (
+            found.tolist() == neighbours.predict(features, labels, features, 6, temperature, False).tolist() == [0] * 6
+        )
+    with pytest.raises(ValueError, match="leave out the features that have none"):
+        neighbours.predict(features, np.array([0, 1, 2, -1, -1, -1]), features)
+
+
+@pytest.mark.parametrize("change", [dict(chosen="3 tenths of train, in turns"), dict(backbone="./w.pth"), dict(n=9)])
+def test_an_evaluation_made_again_replaces_its_row(change, tmp_path):
+    """Whatever the images, the way of choosing and the words for the weights were before."""
+    row = dict.fromkeys(results.IDENTITY) | dict(
+        run="r", protocol="linear-sweep", chosen="a tenth", backbone="w.pth", n=8
+    )
+    for keys, predicted in (({}, 0), (change, 1)):
+        results.write(tmp_path, [row | keys], [np.full(8, predicted)], np.zeros(8, dtype=int))
+    [kept] = results.read(tmp_path)
+    assert row | change == {key: kept[key] for key in row}
+    assert np.load(tmp_path / kept["predictions"])["predicted"].tolist() == [1] * 8
+    results.write(tmp_path, [row | dict(protocol="knn")], [np.zeros(8)], np.zeros(8, dtype=int))
+    assert len(results.read(tmp_path)) == 2
+
+
+def test_an_interval_in_a_terminal_ends_at_100():
+    found = text_tables.accuracies(["a"], ["k-NN"], [(("x",), "k-NN", np.ones(30)), (("y",), "k-NN", np.zeros(30))])
+    assert "100.0 (88.6 to 100.0)" in found and "0.0 (0.0 to 11.4)" in found

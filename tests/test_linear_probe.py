@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -496,3 +497,11 @@ def test_seconds_leave_out_the_features_as_those_of_k_nn_do(tmp_path, monkeypatc
     rows = results.read(tmp_path / "runs/mae")
     assert {row["protocol"].split("-")[0] for row in rows} == {"linear", "knn"} and clock[0] == 4000
     assert all(0 < row["seconds"] < 1000 and row["eval_flops"] > 1e6 for row in rows)
+
+
+def test_each_block_has_the_poolings_that_it_has():
+    """A class token that comes in the last stage alone, as CvT's."""
+    of = {0: ["avg"], 1: ["avg", "cls"]}
+    probe = SimpleNamespace(blocks=[0, 1], queries=SimpleNamespace(poolings=lambda block: dict.fromkeys(of[block % 2])))
+    found = linear_probe.combinations(probe, per_block=True)
+    assert found == [("avg", (0,)), ("avg", (1,)), ("cls", (1,))]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.compare import intervals
-from eval.compare.words import number, percent
+from eval.compare.words import number, percent, with_interval
 from eval.measure import results
 from ssl_vit.errors import UserError
 from ssl_vit.recipe import short
@@ -100,7 +100,7 @@ class Advice:
     def sentence(self) -> str:
         """The advice and its cost."""
         most, labels = self.chosen.most, max(self.chosen.by_labels)
-        reached = f"{percent(most.estimate.mean)} ± {percent(most.estimate.half_width)} %"
+        reached = f"{with_interval(most.estimate)} %"
         cost = f"{number(most.flops, power=True)} FLOPs and {_duration(most.seconds)} here"
         mean, half = self.gain(self.chosen)
         told = f"with {labels:,} labelled images it is right on {reached} of {len(most.correct):,} test images"

@@ -36,6 +36,11 @@ class Findings:
         }
         return sorted(((i, j, s) for (i, j), s in pairs.items()), key=lambda pair: (-pair[2], pair[:2]))
 
+    def has_more(self, least: float) -> bool:
+        """Whether there may be more such pairs: an image has as many as are looked at."""
+        n, k = self.similarity.shape
+        return k < n - 1 and bool((self.similarity[:, -1] >= least).any())
+
 
 def examine(features: np.ndarray, groups: int | None = None) -> Findings:
     """The findings in features (n, D), n ≥ 2. groups: how many; by default one for ten images, at most 8."""

@@ -20,7 +20,7 @@ So seconds compare rows of one protocol; eval_flops compare protocols.
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -51,10 +51,16 @@ class Stored(TypedDict):
     p_true: NotRequired[np.ndarray]
 
 
-def row_id(row: dict, without: str | None = None) -> str:
+def row_id(row: dict, without: Collection[str] = ()) -> str:
     """First 12 hex digits of the SHA-256 over the keys that identify the measurement."""
-    identity = json.dumps({key: row[key] for key in IDENTITY if key != without}, sort_keys=True)
+    identity = json.dumps({key: row[key] for key in IDENTITY if key not in without}, sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def place_of(row: dict) -> str:
+    """What a newer row replaces: the same measurement in the same run, whatever the number of images was then, the way
+    of choosing, which depends on it, and the words for the backbone."""
+    return row_id(row, ("n", "chosen", "backbone"))
 
 
 def write(
@@ -94,14 +100,14 @@ def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], i
             row |= names
     file = folder / "results.jsonl"
     with files.Lock(folder / ".results.lock"):
-        known = {row_id(row, "n"): row for row in read(folder)}
+        known = {place_of(row): row for row in read(folder)}
         for row, stored in zip(rows, arrays, strict=True):
             row |= dict(predictions=f"predictions/{row_id(row)}.npz", measured_at=now())
             index = np.arange(len(next(iter(stored.values()))), dtype=np.int32)
             with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
                 np.savez_compressed(stream, index=index, **stored)
-            known.pop(row_id(row, "n"), None)
-            known[row_id(row, "n")] = row
+            known.pop(place_of(row), None)
+            known[place_of(row)] = row
         files.write(file, lines(list(known.values())))
 
 

@@ -33,9 +33,10 @@ def blocks(
         ("Images", f"{len(images):,}: {_counted(images.split_names)}"),
         ("Features", f"{kind}, centred, compared by their cosine; all are in {file} beside this page"),
     ]
+    count = f"{'at least ' if found.has_more(duplicates) else ''}{len(pairs):,} pair{'s' * (len(pairs) != 1)}"
     lead = (
-        f"{len(images):,} images in {found.group.max() + 1} groups; {len(pairs):,} pair{'s' * (len(pairs) != 1)} with "
-        f"a similarity of {duplicates:g} or more; the strangest image is {show.name(int(found.outlier.argmax()))}."
+        f"{len(images):,} images in {found.group.max() + 1} groups; {count} with a similarity of {duplicates:g} or "
+        f"more; the strangest image is {show.name(int(found.outlier.argmax()))}."
     )
     made: list[Block] = [Text(lead, "lead"), Items(told)]
     made += [Heading("Map"), *_map(images, found)]
@@ -113,12 +114,12 @@ def _duplicates(pairs: list[tuple[int, int, float]], least: float, found: Findin
     if not pairs:
         closest = float(found.similarity.max())
         return [Text(f"No two images have a similarity of {least:g} or more; the closest pair has {closest:.2f}.")]
-    made: list[Block] = [
-        Text(
-            f"{len(pairs):,} pairs have a similarity of {least:g} or more. Look at them before you split the images. "
-            "A backbone that was trained little finds many images alike: raise --duplicates then."
-        )
-    ]
+    at_least = "At least " if found.has_more(least) else ""
+    words = (
+        f"{at_least}{len(pairs):,} pairs have a similarity of {least:g} or more. Look at them before you split the "
+        "images. A backbone that was trained little finds many images alike: raise --duplicates then."
+    )
+    made: list[Block] = [Text(words)]
     for i, j, s in pairs[:PAIRS]:
         made.append(Thumbnails(show([i, j]), f"Similarity {s:.3f}."))
     return made

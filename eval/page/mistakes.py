@@ -253,6 +253,7 @@ class _Images:
             config.hold_out = role == "held out"
             try:
                 found = data.load(config, role, settings[0].get("images", {}).get("classes"))
+                found = found if found.labels is None else found.labelled()
                 same = found.labels is not None and np.array_equal(found.labels.numpy(), eval_set.truth)
                 self.found = found if same else None
                 why = "the images found there are not those that were evaluated"

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from eval.compare.intervals import interval
+from eval.compare.words import with_interval
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
@@ -40,5 +41,4 @@ def _cell(measured: list[np.ndarray] | list[str]) -> str:
         return "–"
     if isinstance(measured[0], str):
         return ", ".join(dict.fromkeys(measured))
-    estimate = interval(np.mean(measured, axis=0)[None])
-    return f"{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f}"
+    return with_interval(interval(np.mean(measured, axis=0)[None]))

@@ -105,10 +105,10 @@ def merged(rows: list[dict], others: list[dict], beats: Callable[[str, str], boo
 
     beats: whether a row measured at the first time replaces one of the second; a time is "" where a row tells none.
     """
-    known = {results.row_id(row, "n"): row for row in rows}
+    known = {results.place_of(row): row for row in rows}
     taken = []
     for row in others:
-        key = results.row_id(row, "n")
+        key = results.place_of(row)
         if key not in known or (row != known[key] and beats(_time(row), _time(known[key]))):
             known.pop(key, None)  # the last is what was measured last
             known[key] = row
