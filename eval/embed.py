@@ -104,7 +104,7 @@ def main() -> None:
     system.set_products(source.precision)
     if source.backbone is None:
         raise UserError(f"{args.backbone} is no backbone: pass a run, a file or folder of weights, or a timm model.")
-    config = features.read_as(source.settings, args.data) if args.data else features.data_of(source.settings)
+    config = features.seen_by(source, given or features.data_of(source.settings))
     images = everything.load(config, len(source.network.mean), state.device)
     if len(images) < 2:
         raise UserError(f"{config.name} holds a single image, which there is nothing to compare with: pass more.")

@@ -95,7 +95,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
                 best, how = schedule.rates[len(schedule.rates) // 2], cli.UNCHOSEN
                 say(f"One label per class leaves nothing to choose on: lr {best:g}, the middle of --lr, is used.")
             own.append(f"optim.lr={best}")
-        recipe = make_recipe(source, request.config, own)
+        recipe = make_recipe(source, images_of(source, request), own)
         path = place(source, recipe, train)
         tune(recipe, path)
         answer, judging = predict(path, test, request.state)
@@ -116,7 +116,7 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
     """
     seen, left_out = request.images(source)
     seed = request.config.subset_seed
-    whole = cli.with_labels(data.load(dataclasses.replace(request.config, in_chans=seen.channels), "train"))
+    whole = cli.with_labels(data.load(dataclasses.replace(images_of(source, request), in_chans=seen.channels), "train"))
     labels, truth = cli.labels_of(whole), cli.labels_of(left_out)
     _, last = subsets.hold_out(labels, seed)
     rows = []
@@ -134,10 +134,10 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
         about: dict[str, object] = {}
         if schedule.rates:
             choice = choose(source, request, own, schedule.rates, left_out)
-            recipe = make_recipe(source, request.config, [*own, f"optim.lr={choice.rate}"])
+            recipe = make_recipe(source, images_of(source, request), [*own, f"optim.lr={choice.rate}"])
             how, about, spent, answer = CHOSEN, choice.about, choice.cost, choice.answer
         else:
-            recipe, how = make_recipe(source, request.config, own), "last checkpoint"
+            recipe, how = make_recipe(source, images_of(source, request), own), "last checkpoint"
             answer, spent, _ = attempt(source, request, recipe, seen, left_out)
         place(source, recipe, seen)
         row = cli.row(source, left_out) | answer.metrics(truth)
@@ -146,6 +146,11 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
         if request.state.is_main_process:
             results.write(source.folder, [rows[-1]], [answer], truth, left_out)
     return rows
+
+
+def images_of(source: features.Source, request: cli.EvalRequest) -> recipes.Data:
+    """The images to fine-tune on and to judge by, their values read as in the pre-training."""
+    return features.read_as(source.settings, request.config)
 
 
 def settings_of(
@@ -178,7 +183,7 @@ def longer(
     source: features.Source, request: cli.EvalRequest, settings: list[str], images: int, extra: float
 ) -> list[str]:
     """The setting that trains for `extra` FLOPs more than these settings do on this many images."""
-    recipe = make_recipe(source, request.config, settings)
+    recipe = make_recipe(source, images_of(source, request), settings)
     labelled, _ = request.images(source)
     objective = pretrain.build(recipe, labelled)
     train, per_image = recipe.train, flops.per_image(objective, labelled.channels, objective.labelled)
@@ -225,7 +230,7 @@ def choose(
     commits: set[str | None] = set()  # of trials that are kept from an earlier call
     while left:
         for rate in left:
-            recipe = make_recipe(source, request.config, [*settings, f"optim.lr={rate}"])
+            recipe = make_recipe(source, images_of(source, request), [*settings, f"optim.lr={rate}"])
             judge = left_out or cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
             train = request.images(source)[0]
             try:

@@ -25,6 +25,7 @@ import torch
 from accelerate import PartialState
 
 from eval.compare.intervals import interval
+from eval.compare.words import with_interval
 from eval.measure import cli, everything, features, kept_probes
 from eval.page.text_tables import aligned
 from ssl_vit import errors, files, system
@@ -39,17 +40,16 @@ Row = dict[str, str | float]
 
 @torch.inference_mode()
 def probabilities(
-    source: features.Source, images: everything.Images, state: PartialState, file: Path | None
+    source: features.Source, images: everything.Images, state: PartialState, probe: kept_probes.KeptProbe | None
 ) -> tuple[np.ndarray, list[str]]:
-    """(float32 (n, K), the names of the K classes), by the model's own classifier or the kept probe."""
-    if source.network.model.num_classes and file is None:
+    """(float32 (n, K), the names of the K classes), by the kept probe, or by the model's own classifier."""
+    if probe is None:
         source.network.to(state.device)
         compute = features.Piecewise(lambda part: source.logits(part).softmax(1).cpu().numpy())
         view = source.network.evaluation_view
         batches = (everything.data.evaluation_views(part, view, state.device) for part in images.splits)
         found = [p for views in batches for batch in views for p in compute(batch)]
         return np.concatenate(found), class_names(source)
-    probe = kept_probes.read(source, file)
     parts = []
     for part in images.splits:
         arrays = features.extract(source, part, state, probe.blocks)
@@ -104,21 +104,22 @@ def write(target: Path, rows: list[Row]) -> None:
             partial.write_text(text.getvalue(), encoding="utf-8")
 
 
-def judged(rows: list[Row], classes: list[str]) -> str:
-    """The accuracy on each split, and the most confident mistakes, of rows with labels; "" if none has one that the
-    model knows. A classifier of these images was trained on the first split, if there are several."""
+def judged(rows: list[Row], classes: list[str], parts: list[str]) -> str:
+    """The accuracy on each part, and the most confident mistakes, of rows with labels; "" if none has one that the
+    model knows. parts: the name of each row's split, or of the part of one that was divided for reports; a classifier
+    of these images was trained on the first, if there are several."""
     known = [row for row in rows if row.get("label") in classes]
     if not known:
         return ""
-    splits = list(dict.fromkeys(row["split"] for row in rows))
+    names = list(dict.fromkeys(parts))
     lines = []
-    for split in splits:
-        right = np.array([row["predicted"] == row["label"] for row in known if row["split"] == split])
+    for name in names:
+        here = [row for row, part in zip(rows, parts, strict=True) if part == name and row.get("label") in classes]
+        right = np.array([row["predicted"] == row["label"] for row in here])
         if len(right):
-            estimate = interval(right[None])
-            accuracy = f"{100 * estimate.mean:.1f} ± {100 * estimate.half_width:.1f} % are correct"
-            seen = "; a classifier of this data set was trained on them" if split == splits[0] and splits[1:] else ""
-            lines.append(f"{split}: {len(right):,} labelled images: {accuracy}{seen}.")
+            accuracy = f"{with_interval(interval(right[None]))} % are correct"
+            seen = "; a classifier of this data set was trained on them" if name == names[0] and names[1:] else ""
+            lines.append(f"{name}: {len(right):,} labelled images: {accuracy}{seen}.")
     strangers = sum(bool(row.get("label")) for row in rows) - len(known)
     lines += [f"{strangers:,} images have a label that the model does not know."] if strangers else []
     text = "\n".join(lines)
@@ -155,15 +156,19 @@ def main() -> None:
     system.set_products(source.precision)
     if source.backbone is None:
         raise UserError(f"{args.backbone} has no classifier: pass a fine-tuned run, or one with a kept probe.")
-    given = features.read_as(source.settings, args.data)
-    images = everything.load(given, len(source.network.mean), state.device)
-    found, classes = probabilities(source, images, state, args.probe)
+    own = source.network.model.num_classes and args.probe is None
+    probe = None if own else kept_probes.read(source, args.probe)
+    config = features.seen_by(source, given)
+    if probe and probe.range:
+        config.range = probe.range
+    images = everything.load(config, len(source.network.mean), state.device)
+    found, classes = probabilities(source, images, state, probe)
     if not state.is_main_process:
         return
     rows = list(rows_of(images, found, classes))
     target = args.output or source.folder / f"predictions-{short(args.data)}.csv"
     write(target, rows)
-    if text := judged(rows, classes):
+    if text := judged(rows, classes, images.parts):
         say(f"{text}\n")
     say(f"Written: {target} ({len(rows):,} images)")
 

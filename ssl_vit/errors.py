@@ -25,6 +25,10 @@ class Diverged(UserError):
     """A training whose loss or weights are no longer finite numbers."""
 
 
+class NothingHeldOut(UserError):
+    """A set that is not divided for reports, since none of its few images is in the tenth."""
+
+
 class Mistakes:
     """Collects mistakes, so that all are reported at once: `with mistakes: …` continues after a UserError."""
 

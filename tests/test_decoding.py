@@ -3,8 +3,10 @@
 import io
 import shutil
 import struct
+import weakref
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -388,3 +390,28 @@ def test_a_set_that_shows_one_image_only_is_refused(tmp_path):
 def test_the_range_is_checked():
     with pytest.raises(UserError, match=r"data.range must be two increasing numbers"):
         recipes.read("mae", ["data.range=[5, 5]"], "digits", lambda name: objectives.find(name).Config)
+
+
+def test_fractions_that_are_no_bytes_keep_their_contrast():
+    ranges = {1.0: 1.0, 1.02: 1.02, 30.0: 30.0, 65.0: 255.0, 255.0: 255.0, 300.0: 300.0}
+    assert {high: decoding.choose_range("fractions", 0.0, high)[1] for high in ranges} == ranges
+    assert decoding.choose_range("fractions", -0.5, 1.02) == (-0.5, 1.02)
+
+
+def test_looking_at_a_set_keeps_no_file_open():
+    """Of folders, more are looked at than some systems let a process open."""
+    alive = weakref.WeakSet()
+
+    class Header(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    def read(i):
+        alive.add(
+            found := Header(channels=3, size=(8, 8), deep=None, form="PNG", mode="RGB", alpha=False, turned=False)
+        )
+        assert len(alive) < 4
+        return found
+
+    look = decoding.probe(read, 40, False, "photos")
+    assert len(look.indices) == 40 and look.size == (8, 8) and look.channels == 3 and look.deep == []
+    assert look.seen == {("PNG", "RGB", False, False): 40}

@@ -1,6 +1,8 @@
 """A class and its probability for every image: by a fine-tuned run, and by the probe that was kept."""
 
 import csv
+import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -11,7 +13,7 @@ from PIL import Image
 from test_embed import call
 from test_loop import TINY
 
-from eval import linear_probe, predict
+from eval import embed, linear_probe, predict
 from eval.measure import everything, features, probing, results
 from ssl_vit import data, pretrain, weights
 from ssl_vit import recipe as recipes
@@ -109,7 +111,78 @@ def test_deep_images_are_read_in_the_range_of_the_training(tmp_path):
             Image.fromarray(np.roll(values, i)).save(tmp_path / name / f"{i}.png")
     trained = data.load(recipes.Data(name=str(tmp_path / "train")), "train")
     settings = dict(data=dict(name="train", range=list(trained.range), background="white", layout=None))
-    config = features.read_as(settings, str(tmp_path / "new"))
+    config = features.read_as(settings, recipes.Data(name=str(tmp_path / "new")))
     images = everything.load(config, 1, torch.device("cpu")).splits[0]
     assert trained.range == images.range and trained.images.max() == 255 and 60 < images.images.max() < 68
-    assert features.read_as({}, "digits") == recipes.Data(name="digits")
+    assert features.read_as({}, recipes.Data(name="digits")) == recipes.Data(name="digits")
+    own = dict(data=dict(name="a", range=[0, 9], pages="first", label_column="y", background="black"))
+    other, same = (features.read_as(own, recipes.Data(name=name, range=[0, 5])) for name in ("b", "a"))
+    assert other == recipes.Data(name="b", range=[0, 5], pages="first", background="black")  # what is open is filled
+    assert same == dataclasses.replace(other, name="a", label_column="y")
+
+
+def picture(folder, value):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), value).save(folder / f"{value}.png")
+
+
+def test_every_split_has_its_classes_by_name_where_training_has_none(tmp_path):
+    """Each split numbers its own then, and c is the second of val's."""
+    for i, (split, names) in enumerate({"train": [""], "test": ["a", "b", "c"], "val": ["a", "c"]}.items()):
+        for j, name in enumerate(names):
+            for k in range(2):
+                picture(tmp_path / "photos" / split / name, 60 * i + 10 * j + k)
+    images = everything.load(recipes.Data(name=str(tmp_path / "photos")), 1, torch.device("cpu"))
+    named = [images.classes[label] if label >= 0 else "" for label in images.labels]
+    assert list(zip(images.split_names, named, strict=True)) == [
+        *[("train", "")] * 2,
+        *(("test", name) for name in "aabbcc"),
+        *(("val", name) for name in "aacc"),
+    ]
+
+
+def test_so_few_images_that_none_is_held_out_are_all_predicted(tmp_path):
+    names = ("0.png", "1.png", "2.png", "3.png")  # none of which is in the tenth
+    for i, _ in enumerate(names):
+        picture(tmp_path / "few" / "ab"[i % 2], i)
+    images = everything.load(recipes.Data(name=str(tmp_path / "few")), 1, torch.device("cpu"))
+    assert len(images) == 4 and images.classes == ["a", "b"]
+
+
+def test_the_part_that_a_classifier_was_trained_on_is_told_apart():
+    """Also where the set has one split, of which a tenth is held out."""
+    rows = [dict(name=str(i), split="train", predicted="a", probability=0.5, label="ab"[i > 29]) for i in range(40)]
+    parts = ["train (the other nine tenths)"] * 30 + ["train (hashed tenth)"] * 10
+    said = predict.judged(rows, ["a", "b"], parts).splitlines()
+    assert said[0] == (
+        "train (the other nine tenths): 30 labelled images: 100.0 (88.6 to 100.0) % are correct; a classifier of this "
+        "data set was trained on them."
+    )
+    assert said[1] == "train (hashed tenth): 10 labelled images: 0.0 (0.0 to 27.8) % are correct."
+
+
+@pytest.mark.parametrize("command", [predict, embed])
+def test_a_run_on_permuted_pixels_is_shown_permuted_images(command, runs, tmp_path, monkeypatch):
+    asked = []
+
+    def load(config, channels, device):
+        asked.append(config)
+        raise UserError("seen")
+
+    monkeypatch.setattr(everything, "load", load)
+    monkeypatch.setattr(features.Source, "permuted", True)
+    with pytest.raises(UserError, match="seen"):
+        call(command, monkeypatch, "--backbone", runs / "tuned", "--data", "digits")
+    assert asked[0].permute_pixels and asked[0].img_size == [8, 8]
+
+
+def test_deep_images_are_read_in_the_range_of_the_probe(runs, tmp_path, monkeypatch):
+    """Published weights have none of their own."""
+    asked, kept = [], SimpleNamespace(range=[0.0, 4095.0])
+    monkeypatch.setattr(predict.kept_probes, "read", lambda source, file: kept)
+    monkeypatch.setattr(
+        everything, "load", lambda config, *rest: asked.append(config) or (_ for _ in ()).throw(UserError("seen"))
+    )
+    with pytest.raises(UserError, match="seen"):
+        call(predict, monkeypatch, "--backbone", runs / "mae" / "backbone", "--data", "digits")
+    assert asked[0].range == [0.0, 4095.0]

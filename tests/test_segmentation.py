@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -30,6 +31,7 @@ from eval.compare.scores import read_eval_sets
 from eval.measure import attention_masks, dense, dense_sets, dense_tuning, features, results
 from ssl_vit import data, pretrain
 from ssl_vit import recipe as recipes
+from ssl_vit.backbones import EvaBackbone
 from ssl_vit.backbones.vit import AddressedDropPath
 from ssl_vit.data import masks
 from ssl_vit.errors import UserError
@@ -629,3 +631,22 @@ def test_a_training_of_other_weights_or_masks_is_not_gone_on_with(measured):
         names.add(dense_tuning._name(dataclasses.replace(task, **change), 3, 1e-3, config))
     names |= {dense_tuning._name(task, 4, 1e-3, config), dense_tuning._name(task, 3, 1e-4, config)}
     assert len(names) == 7
+
+
+def test_a_folder_called_digits_is_no_known_set(monkeypatch):
+    """Its masks are its own."""
+    images = SimpleNamespace(name="digits", split="train", masks=None)
+    with pytest.raises(UserError, match="digits .train. has no masks"):
+        dense_sets.masks_of("./digits", images, images, [])
+
+
+def test_the_attention_of_rotary_positions_is_refused():
+    class Rotary(EvaBackbone):
+        has_class_token = True
+
+        def __init__(self):
+            pass
+
+    source = SimpleNamespace(name="eva02", backbone=Rotary())
+    with pytest.raises(UserError, match="eva02 has rotary positions, and its attention cannot be read here"):
+        attention_command.evaluate(source, None)

@@ -386,3 +386,13 @@ def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
         text = (tmp_path / name / "recipe.yaml").read_text()
         assert f"count: {8 if name == 'supervised' else 12}" in text
         assert pretrain.pretrain(pretrain.read(name, small, str(tmp_path / "set")), tmp_path / name) == 0  # goes on
+
+
+def test_a_row_of_a_metadata_file_without_a_name_is_one_sentence(tmp_path):
+    for split in ("train", "test"):
+        for i, name in enumerate("ab"):
+            save(tmp_path / split / f"{name}.png", np.full((8, 8, 3), 10 * i + len(split), np.uint8))
+        lines = [dict(file_name="a.png", label="x"), dict(label="y")]
+        (tmp_path / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"metadata.jsonl names no file_name in its row 2: mend or remove"):
+        load(tmp_path, "train")

@@ -15,7 +15,6 @@ from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say, say_once
-from ssl_vit.settings import known
 
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
@@ -104,7 +103,7 @@ class EvalRequest:
                 raise UserError(f"Two backbones are called {source.folder.name}: evaluate them one after the other.")
             self.sources.append(source)
         self.folders = {source.folder.name: source.folder for source in self.sources}  # by the name in their rows
-        self._loaded: dict[tuple[int | None, tuple[int, int] | None], tuple[data.ImageSet, data.ImageSet]] = {}
+        self._loaded: dict[str, tuple[data.ImageSet, data.ImageSet]] = {}
 
     def images(self, source: features.Source) -> tuple[data.ImageSet, data.ImageSet]:
         """(training images, images to evaluate on), with as many channels as the backbone takes, and with permuted
@@ -116,11 +115,10 @@ class EvalRequest:
                 f"{source.name} may have seen the held-out tenth: it was not trained with data.hold_out=true."
             )
         channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
-        key = channels, source.size if source.permuted else None
+        config = features.seen_by(source, self.config)
+        config = dataclasses.replace(config, in_chans=channels, hold_out=self.held_out)
+        key = repr(config)
         if key not in self._loaded:
-            config = dataclasses.replace(self.config, in_chans=channels, hold_out=self.held_out)
-            if source.permuted:
-                config.permute_pixels, config.img_size = True, list(known(source.size))
             train = with_labels(data.load(config, "train")).to(self.state.device)
             config.in_chans, config.range = train.channels, train.range and list(train.range)
             role = "held out" if self.held_out else "report"

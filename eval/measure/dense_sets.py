@@ -45,7 +45,7 @@ class Request(cli.EvalRequest):
                     "such as 10%, or all."
                 )
         self.most = max(self.parts, key=lambda found: (found[0] is None, found[0]))
-        self._sets: dict[int | None, tuple[ImageSet, ImageSet]] = {}
+        self._sets: dict[str, tuple[ImageSet, ImageSet]] = {}
         found = self.images(self.sources[0])
         self.masks, self.names, self.classes = masks_of(self.config.name, *found, args.ignore)
 
@@ -64,9 +64,11 @@ class Request(cli.EvalRequest):
         Raises UserError for a run that was trained on permuted pixels, whose masks would have to be permuted too.
         """
         channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
-        if channels not in self._sets:
-            self._sets[channels] = load(self.config, channels, source)
-        train, test = self._sets[channels]
+        config = features.read_as(source.settings, self.config)
+        key = repr((config, channels))
+        if key not in self._sets:
+            self._sets[key] = load(config, channels, source)
+        train, test = self._sets[key]
         return train.to(self.state.device), test.to(self.state.device)
 
 
@@ -109,7 +111,7 @@ def masks_of(
     `ignored`, or one that classes.txt calls unlabelled.
     Raises UserError for missing masks, masks of another size than their image, and classes that training lacks.
     """
-    if train.name == "digits":
+    if name == "digits":  # and no folder of that name
         found = [_strokes(images) for images in (train, test)]
         names: list[str] | None = ["background", *map(str, range(10))]
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssl_vit import data
 from ssl_vit import recipe as recipes
 from ssl_vit.data import ImageSet
-from ssl_vit.errors import UserError
+from ssl_vit.errors import NothingHeldOut, UserError
 from ssl_vit.views import Evaluation
 
 
@@ -35,18 +35,28 @@ class Images:
     @property
     def split_names(self) -> list[str]:
         """For each image the name of its split; the two parts of one that was divided for reports are one."""
-        return [part.split.partition(" (")[0] for part in self.splits for _ in range(len(part))]
+        return [part.partition(" (")[0] for part in self.parts]
+
+    @property
+    def parts(self) -> list[str]:
+        """For each image the name of its split, or of the part of one that was divided for reports."""
+        return [part.split for part in self.splits for _ in range(len(part))]
 
     @property
     def classes(self) -> list[str] | None:
-        return next((part.classes for part in self.splits if part.classes), None)
+        """The names of all splits' classes, those of the first in their order."""
+        return list(dict.fromkeys(name for part in self.splits for name in part.classes or [])) or None
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 (n,), −1 where an image has none; None if none has."""
-        if all(part.labels is None for part in self.splits):
+        """int64 (n,), in `classes`, −1 where an image has none; None if none has."""
+        names = self.classes
+        if names is None or all(part.labels is None for part in self.splits):
             return None
-        parts = [np.full(len(p), -1) if p.labels is None else p.labels.cpu().numpy() for p in self.splits]
+        parts = []
+        for part in self.splits:  # where the first split has no labels, each of the others counts its own
+            number = np.array([*(names.index(name) for name in part.classes or []), -1])
+            parts.append(np.full(len(part), -1) if part.labels is None else number[part.labels.cpu().numpy()])
         return np.concatenate(parts)
 
     def views(self, view: Evaluation, chosen: list[int], device: torch.device) -> Tensor:
@@ -74,6 +84,8 @@ def load(config: recipes.Data, channels: int, device: torch.device) -> Images:
         config = dataclasses.replace(config, range=list(first.range))
     try:
         parts.append(data.load(config, "report", first.classes))
+    except NothingHeldOut:  # so few that all are in the first part
+        pass
     except UserError:  # one split without labels, of which nothing is held out
         if first.labels is not None:
             raise

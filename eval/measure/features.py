@@ -3,6 +3,7 @@
 They are computed once per backbone and images, on all processes, and stored in SOURCE/features/ as .npy files.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.devices import out_of_memory
 from ssl_vit.errors import UserError, say
 from ssl_vit.flops import count
+from ssl_vit.settings import known
 
 CONTROLS = ("pixels", "pixels-pca64")
 Vectors = Callable[["Source", Tensor, list[int]], dict[tuple[int, str], Tensor]]
@@ -86,12 +88,26 @@ def data_of(settings: dict) -> recipes.Data:
     return recipes.Data(**settings["data"] | info | own)
 
 
-def read_as(settings: dict, name: str) -> recipes.Data:
-    """The images of this name, their values read as in a pre-training: what is black and what is white of images deeper
-    than 8 bits is a model's business, and not to be guessed again from other images. settings: the run's, or {}."""
-    told = settings.get("data", {})
-    own = {key: told[key] for key in ("range", "background", "layout") if told.get(key) is not None}
-    return recipes.Data(name=name, **own)
+# how stored values become pixels: a model's business, and not to be guessed again from other images
+READING = ("range", "background", "layout", "pages")
+TABLE = ("config", "image_column", "label_column", "train_split", "report_split")  # where a set's images are
+
+
+def read_as(settings: dict, config: recipes.Data) -> recipes.Data:
+    """These images, their values read as in a pre-training, wherever the config leaves that open. settings: the run's,
+    or {}."""
+    told, default = settings.get("data", {}), recipes.Data()
+    keys = READING + (TABLE if told.get("name") == config.name else ())
+    own = {key: told[key] for key in keys if told.get(key) is not None}
+    return dataclasses.replace(config, **{k: v for k, v in own.items() if getattr(config, k) == getattr(default, k)})
+
+
+def seen_by(source: "Source", config: recipes.Data) -> recipes.Data:
+    """`read_as`, with permuted pixels for a run that was trained on such: it is shown images as in its own training."""
+    config = read_as(source.settings, config)
+    if not source.permuted:
+        return config
+    return dataclasses.replace(config, permute_pixels=True, img_size=list(known(source.size)))
 
 
 def open_source(

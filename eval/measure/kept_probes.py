@@ -18,7 +18,7 @@ from ssl_vit.recipe import short
 class KeptProbe:
     """A softmax regression on features of some blocks. weight: (D + 1, K); mean, factor: (D,), of standardisation.
 
-    digest: of the backbone whose features it was trained on.
+    digest: of the backbone whose features it was trained on. range: [black, white] of deep images, as it saw them.
     """
 
     weight: np.ndarray
@@ -28,6 +28,7 @@ class KeptProbe:
     blocks: list[int]
     classes: list[str]
     digest: str
+    range: list[float]
 
     def __call__(self, found: np.ndarray) -> np.ndarray:
         """Probabilities, float32 (m, K), of features (m, D)."""
@@ -52,6 +53,7 @@ def write(
         blocks=np.array(blocks),
         classes=np.array(cli.classes_of(probe.train), dtype=str),
         digest=np.array(weights.digest(probe.source.backbone)),
+        range=np.array(probe.train.range or []),
     )
     target = probe.source.folder / "probes" / f"{short(probe.test.name)}-{labels}.npz"
     with files.writing(target) as partial, open(partial, "wb") as stream:
@@ -84,6 +86,7 @@ def read(source: features.Source, file: Path | None) -> KeptProbe:
         kept["blocks"].tolist(),
         kept["classes"].tolist(),
         str(kept["digest"]),
+        kept["range"].tolist(),
     )
     if probe.digest != weights.digest(source.network):
         raise UserError(f"{found[0]} was trained on features of other weights: run eval/linear_probe.py again.")

@@ -146,24 +146,26 @@ def probe(read: Callable[[int], Stored], n: int, skip_broken: bool, title: str) 
     Raises UserError for a broken one; if those are to be skipped, when all are.
     """
     tried = np.linspace(0, n - 1, min(n, PROBE)).astype(int).tolist()
-    good, error = {}, None
+    good: dict[int, tuple] = {}
+    error = None
     for i in tried:
         try:
-            good[i] = read(i)
+            stored = read(i)  # which keeps its file open: of many that would be more than a system allows
+            good[i] = stored.channels, stored.size, stored.deep, describe(stored)
         except UserError as e:
             error = e
             if not skip_broken:
                 raise _advised(error) from None
     if not good:
         raise UserError(f"None of the {len(tried)} images tried in {title} can be decoded; the last: {error}")
-    found = good.values()
-    sizes = {stored.size for stored in found}
+    channels, every_size, deep, kinds = zip(*good.values(), strict=True)
+    sizes = set(every_size)
     return Look(
         indices=list(good),
-        channels=max(stored.channels for stored in found),
+        channels=max(channels),
         size=sizes.pop() if len(sizes) == 1 else None,
-        deep=sorted({stored.deep for stored in found if stored.deep}),
-        seen=Counter(map(describe, found)),
+        deep=sorted(set(filter(None, deep))),
+        seen=Counter(kinds),
     )
 
 
@@ -186,17 +188,21 @@ def span(read: Callable[[int], Stored], indices: list[int]) -> dict:
     return dict(low=min(lows), high=max(highs))
 
 
+BYTES = 64.0  # fractions that do not reach it are on another scale than 0 to 255, such as reflectances up to 1.02
+
+
 def choose_range(deep: str, low: float, high: float) -> tuple[float, float]:
     """(black, white) of a set whose values lie between low and high: one range for all images, never one for each.
 
     Whole numbers: the least number of bits, from 8, that holds them, so that what a camera of 12 bits or a dim
-    microscope stores in 16 keeps its contrast; fractions: 0 to 1, or 0 to 255, if they lie inside; else low to high.
+    microscope stores in 16 keeps its contrast; fractions: 0 to 1 if they lie inside; 0 to 255 if they lie inside and
+    reach BYTES; else 0, or low if that is below, to high.
     """
     if low < 0:
         return low, high if high > low else low + 1
     if deep == "whole numbers":
         return 0.0, float(2 ** max(8, int(high).bit_length()) - 1)
-    return 0.0, 1.0 if high <= 1 else 255.0 if high <= 255 else high
+    return 0.0, 1.0 if high <= 1 else 255.0 if BYTES < high <= 255 else high
 
 
 def refuse_alike(decode: Callable[[int], Tensor], indices: list[int], title: str) -> None:

@@ -279,6 +279,9 @@ def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:
         return "label", {}
     if any(isinstance(row.get(known[0]), list | dict) for row in rows):
         raise UserError(f"{file} has several labels per image in {known[0]!r}: one class per image is supported.")
+    for number, row in enumerate(rows, 1):
+        if not row.get("file_name"):
+            raise UserError(f"{file} names no file_name in its row {number}: mend or remove that row.")
     return known[0], {os.path.realpath(file.parent / str(row["file_name"])): _word(row.get(known[0])) for row in rows}
 
 

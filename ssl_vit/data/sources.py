@@ -23,7 +23,7 @@ from ssl_vit.data import copies, folders
 from ssl_vit.data.decoding import FILE, FIRST
 from ssl_vit.data.folders import SPLITS
 from ssl_vit.data.pixels import one_line
-from ssl_vit.errors import UserError, nearest, say_once
+from ssl_vit.errors import NothingHeldOut, UserError, nearest, say_once
 from ssl_vit.settings import known
 
 # Known data sets by name: hub id, image and label column, report split, whether a flip keeps the label.
@@ -230,7 +230,7 @@ def _choose_split(
     held_out = np.array([int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 10 == 0 for key in keys])
     chosen = np.flatnonzero(held_out if role == "report" else ~held_out)
     if len(chosen) == 0:
-        raise UserError(f"{config.name} has {len(rows)} image(s), too few to hold a tenth of them out for {role}.")
+        raise NothingHeldOut(f"{config.name} has {len(rows)} image(s), too few to hold a tenth of them out for {role}.")
     if role == "train":
         say_once(f"{config.name} has no test split: a hashed tenth ({held_out.sum()} images) is held out for reports.")
     return f"{train} ({'hashed tenth' if role == 'report' else 'the other nine tenths'})", rows.select(chosen)
