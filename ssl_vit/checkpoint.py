@@ -20,6 +20,7 @@ import yaml
 
 from ssl_vit import commands, files, peers
 from ssl_vit import recipe as recipes
+from ssl_vit.devices import out_of_memory
 from ssl_vit.errors import UserError
 
 NAME = re.compile(r"step-(\d{8})(\.pt)?$")
@@ -157,6 +158,13 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # torch's readers raise a dozen types for a damaged file
         detail = " ".join(str(error).split())[:120]
+        ran_out = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error))
+        refused = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+        if ran_out or refused:
+            raise UserError(
+                f"The checkpoint {path} cannot be read ({detail}): it may be whole. Mend that, and start the same "
+                "command again."
+            ) from None
         raise UserError(
             f"The checkpoint {path} is damaged ({detail}). Delete it to continue from an earlier one, or from the "
             "start."

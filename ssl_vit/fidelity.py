@@ -193,12 +193,12 @@ SIMMIM: Values = {
     "optim.clip_grad": 5.0,
     "views.augmentation": "crop+flip",
     "views.scale": [0.67, 1.0],
-    "views.interpolation": "bicubic",
+    "views.interpolation": "bilinear",
     "backbone.name": "vit_base_patch16_224",
-    "backbone.pos_embed": "learned",
     "backbone.weight_init": "trunc_normal",
     "backbone.init_values": 0.1,
     "backbone.drop_path_rate": 0.1,
+    "backbone.rescale_residual": True,
     "objective.mask": "random",
     "objective.mask_ratio": 0.6,
     "objective.encoder_input": "mask_token",
@@ -210,7 +210,7 @@ SIMMIM: Values = {
 SIMMIM_ABSENT = (
     ("masked unit", "32 px, 2x2 patches", "single patches"),
     ("schedule", "a tenth of the rate from epoch 700 on", "a cosine to that tenth"),
-    ("relative positions", "shared by all blocks", "none: a plain timm ViT holds none"),
+    ("positions", "relative, shared by all blocks (a plain timm ViT holds none), without absolute ones", "absolute"),
 )
 DEIT: Values = {
     "train.epochs": 300,
@@ -264,11 +264,13 @@ BASELINE: Values = {
     "objective.smoothing": 0.0,
     "objective.global_pool": "avg",
     "objective.representation_size": 384,  # rep_size=True: the model's width
+    "backbone.weight_init": "xavier",
 }
 BASELINE_ABSENT = (
     ("RandAugment", "big_vision's (2, 10)", "timm's, each operation with probability 0.5"),
     ("positions", "frequencies divided by n - 1, other order of channels", "MAE's"),
     ("class token", "none", "one that is not read"),
+    ("patch embedding at the start", "LeCun's normal distribution", "Xavier's uniform one"),
 )
 VIT: Values = {
     "train.epochs": 300,
@@ -284,8 +286,14 @@ VIT: Values = {
     "objective.smoothing": 0.0,
     "objective.mixup": 0.0,
     "objective.global_pool": "token",
+    "backbone.weight_init": "xavier",
 }
-VIT_ABSENT = (("dropout", "0.1", "none: its draws would come from the global generator"),)
+DROPOUT = ("dropout", "0.1", "none: its draws would come from the global generator")
+VIT_ABSENT = (
+    DROPOUT,
+    ("patch embedding at the start", "LeCun's normal distribution", "Xavier's uniform one"),
+    ("class token at the start", "0", "normal, of std 0.02"),
+)
 # table 4 and appendix B.1.1; the rate (one of four in the paper), warm-up, crops and dropout are those of vit_jax
 VIT_FINETUNE: Values = {
     "train.steps": 20_000,
@@ -329,11 +337,13 @@ TOKENIZER: Values = {
     "optim.warmup_fraction": 0.1,
     "optim.betas": [0.9, 0.99],  # the command of beit2/TOKENIZER.md
     "optim.weight_decay": 1e-4,
+    "optim.no_weight_decay": "1d+tokens",
     "optim.clip_grad": None,
     "views.augmentation": "crop+flip",
     "views.scale": [0.08, 1.0],
     "views.interpolation": "bicubic",
     "backbone.name": "vit_base_patch16_224",
+    "backbone.rescale_residual": True,
     "objective.vocab_size": 8192,
     "objective.code_dim": 32,
     "objective.code_decay": 0.99,
@@ -398,7 +408,11 @@ RECIPES: dict[str, Entry] = {
     "imagenet/dino-vit-b16": Entry(DINO, absent=DINO_ABSENT),
     "imagenet/beit-vit-b": Entry(BEIT, {"objective.target": "until objective.tokenizer=RUN is given"}, BEIT_ABSENT),
     "imagenet/tokenizer-vqkd-vit-b": Entry(
-        TOKENIZER, absent=(("decoder", "class token, learned positions, two layers of head", "sine-cosine, one layer"),)
+        TOKENIZER,
+        absent=(
+            ("decoder", "class token, learned positions, two layers of head", "sine-cosine, one layer"),
+            ("targets of CLIP", "its tokens, projected to 512 values", "its tokens of 768 values"),
+        ),
     ),
     "imagenet/simmim-vit-b": Entry(SIMMIM, absent=SIMMIM_ABSENT),
     **{
@@ -433,7 +447,7 @@ RECIPES: dict[str, Entry] = {
     },
     "imagenet/vit-finetune-b16": Entry(VIT_FINETUNE, absent=VIT_FINETUNE_ABSENT),
     "imagenet/vit-finetune-l16": Entry(
-        VIT_FINETUNE | {"backbone.name": "vit_large_patch16_224"}, absent=(*VIT_ABSENT, *VIT_FINETUNE_ABSENT)
+        VIT_FINETUNE | {"backbone.name": "vit_large_patch16_224"}, absent=(DROPOUT, *VIT_FINETUNE_ABSENT)
     ),
     "mae": Entry(
         MAE,
@@ -452,10 +466,11 @@ RECIPES: dict[str, Entry] = {
                 "optim.lr": RATE,
                 "optim.lr_rule": RATE,
                 "optim.clip_grad": "gradients stay small here",
-                "backbone.pos_embed": "as in the recipe mae",
                 "backbone.init_values": "for deeper models",
                 "backbone.drop_path_rate": "for larger models",
-            }
+                "backbone.rescale_residual": "for deeper models",
+            },
+            "views.interpolation",
         ),
         SIMMIM_ABSENT,
     ),

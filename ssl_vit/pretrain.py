@@ -47,6 +47,7 @@ from ssl_vit import (
 from ssl_vit import recipe as recipes
 from ssl_vit.checkout import COMMIT
 from ssl_vit.commands import HelpFormatter, typed
+from ssl_vit.devices import out_of_memory
 from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
 from ssl_vit.gradients import Gradients
@@ -314,6 +315,11 @@ def resume(run: checkpoint.Run, devices: engine.Engine, optimizer: torch.optim.O
         try:
             devices.load(path, optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise UserError(
+                    f"Memory ran out while the checkpoint of step {done} in {run.path} was loaded; it is intact. Free "
+                    "the device, and start the same command again."
+                ) from None
             raise UserError(
                 f"The checkpoint of step {done} in {run.path} belongs to another model "
                 f"({' '.join(str(error).split())[:200]}). Delete it, or pass another --output."

@@ -458,3 +458,36 @@ def test_residuals_are_rescaled_as_beit_s():
         last = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
         factor = (2 * (1 + int(name.split(".")[1]))) ** -0.5 if last else 1.0
         torch.testing.assert_close(after, factor * before)
+
+
+def test_a_model_that_norms_its_pooled_vector_is_saved_whole(tmp_path):
+    """timm's test_vit4, as its vit_*_gap: the folder opens, here and in timm, to the same logits."""
+    recipe = pretrain.read(
+        "supervised",
+        [
+            "backbone.name=test_vit4",
+            "backbone.patch_size=16",
+            *(f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads")),
+        ],
+        None,
+    )
+    recipe.add_dataset_info(dict(in_chans=3, mean=[0.5] * 3, std=[0.5] * 3, img_size=160))
+    b = backbones.build(recipe.backbone, recipe.data, 0)
+    b.add_classifier(4, "avg")
+    torch.nn.init.normal_(b.model.head.weight)
+    weights.save(b.eval(), tmp_path / "backbone")
+    images = torch.rand(2, 3, *b.input_size, generator=torch.Generator().manual_seed(0))
+    expected = b.classify(images)
+    torch.testing.assert_close(weights.load(str(tmp_path / "backbone")).eval().classify(images), expected)
+    timms = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
+    torch.testing.assert_close(timms(b.normalise(images)), expected)
+
+
+def test_weights_of_another_attention_are_told(tmp_path, capsys):
+    """As ViTDet's, they fit; the same weights compute another function."""
+    axial = build("backbone.attn=axial", "backbone.depth=2")
+    weights.save(axial, tmp_path / "axial")
+    weights.initialise(build("backbone.depth=2"), str(tmp_path / "axial"))
+    assert "its attention was axial, and is full here." in capsys.readouterr().out
+    weights.initialise(build("backbone.attn=axial", "backbone.depth=2"), str(tmp_path / "axial"))
+    assert "attention" not in capsys.readouterr().out

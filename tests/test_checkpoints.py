@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from several import Several
 from test_engine import started, state
 from test_loop import Started, arguments, log_of, steps_done, until
 
-from ssl_vit import checkpoint, engine, optim, shards
+from ssl_vit import checkpoint, engine, optim, pretrain, shards
 from ssl_vit.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -219,3 +220,37 @@ def test_the_optimizer_s_kernels_are_those_of_this_device(name, kernels, tmp_pat
     devices.load(path, other)
     assert {group[kernels] for group in other.param_groups} == {True}
     assert {group[kernels] for group in optimizer.param_groups} == {False}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied"),
+            "cannot be read .*denied.*: it may be whole. Mend that",
+        ),
+        (OSError(116, "Stale file handle"), "cannot be read"),
+        (MemoryError("no room"), "cannot be read"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+            "cannot be read",
+        ),
+        (RuntimeError("PytorchStreamReader failed"), "is damaged .*Delete it"),
+        (FileNotFoundError(2, "No such file"), "is damaged .*Delete it"),
+    ],
+)
+def test_what_can_be_read_another_time_is_not_called_damaged(error, said):
+    """Only the last checkpoint is kept: to delete it would lose the run."""
+    with pytest.raises(UserError, match=said), checkpoint.reading(Path("run/checkpoints/step-1.pt")):
+        raise error
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_loaded_is_no_other_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "broadcast_object_list", lambda found: found)
+    run = SimpleNamespace(path=tmp_path, checkpoints=lambda: {4: tmp_path / "step-4.pt"})
+
+    def load(path, optimizer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(UserError, match="Memory ran out while the checkpoint of step 4 .*; it is intact"):
+        pretrain.resume(run, SimpleNamespace(load=load), None, 10)

@@ -13,6 +13,7 @@ import torch
 import transformers
 import yaml
 from conftest import SMALL
+from PIL import Image
 from test_loop import TINY
 
 from ssl_vit import backbones, commands, export, model_card, pretrain, weights
@@ -326,3 +327,16 @@ def test_every_family_becomes_a_graph(name, to, tmp_path):
         graphs.to_torch(backbone, tmp_path / "out" / "m.pt2", None)
         found = torch.export.load(tmp_path / "out" / "m.pt2").module()(images)[-1]
     close(found, expected, 1e-4)
+
+
+def test_a_rectangle_has_no_black_bars(tmp_path, capsys):
+    """Which a crop by transformers would add to images of another shape; those of its own shape are as here."""
+    backbone = build("data.img_size=[32, 48]")
+    written(backbone, "hf", tmp_path)
+    assert "squashes images of another shape to 32x48" in capsys.readouterr().out
+    show = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    white = show(Image.new("RGB", (40, 40), "white"), return_tensors="pt")["pixel_values"]
+    assert white.shape == (1, 3, 32, 48) and bool((white == white[:, :, :1, :1]).all())
+    values = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    shown = show(Image.fromarray(values), return_tensors="pt")["pixel_values"]
+    close(shown, backbone.normalise(torch.from_numpy(values).permute(2, 0, 1)[None].float() / 255))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit import fidelity, optim, plan, pretrain
+from ssl_vit import corruption, fidelity, optim, plan, pretrain
 from ssl_vit import recipe as recipes
 
 ROOT = Path(__file__).parent.parent
@@ -259,3 +259,8 @@ def test_a_header_states_what_the_recipe_costs(name):
     hours = float(stated[0].replace(",", "")) * dict(min=1 / 60, hours=1, days=24)[stated[1]]
     assert math.isclose(hours, found.hours, rel_tol=0.05)
     assert "# Expect: " in text and "# Source: " in text and f"--recipe {name}" in text
+
+
+def test_beit_masks_75_patches():
+    recipe = fidelity.read("imagenet/beit-vit-b")
+    assert corruption.num_masked(196, recipe.objective.mask_ratio) == 75

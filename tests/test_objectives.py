@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, make_batch, small_objective
+from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit import corruption, objectives, reference, weights
+from ssl_vit import corruption, objectives, reference, targets, weights
 from ssl_vit.backbones import Backbone
 from ssl_vit.errors import UserError
+from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
 
 
@@ -340,3 +342,13 @@ def test_bf16_autocast_changes_the_rounding_alone(name):
     result["loss"].backward()
     assert result["loss"].item() == pytest.approx(expected.item(), rel=0.03)
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+def test_tokens_are_the_nearest_centroids_and_their_flops_are_counted():
+    target, images = targets.KMeans((4, 4), 3, 16), torch.rand(2, 3, 8, 8)
+    target.centroids.copy_(torch.randn(16, 48))
+    away = (patchify(images, (4, 4))[:, :, None] - target.centroids).norm(dim=-1)  # (2, 4, 16)
+    assert target(images).tolist() == away.argmin(-1).tolist()
+    with FlopCounterMode(display=False) as counter:
+        target(images)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 16 * 48

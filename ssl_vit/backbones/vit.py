@@ -122,7 +122,8 @@ class TokenBackbone(Backbone):
                 f"{self.name} reads its class and distillation tokens, each by a head of its own: use "
                 "objective.global_pool=token, or name a deit_* without distillation."
             )
-        self._give_head(classes, global_pool=pool, fc_norm=False)
+        norm = not isinstance(self.model.fc_norm, nn.Identity)  # of the pooled vector, in a few of timm's
+        self._give_head(classes, global_pool=pool, fc_norm=norm)
 
     def classify(
         self, images: Float[Tensor, "B C H W"], draw: Draw | None = None, keep: Int[Tensor, "B N"] | None = None

@@ -142,6 +142,9 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
             what = "; ".join(f"{min(names)} {where}" for where, names in wrong.items() if names)
             settings = {"backbone.name": old.model.pretrained_cfg["architecture"], **settings}
         raise UserError(f"The weights of {source} do not fit this backbone ({what}): set {_settings(settings)}.")
+    was, now = ([each.args.get(key) for key in ("attn", "window_size", "global_every")] for each in (old, backbone))
+    if was != now:
+        said = [*said, f"its attention was {was[0] or 'full'}, and is {now[0] or 'full'} here."]
     backbone.model.load_state_dict(weights, strict=False)
     backbone.mean.copy_(old.mean)
     backbone.std.copy_(old.std)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.backbones import Backbone, TokenBackbone, sincos_positions
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, say
 
 Tensors = dict[str, Tensor]
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
@@ -130,7 +130,11 @@ def convert_mae(backbone: Backbone, decoder: Tensors, settings: dict[str, Any]) 
 
 
 def processor(backbone: Backbone) -> dict[str, Any]:
-    """preprocessor_config.json: the backbone's own size, crop, interpolation, mean and std."""
+    """preprocessor_config.json: the backbone's own size, crop, interpolation, mean and std.
+
+    A crop that is not square is replaced by a resizing to its sides, since transformers resizes by the shortest edge
+    alone, and would add black bars.
+    """
     view = backbone.evaluation_view
     height, width = view.size
     found: dict[str, Any] = dict(
@@ -144,7 +148,9 @@ def processor(backbone: Backbone) -> dict[str, Any]:
         do_resize=True,
         resample=dict(nearest=0, lanczos=1, bilinear=2, bicubic=3)[view.interpolation],
     )
-    if view.crop_mode == "squash":
+    if height != width and view.crop_mode != "squash":
+        say(f"transformers squashes images of another shape to {height}x{width}; here they are cropped.")
+    if view.crop_mode == "squash" or height != width:
         return found | dict(size=dict(height=height, width=width), do_center_crop=False)
     short = int(min(height, width) / view.crop_pct)
     crop = dict(height=height, width=width)
