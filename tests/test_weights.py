@@ -249,7 +249,7 @@ LAYOUTS = {
     "OpenCLIP": (
         lambda: under(tensors=openclip()),
         *(lambda t, x: ref.clip(t, x, ref.gelu), ",act_layer=gelu", CLIP),
-        ["text tower", "projection into the space of texts: visual.proj"],
+        ["text tower", "projection to the joint embedding space: visual.proj"],
     ),
     "CLIP of OpenAI": (
         lambda: under("state_dict", tensors=openclip(), prefix="module."),
