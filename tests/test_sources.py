@@ -396,3 +396,25 @@ def test_a_row_of_a_metadata_file_without_a_name_is_one_sentence(tmp_path):
         (tmp_path / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match=r"metadata.jsonl names no file_name in its row 2: mend or remove"):
         load(tmp_path, "train")
+
+
+def test_folders_whose_files_look_alike_keep_their_own_images(tmp_path):
+    """Names, sizes and times are equal, as in archives that were made by code."""
+    for name, start in (("one", 0), ("other", 100)):
+        for split in ("train", "test"):
+            for i in range(3):
+                value = start + 10 * i + len(split)
+                file = save(tmp_path / name / split / "a" / f"{i}.bmp", np.full((8, 8, 3), value, np.uint8))
+                os.utime(file, (1e9, 1e9))
+    one, other = (load(tmp_path / name, "train") for name in ("one", "other"))
+    assert one.images[:, 0, 0, 0].tolist() == [5, 15, 25] and other.images[:, 0, 0, 0].tolist() == [105, 115, 125]
+    assert one.fingerprint != other.fingerprint
+
+
+def test_a_column_that_is_named_holds_images_beside_however_many_others(tmp_path):
+    fill(tmp_path / "set" / "pics", 6)
+    for split, names in (("train", [0, 1]), ("test", [2])):
+        columns = dict(photo=[f"pics/{i}.png" for i in names], label=[i % 2 for i in names])
+        parquet(tmp_path / "set" / f"{split}.parquet", **columns)
+    found = load(tmp_path / "set", "train", image_column="photo")
+    assert len(found) == 2 and found.labels.tolist() == [0, 1]

@@ -175,8 +175,9 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     images, kept, broken, seen, clipped = None, None, [], look.seen, None
     if in_cache or config.skip_broken:
         shape = (channels, *size) if size is not None and in_cache else None
+        where = path.resolve() if path.exists() else config.name  # two folders may hold files of equal names and times
         stored = decoding.cached(
-            f"{content} {rules} {shape} {config.skip_broken}",
+            f"{where} {content} {rules} {shape} {config.skip_broken}",
             functools.partial(decoding.decode_all, read, rules, len(rows), shape, config.skip_broken),
             f"{'Decoding' if in_cache else 'Looking for broken images among'} {len(rows):,} images of {title}, once …",
         )

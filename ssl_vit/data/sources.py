@@ -275,7 +275,7 @@ def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset
     found = folders.walk(path)
     tables = [file for file in found.tables if Path(file).name != "metadata.parquet"]
     # images beside their table are in its cells; a stray table among more images is none
-    if tables and (len(tables) >= len(found.images) or config.config or _has_images(tables[0])):
+    if tables and (len(tables) >= len(found.images) or config.config or _has_images(tables[0], config.image_column)):
         beside = tuple(dict.fromkeys([str(path), *map(os.path.dirname, sorted(tables))]))
         ledger = dict(files=len(tables), other_files=dict(found.others), image_files_beside=len(found.images))
         files = _status(path, [*tables, str(path / "README.md")])
@@ -287,13 +287,13 @@ def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset
     return splits, (), "", ledger
 
 
-def _has_images(table: str) -> bool:
-    """Whether a parquet file has a column that may hold images."""
+def _has_images(table: str, column: str | None) -> bool:
+    """Whether a parquet file has a column that may hold images, or the one that is named."""
     try:
         names = set(pyarrow.parquet.read_schema(table).names)
     except (OSError, pyarrow.ArrowException):  # reading it will say so
         return True
-    return bool(names & set(IMAGE_COLUMNS))
+    return bool(names & {*IMAGE_COLUMNS, column})
 
 
 def _status(root: Path, files: list[str]) -> str:
