@@ -418,3 +418,27 @@ def test_a_column_that_is_named_holds_images_beside_however_many_others(tmp_path
         parquet(tmp_path / "set" / f"{split}.parquet", **columns)
     found = load(tmp_path / "set", "train", image_column="photo")
     assert len(found) == 2 and found.labels.tolist() == [0, 1]
+
+
+LAYOUTS = {  # of twelve images in folders, and what a table is called and holds
+    "by split": ("images/{split}", "{split}.parquet", "images/{split}"),
+    "by camera": ("camera{n}", "labels-{split}.parquet", "camera{n}"),
+    "previews": ("{split}", "{split}/data.parquet", "../{split}"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tables_beside_more_images_are_what_is_read(layout, tmp_path):
+    """Labels are those of the tables, not the names of folders; only images that a row names count."""
+    images, table, _ = LAYOUTS[layout]
+    root, n = tmp_path / "set", 0
+    for split in ("train", "test"):
+        paths = []
+        for i in range(6):
+            n += 1
+            paths.append(save(root / images.format(split=split, n=1 + i % 2) / f"{split}{i}.png", n))
+        cells = [os.path.relpath(path, root) for path in paths[:4]]
+        parquet(root / table.format(split=split), image=cells, label=["dog", "cat", "dog", "cat"])
+    for role in ("train", "report"):
+        found = load(root, role)
+        assert found.classes == ["cat", "dog"] and found.labels.tolist() == [1, 0, 1, 0], found.split

@@ -252,8 +252,13 @@ def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
         ) from None
 
 
-def _load_dataset(source: str, configuration: str | None, **options) -> dict[str, datasets.Dataset]:
-    """Splits of a set on the hub or in a folder. Raises UserError if it has other configurations than asked for."""
+def _load_dataset(
+    source: str, configuration: str | None, title: str | None = None, **options
+) -> dict[str, datasets.Dataset]:
+    """Splits of a set on the hub or in a folder. title: what the user calls it, if not so.
+
+    Raises UserError if it has other configurations than asked for.
+    """
     try:
         return dict(datasets.load_dataset(source, configuration, **options))
     except ValueError as error:
@@ -262,7 +267,9 @@ def _load_dataset(source: str, configuration: str | None, **options) -> dict[str
             raise
         names = ", ".join(name.strip("[]' ") for name in listed[1].split(","))
         problem = f"no configuration {configuration!r}" if configuration else "several configurations"
-        raise UserError(f"{source} has {problem}; there are {names}: choose one with data.config=NAME.") from None
+        raise UserError(
+            f"{title or source} has {problem}; there are {names}: choose one with data.config=NAME."
+        ) from None
 
 
 def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], str, dict]:
@@ -278,13 +285,34 @@ def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset
     if tables and (len(tables) >= len(found.images) or config.config or _has_images(tables[0], config.image_column)):
         beside = tuple(dict.fromkeys([str(path), *map(os.path.dirname, sorted(tables))]))
         ledger = dict(files=len(tables), other_files=dict(found.others), image_files_beside=len(found.images))
-        files = _status(path, [*tables, str(path / "README.md")])
-        return _parquet(path, config.config, files), beside, files, ledger
+        used = [*tables, str(path / "README.md")]
+        files = _status(path, used)
+        return _parquet(path, config.config, files, _apart_from_images(path, used, files)), beside, files, ledger
     if config.config:
         raise UserError(f"{path} has no configurations: leave data.config out.")
     found.others.update([".parquet"] * len(found.tables))
     splits, ledger = folders.splits(path, found, config.train_split, config.report_split, config.label_column)
     return splits, (), "", ledger
+
+
+def _apart_from_images(root: Path, files: list[str], identity: str) -> Path:
+    """A folder of links to the tables of a folder and its README.md: `datasets` reads what most files of a folder are,
+    and images beside their tables would be taken for the set, their folders for its classes."""
+    place = hashlib.sha256(f"{root.resolve()} {identity}".encode()).hexdigest()[:16]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "ssl_vit" / "tables" / place / root.resolve().name
+    try:
+        for file in filter(os.path.exists, files):
+            link = folder / os.path.relpath(file, root)
+            if not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.realpath(file))
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError:
+        _refuse_cache()
+        raise
+    return folder
 
 
 def _has_images(table: str, column: str | None) -> bool:
@@ -303,13 +331,16 @@ def _status(root: Path, files: list[str]) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def _parquet(path: Path, configuration: str | None, files: str) -> dict[str, datasets.Dataset]:
+def _parquet(
+    path: Path, configuration: str | None, files: str, folder: Path | None = None
+) -> dict[str, datasets.Dataset]:
+    """Splits of a file, or of a folder, whose tables are in `folder` alone."""
     # `datasets` takes a folder with a README.md for another of its name, and old files for new ones, in its own cache
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "ssl_vit" / files
     try:
-        if path.is_file():
+        if folder is None:
             return dict(datasets.load_dataset("parquet", data_files={"train": str(path)}, cache_dir=str(cache)))
-        return _load_dataset(str(path), configuration, cache_dir=str(cache))
+        return _load_dataset(str(folder), configuration, str(path), cache_dir=str(cache))
     except UserError:
         raise
     except Exception as error:
