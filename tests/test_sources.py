@@ -1,5 +1,6 @@
 """Every file once, no image on both sides, splits found where they lie, labels with gaps, and the ledger of it all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -442,3 +443,15 @@ def test_tables_beside_more_images_are_what_is_read(layout, tmp_path):
     for role in ("train", "report"):
         found = load(root, role)
         assert found.classes == ["cat", "dog"] and found.labels.tolist() == [1, 0, 1, 0], found.split
+
+
+def test_a_class_that_is_in_the_tenth_alone_is_a_class(tmp_path):
+    """Of a table without a test split; the only image of a class lies there as often as any other."""
+    part = [int(hashlib.sha256(str(i).encode()).hexdigest()[:8], 16) % 10 == 0 for i in range(40)]
+    rare = part.index(True)
+    fill(tmp_path / "set" / "pics", 40)
+    words = ["rare" if i == rare else "ab"[i % 2] for i in range(40)]
+    parquet(tmp_path / "set" / "train.parquet", image=[f"pics/{i}.png" for i in range(40)], label=words)
+    train = load(tmp_path / "set", "train")
+    test = load(tmp_path / "set", "report", train.classes)
+    assert train.classes == test.classes == ["a", "b", "rare"] and 2 in test.labels and 2 not in train.labels

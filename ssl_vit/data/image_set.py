@@ -158,7 +158,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     if config.config:
         name = f"{name}-{config.config}"
     title = f"{name}/{split}"
-    labels, classes = labels_of(rows, found.label, classes, title)
+    labels, classes = labels_of(found, classes, title)
 
     read = decoding.Reader(rows, found.image, config.layout, config.pages, found.folders)
     look = decoding.probe(read, len(rows), config.skip_broken, title)

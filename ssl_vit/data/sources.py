@@ -45,7 +45,8 @@ CONFIGURATIONS = re.compile(r"(?:available configs|not found\. Available|[Cc]onf
 class Rows:
     """One split. label: its column, or None; flip: whether flips keep it; folders: what paths in cells are relative to.
 
-    files: what identifies the tables on this disk; ledger: what was found and left out, beside these rows.
+    files: what identifies the tables on this disk; ledger: what was found and left out, beside these rows; whole: the
+    split that these rows are a part of, whose classes are theirs, be they in this part or not.
     """
 
     rows: datasets.Dataset
@@ -56,6 +57,7 @@ class Rows:
     folders: tuple[str, ...]
     files: str
     ledger: dict
+    whole: datasets.Dataset
 
 
 def place(name: str) -> Path:
@@ -89,6 +91,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
         splits, apart = _apart(splits, config.train_split, image)
         ledger = ledger | apart
     split, rows = _choose_split(splits, config, role, report, label)
+    whole = splits[split] if split in splits else splits[split.rpartition(" (")[0]]
     ledger = ledger | dict(splits={name: len(part) for name, part in splits.items()})
     columns = [c for c in rows.column_names if c not in (FILE, FIRST)]
     image = image or _image_column(rows)
@@ -110,7 +113,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     for name, feature in rows.features.items():  # of images and masks
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return Rows(rows, split, known(image), label, flip, lookup, files, ledger)
+    return Rows(rows, split, known(image), label, flip, lookup, files, ledger, whole)
 
 
 def _apart(
@@ -361,28 +364,28 @@ def _refuse_cache() -> None:
         ) from None
 
 
-def labels_of(
-    rows: datasets.Dataset, column: str | None, classes: list[str] | None, title: str
-) -> tuple[Tensor | None, list[str] | None]:
-    """(int64 labels, −1 where an image has none; class names), or (None, None). Numbers follow `classes` if given."""
-    if column is None:
-        return None, None
+def _words(rows: datasets.Dataset, column: str) -> tuple[list[str | None], list[str]]:
+    """(the label of each row in words, or None; all labels in order)"""
     feature, values = rows.features[column], rows[column][:]
     values = [None if _is_none(value) else value for value in values]
-    there = [value for value in values if value is not None]
-    if not there:
-        return None, None
     if isinstance(feature, datasets.ClassLabel):
-        names = feature.names
-        values = [None if value is None else names[value] for value in values]
-    else:
-        if isinstance(there[0], float):
-            there, values = list(map(int, there)), [None if v is None else int(v) for v in values]
-        names = [str(value) for value in sorted(set(there))]
-        values = [None if value is None else str(value) for value in values]
-    classes = classes or names
+        return [None if value is None else feature.names[value] for value in values], feature.names
+    if any(isinstance(value, float) for value in values):
+        values = [None if value is None else int(value) for value in values]
+    names = [str(value) for value in sorted({value for value in values if value is not None})]
+    return [None if value is None else str(value) for value in values], names
+
+
+def labels_of(found: Rows, classes: list[str] | None, title: str) -> tuple[Tensor | None, list[str] | None]:
+    """(int64 labels, −1 where an image has none; class names), or (None, None). Numbers follow `classes` if given."""
+    if found.label is None:
+        return None, None
+    values, _ = _words(found.rows, found.label)
+    if not any(value is not None for value in values):
+        return None, None
+    classes = classes or _words(found.whole, found.label)[1]
     number = {name: i for i, name in enumerate(classes)}
-    strangers = sorted(set(values) - number.keys() - {None})
+    strangers = sorted({value for value in values if value is not None} - number.keys())
     if strangers:
         raise UserError(
             f"{title} has classes that the training split lacks: {', '.join(strangers[:5])}. Remove them or add them."
