@@ -7,6 +7,7 @@ part of the GPU's peak; the published recipes state theirs by the same rule.
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -178,7 +179,8 @@ def facts(recipe: recipes.Recipe) -> data.ImageSet:
 
 def weightless(recipe: recipes.Recipe, images: data.ImageSet, build: Builder) -> Objective:
     """The recipe's objective without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         return build(recipe, images).to("meta")
 
 

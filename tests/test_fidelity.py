@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from ssl_vit import corruption, fidelity, optim, plan, pretrain
@@ -247,6 +248,17 @@ def test_plan_prints_and_does_nothing(monkeypatch, capsys, tmp_path):
         assert words in said
     assert "0.0024 (0.00015 · B/256 with B = 4096)" in said and "at 35% of the peak" in said
     assert list(tmp_path.iterdir()) == [] and max(map(len, said.splitlines())) < 120
+
+
+def test_a_plan_starts_from_a_file_of_weights(monkeypatch, capsys, tmp_path):
+    """Whose positions are compared with MAE's, while the model that takes them has no memory."""
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
+    start = f"--init-from={tmp_path / 'vit.pth'},mean=imagenet,std=imagenet"
+    settings = ["backbone.name=vit_tiny_patch16_224", "data.img_size=224", "data.in_chans=3"]
+    settings += [f"backbone.{key}=null" for key in ("embed_dim", "depth", "num_heads", "pos_embed")][:3]
+    words = ["pretrain.py", "--recipe", "imagenet/mae-vit-b", "--plan", start, *settings, "backbone.pos_embed=learned"]
+    monkeypatch.setattr("sys.argv", words)
+    assert pretrain.main() == 0 and "5.52 M in the backbone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.matrix) if n not in SOME else n for n in PUBLISHED])

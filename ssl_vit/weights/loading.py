@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from timm.layers import to_2tuple
 from torch import Tensor
@@ -27,7 +28,11 @@ def load(text: str) -> Backbone:
 
     Raises UserError if there is none, if it cannot be read, or if it does not tell what must be known.
     """
-    source = parse(text)
+    with torch.device("cpu"):  # also where they go into a model without memory, which `pretrain.py --plan` builds
+        return _load(parse(text))
+
+
+def _load(source: Source) -> Backbone:
     if (source.path / "recipe.yaml").exists():
         return _of_timm_folder(source, source.path / "backbone", of_run=True)
     if not source.path.exists() and source.where not in {*timm.list_models(), *timm.list_models(pretrained=True)}:
