@@ -1,5 +1,6 @@
 """Where rows come from: a name, a path or owner/name on the hub → a table of one split, its image and label column."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -306,12 +307,11 @@ def _apart_from_images(root: Path, files: list[str], identity: str) -> Path:
     try:
         for file in filter(os.path.exists, files):
             link = folder / os.path.relpath(file, root)
+            link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
-                link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
-                link.symlink_to(os.path.realpath(file))
-    except FileExistsError:  # another process was faster
-        pass
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    link.symlink_to(os.path.realpath(file))
     except OSError:
         _refuse_cache()
         raise
