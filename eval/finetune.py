@@ -139,7 +139,7 @@ def choose_alone(source: features.Source, request: cli.EvalRequest, schedule: Sc
         else:
             recipe, how = make_recipe(source, images_of(source, request), own), "last checkpoint"
             answer, spent, _ = attempt(source, request, recipe, seen, left_out)
-        place(source, recipe, seen)
+        place(source, recipe, seen)  # which gives the recipe its tag, and so the name of its training
         row = cli.row(source, left_out) | answer.metrics(truth)
         row |= dict(label_fraction=cli.describe_part(part), subset_seed=seed if part else None, train_n=count)
         rows.append(row | described(source, recipe, schedule, how, about, spent))
