@@ -58,7 +58,7 @@ def evaluate(source: features.Source, request: dense_sets.Request) -> list[dict]
     pixels = np.stack([np.bincount(m[m < request.classes], minlength=request.classes) for m in masks])
     zero = torch.zeros(1, test.channels, *view.size)
     row = cli.row_of(source, test, "Jaccard", request.classes) | dict(
-        protocol=request.sized(PROTOCOL),
+        protocol=request.named(PROTOCOL),
         pooling="attention",
         label_fraction=0.0,
         subset_seed=None,

@@ -72,7 +72,7 @@ def evaluate(
             started = time.perf_counter()
             scores, about = fit(own)
             counts.append(dense.confusions(test, scores))
-            rows.append(common | labels | cost | about | measured(request.sized(protocol), counts[-1], started))
+            rows.append(common | labels | cost | about | measured(request.named(protocol), counts[-1], started))
             if (part, seed) == request.most:
                 words.append(title)
                 drawn.append(segmented(scores(test.features[shown]), drawn[0]))
@@ -90,7 +90,7 @@ def evaluate(
                 eval_images=tuned.images + len(test),
                 eval_flops=tuned.spent.flops + len(test) * tuned.flops_per_image(judged),
             )
-            found = measured(request.sized(schedule.protocol), counts[-1], started - tuned.spent.earlier)
+            found = measured(request.named(schedule.protocol), counts[-1], started - tuned.spent.earlier)
             rows.append(common | labels | cost | tuned.about | found)
             if (part, seed) == request.most:
                 words.append(TUNED)

@@ -33,7 +33,8 @@ Levels = Tensor  # (N, 3, H, W), float, whole numbers from 0 to 255
 def rand_augment(images: Float[Tensor, "N 3 H W"], u: Float[Tensor, "N L 5"], magnitude: float) -> Tensor:
     """RGB images (N, 3, H, W) in [0, 1] → the same, augmented. u: uniform numbers (N, LAYERS, NUMBERS) on the CPU;
     magnitude: 0 to 10, the mean of a normal that is cut to that range."""
-    levels = (images * 255).round()
+    device = torch.device("cpu") if images.device.type == "mps" else images.device  # Apple's GPUs have no float64
+    levels = (images.to(device) * 255).round()
     normal = (-2 * torch.log(1 - u[..., 2])).sqrt() * torch.cos(2 * math.pi * u[..., 3])
     strength = (magnitude + SPREAD * normal).clamp(0, 10) / 10  # (N, L)
     sign = torch.where(u[..., 4] < 0.5, -1.0, 1.0)
@@ -53,7 +54,7 @@ def rand_augment(images: Float[Tensor, "N 3 H W"], u: Float[Tensor, "N L 5"], ma
         if len(rows):
             changed = operation(levels.index_select(0, rows), amount.view(-1, 1, 1, 1), side.view(-1, 1, 1, 1))
             levels = levels.index_copy(0, rows, changed)
-    return levels / 255
+    return (levels / 255).to(images.device)
 
 
 # -- operations: levels, strength in [0, 1] and sign ±1, both (N, 1, 1, 1) → levels ------------------------------------

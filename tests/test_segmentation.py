@@ -26,6 +26,7 @@ from eval import attention_masks as attention_command
 from eval import report as reports
 from eval import segmentation
 from eval.compare import intervals, iou
+from eval.compare.metrics import Metric
 from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
 from eval.measure import attention_masks, dense, dense_sets, dense_tuning, features, results
@@ -141,13 +142,14 @@ def test_classes_are_those_of_training_and_the_ignored_do_not_count(tmp_path, ca
 
     folder = parquet(tmp_path / "set", change)
     train, test = both(folder)
-    (found, of_test), names, classes = dense_sets.masks_of(str(folder), train, test, [7])
-    assert (names, classes) == (["1", "5"], 2)
+    (found, of_test), names, ignored = dense_sets.masks_of(str(folder), train, test, [7, 9])
+    assert (names, ignored) == (["1", "5"], [7])  # no mask has a class 9
     expected = scene(seed=103)[1].copy()
     expected[:2] = dense.IGNORED
     assert np.array_equal(of_test[3], expected) and len(found) == 12
     (folder / "classes.txt").write_text("a\nb\nc\nd\ne\nf\ng\nunlabelled\n")
-    assert dense_sets.masks_of(str(folder), train, test, [])[1:] == (["b", "f"], 2)
+    assert dense_sets.masks_of(str(folder), train, test, [])[1:] == (["b", "f"], [])
+    assert dense_sets.masks_of(str(folder), train, test, [7])[1:] == (["b", "f"], [])  # as classes.txt says
     assert "Pixels of 'unlabelled' do not count" in capsys.readouterr().out
     (folder / "classes.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="have a class 7, and classes.txt names 2"):
@@ -165,7 +167,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="fewer than two classes"):
         dense_sets.masks_of(str(one), *both(one), [])
     bare = [data.load(recipes.Data(name="digits"), role) for role in ("train", "report")]
-    assert dense_sets.masks_of("digits", *bare, [])[2] == 11
+    assert dense_sets.masks_of("digits", *bare, [])[1] == ["background", *"0123456789"]
     for images in bare:
         images.name = "others"
     with pytest.raises(UserError, match="others .train. has no masks"):
@@ -344,6 +346,25 @@ def segment(folder, monkeypatch, *words):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["segmentation.py", "--data", "./scenes", "--threads", "1", *words])
     segmentation.main()
+
+
+def test_other_classes_are_another_measurement(tmp_path, monkeypatch):
+    parquet(tmp_path / "scenes", lambda split, i, mask: np.where(np.arange(len(mask))[:, None] == 1, 7, mask))
+    segment(tmp_path, monkeypatch, "--backbone", "pixels")
+    segment(tmp_path, monkeypatch, "--backbone", "pixels", "--ignore", "7", "9")
+    segment(tmp_path, monkeypatch, "--backbone", "pixels", "--ignore", "9")  # which no mask has
+    rows = results.read(tmp_path / "runs" / "pixels-scenes")
+    assert [(row["protocol"], row["classes"]) for row in rows] == [
+        ("segmentation-linear-ignoring-7", 2),
+        ("segmentation-knn-k20-ignoring-7", 2),
+        ("segmentation-linear", 3),
+        ("segmentation-knn-k20", 3),
+    ]
+    named = [
+        Metric(f"segmentation-linear-11x15-ignoring-{left}", "patches", -1, 1.0).evaluator for left in ("7", "0-7")
+    ]
+    assert named[0] == "linear probe of patches, images of 11x15, without class 7"
+    assert named[1].endswith(", without classes 0, 7")
 
 
 def test_runs_on_other_images_are_shown_these_at_a_size_of_their_own(measured, tmp_path, monkeypatch):

@@ -456,6 +456,26 @@ def test_what_a_job_has_by_now_is_packed_while_it_runs_and_when_it_fails(tmp_pat
     assert failed == [job] and packed[-1] == (tmp_path / "run", True) and len(packed) > 1
 
 
+def test_a_fault_leaves_no_command_behind(tmp_path, monkeypatch):
+    """A full disk, for instance, while results are packed."""
+    told = []
+
+    class Endless:
+        def __init__(self, *arguments):
+            self.poll, self.stop, self.wait = (lambda: None), (lambda: told.append("stop")), lambda: told.append("wait")
+
+    def full(run):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(jobs, "SHOWN", 0)
+    monkeypatch.setattr(jobs, "Command", Endless)
+    command = ["python", str(ROOT / "eval/knn.py")]
+    both = [Job(name, "kind", command, tmp_path / name / "done/x.json") for name in "ab"]
+    with pytest.raises(OSError, match="No space left"):
+        jobs.work(both, 2, tmp_path / "study", full)
+    assert told == ["stop", "stop", "wait", "wait"]
+
+
 def test_a_training_whose_evaluations_are_done_is_not_needed(tmp_path):
     def job(name, *needs, done=False, marks=False):
         mark = tmp_path / "runs" / name / "done" / "x.json"

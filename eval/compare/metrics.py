@@ -62,6 +62,9 @@ class Metric:
     def evaluator(self) -> str:
         if knn := re.fullmatch(r"knn(-uncentred)?-k(\d+)", self.protocol):
             return f"k-NN{', uncentred' if knn[1] else ''} (k = {knn[2]})"
+        if part := re.fullmatch(r"(segmentation-.+|attention-masks)-ignoring-([\d-]+)", self.protocol):
+            classes = f"{'class' if part[2].isdigit() else 'classes'} {part[2].replace('-', ', ')}"
+            return f"{replace(self, protocol=part[1]).evaluator}, without {classes}"
         if sized := re.fullmatch(r"(segmentation-.+|attention-masks)-(\d+x\d+)", self.protocol):
             return f"{replace(self, protocol=sized[1]).evaluator}, images of {sized[2]}"
         if other := re.fullmatch(r"((?:segmentation-)?finetune|linear-mae|linear-dino)-(.+)", self.protocol):

@@ -47,16 +47,19 @@ class Request(cli.EvalRequest):
         self.most = max(self.parts, key=lambda found: (found[0] is None, found[0]))
         self._sets: dict[str, tuple[ImageSet, ImageSet]] = {}
         found = self.images(self.sources[0])
-        self.masks, self.names, self.classes = masks_of(self.config.name, *found, args.ignore)
+        self.masks, self.names, self.ignored = masks_of(self.config.name, *found, args.ignore)
+        self.classes = len(self.names)
 
     def with_masks(self, part: float | None, seed: int | None) -> np.ndarray:
         """The training images whose masks are used, as indices; the subsets of one seed are nested."""
         everything = np.zeros(len(self.masks[0]), dtype=int)
         return np.arange(len(everything)) if part is None else subsets.stratified(everything, part, seed or 0)
 
-    def sized(self, protocol: str) -> str:
-        """The protocol's name, with --img-size if it is given."""
-        return protocol if self.img_size is None else f"{protocol}-{self.img_size[0]}x{self.img_size[1]}"
+    def named(self, protocol: str) -> str:
+        """The protocol's name, with --img-size if it is given and what --ignore leaves out: other sizes and other
+        classes are other measurements."""
+        size = f"-{self.img_size[0]}x{self.img_size[1]}" if self.img_size else ""
+        return f"{protocol}{size}" + (f"-ignoring-{'-'.join(map(str, self.ignored))}" if self.ignored else "")
 
     def images(self, source: features.Source) -> tuple[ImageSet, ImageSet]:
         """(training images, images to evaluate on), with as many channels as the backbone takes; labels are not used.
@@ -104,8 +107,9 @@ def load(config: recipes.Data, channels: int | None, source: features.Source) ->
 
 def masks_of(
     name: str, train: ImageSet, test: ImageSet, ignored: list[int]
-) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], list[str], int]:
-    """((masks of the training images, of the test images), the classes' names, their number).
+) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], list[str], list[int]]:
+    """((masks of the training images, of the test images), the classes' names, which classes in them `ignored` leaves
+    out).
 
     Masks are uint8 (h, w), with dense.IGNORED where a pixel does not count: where it says so, holds a class in
     `ignored`, or one that classes.txt calls unlabelled.
@@ -116,17 +120,19 @@ def masks_of(
         names: list[str] | None = ["background", *map(str, range(10))]
     else:
         found, names = [_read(images) for images in (train, test)], masks.class_names(place(name))
-    ignored = [*ignored, dense.IGNORED]
+    unlabelled = [dense.IGNORED]
     if names:
         while names and not names[-1].strip():
             names.pop()
-        unlabelled = [number for number, word in enumerate(names) if word.strip().lower() in UNLABELLED]
-        if set(unlabelled) - set(ignored):
+        so_named = [number for number, word in enumerate(names) if word.strip().lower() in UNLABELLED]
+        if set(so_named) - set(ignored):
             say_once(
-                f"Pixels of {', '.join(repr(names[i]) for i in unlabelled)} do not count, as classes.txt names them."
+                f"Pixels of {', '.join(repr(names[i]) for i in so_named)} do not count, as classes.txt names them."
             )
-        ignored += unlabelled
-    seen = [_classes(part, ignored) for part in found]
+        unlabelled += so_named
+    there = [_classes(part, unlabelled) for part in found]
+    left_out = sorted(set(ignored) & (there[0] | there[1]))
+    seen = [classes - set(ignored) for classes in there]
     if len(seen[0]) < 2:
         raise UserError(
             f"The masks of {train.name} ({train.split}) show fewer than two classes: there is nothing to tell."
@@ -147,15 +153,15 @@ def masks_of(
     number = np.full(256, dense.IGNORED, dtype=np.uint8)
     number[kept] = np.arange(len(kept))
     train_masks, test_masks = ([number[mask] for mask in part] for part in found)
-    return (train_masks, test_masks), [names[i] if names else str(i) for i in kept], len(kept)
+    return (train_masks, test_masks), [names[i] if names else str(i) for i in kept], left_out
 
 
-def _classes(found: list[np.ndarray], ignored: list[int]) -> set[int]:
-    """The classes in these masks that count."""
+def _classes(found: list[np.ndarray], unlabelled: list[int]) -> set[int]:
+    """The classes in these masks, without what means that a pixel is unlabelled."""
     there = np.zeros(256, dtype=bool)
     for mask in found:
         there[np.unique(mask)] = True
-    there[ignored] = False
+    there[unlabelled] = False
     return set(np.flatnonzero(there).tolist())
 
 

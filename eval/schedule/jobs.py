@@ -103,51 +103,61 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
 
     asked: list[int] = []  # the signals to stop that have arrived
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in system.heeded()}
-    while True:
-        waiting = [job for job in jobs if not job.ended and job not in running]
-        for job in waiting:
-            job.failed = any(other.failed for other in job.needs)
-        for job in [job for job in waiting if job.ready and not job.failed][: at_once - len(running)]:
-            if devices:
-                job.device = devices.pop(0)
-            running[job] = _start(job, _log(folder, job))
-            tell("started", job, f"   ({summary(jobs, running, times, at_once)})")
-        if asked:
-            for command in running.values():
-                command.stop()
-            for job, command in running.items():
-                command.wait()
+    try:
+        while True:
+            waiting = [job for job in jobs if not job.ended and job not in running]
+            for job in waiting:
+                job.failed = any(other.failed for other in job.needs)
+            for job in [job for job in waiting if job.ready and not job.failed][: at_once - len(running)]:
+                if devices:
+                    job.device = devices.pop(0)
+                running[job] = _start(job, _log(folder, job))
+                tell("started", job, f"   ({summary(jobs, running, times, at_once)})")
+            if asked:
+                stop(running)
+                for job in running:
+                    then(job.run)
+                files.write(folder / "progress.txt", progress(jobs, (), times, at_once))
+                say("\nStopped. The same command continues from there.")
+                sys.exit(128 + asked[0])
+            if not running:
+                break
+            time.sleep(0.2)
+            if time.monotonic() - shown > SHOWN:
+                shown = time.monotonic()
+                files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
+                for job in running:
+                    then(job.run)
+            for job, code in [(job, code) for job, c in running.items() if (code := c.poll()) is not None]:
+                del running[job]
+                if job.device:
+                    devices.append(job.device)
+                seconds = time.monotonic() - job.started
+                if code == 0 and not job.marks:
+                    words = shlex.join(["python", str(job.script), *job.command[2:]])
+                    files.write(job.mark, json.dumps(dict(command=words, seconds=round(seconds, 1))))
+                job.failed = code != 0 or not job.done
                 then(job.run)
-            files.write(folder / "progress.txt", progress(jobs, (), times, at_once))
-            say("\nStopped. The same command continues from there.")
-            sys.exit(128 + asked[0])
-        if not running:
-            break
-        time.sleep(0.2)
-        if time.monotonic() - shown > SHOWN:
-            shown = time.monotonic()
-            files.write(folder / "progress.txt", progress(jobs, running, times, at_once))
-            for job in running:
-                then(job.run)
-        for job, code in [(job, code) for job, c in running.items() if (code := c.poll()) is not None]:
-            del running[job]
-            if job.device:
-                devices.append(job.device)
-            seconds = time.monotonic() - job.started
-            if code == 0 and not job.marks:
-                words = shlex.join(["python", str(job.script), *job.command[2:]])
-                files.write(job.mark, json.dumps(dict(command=words, seconds=round(seconds, 1))))
-            job.failed = code != 0 or not job.done
-            then(job.run)
-            if job.failed:
-                last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
-                tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
-            else:
-                times.add(job.kind, seconds)
-                tell("done", job, f", {seconds:.0f} s")
+                if job.failed:
+                    last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
+                    tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
+                else:
+                    times.add(job.kind, seconds)
+                    tell("done", job, f", {seconds:.0f} s")
+    except BaseException:
+        stop(running)
+        raise
     for number, handler in before.items():
         signal.signal(number, handler)
     return [job for job in jobs if job.failed]
+
+
+def stop(running: dict[Job, Command]) -> None:
+    """Stop these commands, and wait until they have ended."""
+    for command in running.values():
+        command.stop()
+    for command in running.values():
+        command.wait()
 
 
 class Times:
