@@ -367,6 +367,13 @@ def test_other_classes_are_another_measurement(tmp_path, monkeypatch):
     assert named[1].endswith(", without classes 0, 7")
 
 
+def test_one_image_with_a_mask_is_too_few(tmp_path, monkeypatch):
+    parquet(tmp_path / "scenes")
+    with pytest.raises(UserError, match="--labels 5% of 12 training images with masks leave one"):
+        segment(tmp_path, monkeypatch, "--backbone", "pixels", "--labels", "all", "5%")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_runs_on_other_images_are_shown_these_at_a_size_of_their_own(measured, tmp_path, monkeypatch):
     settings = [*TINY, *SMALL["mae"], "train.steps=2", "data.in_chans=3"]  # on digits of 8x8 pixels
     assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs" / "small") == 0

@@ -51,9 +51,19 @@ class Request(cli.EvalRequest):
         self.classes = len(self.names)
 
     def with_masks(self, part: float | None, seed: int | None) -> np.ndarray:
-        """The training images whose masks are used, as indices; the subsets of one seed are nested."""
+        """The training images whose masks are used, as indices; the subsets of one seed are nested.
+
+        Raises UserError if only one is left, since settings are chosen on a part of them.
+        """
         everything = np.zeros(len(self.masks[0]), dtype=int)
-        return np.arange(len(everything)) if part is None else subsets.stratified(everything, part, seed or 0)
+        chosen = np.arange(len(everything)) if part is None else subsets.stratified(everything, part, seed or 0)
+        if len(chosen) < 2:
+            asked = "" if part is None else f"--labels {100 * part:g}% of "
+            raise UserError(
+                f"{asked}{len(everything):,} training images with masks leave one, and there must be two, to fit on "
+                "one and to choose settings on the other: ask for more."
+            )
+        return chosen
 
     def named(self, protocol: str) -> str:
         """The protocol's name, with --img-size if it is given and what --ignore leaves out: other sizes and other
