@@ -13,7 +13,7 @@ from conftest import SMALL, make_batch, small_objective, small_recipe
 from test_backbone import SHAPELESS, standardised
 from test_loop import ROOT, Started, log_of, run, steps_done, until
 
-from ssl_vit import backbones, capabilities, pretrain, weights
+from ssl_vit import backbones, capabilities, corruption, pretrain, weights
 from ssl_vit.backbones import Replacement
 from ssl_vit.decoders import LinearHead
 from ssl_vit.errors import UserError
@@ -448,15 +448,32 @@ def test_the_page_is_what_the_code_says():
 def test_what_a_kind_cannot_do():
     """Read off the issue that asked for it, not the code."""
     no = dict(
-        hybrid={"mae"}, swin={"mae", "next"}, cvt={"mae", "next"}, resnet={"simmim", "beit", "mae", "next"},
+        hybrid={"mae", "next"}, swin={"mae", "next"}, cvt={"mae", "next"}, resnet={"simmim", "beit", "mae", "next"},
         bit={"simmim", "beit", "mae", "next"}, convnext={"simmim", "beit", "mae", "next"}, swinv2={"mae", "next"},
     )  # fmt: skip
     no["axial"] = no["window"] = {"mae", "next"}
-    no["timm-hybrid"] = {"mae"}
+    no["timm-hybrid"] = {"mae", "next"}
     for name, kind in capabilities.KINDS.items():
         backbone = capabilities.build(kind)
         refused = {use for use in capabilities.USES if capabilities.refusal(backbone, capabilities.USES[use])}
         assert refused == no.get(name, set()), name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vit"])
+def test_no_token_holds_pixels_of_later_patches(kind):
+    """What the next patch is predicted from, else its answer is among the inputs. A plain ViT: in test_corruption."""
+    backbone = build(kind).eval()
+    if backbone.lacks("attend"):
+        return
+    images = pictures(backbone)
+    _, attend = corruption.next_patch(torch.zeros(1, 1), backbone.grid(images), backbone.num_prefix_tokens)
+    height, width = backbone.stride
+    other = images.clone()
+    other[..., -height:, -width:] = 1 - other[..., -height:, -width:]
+    with torch.no_grad():
+        before, after = (backbone(pixels, attend=attend)[:, backbone.num_prefix_tokens :] for pixels in (images, other))
+    torch.testing.assert_close(after[:, :-1], before[:, :-1])
+    assert not torch.allclose(after[:, -1], before[:, -1], atol=1e-3)
 
 
 HEAVY = {"swinv2", "resnet", "bit", "convnext"}  # of which a step takes a second and more

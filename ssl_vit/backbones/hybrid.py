@@ -28,7 +28,10 @@ def is_hybrid(model: TimmModel) -> bool:
 class HybridBackbone(TokenBackbone):
     """Hidden patches are filled before the stem, so that no token sees them, and are mask tokens behind it."""
 
-    cannot: ClassVar[dict[Capability, str]] = {"drop": "its stem convolves whole images"}
+    cannot: ClassVar[dict[Capability, str]] = {
+        "drop": "its stem convolves whole images",
+        "attend": "its stem convolves whole images, so that tokens hold pixels of later patches",
+    }
 
     @property
     def patch_size(self) -> tuple[int, int]:
