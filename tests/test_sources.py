@@ -94,6 +94,28 @@ def test_images_of_the_report_split_are_not_trained_on(tmp_path, capsys):
         load(tmp_path / "all")
 
 
+def test_only_what_is_reported_on_is_kept_out_of_training(tmp_path, capsys):
+    """trainval is train and val together, in VOC, Flowers-102 and DTD: its images are all for training."""
+    fill(tmp_path / "set" / "test", 4, 50)
+    fill(tmp_path / "set" / "val", 3, 30)
+    fill(tmp_path / "set" / "train", 6)
+    for split in ("train", "val"):
+        shutil.copytree(tmp_path / "set" / split, tmp_path / "set" / "trainval", dirs_exist_ok=True)
+    shutil.copy(tmp_path / "set" / "test" / "50.png", tmp_path / "set" / "trainval" / "leak.png")
+    folder, both = tmp_path / "set", dict(train_split="trainval", report_split="test")
+    assert len(load(folder, **both)) == 9
+    assert "Left out of trainval: 1 images that are also in test, byte" in capsys.readouterr().out
+    assert len(load(folder, train_split="train", report_split="test")) == len(load(folder)) == 6
+    assert "also in" not in capsys.readouterr().out
+    tables = {
+        split: datasets.Dataset.from_dict(dict(image=[file.read_bytes() for file in sorted((folder / split).iterdir())]))
+        for split in ("train", "val", "test", "trainval")
+    }
+    for train, report, left in (("trainval", "test", 9), ("train", "test", 6), (None, None, 6)):
+        parts, _ = sources._apart(tables, train, report, "image")
+        assert len(parts[train or "train"]) == left
+
+
 def test_copies_are_held_out_together(tmp_path):
     fill(tmp_path / "a", 60)
     fill(tmp_path / "b", 1, 60)

@@ -139,8 +139,7 @@ def splits(
         _say_left_out(root, names, {top: len(members[top]) for top in beside}, loose)
     left_out = dict(beside_splits=sum(len(members[top]) for top in beside) + loose, masks_without_image=unmatched)
     own = train or next((s for kind in SPLITS["train"] for s in names if s.lower() == kind), None)
-    judged = [name for name in names if name != own and name.lower() not in SPLITS["train"]]
-    firsts = _once(found, members, own, judged, left_out)
+    firsts = _once(found, members, own, judges(names, own, report), left_out)
 
     tables = [_table(Path(path), label) for path in found.labels]
     inner = [parts[1:] if names else parts for parts in paths]
@@ -179,6 +178,15 @@ def splits(
         copies_within_a_split=len(firsts),
         splits={split: len(rows) for split, rows in result.items()},
     )
+
+
+def judges(splits: Iterable[str], train: str | None, report: str | None) -> list[str]:
+    """The splits that no training image may be in: the one that is reported on or, where the user names none, all that
+    may be. Others beside them, such as trainval or all, are unions of them."""
+    others = [name for name in splits if name != train]
+    if report in others:
+        return [report]
+    return [name for name in others if name.lower() in (*SPLITS["val"], *SPLITS["test"])]
 
 
 def _named(tops: Iterable[str], train: str | None, report: str | None) -> list[str]:
@@ -248,7 +256,8 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         leak = len(members[train]) - len(stays)
         if leak:
             lost = next(i for i in members[train] if group[files[i].key] in outside)
-            copies.tell(train, leak, len(stays), listed(others), files[lost].path)
+            there = {outside[group[files[i].key]] for i in set(members[train]) - set(stays)}
+            copies.tell(train, leak, len(stays), listed(sorted(there)), files[lost].path)
         members[train], left_out["also_in_another_split"] = stays, leak
     place = {files[i].key: i for chosen in members.values() for i in reversed(chosen)}
     return {

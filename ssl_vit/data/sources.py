@@ -22,9 +22,9 @@ from ssl_vit import hub
 from ssl_vit import recipe as recipes
 from ssl_vit.data import copies, folders
 from ssl_vit.data.decoding import FILE, FIRST
-from ssl_vit.data.folders import SPLITS
+from ssl_vit.data.folders import SPLITS, judges
 from ssl_vit.data.pixels import one_line
-from ssl_vit.errors import NothingHeldOut, UserError, nearest, say_once
+from ssl_vit.errors import NothingHeldOut, UserError, listed, nearest, say_once
 from ssl_vit.settings import known
 
 # Known data sets by name: hub id, image and label column, report split, whether a flip keeps the label.
@@ -89,7 +89,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
     if not any(FILE in part.column_names for part in splits.values()):  # image folders are separated already
-        splits, apart = _apart(splits, config.train_split, image)
+        splits, apart = _apart(splits, config.train_split, report, image)
         ledger = ledger | apart
     split, rows = _choose_split(splits, config, role, report, label)
     whole = splits[split] if split in splits else splits[split.rpartition(" (")[0]]
@@ -118,12 +118,12 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
 
 
 def _apart(
-    splits: dict[str, datasets.Dataset], train: str | None, image: str | None
+    splits: dict[str, datasets.Dataset], train: str | None, report: str | None, image: str | None
 ) -> tuple[dict[str, datasets.Dataset], dict]:
     """(splits of tables, without training images that are also in another split, and with FIRST; what was left out)"""
     own = train or _training(splits)
     column = image or (own in splits and _image_column(splits[own])) or ""
-    judged = [name for name in splits if name != own and name.lower() not in SPLITS["train"]]
+    judged = judges(splits, own, report)
     same = copies.of_cells(splits, column)
     if not same:
         return splits, {}
@@ -136,13 +136,13 @@ def _apart(
             keys = [str(firsts[name][i][1]) if i in firsts[name] else str(i) for i in range(len(rows))]
             parts[name] = rows.add_column(FIRST, keys)
     if own in splits:
-        outside = {same.get((name, row), (name, row)) for name in judged for row in firsts[name]}
-        outside |= {first for first in same.values() if first[0] in judged}
-        lost = [i for i in range(len(splits[own])) if same.get((own, i), (own, i)) in outside]
-        if lost:
-            stays = sorted(set(range(len(splits[own]))) - set(lost))
-            copies.tell(own, len(lost), len(stays), " and ".join(judged), f"row {lost[0]}")
-            parts[own], left_out = parts[own].select(stays), dict(also_in_another_split=len(lost))
+        outside = {same.get((name, row), (name, row)): name for name in judged[::-1] for row in firsts[name]}
+        outside |= {first: first[0] for first in same.values() if first[0] in judged}
+        there = {i: outside[key] for i in range(len(splits[own])) if (key := same.get((own, i), (own, i))) in outside}
+        if there:
+            stays = sorted(set(range(len(splits[own]))) - set(there))
+            copies.tell(own, len(there), len(stays), listed(sorted(set(there.values()))), f"row {min(there)}")
+            parts[own], left_out = parts[own].select(stays), dict(also_in_another_split=len(there))
     return parts, dict(left_out=left_out, copies_within_a_split=sum(f[0] == n for (n, _), f in same.items()))
 
 
