@@ -360,7 +360,8 @@ class OnlineKnn:
                 pooled.append(patches.flatten(1, 2).mean(1).float().cpu())
                 first.append(prefix[:, : int(backbone.has_class_token)].flatten(1).float().cpu())
         features = torch.cat(pooled).numpy()
-        result = dict(rank=effective_rank(features[:2048]))
+        evenly = np.linspace(0, len(features) - 1, min(2048, len(features))).astype(int)  # folders come class by class
+        result = dict(rank=effective_rank(features[evenly]))
         if self.labels is not None:
             result["knn"] = self._accuracy(features, self.labels)
         if self.labels is not None and first[0].shape[1]:

@@ -227,6 +227,29 @@ def test_what_is_given_is_what_the_encoder_embeds(monkeypatch, variant):
         assert torch.equal(absent, hidden & (objective.config.encoder_input == "visible"))
 
 
+def test_replaced_patches_lie_anywhere_in_a_mask_of_blocks():
+    """They are a random part of the masked ones, not the block that was laid last: as often neighbours as any are."""
+    block = ["objective.mask=blocks", *VARIANTS["masked patch prediction"]]
+    objective = small_objective("mae", *block)
+    order = objective.mask_order(Draw(0, 0, torch.arange(400)))
+    mask = corruption.split(order, objective.num_masked)[1]
+    replaced = objective.num_masked // 4
+    place = order[:, -objective.num_masked :][:, :replaced]
+    there = torch.zeros_like(mask).scatter(1, place, True)
+    assert (there & ~mask).sum() == 0 and (order.sort(1).values == torch.arange(64)).all()
+
+    def pairs(chosen):
+        grid = chosen.view(-1, 8, 8)
+        return (grid[:, 1:] & grid[:, :-1]).sum() + (grid[:, :, 1:] & grid[:, :, :-1]).sum()
+
+    noise = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~mask, 2.0)
+    random = torch.zeros_like(mask).scatter(1, noise.argsort(1)[:, :replaced], True)
+    assert pairs(there).item() == pytest.approx(pairs(random).item(), rel=0.1)
+    plain = small_objective("mae", "objective.mask=blocks", *VARIANTS["features"]).mask_order
+    last = plain(Draw(0, 0, torch.arange(400)))[:, -objective.num_masked :][:, :replaced]
+    assert pairs(torch.zeros_like(mask).scatter(1, last, True)) > 2 * pairs(random)  # else nothing was tested
+
+
 def test_the_next_patch_is_predicted_from_those_before_it():
     objective = small("next patch").eval()
     images = make_batch(objective, torch.arange(2)).views["image"]

@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, make_batch, small_objective
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit import corruption, objectives, reference, targets, weights
+from ssl_vit import corruption, objectives, reference, targets, views, weights
 from ssl_vit.backbones import Backbone
 from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify
@@ -188,6 +188,25 @@ def test_supervised_loss_is_torch_s(loss):
         target = torch.nn.functional.one_hot(batch.labels, 5) * 0.9 + 0.02
         expected = torch.nn.BCEWithLogitsLoss()(logits, target)
     assert objective(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_both_classes_of_a_mixed_image_are_present():
+    """DeiT III: engine.py of the official code sets the targets of mixed images that are above 0 to 1."""
+    settings = ["objective.loss=bce", "objective.mixup=0.8", "objective.cutmix=1", "objective.smoothing=0.1"]
+    objective = small_objective("supervised", *settings, "objective.mixup_mode=batch").eval()
+    torch.nn.init.normal_(objective.backbone.model.head.weight)
+    batch = make_batch(objective, torch.arange(16))
+    there = torch.nn.functional.one_hot(batch.labels, 5).float()
+    mixed, shares = views.mix(batch.views["image"], there, batch.draw, 0.8, 1.0, 1.0, "batch")
+    present = torch.maximum(there, there.view(8, 2, 5).flip(1).view(16, 5))
+    assert ((shares > 0) == (present > 0)).all() and (present.sum(1) == 2).any() and (shares.amax(1) < 0.99).any()
+    expected = torch.nn.BCEWithLogitsLoss()(objective.backbone.classify(mixed), present * 0.9 + 0.02)
+    assert objective(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_patches_that_are_all_dropped_are_refused():
+    with pytest.raises(UserError, match="patch_drop_rate=0.99 drops all 64 patches"):
+        small_objective("supervised", "objective.patch_drop_rate=0.99")
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

@@ -246,11 +246,18 @@ class Reconstruct(Objective):
             update_ema(self.teacher, self.backbone, cosine(step, total, self.config.momentum_teacher, 1.0))
 
     def mask_order(self, draw: Draw) -> Tensor:
-        """An order of the patches, int64 (B, N), whose last `num_masked` are masked."""
-        if self.config.mask == "blocks":
+        """An order of the patches, int64 (B, N), whose last `num_masked` are masked, in random order where it matters:
+        where some of them are replaced, kept or shuffled."""
+        c = self.config
+        if c.mask == "blocks":
             blocks, noise = draw.uniform("block mask", 16, 4), draw.uniform("mask", math.prod(self.grid))
-            return corruption.block_order(blocks, noise, self.grid, self.num_masked)
-        if self.config.mask == "none" and self.config.corruption != "shuffle":  # any will do
+            order = corruption.block_order(blocks, noise, self.grid, self.num_masked)
+            if c.replace_ratio or c.keep_ratio or c.corruption == "shuffle":
+                visible, masked = order.split((order.shape[1] - self.num_masked, self.num_masked), 1)
+                mixed = corruption.random_order(draw.uniform("order of the masked", self.num_masked))
+                order = torch.cat([visible, masked.gather(1, mixed)], 1)
+            return order
+        if c.mask == "none" and c.corruption != "shuffle":  # any will do
             return torch.arange(self.num_masked, device=draw.device).expand(len(draw.rows), -1)
         return corruption.random_order(draw.uniform("mask", math.prod(self.grid)))
 

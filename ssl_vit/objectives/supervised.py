@@ -1,7 +1,7 @@
 """Supervised classification: the control that every label-free objective is measured against.
 
 Sources: DeiT (arXiv 2012.12877) for mixup, cutmix, erasing, label smoothing and distillation; DeiT III (2204.07118) for
-binary cross-entropy. With objective.teacher the class token learns from the labels and the distillation token from what
+binary cross-entropy, which counts both classes of a mixed image as present. With objective.teacher the class token learns from the labels and the distillation token from what
 the teacher answers (DeiT, section 4); the classifier that is evaluated is the mean of both heads.
 """
 
@@ -26,7 +26,9 @@ from ssl_vit.settings import known, pair, setting
 
 @dataclass
 class SupervisedConfig:
-    loss: Literal["ce", "bce"] = setting("ce", "cross-entropy, or binary cross-entropy per class")
+    loss: Literal["ce", "bce"] = setting(
+        "ce", "cross-entropy, or binary cross-entropy per class, in which both classes of a mixed image are present"
+    )
     smoothing: float = setting(0.0, "label smoothing", at_least=0, at_most=0.99)
     mixup: float = setting(0.0, "alpha of mixup's Beta law; 0: none", at_least=0)
     cutmix: float = setting(0.0, "alpha of cutmix's Beta law; 0: none", at_least=0)
@@ -79,6 +81,11 @@ class Supervised(Objective):
         self.views = info.single_view()
         if config.patch_drop_rate:
             self.need("drop")
+            patches = math.prod(side // step for side, step in zip(info.size, backbone.stride, strict=True))
+            if corruption.num_masked(patches, config.patch_drop_rate) == patches:
+                raise UserError(
+                    f"objective.patch_drop_rate={config.patch_drop_rate:g} drops all {patches} patches: set a lower one."
+                )
         if config.noise_sigma and (len(config.noise_sigma) != 2 or config.noise_sigma[0] > config.noise_sigma[1]):
             raise UserError(f"objective.noise_sigma must be a range [low, high], not {config.noise_sigma}.")
         plain = isinstance(backbone, TokenBackbone)
@@ -150,11 +157,14 @@ class Supervised(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         c, images, labels = self.config, batch.views["image"], known(batch.labels)
         target = F.one_hot(labels, self.classes).to(images.dtype)
-        target = target * (1 - c.smoothing) + c.smoothing / self.classes
+        if c.loss == "ce":
+            target = self.smooth(target)
         if c.reprob:
             images = self.erase(images, batch.draw)
         if c.mixup or c.cutmix:
             images, target = views.mix(images, target, batch.draw, c.mixup, c.cutmix, c.mixup_prob, c.mixup_mode)
+        if c.loss == "bce":  # both classes of a mixed image are wholly there
+            target = self.smooth(target.gt(0).to(images.dtype))
         if c.noise_sigma:
             unit, level = batch.draw.normal("noise", *images.shape[1:]), batch.draw.uniform("noise level", 1, 1, 1)
             images = images + self.backbone.std * corruption.noise(unit, level, pair(c.noise_sigma))[0]
@@ -165,6 +175,10 @@ class Supervised(Objective):
             logits = logits.to(images.dtype)
             loss = self.loss(logits, target)
         return dict(loss=loss, accuracy=logits.argmax(1).eq(labels).float().mean())
+
+    def smooth(self, target: Tensor) -> Tensor:
+        """Probabilities (B, K), smoothed."""
+        return target * (1 - self.config.smoothing) + self.config.smoothing / self.classes
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (B, K) against probabilities (B, K)."""
