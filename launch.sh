@@ -301,9 +301,17 @@ run_plan() {  # $1: a file in recipes/study/
 }
 
 run_recipe() {
-  local recipe=$1 arg skip="" run random config launch control
+  local recipe=$1 arg skip="" run random config launch control file
   shift
   ready ""
+  for arg in "$@"; do
+    case $arg in
+      --plan | --print-*)
+        show python "${here}ssl_vit/pretrain.py" --recipe "$recipe" "$@"
+        return
+        ;;
+    esac
+  done
 
   # when the run fails, its own message is the last, not the launcher's stack: -q for one process, launcher.py for several
   launch=(accelerate launch -q)
@@ -326,6 +334,11 @@ run_recipe() {
     esac
   done
   control+=(train.flops=null train.steps=0)  # flops would win over steps
+  file=$root/recipes/$recipe.yaml
+  [ -f "$file" ] || file=$recipe
+  if grep -v '^ *#' "$file" | grep 'init_from:' | grep -qv 'init_from: *null'; then
+    control+=(backbone.init_from=null)
+  fi
 
   local pretrain=("${here}ssl_vit/pretrain.py" --recipe "$recipe")
   run=$(python "${pretrain[@]}" "$@" --print-output)  # a wrong argument is refused here, before the launcher starts

@@ -13,8 +13,10 @@ import copy
 import os
 import platform
 import re
+import secrets
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -38,24 +40,27 @@ from ssl_vit.errors import UserError, listed, say
 from ssl_vit.objectives.base import Objective
 
 Kind = Literal["plain", "ddp", "fsdp2"]
+SEEN_WITHIN = 60  # seconds, in which every machine sees a new file: a network file system remembers what was missing
 
 # -- starting ---------------------------------------------------------------------------------------------------------
 
 
 def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
     """The processes as a group, in the recipe's precision. Raises UserError for what the loop cannot do."""
-    system.set_products(resolve_precision(recipe, path))
+    precision = resolve_precision(recipe, path)
     resolve_engine(recipe)
     names = monitor.trackers(recipe.monitor.trackers)
     try:
         accelerator = Accelerator(
-            mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
+            mixed_precision="bf16" if precision == "bf16" else "no",
             cpu=not torch.accelerator.is_available(),  # else torchrun's processes on a CPU do not form a group
             log_with=names or None,
             project_dir=path,
+            dynamo_backend="no",  # of `accelerate config`: it would turn TF32 on and compile the whole model
         )
     except ValueError as error:
         raise UserError(f"Accelerator() failed: {' '.join(str(error).split())[:300]}") from None
+    system.set_products(precision)
     absent = [name for name in names if name not in map(str, accelerator.log_with)]
     if absent:
         raise UserError(f"monitor.trackers names {absent[0]}, which is not installed: install it, or leave it out.")
@@ -111,6 +116,29 @@ def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:
         raise UserError(
             f"Process {accelerator.process_index}, on {platform.node()}, has different {listed(different)} from the "
             "first process: all machines need the same."
+        )
+
+
+def check_shared(accelerator: Accelerator, path: Path) -> None:
+    """Raises UserError on all processes if one of them does not see what the first one writes to this directory."""
+    if accelerator.num_processes == 1:
+        return
+    [name] = broadcast_object_list([f".shared-{secrets.token_hex(8)}"])
+    mark = path / name
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    until = time.monotonic() + SEEN_WITHIN
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    found = gather_object([(seen, platform.node())])
+    if accelerator.is_main_process:
+        mark.unlink()
+    blind = next((machine for there, machine in found if not there), None)
+    if blind is not None:
+        raise UserError(
+            f"{path} on {found[0][1]}, where the first process writes the run, is another folder on {blind}: the run "
+            "directory must be on a file system that all machines share."
         )
 
 

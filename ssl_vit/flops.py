@@ -1,10 +1,11 @@
-"""What a training step or a forward pass costs, counted with unfused attention.
+"""What a training step or a forward pass costs, counted with unfused attention, and how many steps a budget buys.
 
 FLOPs are counted on the CPU from a copy, so that the number is the same on every device and the run stays untouched.
 A multiplication and an addition count one each; element-wise operations do not count.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,8 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch, Objective
 from ssl_vit.randomness import Draw
+from ssl_vit.settings import known
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -23,6 +27,27 @@ def per_image(objective: Objective, channels: int, labelled: bool) -> float:
     shapes_only = next(objective.parameters()).device.type == "meta"
     batch = grey(objective, channels, labelled, device=torch.device("meta" if shapes_only else "cpu"))
     return count(objective, lambda twin: twin.train()(batch)["loss"].backward()) / len(batch.draw.rows)
+
+
+def budget(recipe: recipes.Recipe, objective: Objective, images: int) -> tuple[int, float]:
+    """(optimizer steps, counted training FLOPs per image) of so many images. `flops` wins over `steps` wins over
+    `epochs`.
+
+    What was spent on what the run learns from, such as a tokenizer, counts as its own.
+    """
+    each = per_image(objective, known(recipe.data.in_chans), objective.labelled)
+    t = recipe.train
+    if t.flops is not None:
+        before = sum(objective.inherited.values())
+        if t.flops <= before:
+            raise UserError(
+                f"train.flops={t.flops:.3g} is spent already: {' and '.join(objective.inherited)} took {before:.3g}. "
+                "Raise it."
+            )
+        return math.ceil((t.flops - before) / (each * t.batch_size)), each
+    if t.steps is not None:
+        return t.steps, each
+    return math.ceil(known(t.epochs) * images / t.batch_size), each
 
 
 def grey(

@@ -198,14 +198,19 @@ def choose_micro_batch_size(
         at_most = min([local_batch_size if device.type == "cuda" else 256, *limits])
     else:
         at_most = asked
+    together = group(objective, local_batch_size, recipe.train.batch_size)
+    return max(min(at_most, local_batch_size) // together, 1) * together
+
+
+def group(objective: Objective, local_batch_size: int, batch_size: int) -> int:
+    """Rows that must stay together. Raises UserError if a process's share is not made of such groups."""
     together = objective.micro_batch_multiple
     if local_batch_size % together:
         raise UserError(
             f"This recipe works on groups of {together} images (mixup pairs them, tasks take turns), and a process has "
-            f"{local_batch_size}: set train.batch_size to a multiple of "
-            f"{together * recipe.train.batch_size // local_batch_size}."
+            f"{local_batch_size}: set train.batch_size to a multiple of {together * batch_size // local_batch_size}."
         )
-    return max(min(at_most, local_batch_size) // together, 1) * together
+    return together
 
 
 def check_full_batch(objective: Objective, micro_batch_size: int, batch_size: int, processes: int) -> None:

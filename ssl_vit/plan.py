@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from ssl_vit import data, flops, optim, overview
+from ssl_vit import data, engine, flops, gradients, optim, overview, system
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, nearest
 from ssl_vit.objectives.base import Objective
-from ssl_vit.settings import known
 
 UTILISATION = 0.35  # part of the peak that training reaches; large ViTs in bf16 reach 0.3 to 0.5
 USABLE = 0.9  # part of the memory
@@ -28,22 +28,24 @@ Builder = Callable[[recipes.Recipe, data.ImageSet], Objective]
 
 
 class Gpu(NamedTuple):
-    """Peak FLOP/s in bf16 (V100, T4: fp16), dense, as its maker states; memory in GB."""
+    """Peak FLOP/s of dense products as its maker states them, None where it has no units for them; memory in GB."""
 
-    peak: float
+    bf16: float | None
+    tf32: float | None
+    fp32: float
     memory: float
 
 
 GPUS = {
-    "T4": Gpu(65e12, 16),
-    "V100": Gpu(125e12, 32),
-    "L4": Gpu(121e12, 24),
-    "RTX3090": Gpu(71e12, 24),
-    "RTX4090": Gpu(165e12, 24),
-    "A100-40": Gpu(312e12, 40),
-    "A100": Gpu(312e12, 80),
-    "H100": Gpu(989e12, 80),
-    "H200": Gpu(989e12, 141),
+    "T4": Gpu(None, None, 8.1e12, 16),
+    "V100": Gpu(None, None, 15.7e12, 32),
+    "L4": Gpu(121e12, 60e12, 30.3e12, 24),
+    "RTX3090": Gpu(71e12, 35.6e12, 35.6e12, 24),
+    "RTX4090": Gpu(165e12, 82.6e12, 82.6e12, 24),
+    "A100-40": Gpu(312e12, 156e12, 19.5e12, 40),
+    "A100": Gpu(312e12, 156e12, 19.5e12, 80),
+    "H100": Gpu(989e12, 495e12, 67e12, 80),
+    "H200": Gpu(989e12, 495e12, 67e12, 141),
 }
 # (images to train on, classes, channels, side in pixels or None if it varies) of the sets that are known by name
 SETS = {
@@ -73,6 +75,7 @@ class Plan:
     per_device: int  # images at a time
     accumulation: int  # micro-batches of a step on one device
     memory: float  # GB on one device
+    precision: str
     hours: float
     disk: float  # GB: two checkpoints, while one replaces the other, and the backbone
 
@@ -92,7 +95,7 @@ class Plan:
             "learning rate": f"{self.lr:.4g} ({self.lr_rule})",
             "memory": f"about {self.memory:.0f} GB on each device",
             "time": f"about {overview.duration(self.hours * 3600)} on {devices} x {gpu}, "
-            f"at {UTILISATION:.0%} of the peak",
+            f"in {self.precision} at {UTILISATION:.0%} of the peak",
             "disk": f"about {self.disk:.2g} GB for the run",
         }
         width = max(map(len, rows))
@@ -103,30 +106,35 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     """The plan of a recipe. build: (recipe, images) → its objective. Raises UserError for what a run would refuse."""
     images = facts(recipe)
     objective = weightless(recipe, images, build)
-    per_image = flops.per_image(objective, images.channels, objective.labelled)
+    images = images.labelled() if objective.labelled else images
+    steps, per_image = flops.budget(recipe, objective, len(images))
     t, (lr, rule) = recipe.train, recipe.learning_rate()
-    if t.flops is not None:
-        steps = math.ceil((t.flops - sum(objective.inherited.values())) / (per_image * t.batch_size))
-    else:
-        steps = t.steps if t.steps is not None else math.ceil(known(t.epochs) * len(images) / t.batch_size)
     if t.batch_size % devices:
         raise UserError(f"train.batch_size={t.batch_size} is not divisible by {devices} devices: take a multiple.")
+    local, together = t.batch_size // devices, gradients.group(objective, t.batch_size // devices, t.batch_size)
 
-    kind = GPUS[gpu]
+    kind, precision, peak = GPUS[gpu], *products(recipe, gpu)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
     moments = optim.moments(recipe.optim)
     fixed = (4 * (2 + moments) * trained + 4 * frozen) / 1e9  # weights, gradients and moments
-    each = kept(objective, images.channels) / 1e9
-    local, together = t.batch_size // devices, objective.micro_batch_multiple
+    sharded, again = recipe.runtime.engine == "fsdp2", recipe.runtime.activation_checkpointing
+    fixed /= devices if sharded else 1
+    blocks = engine.blocks(objective) if again else []
+    each = kept(objective, images.channels, blocks) / (2e9 if precision == "bf16" else 1e9)
     fits = int((kind.memory * USABLE - fixed) / each) // together * together
     if fits < together:
+        other = "" if sharded else "Shard it (runtime.engine=fsdp2), or name a larger --gpu."
         raise UserError(
             f"{recipe.name} does not fit on a {gpu} of {kind.memory:.0f} GB: {fixed:.0f} GB for weights, gradients and "
-            f"moments, {each:.2g} GB for an image. Shard it (runtime.engine=fsdp2), or name a larger --gpu."
+            f"moments, {each:.2g} GB for an image. {other or 'Name a larger --gpu, or more of them.'}"
         )
+    if recipe.runtime.per_device_batch_size != "auto":
+        fits = min(fits, max(recipe.runtime.per_device_batch_size // together, 1) * together)
     accumulation = math.ceil(local / fits)
     per_device = math.ceil(local / accumulation / together) * together
+    gradients.check_full_batch(objective, per_device, t.batch_size, devices)
+    computed = per_image * (4 / 3 if blocks else 1)  # the forward pass of the blocks twice
     backbone = objective.exported
     return Plan(
         parameters=sum(p.numel() for p in backbone.parameters()),
@@ -143,9 +151,21 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
         per_device=per_device,
         accumulation=accumulation,
         memory=fixed + each * per_device,
-        hours=per_image * steps * t.batch_size / (kind.peak * UTILISATION * devices) / 3600,
+        precision=precision,
+        hours=computed * steps * t.batch_size / (peak * UTILISATION * devices) / 3600,
         disk=(2 * (4 * (1 + moments) * trained + 4 * frozen) + 4 * sum(p.numel() for p in backbone.parameters())) / 1e9,
     )
+
+
+def products(recipe: recipes.Recipe, gpu: str) -> tuple[system.Precision, float]:
+    """(the precision of training on this kind of GPU, its peak FLOP/s). Raises UserError for one that it lacks."""
+    kind, asked = GPUS[gpu], recipe.train.precision
+    if asked == "auto":
+        asked = "bf16" if kind.bf16 else "fp32"
+    peak = dict(bf16=kind.bf16, tf32=kind.tf32, fp32=kind.fp32)[asked]
+    if peak is None:
+        raise UserError(f"A {gpu} has no units for train.precision={asked}: take fp32.")
+    return asked, peak
 
 
 def parse(text: str) -> tuple[int, str]:
@@ -163,7 +183,8 @@ def parse(text: str) -> tuple[int, str]:
 def facts(recipe: recipes.Recipe) -> data.ImageSet:
     """What is known of the recipe's images. Those of a set that is known by name are not read."""
     d = recipe.data
-    if d.name not in SETS or d.subset is not None or d.hold_out:
+    others = (d.subset, d.config, d.label_column, d.train_split)  # other images than a set's usual ones, or labels
+    if d.name not in SETS or d.hold_out or any(value is not None for value in others):
         images = data.load(d, "train")
         recipe.add_dataset_info(images.info())
         return images
@@ -197,21 +218,38 @@ def tokens(objective: Objective) -> dict[str, int]:
     }
 
 
-def kept(objective: Objective, channels: int) -> float:
-    """Bytes that autograd keeps of one image for the backward pass, in bf16: half of float32."""
+def kept(objective: Objective, channels: int, blocks: list[nn.Module]) -> float:
+    """Bytes that autograd keeps of one image for the backward pass, in float32. blocks: those that recompute their
+    activations, and keep their inputs; of one at a time all is there."""
     batch = flops.grey(objective, channels, objective.labelled, device=torch.device("meta"))
-    seen: dict[int, int] = {}
     own = {weight.untyped_storage()._cdata for weight in [*objective.parameters(), *objective.buffers()]}
+    outside: dict[int, int] = {}
+    inside: list[dict[int, int]] = []  # of each pass through one of the blocks
+    alive: list[torch.Tensor] = []  # or an address would be used again
+    place = outside
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
+            place[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
-    alive: list[torch.Tensor] = []  # or an address would be used again
+    def enter(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal place
+        keep(inputs[0])
+        inside.append({})
+        place = inside[-1]
+
+    def leave(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+        nonlocal place
+        place = outside
+
+    hooks = [hook for b in blocks for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = objective.train()(batch)["loss"]
     del loss
-    return sum(seen.values()) / 2 / len(batch.draw.rows)
+    for hook in hooks:
+        hook.remove()
+    largest = max((sum(found.values()) for found in inside), default=0)
+    return (sum(outside.values()) + largest) / len(batch.draw.rows)

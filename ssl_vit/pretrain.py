@@ -74,7 +74,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     # -- build --
     objective = build(recipe, images).to(device)
     images = images.labelled() if objective.labelled else images
-    total, flops_per_image = budget(recipe, objective, images)
+    total, flops_per_image = flops.budget(recipe, objective, len(images))
     recipe.train.steps = total
     lr, _ = recipe.learning_rate()
     run = checkpoint.Run(path)
@@ -87,6 +87,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         run.claim(settings, type(recipe.objective))
         files.write(path / "images.json", json.dumps(images.ledger, indent=1, ensure_ascii=False))
     [finished] = broadcast_object_list([run.finished])
+    engine.check_shared(accelerator, path)
     if finished:
         say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")
         return 0
@@ -146,16 +147,20 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             scalars |= dict(grad_norm=engine.plain(norm)) if norm is not None else {}
             watch.step(step, scalars, now)
             at = step + 1
+            keeps = recipe.runtime.keep_every and at % recipe.runtime.keep_every == 0
+            if keeps or (knn and watched(at)):
+                watch.check(at)
             if knn and watched(at):
                 with watch.paused(), devices.whole() as whole:
                     figures = knn(whole.exported) if first else {}
                 watch.knn(at, figures)
-            if at % recipe.runtime.save_every == 0 or at == total or asked.stop or asked.save:
-                saver.save(at)
-            if recipe.runtime.keep_every and at % recipe.runtime.keep_every == 0:
+            if keeps:  # before the checkpoint, or a run that is killed in between would go on without it
                 with devices.whole() as whole:
                     if first:
                         weights.save(whole.exported, path / "backbones" / f"step-{at:08d}")
+            asked_anew = asked.save and saver.saved < step  # with several processes the answer to a wish comes late
+            if at % recipe.runtime.save_every == 0 or at == total or asked.stop or asked_anew:
+                saver.save(at)
             if asked.stop and at < total:
                 devices.settle()
                 saver.settle()
@@ -227,26 +232,6 @@ def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
             class_names=images.classes,
         )
         return cls(recipe.objective, backbone, info)
-
-
-def budget(recipe: recipes.Recipe, objective: Objective, images: data.ImageSet) -> tuple[int, float]:
-    """(optimizer steps, counted training FLOPs per image). `flops` wins over `steps` wins over `epochs`.
-
-    What was spent on what the run learns from, such as a tokenizer, counts as its own.
-    """
-    per_image = flops.per_image(objective, known(recipe.data.in_chans), objective.labelled)
-    t = recipe.train
-    if t.flops is not None:
-        before = sum(objective.inherited.values())
-        if t.flops <= before:
-            raise UserError(
-                f"train.flops={t.flops:.3g} is spent already: {' and '.join(objective.inherited)} took {before:.3g}. "
-                "Raise it."
-            )
-        return math.ceil((t.flops - before) / (per_image * t.batch_size)), per_image
-    if t.steps is not None:
-        return t.steps, per_image
-    return math.ceil(known(t.epochs) * len(images) / t.batch_size), per_image
 
 
 def fit_images(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device) -> Tensor:

@@ -217,7 +217,7 @@ OF_IMAGES = (  # settings of one data set, or resolved from its images
     *("data.img_size", "data.in_chans", "data.mean", "data.std", "data.hflip", "data.range", "backbone.patch_size"),
     *("data.config", "data.image_column", "data.label_column", "data.train_split", "data.report_split"),
 )
-LENGTHS = ("train.epochs", "train.steps", "train.flops")
+LENGTHS = ("train.epochs", "train.steps", "train.flops")  # each wins over those before it
 # keys that had another name in earlier versions: {old: new, or a text that starts with the new one}
 RENAMED: dict[str, str] = {
     "optim.warmup": "optim.warmup_fraction",
@@ -551,6 +551,8 @@ def _merge(file: _File, changes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         outdated |= set(OF_IMAGES)
     if of_run and any(length in changes for length in LENGTHS):  # the steps there may be resolved from epochs or FLOPs
         outdated |= set(LENGTHS)
+    asked = [place for place, length in enumerate(LENGTHS) if changes.get(length) is not None]
+    outdated |= set(LENGTHS[max(asked) + 1 :] if asked else ())  # what would win over the command line's
     own = _patch_in(own.get("backbone.name") if "backbone.name" not in changes else None) | own
     kept = {key: (value, str(file.path)) for key, value in own.items() if key not in outdated}
     return kept | {key: (value, COMMAND_LINE) for key, value in (named | changes).items()}

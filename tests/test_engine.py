@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from several import Several
 from test_loop import ROOT, SCRIPT, TINY, Started, arguments, launched, log_of, run, steps_done, until
 
-from ssl_vit import engine, errors, peers, pretrain, shards
+from ssl_vit import checkpoint, engine, errors, peers, pretrain, shards
 from ssl_vit.objectives.reconstruct import Reconstruct
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -221,6 +222,47 @@ def test_the_launcher_of_launch_sh_adds_no_stack(settings, code, said, tmp_path)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == code, text
     assert text.count(said) == 1 == text.count("error:") and "Traceback" not in text and "torch" not in text
+
+
+def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tmp_path, monkeypatch):
+    """Two machines, each with a folder of that name of its own: no checkpoint would ever be whole."""
+    begin = engine.start
+
+    def elsewhere(*given):
+        if os.environ.get("RANK") == "1":
+            (tmp_path / "other machine").mkdir()
+            os.chdir(tmp_path / "other machine")
+        return begin(*given)
+
+    monkeypatch.setattr(engine, "start", elsewhere)
+    monkeypatch.setattr(engine, "SEEN_WITHIN", 0)
+    several = started(tmp_path, "mae", "ddp", "--output", "run")
+    assert several.wait() == [2, 2]
+    assert several.said.count("must be on a file system that all machines share") == 1 == several.said.count("error:")
+    assert not list(tmp_path.glob("run/.shared-*")) and not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_checkpoint_by_the_clock_is_written_once(tmp_path, monkeypatch):
+    """Of several processes each learns a step later that it is time."""
+    save = checkpoint.Saver.save
+
+    def noted(self, step):
+        if os.environ["RANK"] == "0":
+            print(f"saved at {step}.", flush=True)
+        save(self, step)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", noted)
+    looks = []
+
+    def overdue(self):
+        looks.append(1)
+        return len(looks) - self.saved >= 3  # steps, in place of minutes
+
+    monkeypatch.setattr(checkpoint.Saver, "overdue", property(overdue))
+    settings = ["train.steps=12", "runtime.save_every=1000", "monitor.knn_every=0", "--output", "run"]
+    several = started(tmp_path, "mae", "ddp", *settings)
+    assert several.wait() == [0, 0], several.said
+    assert [int(step) for step in re.findall(r"saved at (\d+)\.", several.said)] == [4, 8, 12]
 
 
 def test_what_all_refuse_is_said_once(tmp_path):

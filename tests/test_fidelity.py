@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 
-from ssl_vit import corruption, fidelity, optim, plan, pretrain
+from ssl_vit import corruption, fidelity, flops, optim, plan, pretrain
 from ssl_vit import recipe as recipes
+from ssl_vit.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SOME = {
@@ -71,6 +72,11 @@ def test_recipes_share_a_heading_where_their_tables_are_equal():
         told = [part for part in sentence.split("; ") if name in re.findall(r"[\w/-]+", part)] or [sentence]
         assert len(told) == 1 and told[0].startswith(f"{count} "), name
     assert of_recipe["imagenet/vit-b16"] is of_recipe["imagenet/vit-h14"] is not of_recipe["imagenet/vit-finetune-b16"]
+
+
+def asked(name: str, *settings: str) -> recipes.Recipe:
+    """A published recipe with settings."""
+    return pretrain.read(name, list(settings), None)
 
 
 @functools.cache
@@ -185,7 +191,7 @@ def test_a_plan_is_what_a_run_would_be(name, monkeypatch):
     other = fidelity.read(name)
     images = plan.facts(other)
     objective = pretrain.build(other, images)
-    steps, per_image = pretrain.budget(other, objective, images)
+    steps, per_image = flops.budget(other, objective, len(images))
     assert (found.steps, found.flops_per_image) == (steps, per_image)
     assert found.parameters == sum(p.numel() for p in objective.exported.parameters())
     assert found.per_device * found.accumulation == recipe.train.batch_size
@@ -204,7 +210,8 @@ def test_memory_decides_the_micro_batches():
 
 
 def test_what_autograd_keeps_is_counted():
-    """Two linear layers and a GELU keep their inputs: 4 + 8 + 8 values of bf16 an image; weights do not count."""
+    """Two linear layers and a GELU keep their inputs: 4 + 8 + 8 values an image; weights do not count. A block that
+    recomputes keeps its input, and what lies inside is there for one block at a time."""
 
     class Tiny(torch.nn.Module):
         labelled, micro_batch_multiple = False, 3
@@ -217,7 +224,63 @@ def test_what_autograd_keeps_is_counted():
         def forward(self, batch):
             return dict(loss=self.layers(batch.views["image"].flatten(1)).sum())
 
-    assert plan.kept(Tiny().to("meta"), 1) == 2 * (4 + 8 + 8)
+    tiny = Tiny().to("meta")
+    assert plan.kept(tiny, 1, []) == 4 * (4 + 8 + 8)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(3)]
+    tiny.layers = torch.nn.Sequential(*blocks, torch.nn.Linear(4, 1)).to("meta")
+    assert plan.kept(tiny, 1, []) == 4 * (3 * (4 + 4) + 4)
+    assert plan.kept(tiny, 1, blocks) == 4 * (3 * 4 + 4 + (4 + 4))
+
+
+def test_a_plan_knows_the_units_of_the_gpu():
+    """A T4 and a V100 train in float32, which keeps twice the bytes; so does any GPU that is told to."""
+    half, full, tf32, old = (
+        plan.make(asked("imagenet/mae-vit-b", *settings), pretrain.build, 8, gpu)
+        for settings, gpu in (
+            ([], "A100"),
+            (["train.precision=fp32"], "A100"),
+            (["train.precision=tf32"], "A100"),
+            ([], "V100"),
+        )
+    )
+    assert [found.precision for found in (half, full, tf32, old)] == ["bf16", "fp32", "tf32", "fp32"]
+    assert full.hours / half.hours == pytest.approx(312 / 19.5) and tf32.hours / half.hours == pytest.approx(2)
+    assert old.hours / half.hours == pytest.approx(312 / 15.7)
+    fixed = 16e-9 * half.trained + 4e-9 * half.frozen
+    assert (full.memory - fixed) / full.per_device == pytest.approx(2 * (half.memory - fixed) / half.per_device)
+    again = plan.make(asked("imagenet/mae-vit-b", "runtime.activation_checkpointing=true"), pretrain.build, 8, "A100")
+    assert again.memory < half.memory / 3 and again.hours == pytest.approx(half.hours * 4 / 3)
+
+
+def test_a_plan_refuses_what_a_run_refuses(tmp_path, monkeypatch):
+    def planned(*words, gpu="A100", devices=1):
+        return plan.make(pretrain.read(words[0], list(words[1:]), "digits"), pretrain.build, devices, gpu)
+
+    with pytest.raises(
+        UserError, match="groups of 2 images.*a process has 3: set train.batch_size to a multiple of 16"
+    ):
+        planned("deit", "objective.mixup=0.8", "train.batch_size=24", devices=8)
+    with pytest.raises(UserError, match="use_bn_in_head=true needs the whole batch of 256 at once"):
+        planned("dino", "objective.use_bn_in_head=true", "runtime.per_device_batch_size=16")
+    with pytest.raises(UserError, match="A T4 has no units for train.precision=bf16: take fp32"):
+        planned("mae", "train.precision=bf16", gpu="T4")
+    with pytest.raises(UserError, match="Name a larger --gpu, or more of them"):
+        recipe = asked("imagenet/mae-vit-h", "backbone.depth=64", "runtime.engine=fsdp2")
+        plan.make(recipe, pretrain.build, 1, "T4")
+
+    def learner(recipe, images):
+        objective = pretrain.build(recipe, images)
+        objective.inherited = {"a tokenizer": 2e12}
+        return objective
+
+    with pytest.raises(UserError, match="is spent already: a tokenizer took 2e.12"):
+        plan.make(pretrain.read("mae", ["train.flops=1e12"], "digits"), learner)
+    loaded = plan.facts(pretrain.read("supervised", ["data.subset=20"], "digits"))
+    loaded.labels[:100] = -1
+    monkeypatch.setattr(plan, "facts", lambda recipe: loaded)
+    recipe = pretrain.read("supervised", ["train.epochs=10", "train.batch_size=20"], "digits")
+    recipe.add_dataset_info(loaded.info())
+    assert plan.make(recipe, pretrain.build).steps == 50  # of the 100 images that have a label
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ case "$*" in
   "-m pip --version" | *"import torchvision"*) ;;
   "-m pytest"*) echo "pytest ${{*:3}} threads=${{OMP_NUM_THREADS:-}}" >>"$LOG" ;;
   *launcher.py*) echo "python $*" >>"$LOG"; exit "${{TRAIN_EXIT:-0}}" ;;
-  *knn.py* | *study.py*) echo "python $*" >>"$LOG"; echo TABLE; exit "${{STUDY_EXIT:-0}}" ;;
+  *knn.py* | *study.py* | *pretrain.py*--plan*) echo "python $*" >>"$LOG"; echo TABLE; exit "${{STUDY_EXIT:-0}}" ;;
   *) PYTHONPATH="$MODULES" exec "{sys.executable}" -S "$@" ;;  # -S: without the packages installed here
 esac
 """
@@ -114,6 +114,20 @@ def test_a_run_is_training_then_its_control_then_knn(project):
     setup, after = done.stdout.split("Device: CPU (", 1)
     assert "Installing" in setup and "accelerate" not in setup
     assert after.index("accelerate") < after.index("TABLE") < after.index("Next:")
+
+
+def test_the_control_has_none_of_a_recipe_s_own_weights(project):
+    script(project.root / "own.yaml", "backbone:\n  # init_from: nothing\n  init_from: runs/before\n")
+    script(project.root / "none.yaml", "backbone: {init_from: null}\n")
+    _, ran = project.launch("own.yaml")
+    assert ran[2].endswith("--recipe own.yaml train.flops=null train.steps=0 backbone.init_from=null")
+    _, ran = project.launch("none.yaml")
+    assert ran[1].endswith("--recipe none.yaml train.flops=null train.steps=0")
+
+
+def test_what_only_prints_is_not_followed_by_a_run(project):
+    done, ran = project.launch("dino", "--plan", "--gpu", "8xA100")
+    assert done.returncode == 0 and ran[1:] == ["python ssl_vit/pretrain.py --recipe dino --plan --gpu 8xA100"]
 
 
 @pytest.mark.parametrize(

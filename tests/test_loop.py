@@ -372,6 +372,28 @@ def test_a_backbone_that_cannot_be_saved_is_one_sentence(tmp_path, monkeypatch):
     assert list((tmp_path / "run/backbones").iterdir()) == [] and steps_done(tmp_path / "run") == 4
 
 
+def test_a_kept_backbone_is_there_before_the_checkpoint_that_goes_on_without_it(tmp_path, monkeypatch):
+    written = weights.saving.save_file
+    monkeypatch.setattr(weights.saving, "save_file", lambda *_: (_ for _ in ()).throw(SafetensorError("No space left")))
+    words = arguments("mae", "--output", str(tmp_path / "run"), "runtime.keep_every=4")
+    assert Started(tmp_path, *words).wait() == 2
+    monkeypatch.setattr(weights.saving, "save_file", written)
+    run(tmp_path, *words)
+    kept = sorted(path.name for path in (tmp_path / "run/backbones").iterdir())
+    assert kept == ["step-00000004", "step-00000008", "step-00000012"]
+
+
+def test_weights_that_are_not_finite_are_neither_evaluated_nor_kept(tmp_path):
+    """Between two losses that are looked at: an update that breaks the weights shows in neither."""
+    steps = ["optim.lr=1e30", "optim.warmup_fraction=0", "monitor.log_every=100", "runtime.save_every=100"]
+    for place, setting in enumerate(("monitor.knn_every=2", "runtime.keep_every=2")):
+        path = tmp_path / f"run{place}"
+        started = Started(tmp_path, *arguments("mae", "--output", str(path), *steps, setting))
+        assert started.wait() == 2 and "Traceback" not in started.said
+        assert re.search(r"(loss of step|weights after step) \d+ (is|are) not .*finite number", started.said)
+        assert not list(path.glob("backbones/*"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     from ssl_vit.objectives.reconstruct import Reconstruct
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_vit import objectives, settings
+from ssl_vit import objectives, pretrain, settings
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -435,3 +435,18 @@ def test_an_unknown_recipe_names_the_nearest(tmp_path):
         read(recipe="maee")
     with pytest.raises(UserError, match="There is no recipe"):
         read(recipe=tmp_path)
+
+
+def test_the_command_line_s_length_wins_over_the_file_s(tmp_path):
+    (tmp_path / "own.yaml").write_text("objective: {name: reconstruct}\ntrain: {epochs: 5, steps: 20}\n")
+
+    def lengths(*settings):
+        train = pretrain.read(str(tmp_path / "own.yaml"), list(settings), "digits").train
+        return train.epochs, train.steps, train.flops
+
+    assert lengths() == (5, 20, None)
+    assert lengths("train.epochs=2") == (2, None, None)
+    assert lengths("train.steps=3") == (5, 3, None)
+    assert lengths("train.flops=1e9") == (5, 20, 1e9)  # which wins
+    assert lengths("train.epochs=2", "train.steps=4") == (2, 4, None)
+    assert lengths("train.steps=null") == (5, None, None)

@@ -108,7 +108,9 @@ def test_only_what_is_reported_on_is_kept_out_of_training(tmp_path, capsys):
     assert len(load(folder, train_split="train", report_split="test")) == len(load(folder)) == 6
     assert "also in" not in capsys.readouterr().out
     tables = {
-        split: datasets.Dataset.from_dict(dict(image=[file.read_bytes() for file in sorted((folder / split).iterdir())]))
+        split: datasets.Dataset.from_dict(
+            dict(image=[file.read_bytes() for file in sorted((folder / split).iterdir())])
+        )
         for split in ("train", "val", "test", "trainval")
     }
     for train, report, left in (("trainval", "test", 9), ("train", "test", 6), (None, None, 6)):

@@ -79,7 +79,7 @@ class Costs:
             return 0.0 if training.steps == 0 else training.budget - sum(sources)
         recipe = self._recipe(training)
         recipe.add_dataset_info(self._info)
-        steps, per_image = pretrain.budget(recipe, pretrain.build(recipe, self.images), self.images)
+        steps, per_image = flops.budget(recipe, pretrain.build(recipe, self.images), len(self.images))
         return steps * recipe.train.batch_size * per_image
 
     def labelled(self, line: list[str]) -> list[int]:

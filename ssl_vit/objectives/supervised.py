@@ -1,8 +1,9 @@
 """Supervised classification: the control that every label-free objective is measured against.
 
 Sources: DeiT (arXiv 2012.12877) for mixup, cutmix, erasing, label smoothing and distillation; DeiT III (2204.07118) for
-binary cross-entropy, which counts both classes of a mixed image as present. With objective.teacher the class token learns from the labels and the distillation token from what
-the teacher answers (DeiT, section 4); the classifier that is evaluated is the mean of both heads.
+binary cross-entropy, which counts both classes of a mixed image as present. With objective.teacher the class token
+learns from the labels and the distillation token from what the teacher answers (DeiT, section 4); the classifier that
+is evaluated is the mean of both heads.
 """
 
 import copy
@@ -84,7 +85,7 @@ class Supervised(Objective):
             patches = math.prod(side // step for side, step in zip(info.size, backbone.stride, strict=True))
             if corruption.num_masked(patches, config.patch_drop_rate) == patches:
                 raise UserError(
-                    f"objective.patch_drop_rate={config.patch_drop_rate:g} drops all {patches} patches: set a lower one."
+                    f"objective.patch_drop_rate={config.patch_drop_rate:g} drops all {patches} patches: lower it."
                 )
         if config.noise_sigma and (len(config.noise_sigma) != 2 or config.noise_sigma[0] > config.noise_sigma[1]):
             raise UserError(f"objective.noise_sigma must be a range [low, high], not {config.noise_sigma}.")
