@@ -163,8 +163,8 @@ def next_patch(
 
 
 class PatchPCA(nn.Module):
-    """The first `dimensions` principal components of standardised patches: where l-DAE (arXiv 2401.14404, section 4.1)
-    adds its noise."""
+    """The first `dimensions` principal components of standardised patches: where l-DAE (arXiv 2401.14404, sections 4.2
+    and 4.3) adds its noise."""
 
     mean: Tensor
     components: Tensor

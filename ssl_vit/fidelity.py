@@ -93,9 +93,22 @@ FINETUNE: Values = {
     "objective.reprob": 0.25,
     "objective.global_pool": "avg",
 }
+MIXED_IN_REVERSE = ("mixing partner", "the batch in reverse", "row r with row r xor 1")
+# tf.image.sample_distorted_bounding_box, and tf.image.resize as big_vision and vit_jax call it
+TENSORFLOW_CROP = (
+    ("random crop", "height uniform between its limits, aspect uniform", "area uniform, aspect log-uniform"),
+    ("resampling", "without antialiasing", "antialiased"),
+)
+CUT_NORMAL = (
+    "initial weights",
+    "normal of std 0.02, cut at one deviation (std 0.011), patch embedding too",
+    "normal of std 0.02, patch embedding as torch's",
+)
+XAVIER = (*CUT_NORMAL[:2], "Xavier's uniform distribution: 0.02-normal weights are too small a start at width 96")
 FINETUNE_ABSENT = (
     ("order of mean and norm", "mean of the patches, then a norm of its own", "the final norm, then the mean"),
     ("head at the start", "normal, of std 2e-5", "0"),
+    MIXED_IN_REVERSE,
 )
 # the files args.txt that the README links beside the weights of ViT-B/16 and ViT-S/16, as two other repositories quote
 # them alike
@@ -164,7 +177,6 @@ BEIT: Values = {
     "views.scale": [0.08, 1.0],
     "views.interpolation": "bicubic",
     "backbone.name": "vit_base_patch16_224",
-    "backbone.weight_init": "trunc_normal",
     "backbone.init_values": 0.1,
     "backbone.drop_path_rate": 0.1,
     "backbone.rescale_residual": True,
@@ -180,6 +192,7 @@ BEIT_ABSENT = (
     ("masks", "may stop short of the stated number of patches", "always the stated number"),
     ("colour jitter", "0.4", "none"),
     ("positions", "relative, shared by all blocks (a plain timm ViT holds none), without absolute ones", "learned"),
+    CUT_NORMAL,
 )
 SIMMIM: Values = {
     "train.epochs": 800,
@@ -195,7 +208,6 @@ SIMMIM: Values = {
     "views.scale": [0.67, 1.0],
     "views.interpolation": "bilinear",
     "backbone.name": "vit_base_patch16_224",
-    "backbone.weight_init": "trunc_normal",
     "backbone.init_values": 0.1,
     "backbone.drop_path_rate": 0.1,
     "backbone.rescale_residual": True,
@@ -211,6 +223,7 @@ SIMMIM_ABSENT = (
     ("masked unit", "32 px, 2x2 patches", "single patches"),
     ("schedule", "a tenth of the rate from epoch 700 on", "a cosine to that tenth"),
     ("positions", "relative, shared by all blocks (a plain timm ViT holds none), without absolute ones", "absolute"),
+    CUT_NORMAL,
 )
 DEIT: Values = {
     "train.epochs": 300,
@@ -242,7 +255,7 @@ DEIT: Values = {
 DISTILLED: Values = {"objective.distillation_type": "hard", "objective.distillation_alpha": 0.5}
 DEIT_ABSENT = (
     ("head at the start", "normal, of std 0.02", "0"),
-    ("mixing partner", "the batch in reverse", "row r with row r xor 1"),
+    MIXED_IN_REVERSE,
     ("average of the weights", "of decay 0.99996, evaluated too", "off; objective.model_ema_decay exports it instead"),
 )
 BASELINE: Values = {
@@ -271,6 +284,8 @@ BASELINE_ABSENT = (
     ("positions", "frequencies divided by n - 1, other order of channels", "MAE's"),
     ("class token", "none", "one that is not read"),
     ("patch embedding at the start", "LeCun's normal distribution", "Xavier's uniform one"),
+    ("mixing partner", "the row before", "row r with row r xor 1"),
+    *TENSORFLOW_CROP,
 )
 VIT: Values = {
     "train.epochs": 300,
@@ -293,6 +308,7 @@ VIT_ABSENT = (
     DROPOUT,
     ("patch embedding at the start", "LeCun's normal distribution", "Xavier's uniform one"),
     ("class token at the start", "0", "normal, of std 0.02"),
+    *TENSORFLOW_CROP,
 )
 # table 4 and appendix B.1.1; the rate (one of four in the paper), warm-up, crops and dropout are those of vit_jax
 VIT_FINETUNE: Values = {
@@ -327,6 +343,7 @@ VIT_FINETUNE_ABSENT = (
     ("positions at another resolution", "interpolated linearly", "bicubic, antialiased (timm's)"),
     ("momentum", "stored in bf16", "stored in fp32"),
     ("evaluation view", "the whole image, made square", "the centre, after the short side is resized"),
+    *TENSORFLOW_CROP,
 )
 TOKENIZER: Values = {
     "train.epochs": 100,
@@ -353,11 +370,11 @@ TOKENIZER: Values = {
     "objective.decoder_embed_dim": 768,
     "objective.decoder_num_heads": 12,
 }
-LDAE: Values = {  # what the paper says of its noise and loss (sections 3 and 4); it has no official code
+LDAE: Values = {  # what the paper says of its noise and loss (sections 3 and 4, table 2); it has no official code
     "objective.mask": "none",
     "objective.corruption": "gaussian",
     "objective.noise_sigma": [0.0, math.sqrt(2)],
-    "objective.noise_pca_dim": 16,
+    "objective.noise_pca_dim": 32,
     "objective.target": "pixels",
     "objective.norm_pix_loss": False,
     "objective.loss": "mse",
@@ -411,6 +428,8 @@ RECIPES: dict[str, Entry] = {
         TOKENIZER,
         absent=(
             ("decoder", "class token, learned positions, two layers of head", "sine-cosine, one layer"),
+            ("decoder at the start", "normal of std 0.02, residuals rescaled", "Xavier's uniform distribution"),
+            ("projection to codes", "normal of std 0.02, in fp32", "torch's start, in the precision of training"),
             ("targets of CLIP", "its tokens, projected to 512 values", "its tokens of 768 values"),
         ),
     ),
@@ -471,8 +490,9 @@ RECIPES: dict[str, Entry] = {
                 "backbone.rescale_residual": "for deeper models",
             },
             "views.interpolation",
+            "backbone.weight_init",
         ),
-        SIMMIM_ABSENT,
+        (*SIMMIM_ABSENT[:-1], XAVIER),
     ),
     "beit": Entry(
         BEIT,
@@ -487,9 +507,10 @@ RECIPES: dict[str, Entry] = {
                 "objective.mask_ratio": "the paper's round number",
                 "objective.target": "unless objective.tokenizer=RUN is given",
                 "objective.vocab_size": "for small patches",
-            }
+            },
+            "backbone.weight_init",
         ),
-        BEIT_ABSENT,
+        (*BEIT_ABSENT[:-1], XAVIER),
     ),
     "dino": Entry(
         DINO_S,
@@ -522,6 +543,10 @@ RECIPES: dict[str, Entry] = {
             "objective.noise_pca_dim": "noise on every pixel is the plain case; 16 is an arm of the studies",
             "objective.loss_weighting": "all noise levels count alike, as in the studies; noise_level is a setting",
         },
+        (
+            ("error outside of the noisy components", "counts 0.1 (equation 4)", "counts 1"),
+            ("noise level", "conditions the network (appendix A)", "is not told"),
+        ),
     ),
     "supervised": Entry(DEIT, CONTROL, DEIT_ABSENT),
     "deit": Entry(DEIT | DISTILLED, CONTROL, DEIT_ABSENT),
