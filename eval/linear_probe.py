@@ -201,13 +201,13 @@ def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs:
     tests = combine(probe.queries, pooling, blocks, np.arange(len(probe.test)))
     batch = min(protocol.batch, len(chosen))
     length = epochs or protocol.epochs
-    steps = length * len(chosen) // batch
+    steps, lr = length * len(chosen) // batch, protocol.rate * batch / 256
     predict = linear_heads.train(
         protocol,
         augmented(probe, chosen, protocol, pooling, blocks, steps, batch),
         steps,
         warmup=min(steps, protocol.warmup * len(chosen) // batch),
-        lr=protocol.rate * batch / 256,
+        lr=lr,
         width=tests.width,
         classes=probe.classes,
         seed=probe.seed,
@@ -222,7 +222,7 @@ def published(probe: Probe, part: dict, chosen: np.ndarray, preset: str, epochs:
         pooling=pooling,
         layer=-1,
         chosen="last epoch",
-        settings=dict(epochs=length, batch=batch, lr=protocol.rate * batch / 256),
+        settings=dict(epochs=length, batch=batch, lr=lr),
         **part,
     )
 
@@ -239,7 +239,7 @@ def augmented(
     """(features (B, D), labels (B,)) of global batches of random crops and flips, the same on all processes."""
     source, state, images = probe.source, probe.state, probe.train
     spec = views.crop_flip(source.network.input_size, 0.5 if images.flip else 0.0, protocol.scale)
-    spec = views.resampled(spec, protocol.interpolation)
+    spec = views.resampled(spec, protocol.interpolation, protocol.clip)
     order = Order(probe.seed, len(chosen), batch)
     local_batch_size = -(-batch // state.num_processes)  # the last process repeats a few rows, which are cut off again
     mine = np.minimum(np.arange(local_batch_size) + local_batch_size * state.process_index, batch - 1)

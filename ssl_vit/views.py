@@ -48,6 +48,7 @@ class View:
     crop: bool = True  # random resized crop; False: the whole image, short side to size, centre crop
     scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    clip: bool = False  # a box that is larger than the image is cut, as in MAE's linear probe, not drawn again
     flip: float = 0.5
     jitter: float = 0.0
     brightness: float = 0.4  # factors are uniform in [max(0, 1 - strength), 1 + strength]
@@ -263,6 +264,8 @@ def _placed(view: View, drawn: Proportions, height: int, width: int) -> np.ndarr
     area = height * width * area
     tries = np.stack([np.sqrt(area / aspect).round(), np.sqrt(area * aspect).round()], -1)  # (…, 10, 2)
     limit = np.array([height, width])
+    if view.clip:
+        tries = tries[..., :1, :].clip(1, limit)
     inside = np.all((tries > 0) & (tries <= limit), -1)
     first = inside.argmax(-1)[..., None, None]
     central = np.array([min(height, round(width / view.ratio[0])), min(width, round(height * view.ratio[1]))])
@@ -645,6 +648,6 @@ def dino(
     return spec
 
 
-def resampled(spec: ViewSpec, interpolation: Interpolation) -> ViewSpec:
-    """The same views, cropped with this interpolation."""
-    return {name: replace(view, interpolation=interpolation) for name, view in spec.items()}
+def resampled(spec: ViewSpec, interpolation: Interpolation, clip: bool = False) -> ViewSpec:
+    """The same views, cropped with this interpolation, and as `View.clip` says."""
+    return {name: replace(view, interpolation=interpolation, clip=clip) for name, view in spec.items()}

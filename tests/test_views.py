@@ -79,6 +79,24 @@ def test_the_fallback_is_torchvisions(height, width):
     assert (ours == torch.tensor(theirs)).all()
 
 
+@pytest.mark.parametrize("height, width", [(64, 64), (60, 90)])
+def test_clipped_boxes_follow_the_law_of_mae_s_linear_probe(height, width):
+    """util/crop.py of the official code: one draw, its sides cut to the image's."""
+    n, rng = 20_000, np.random.default_rng(0)
+    ours = views.boxes("v", View((8, 8), scale=(0.08, 1.0), clip=True), rows(n), height, width)[:, 0].numpy()
+    area = height * width * rng.uniform(0.08, 1, n)
+    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), n))
+    h, w = np.minimum(np.sqrt(area / aspect).round(), height), np.minimum(np.sqrt(area * aspect).round(), width)
+    top = rng.integers(0, height - h + 1)
+    for mine, theirs in ((ours[:, 2] * ours[:, 3], h * w), (ours[:, 3] / ours[:, 2], w / h), (ours[:, 0], top)):
+        assert ks_2samp(mine, theirs).pvalue > 0.001
+    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all() and (ours[:, 2:] == [height, width]).all(
+        1
+    ).mean() > 0.02
+    usual = views.boxes("v", View((8, 8), scale=(0.08, 1.0)), rows(n), height, width)[:, 0].numpy()
+    assert ks_2samp(usual[:, 2] * usual[:, 3], h * w).pvalue < 1e-6  # else nothing was tested
+
+
 def test_views_of_one_image_are_independent():
     view = View((8, 8), count=2)
     one, two = views.boxes("v", view, rows(2000), 64, 64).double().unbind(1)

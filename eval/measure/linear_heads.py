@@ -185,12 +185,13 @@ class ProbeRecipe:
     batch_norm: bool
     warmup: int  # epochs
     interpolation: Interpolation  # of the crops
+    clip: bool = False  # `View.clip`
     scale: tuple[float, float] = (0.08, 1.0)  # of the random crop, which is followed by a flip
 
 
 PROBE_RECIPES = {
-    # He et al. 2021, arXiv 2111.06377, table 10; official main_linprobe.py
-    "mae": ProbeRecipe(1, 90, 16384, 0.1, "lars", True, 10, "bicubic"),
+    # He et al. 2021, arXiv 2111.06377, table 10; official main_linprobe.py and util/crop.py
+    "mae": ProbeRecipe(1, 90, 16384, 0.1, "lars", True, 10, "bicubic", clip=True),
     # Caron et al. 2021, arXiv 2104.14294, appendix F.1; official eval_linear.py
     "dino": ProbeRecipe(4, 100, 1024, 0.001, "sgd", False, 0, "bilinear"),
 }
