@@ -5,22 +5,33 @@
 Under `srun --ntasks-per-node=1` it takes the number of machines and its own from Slurm.
 
 It passes a signal on and waits for its processes for two minutes, in which they finish the step and save; torch's own
-launcher kills them after 30 seconds. Its exit code is theirs, or 128 plus the signal's number.
+launcher kills them after 30 seconds. Of a single process it waits for the end, whatever that takes. Its exit code is
+theirs, or 128 plus the signal's number.
 """
 
 import logging
 import os
 import signal
+import subprocess
 import sys
+from types import FrameType
 
+import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ssl_vit import peers
+from ssl_vit import peers, system
 
 GRACE = "120"  # seconds
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal to the process that was started. Ctrl-C has reached it already."""
+    if number != signal.SIGINT:
+        for child in psutil.Process().children():
+            child.send_signal(number)
 
 
 def main() -> int:
@@ -32,8 +43,16 @@ def main() -> int:
         arguments.num_machines = arguments.num_machines or int(os.environ["SLURM_STEP_NUM_NODES"])
         if arguments.machine_rank is None:
             arguments.machine_rank = int(os.environ["SLURM_NODEID"])
+    arguments.quiet = False  # else the code of a single process is lost
+    for number in system.heeded():  # torchrun, which starts several processes, replaces these
+        signal.signal(number, pass_on)
     try:
         launch_command(arguments)
+    except subprocess.CalledProcessError as failed:  # of a single process
+        return failed.returncode if failed.returncode > 0 else 128 - failed.returncode
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except ChildFailedError as failed:
         process, failure = failed.get_first_failure()
         if failure.exitcode < 0:

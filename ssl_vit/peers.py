@@ -37,14 +37,15 @@ def introduction() -> str:
 
     name, tasks = current(), strangers()
     script = shlex.join([*(launchable(name) if name else sys.argv[:1]), *sys.argv[1:]])
-    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    nodes, cores = (int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_NODES", "SLURM_CPUS_PER_TASK"))
+    cores *= tasks // nodes  # of one launcher
     each = f"--nproc_per_node {tasks // nodes} {script}"
     if nodes == 1:
-        command = f"srun -n 1 -c {tasks} torchrun --standalone {each}"
+        command = f"srun -n 1 -c {cores} torchrun --standalone {each}"
     else:
         command = (
-            f"srun --ntasks-per-node=1 torchrun --nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint $(hostname):29500 "
-            f"--rdzv_id $SLURM_JOB_ID {each}"
+            f"srun --ntasks-per-node=1 -c {cores} torchrun --nnodes {nodes} --rdzv_backend c10d "
+            f"--rdzv_endpoint $(hostname):29500 --rdzv_id $SLURM_JOB_ID {each}"
         )
     where = "" if nodes == 1 else ", in a script for sbatch"
     return (

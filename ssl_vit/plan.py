@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ssl_vit import data, engine, flops, gradients, optim, overview, system
+from ssl_vit import backbones, data, engine, flops, gradients, optim, overview, system
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, nearest
@@ -107,7 +107,15 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     images = facts(recipe)
     objective = weightless(recipe, images, build)
     images = images.labelled() if objective.labelled else images
-    steps, per_image = flops.budget(recipe, objective, len(images))
+    try:
+        steps, per_image = flops.budget(recipe, objective, len(images))
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        raise UserError(
+            f"What {recipe.objective_name} would cost cannot be counted, since it reads the values of tensors "
+            f"({backbones.reason(error)}): compute with tensors alone (docs/architecture.md)."
+        ) from None
     t, (lr, rule) = recipe.train, recipe.learning_rate()
     if t.batch_size % devices:
         raise UserError(f"train.batch_size={t.batch_size} is not divisible by {devices} devices: take a multiple.")

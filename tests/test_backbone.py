@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import small_objective, small_recipe
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 from ssl_vit import backbones, overview, pretrain, views, weights
 from ssl_vit.errors import UserError
@@ -491,3 +492,26 @@ def test_weights_of_another_attention_are_told(tmp_path, capsys):
     assert "its attention was axial, and is full here." in capsys.readouterr().out
     weights.initialise(build("backbone.attn=axial", "backbone.depth=2"), str(tmp_path / "axial"))
     assert "attention" not in capsys.readouterr().out
+
+
+def test_a_model_whose_own_forward_pass_would_not_be_trained_is_refused(monkeypatch):
+    """A ViT of someone else's is run part by part, unless its forward_features does something else."""
+
+    class Gated(VisionTransformer):
+        def forward_features(self, x, *args, **options):
+            tokens = super().forward_features(x, *args, **options)
+            return tokens * self.gate
+
+        gate = 2.0
+
+    def wrapped(model):
+        model.pretrained_cfg = dict(architecture="my_gated", input_size=(3, 16, 16))
+        return backbones.wrap(model, [0.5] * 3, [0.25] * 3, {})
+
+    def model():
+        return Gated(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=0)
+
+    with pytest.raises(UserError, match=r"my_gated \(Gated\) is trained as TokenBackbone.*other tokens than its own"):
+        wrapped(model())
+    monkeypatch.setattr(Gated, "gate", 1.0)
+    assert isinstance(wrapped(model()), backbones.TokenBackbone)

@@ -85,6 +85,22 @@ def test_the_launcher_waits_for_a_save_and_takes_its_machine_from_slurm(given, m
     assert (arguments.num_machines, arguments.machine_rank) == ((3, 1) if given else (2, 0))
 
 
+def test_the_launcher_waits_for_a_single_process_too(tmp_path):
+    words = [sys.executable, str(ROOT / "ssl_vit/launcher.py"), "-q", "--num_processes", "1", "--num_machines", "1"]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    process = launched([*words, SCRIPT, *arguments("mae", ENDLESS, "--output", "run")], tmp_path)
+    until(lambda: steps_done(tmp_path / "run") >= 3)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and said.count("Stopped after step") == 1 and "Traceback" not in said, said
+    process = launched([*words, SCRIPT, *arguments("mae", "train.batch_size=0")], tmp_path)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and said.count("error:") == 1 and "Traceback" not in said, said
+    process = launched([*words, "--multi_gpu", SCRIPT, *arguments("mae")], tmp_path)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "error: You need to use at least 2 processes" in said and "Traceback" not in said
+
+
 def test_launchers_that_cannot_meet_are_one_sentence(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -103,6 +119,7 @@ def test_launchers_that_cannot_meet_are_one_sentence(tmp_path):
 def test_srun_python_with_several_tasks_is_refused_once_with_the_command(nodes, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", str(nodes))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     tasks = []
     for rank in range(2):
         monkeypatch.setenv("SLURM_PROCID", str(rank))
@@ -113,8 +130,8 @@ def test_srun_python_with_several_tasks_is_refused_once_with_the_command(nodes, 
     assert [task.exitcode for task in tasks] == [2, 2] and said.count("error:") == 1, said
     assert "srun started 4 tasks that do not know of each other" in said
     command = {
-        1: "srun -n 1 -c 4 torchrun --standalone --nproc_per_node 4 ssl_vit/pretrain.py --recipe mae",
-        2: "srun --ntasks-per-node=1 torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint $(hostname):29500 "
+        1: "srun -n 1 -c 12 torchrun --standalone --nproc_per_node 4 ssl_vit/pretrain.py --recipe mae",
+        2: "srun --ntasks-per-node=1 -c 6 torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint $(hostname):29500 "
         "--rdzv_id $SLURM_JOB_ID --nproc_per_node 2 ssl_vit/pretrain.py --recipe mae",
     }
     assert command[nodes] in said
@@ -220,7 +237,7 @@ def test_a_job_on_two_nodes_is_requeued_after_a_signal_and_goes_on(slurm, tmp_pa
     script, _, _ = script.partition("```")
     words = ["--mixed_precision", "no", "--dynamo_backend", "no"]
     for before, after in {
-        "--gpus-per-node=8 --cpus-per-task=96": "--output=said.txt",
+        "--gpus-per-node=8 --cpus-per-task=96": "--cpus-per-task=1 --output=said.txt",
         "ssl_vit/launcher.py": f"{ROOT / 'ssl_vit/launcher.py'} -q {' '.join(words)}",
         "--num_processes 16": "--num_processes 2",
         "29500": str(port()),

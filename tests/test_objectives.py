@@ -308,15 +308,15 @@ def test_a_new_objective_is_one_file_and_one_recipe(tmp_path):
         "backbone.depth=1",
         "backbone.num_heads=2",
     ]
-    result = subprocess.run(
-        [sys.executable, *command.split(), *small, "--output", "run"],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+
+    def ran(*words):
+        options = dict(cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=120)
+        result = subprocess.run([sys.executable, *command.split(), *small, *words], **options)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "FLOPs" in ran("--plan") and not (tmp_path / "run").exists()  # no value of a tensor is read
+    ran("--output", "run")
     assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] == pytest.approx(math.log(4), rel=0.5)  # of four turns

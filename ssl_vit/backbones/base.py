@@ -302,6 +302,26 @@ class Backbone(nn.Module):
                 "swin_tiny_patch4_window7_224 or resnet50."
             ) from None
 
+    @torch.no_grad()
+    def check_forward(self) -> None:
+        """Compare the tokens that objectives train with the model's own `forward_features`, which evaluators read. Raises
+        UserError if they differ: some kinds run the model's parts one by one, to mask or drop tokens between them."""
+        if self.mean.is_meta:
+            return
+        shape = (1, len(self.mean), *self.input_size)
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.mean)
+        with evaluating(self):
+            [(prefix, patches)] = self.features(noise)
+            own, trained = torch.cat([prefix, patches.flatten(1, 2)], 1), self(noise)
+        if own.shape != trained.shape or not torch.allclose(
+            own, trained, rtol=1e-3, atol=1e-3 * float(own.abs().max())
+        ):
+            raise UserError(
+                f"{self.name} ({type(self.model).__name__}) is trained as {type(self).__name__}, part by part, which "
+                "gives other tokens than its own forward_features: put what it adds into its patch_embed, blocks or "
+                "norm."
+            )
+
     @property
     def name(self) -> str:
         """The model's name in timm."""
