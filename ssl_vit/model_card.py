@@ -1,11 +1,11 @@
 """The README.md of exported weights: what they are, what they saw, how good they are, how to load them."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy.stats import binomtest
 
 from ssl_vit import __version__
 from ssl_vit.backbones import Backbone
@@ -85,7 +85,7 @@ def _trained(run: Path, settings: dict[str, Any]) -> str:
     text += f", started from {start}." if start else ", from scratch."
     text += f" Commit of ssl_vit: {in_words(commits(settings, Run(run).read_log()))}."
     others = sorted({*settings.get("resolved", {}).get("published", []), *([start] if start else [])})
-    return text + (f" The licence and data of {' and '.join(others)} count too." if others else "")
+    return text + (f" The licence and training data of {' and '.join(others)} also apply." if others else "")
 
 
 def _data(run: Path) -> str:
@@ -124,11 +124,13 @@ def _results(run: Path) -> str:
         return "## Results\n\nNone were measured."
     lines = ["| images | protocol | features | labels | accuracy, % | n |", "|---|---|---|---|---:|---:|"]
     for row in rows:
-        value, n = row["value"], row["n"]
-        half = 1.96 * math.sqrt(value * (1 - value) / n)
+        n, draw = row["n"], row["subset_seed"]
+        layer = "" if row["layer"] == -1 else f", block {row['layer']}"
+        labels = f"{row['train_n']:,}" + ("" if draw is None else f", draw {draw}")
+        low, high = binomtest(round(row["value"] * n), n).proportion_ci(method="wilson")
         lines.append(
-            f"| {row['eval_data']}, {row['split']} | {row['protocol']} | {row['pooling']} | {row['train_n']:,} "
-            f"| {100 * value:.1f} ± {100 * half:.1f} | {n:,} |"
+            f"| {row['eval_data']}, {row['split']} | {row['protocol']} | {row['pooling']}{layer} | {labels} "
+            f"| {100 * row['value']:.1f} ({100 * low:.1f} to {100 * high:.1f}) | {n:,} |"
         )
-    words = "± is the half-width of the 95 % interval over test images; other seeds of the training vary on top."
+    words = "In brackets: the 95 % interval over test images (Wilson); other seeds of the training vary on top."
     return "## Results\n\n" + "\n".join(lines) + f"\n\n{words}"

@@ -3,8 +3,8 @@
 import importlib.util
 import json
 import math
+import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit import neighbours, overview, system, views
+from ssl_vit import files, neighbours, overview, system, views
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone, evaluating
 from ssl_vit.checkpoint import Run
@@ -45,13 +45,14 @@ def trackers(setting: str) -> list[str]:
 
 def start_trackers(accelerator: Accelerator, path: Path, settings: dict) -> None:
     """Open the trackers under the name of the run's folder, with its settings. A resumed run continues its record in
-    trackers that allow it."""
+    trackers that allow it; a new one in an old one's place does not."""
     name, config = path.resolve().name, plain(settings)
+    record = f"{name}-{_id(path) if accelerator.is_main_process else ''}"
     accelerator.init_trackers(
         "ssl_vit",
         init_kwargs=dict(
-            wandb=dict(name=name, id=f"{name}-{zlib.crc32(bytes(path.resolve())):x}", resume="allow"),
-            trackio=dict(name=name, resume="allow", config=config),
+            wandb=dict(name=name, id=record, resume="allow"),
+            trackio=dict(name=record, resume="allow", config=config),
             swanlab=dict(experiment_name=name),
             mlflow=dict(run_name=name),
             clearml=dict(task_name=name),
@@ -69,6 +70,14 @@ def start_trackers(accelerator: Accelerator, path: Path, settings: dict) -> None
             tracker.writer.set_name(name)
         elif tracker.name == "aim":
             tracker.writer.name = name
+
+
+def _id(path: Path) -> str:
+    """Of this run's records, drawn when it starts first."""
+    file = path / "tracker-id.txt"
+    if not file.exists():
+        files.write(file, secrets.token_hex(4))
+    return file.read_text()
 
 
 def plain(settings: dict) -> dict[str, bool | int | float | str]:

@@ -177,7 +177,8 @@ def test_timm_and_the_graphs_give_the_logits_of_a_fine_tuned_run(classifier, tmp
 
 
 def test_the_card_says_what_is_known(classifier, tmp_path, monkeypatch):
-    common = dict(eval_data="digits", split="test", pooling="mean", train_n=1437, n=300, metric="accuracy")
+    common = dict(eval_data="digits", split="test", pooling="mean", layer=-1, n=300, metric="accuracy")
+    common |= dict(train_n=1437, subset_seed=None)
     rows = [
         common | dict(protocol="finetune-1", value=0.75, settings=dict(lr=2e-3, training=classifier.name)),
         common | dict(protocol="finetune-2", value=0.5, settings=dict(lr=2e-3, training="another")),
@@ -192,8 +193,9 @@ def test_the_card_says_what_is_known(classifier, tmp_path, monkeypatch):
     assert head["library_name"] == "transformers" and head["license"] == "apache-2.0"
     assert head["pipeline_tag"] == "image-classification"
     assert "Dinov2ForImageClassification.from_pretrained" in body
-    # 1.96 · sqrt(.75 · .25 / 300) = 4.9 points
-    assert "| digits, test | finetune-1 | mean | 1,437 | 75.0 ± 4.9 | 300 |" in body and "finetune-2" not in body
+    assert (
+        "| digits, test | finetune-1 | mean | 1,437 | 75.0 (69.8 to 79.6) | 300 |" in body and "finetune-2" not in body
+    )
     for words in (
         "0, 1, 2, 3",
         "1,437 images used",
@@ -209,9 +211,10 @@ def test_the_card_says_what_is_known(classifier, tmp_path, monkeypatch):
 
 def test_scores_that_are_no_accuracies_are_not_on_the_card(mae, tmp_path):
     """Those of segmentation, which have no value, and of attention masks."""
-    common = dict(eval_data="digits", split="test", pooling="mean", train_n=9, n=300)
+    common = dict(eval_data="digits", split="test", pooling="mean", layer=-1, train_n=9, subset_seed=None, n=300)
     rows = [
-        common | dict(protocol="knn-k20", value=0.25, metric="accuracy"),
+        common | dict(protocol="knn-k20", value=1.0, metric="accuracy"),
+        common | dict(protocol="linear-block", value=0.25, metric="accuracy", layer=2, subset_seed=1),
         common | dict(protocol="segmentation-linear", miou=0.5, metric="mIoU"),
         common | dict(protocol="attention-masks", value=0.5, metric="Jaccard"),
     ]
@@ -220,7 +223,9 @@ def test_scores_that_are_no_accuracies_are_not_on_the_card(mae, tmp_path):
     (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     export.export(str(run), "timm", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| knn-k20 |" in text and "segmentation" not in text and "attention" not in text
+    assert "| knn-k20 | mean | 9 | 100.0 (98.7 to 100.0) | 300 |" in text
+    assert "| linear-block | mean, block 2 | 9, draw 1 | 25.0 (20.4 to 30.2) | 300 |" in text
+    assert "segmentation" not in text and "attention" not in text
 
 
 def test_an_upload_to_a_stand_in_for_the_hub(classifier, tmp_path, monkeypatch, capsys):

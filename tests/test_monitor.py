@@ -1,6 +1,7 @@
 """What a run says of itself while it trains: its speed, and k-NN on images that are not among the neighbours."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,8 +119,9 @@ def test_speed_seconds_and_budget_as_a_clock_tells_them(tmp_path, monkeypatch):
     assert [line["step"] for line in lines if "knn" in line] == [4, 6]
 
 
-def test_all_trackers_get_the_run_s_name_and_settings():
-    """As accelerate would open them: what it is given, and what is said to those it opens."""
+def test_all_trackers_get_the_run_s_name_and_settings(tmp_path):
+    """As accelerate would open them: what it is given, and what is said to those it opens. A resumed run has the record
+    that it began, and one that starts anew in its place another."""
     opened, said = {}, {}
 
     class Tracker:
@@ -137,8 +139,17 @@ def test_all_trackers_get_the_run_s_name_and_settings():
     )
     settings = dict(train=dict(steps=3, flops=None), optim=dict(betas=[0.9, 0.95]), data=dict(hflip=True))
     settings |= dict(recipe="mae", images=dict(count=7, classes=["a"] * 1000))
-    monitor.start_trackers(accelerator, Path("runs/mae-digits-s0"), settings)
-    names = "wandb name, trackio name, swanlab experiment_name, mlflow run_name, clearml task_name".split(", ")
+    path = tmp_path / "mae-digits-s0"
+    path.mkdir()
+    monitor.start_trackers(accelerator, path, settings)
+    record = opened["wandb"]["id"]
+    assert re.fullmatch(r"mae-digits-s0-[0-9a-f]{8}", record) and opened["trackio"]["name"] == record
+    monitor.start_trackers(accelerator, path, settings)
+    assert opened["wandb"]["id"] == record
+    (path / "tracker-id.txt").unlink()
+    monitor.start_trackers(accelerator, path, settings)
+    assert opened["wandb"]["id"] != record
+    names = "wandb name, swanlab experiment_name, mlflow run_name, clearml task_name".split(", ")
     assert {opened[tracker][key] for tracker, key in map(str.split, names)} == {"mae-digits-s0"}
     assert opened["project"] == "ssl_vit" and Path(opened["dvclive"]["dir"]).parent.name == "mae-digits-s0"
     assert [tracker.writer.name for tracker in accelerator.trackers] == ["ssl_vit", "mae-digits-s0", "mae-digits-s0"]

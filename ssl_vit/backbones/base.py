@@ -304,7 +304,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def check_forward(self) -> None:
-        """Compare the tokens that objectives train with the model's own `forward_features`, which evaluators read. Raises
+        """Compare the tokens that are trained with the model's own `forward_features`, which evaluators read. Raises
         UserError if they differ: some kinds run the model's parts one by one, to mask or drop tokens between them."""
         if self.mean.is_meta:
             return

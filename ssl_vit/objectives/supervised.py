@@ -140,7 +140,7 @@ class Supervised(Objective):
             )
         try:
             with torch.no_grad():
-                teacher.classify(torch.zeros(1, len(teacher.mean), *info.size))
+                teacher.classify(torch.zeros(1, len(teacher.mean), *info.size, device=teacher.mean.device))
         except FAULTS as error:
             raise UserError(
                 f"objective.teacher={text} takes no images of {info.size[0]}x{info.size[1]} ({reason(error)}): name "

@@ -28,11 +28,12 @@ def load(text: str) -> Backbone:
 
     Raises UserError if there is none, if it cannot be read, or if it does not tell what must be known.
     """
-    with torch.device("cpu"):  # also where they go into a model without memory, which `pretrain.py --plan` builds
-        return _load(parse(text))
+    planned = torch.get_default_device().type == "meta"  # `pretrain.py --plan` builds without memory for weights
+    with torch.device("cpu"):
+        return _load(parse(text), planned)
 
 
-def _load(source: Source) -> Backbone:
+def _load(source: Source, planned: bool) -> Backbone:
     if (source.path / "recipe.yaml").exists():
         return _of_timm_folder(source, source.path / "backbone", of_run=True)
     if not source.path.exists() and source.where not in {*timm.list_models(), *timm.list_models(pretrained=True)}:
@@ -43,7 +44,7 @@ def _load(source: Source) -> Backbone:
             )
         source.fetched = hub.fetch(source.where)
     if not source.path.exists():
-        return _of_timm(source)
+        return _of_timm(source, pretrained=not planned)
     if source.path.is_file():
         return foreign.load(source)
     if _is_timm_folder(source.path):
@@ -58,11 +59,11 @@ def _is_timm_folder(folder: Path) -> bool:
         return False
 
 
-def _of_timm(source: Source) -> Backbone:
-    """A timm model with its published weights."""
+def _of_timm(source: Source, pretrained: bool) -> Backbone:
+    """A timm model with its published weights, or for a plan, which need not fetch them, without."""
     args = _size(source)
     try:
-        model = create_model(source.where, pretrained=True, **args)
+        model = create_model(source.where, pretrained=pretrained, **args)
     except FileNotFoundError as error:  # timm's client, when the hub is out of reach
         raise UserError(f"The weights of {source.where} are not here, and could not be fetched: {error}") from None
     except (SafetensorError, OSError, *FAULTS) as error:
