@@ -101,7 +101,7 @@ def _draw(
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, labels=False, frozen=False)  # it computes in float32
+    parser = cli.parser(__doc__, labels=False, frozen=False, pixels=False)  # it computes in float32
     dense_sets.add_arguments(parser)
     request = dense_sets.Request(parser.parse_args())
     rows = [row for source in request.sources for row in evaluate(source, request)]

@@ -154,7 +154,8 @@ timm after `import ssl_vit`, and never as another architecture. `resnet18` and `
 and with `backbone.init_from`. timm's Swin needs images that its windows divide; otherwise the error message names a
 size that fits.
 
-The recipes `swin`, `hybrid`, `cvt` and `resnet` are supervised. Any other takes them by name:
+The recipes `swin`, `hybrid`, `cvt` and `resnet` are supervised. Others take them by name, where the
+table allows:
 
 ```bash
 python ssl_vit/pretrain.py --recipe simmim backbone.name=swin

@@ -39,7 +39,8 @@ def card(
 ) -> str:
     """The text in Markdown, with the hub's metadata on top.
 
-    run: the run directory, with settings, its recipe.yaml; None for weights of another code. kind: transformers' class.
+    run: the run directory, with settings, its recipe.yaml; None for weights of another codebase. kind: transformers'
+    class.
     """
     head = dict(library_name=LIBRARY[to], tags=["ssl_vit", "self-supervised-learning", "vision-transformer"])
     head |= dict(pipeline_tag="image-classification" if classes else "image-feature-extraction")

@@ -32,12 +32,12 @@ class Train:
     seed: int = setting(0, "addresses every random draw of the run", at_least=0)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = setting(
         "auto",
-        "auto: bf16 on GPUs of compute capability >= 8.0, else fp32, and as it began if a run goes on; tf32: fp32 with "
-        "TF32 products",
+        "auto: bf16 on GPUs of compute capability >= 8.0, else fp32; a resumed run keeps what it began with; tf32: "
+        "fp32 with TF32 products",
     )
     freeze_backbone_fraction: float | None = setting(
         None,
-        "fraction of the steps, at the start, in which heads and decoder are fitted to a backbone that stays as it is; "
+        "fraction of the steps, at the start, in which heads and decoder are trained while the backbone is frozen; "
         "null: 0.05 of a self-supervised run with backbone.init_from, else 0",
         at_least=0,
         at_most=1,
@@ -167,7 +167,7 @@ class Backbone:
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)
     drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
-    init_from: str | None = setting(None, "start from this run, or from weights of another code: docs/weights.md")
+    init_from: str | None = setting(None, "start from this run, or from weights of another codebase: docs/weights.md")
 
 
 @dataclass

@@ -19,15 +19,16 @@ from ssl_vit.errors import UserError, say, say_once
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
 
-def parser(doc: str, labels: bool = True, frozen: bool = True) -> argparse.ArgumentParser:
+def parser(doc: str, labels: bool = True, frozen: bool = True, pixels: bool = True) -> argparse.ArgumentParser:
     """The arguments that all evaluators share. labels: with those that choose how many labels are used; frozen: with
-    that of evaluators of frozen features."""
+    that of evaluators of frozen features; pixels: whether raw pixels can stand in for a backbone."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument(
         "--backbone",
         nargs="+",
         required=True,
-        help="runs, weights as in docs/weights.md (files, folders, timm models, owner/name), pixels, pixels-pca64",
+        help="runs, or weights as in docs/weights.md (files, folders, timm models, owner/name)"
+        + (", pixels, pixels-pca64" if pixels else ""),
     )
     parser.add_argument(
         "--data", help="a name, a folder, owner/name, or a run: its images; default: those of the first run"

@@ -82,7 +82,7 @@ class Schedule:
 
 def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule]:
     """The command line. Raises UserError for settings that are wrong or cannot be set here."""
-    parser = cli.parser(doc, frozen=False)
+    parser = cli.parser(doc, frozen=False, pixels=False)
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
     )
