@@ -127,11 +127,10 @@ def judged(rows: list[Row], classes: list[str], parts: list[str]) -> str:
         (row for row in known if row["predicted"] != row["label"]), key=lambda row: -float(row["probability"])
     )
     if wrong:
-        cells = [
-            [str(r["name"]), str(r["label"]), str(r["predicted"]), f"{float(r['probability']):.2f}"] for r in wrong
-        ]
+        keys = ["split", "name", "label", "predicted"][len({row["split"] for row in rows}) == 1 :]
+        cells = [[*(str(r[key]) for key in keys), f"{float(r['probability']):.2f}"] for r in wrong[:MISTAKES]]
         text += "\n\nThe most confident mistakes:\n\n"
-        text += aligned([["name", "label", "predicted", "probability"], *cells[:MISTAKES]], left=3)
+        text += aligned([[*keys, "probability"], *cells], left=len(keys))
     return text
 
 

@@ -95,7 +95,8 @@ def _data(run: Path) -> str:
     if not file.exists():
         return ""
     entry = json.loads(file.read_text())
-    lines = [f"- {entry['title']}: {entry['used']:,} images used, {len(entry['broken'])} broken left out"]
+    part = f" of {entry['used_of_split']:,}" if "used_of_split" in entry else ""
+    lines = [f"- {entry['title']}: {entry['used']:,} images{part} used, {len(entry['broken'])} broken left out"]
     for key, words in (("formats", "formats"), ("modes", "modes"), ("labels_per_class", "images per class")):
         if entry.get(key):
             values = list(entry[key].items())

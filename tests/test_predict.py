@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import io
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -53,7 +55,8 @@ def test_a_fine_tuned_run_predicts_every_image(runs, tmp_path, monkeypatch, caps
     assert said.count("a classifier of this data set was trained on them") == 1
     worst = int(np.argmax(np.where(right, 0, found.max(1))))
     first = said.split("The most confident mistakes:")[1].strip().splitlines()[2].split("|")
-    assert [cell.strip() for cell in first[2:5]] == [
+    assert [cell.strip() for cell in first[1:2]] == ["train" if worst < 1437 else "the fixed 360"]
+    assert [cell.strip() for cell in first[3:6]] == [
         str(truth[worst]),
         str(found[worst].argmax()),
         f"{found[worst].max():.2f}",
@@ -139,6 +142,46 @@ def test_every_split_has_its_classes_by_name_where_training_has_none(tmp_path):
         *(("test", name) for name in "aabbcc"),
         *(("val", name) for name in "aacc"),
     ]
+
+
+def test_images_of_a_table_keep_their_place_in_their_split(tmp_path, monkeypatch):
+    """Also where a tenth of it is held out, copies are left out and a broken one is."""
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+
+    def cell(image):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        return dict(bytes=stream.getvalue(), path=None)
+
+    def loaded(name, **rules):
+        found = everything.load(recipes.Data(name=str(tmp_path / name), **rules), 1, torch.device("cpu"))
+        pixels = torch.cat([part.images for part in found.splits])[:, 0].numpy()
+        return found, list(zip(found.split_names, map(int, found.files), strict=True)), pixels
+
+    cells = [cell(image) for image in pictures]
+    table = datasets.Dataset.from_dict(dict(image=cells, label=[i % 3 for i in range(60)]), features=kinds)
+    table.to_parquet(tmp_path / "one.parquet")
+    _, named, pixels = loaded("one.parquet")
+    assert sorted(named) == [("train", i) for i in range(60)] and named != sorted(named)
+    assert all((pixels[k] == pictures[i]).all() for k, (_, i) in enumerate(named))
+
+    (tmp_path / "two").mkdir()
+    broken = [*cells[:20], dict(bytes=b"broken", path=None), *cells[20:40]]
+    for split, chosen in {"train": broken, "test": [cells[3], *cells[40:60]]}.items():
+        table = datasets.Dataset.from_dict(
+            dict(image=chosen, label=[i % 3 for i in range(len(chosen))]), features=kinds
+        )
+        table.to_parquet(tmp_path / "two" / f"{split}.parquet")
+    found, named, pixels = loaded("two", skip_broken=True)
+    stays = [i for i in range(41) if i not in (3, 20)]
+    assert named == [*(("train", i) for i in stays), *(("test", i) for i in range(21))]
+    shown = [pictures[i - (i > 20)] for i in stays] + [pictures[3], *pictures[40:60]]
+    assert (pixels == np.stack(shown)).all()
+    assert found.titles[0] == "train: image 0" and found.titles[-1] == "test: image 20"
+    part = found.splits[0].part(torch.tensor([2, 5]))
+    assert part.numbers.tolist() == [2, 6] and part.ledger["used"] == 2 and part.ledger["used_of_split"] == 39
+    assert part.ledger["labels_per_class"] == {"0": 1, "1": 0, "2": 1}
 
 
 def test_so_few_images_that_none_is_held_out_are_all_predicted(tmp_path):

@@ -114,7 +114,7 @@ def test_only_what_is_reported_on_is_kept_out_of_training(tmp_path, capsys):
         for split in ("train", "val", "test", "trainval")
     }
     for train, report, left in (("trainval", "test", 9), ("train", "test", 6), (None, None, 6)):
-        parts, _ = sources._apart(tables, train, report, "image")
+        parts, _, _ = sources._apart(tables, train, report, "image")
         assert len(parts[train or "train"]) == left
 
 
@@ -407,7 +407,9 @@ def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
         recipe = pretrain.read(name, small, str(tmp_path / "set"))
         assert pretrain.pretrain(recipe, tmp_path / name) == 0
         ledger = json.loads((tmp_path / name / "images.json").read_text())
-        assert (ledger["used"], ledger["without_label"], ledger["formats"]) == (12, 4, {"PNG": 12})
+        used = (8, 0, 12) if name == "supervised" else (12, 4, 12)
+        assert (ledger["used"], ledger["without_label"], ledger.get("used_of_split", 12)) == used
+        assert ledger["formats"] == {"PNG": 12} and ledger["labels_per_class"] == {"0": 4, "1": 4}
         text = (tmp_path / name / "recipe.yaml").read_text()
         assert f"count: {8 if name == 'supervised' else 12}" in text
         assert pretrain.pretrain(pretrain.read(name, small, str(tmp_path / "set")), tmp_path / name) == 0  # goes on

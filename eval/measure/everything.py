@@ -30,7 +30,19 @@ class Images:
     @property
     def files(self) -> list[str]:
         """For each image its path under its split, or its number there if the images are no files."""
-        return [name for part in self.splits for name in (part.names() if part.names else map(str, range(len(part))))]
+        found: list[str] = []
+        for part in self.splits:
+            numbers = range(len(part)) if part.numbers is None else part.numbers
+            found += part.names() if part.names else map(str, numbers)
+        return found
+
+    @property
+    def titles(self) -> list[str]:
+        """The same for a reader: with the split, where there are several, and the word image before a number."""
+        names = [f"image {name}" if name.isdecimal() else name for name in self.files]
+        if len(set(self.split_names)) == 1:
+            return names
+        return [f"{split}: {name}" for split, name in zip(self.split_names, names, strict=True)]
 
     @property
     def split_names(self) -> list[str]:

@@ -52,10 +52,10 @@ class _Shown:
 
     def __init__(self, images: Images, view: Evaluation, device: torch.device):
         self.images, self.view, self.device = images, view, device
-        self.files, self.labels, self.classes = images.files, images.labels, images.classes
+        self.titles, self.labels, self.classes = images.titles, images.labels, images.classes
 
     def name(self, i: int) -> str:
-        return self.files[i] if not self.files[i].isdecimal() else f"image {self.files[i]}"
+        return self.titles[i]
 
     def __call__(self, chosen: list[int], words: list[str] | None = None) -> list[tuple[np.ndarray | None, str]]:
         pictures = thumbnails.pixels(self.images.views(self.view, chosen, self.device))
@@ -70,9 +70,9 @@ def _counted(names: list[str]) -> str:
 
 
 def _map(images: Images, found: Findings) -> list[Block]:
-    files = images.files
+    titles = images.titles
     points = [
-        (float(x), float(y), int(found.group[i]), f"{files[i]}, group {found.group[i] + 1}")
+        (float(x), float(y), int(found.group[i]), f"{titles[i]}, group {found.group[i] + 1}")
         for i, (x, y) in zip(found.mapped, found.places, strict=True)
     ]
     some = "" if len(points) == len(images) else f" Of {len(images):,} images {len(points):,} are drawn, at random."

@@ -44,6 +44,7 @@ class ImageSet:
     flip: bool = True
     masks: Callable[[int], Tensor] | None = None  # i → the class of each pixel of image i, uint8 (H, W)
     names: Callable[[], list[str]] | None = None  # the files' paths under the split, in order, if they are files
+    numbers: np.ndarray | None = None  # their places in the split as it is stored; None: those of all of it
     range: tuple[float, float] | None = None  # black and white of values deeper than 8 bits
     ledger: dict = dataclasses.field(default_factory=dict)  # what was found, used and left out, and why
 
@@ -60,9 +61,10 @@ class ImageSet:
 
     def part(self, chosen: Tensor) -> "ImageSet":
         """The subset of these images, int64 (M,) on the CPU, the only device of decoding processes."""
+        labels = None if self.labels is None else self.labels[chosen]
         return dataclasses.replace(
             self,
-            labels=None if self.labels is None else self.labels[chosen],
+            labels=labels,
             fingerprint=_fingerprint(self.fingerprint, chosen),
             count=len(chosen),
             images=None if self.images is None else self.images[chosen],
@@ -70,6 +72,8 @@ class ImageSet:
             opened=self.opened and functools.partial(decoding.photo, self.opened, chosen),
             masks=self.masks and functools.partial(decoding.photo, self.masks, chosen),
             names=self.names and functools.partial(_names, self.names, chosen),
+            numbers=chosen.numpy() if self.numbers is None else self.numbers[chosen.numpy()],
+            ledger=ledger.part(self.ledger, len(chosen), labels, self.classes),
         )
 
     def permuted(self) -> "ImageSet":
@@ -203,6 +207,9 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     if labels is not None and not bool((labels >= 0).any()):
         labels, classes = None, None
     count = len(rows) if kept is None else len(kept)
+    numbers = found.numbers
+    if kept is not None:
+        numbers = kept.numpy() if numbers is None else numbers[kept.numpy()]
     mask_of = masks.reader(rows, found.folders)
     used = rules if look.deep else Rules(channels, None, config.background)
     entry = ledger.entry(title, found.ledger, seen, size, count, broken, labels, classes, used, span, clipped)
@@ -228,6 +235,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
         names=functools.partial(_names, functools.partial(rows.__getitem__, decoding.FILE), kept)
         if decoding.FILE in rows.column_names
         else None,
+        numbers=numbers,
         range=rules.range,
         ledger=entry,
     )

@@ -30,13 +30,8 @@ def entry(
     clipped: (images, values) outside of the range, where all images were decoded.
     """
     looked = sum(seen.values())
-    per_class = None
-    if labels is not None and classes is not None:
-        numbers = labels[labels >= 0].bincount(minlength=len(classes)).tolist()
-        per_class = dict(zip(classes, numbers, strict=True))
     return dict(
         title=title,
-        used=used,
         broken=broken,
         found=found,
         looked_at=looked,
@@ -50,9 +45,26 @@ def entry(
         range=None if rules.range is None else list(rules.range),
         values_found=span,
         clipped=None if clipped is None else dict(images=clipped[0], values=clipped[1]),
-        labels_per_class=per_class,
-        without_label=used if labels is None else int((labels < 0).sum()),
+        **counted(used, labels, classes),
     )
+
+
+def part(entry: dict, used: int, labels: Tensor | None, classes: list[str] | None) -> dict:
+    """The ledger of so many of a split's images: of a subset, without a held-out part, or of the labelled ones."""
+    if not entry:  # of no files
+        return entry
+    of_split = entry.get("used_of_split", entry["used"])
+    return entry | counted(used, labels, classes) | dict(used_of_split=of_split)
+
+
+def counted(used: int, labels: Tensor | None, classes: list[str] | None) -> dict:
+    """How many images are used, of each class and without a label."""
+    per_class = None
+    if labels is not None and classes is not None:
+        numbers = labels[labels >= 0].bincount(minlength=len(classes)).tolist()
+        per_class = dict(zip(classes, numbers, strict=True))
+    without = used if labels is None else int((labels < 0).sum())
+    return dict(used=used, labels_per_class=per_class, without_label=without)
 
 
 def tell(entry: dict) -> None:

@@ -47,7 +47,8 @@ class Rows:
     """One split. label: its column, or None; flip: whether flips keep it; folders: what paths in cells are relative to.
 
     files: what identifies the tables on this disk; ledger: what was found and left out, beside these rows; whole: the
-    split that these rows are a part of, whose classes are theirs, be they in this part or not.
+    split that these rows are a part of, whose classes are theirs, be they in this part or not; numbers: their places in
+    the split as it is stored, int64 (n,), or None if they are all of it.
     """
 
     rows: datasets.Dataset
@@ -59,6 +60,7 @@ class Rows:
     files: str
     ledger: dict
     whole: datasets.Dataset
+    numbers: np.ndarray | None
 
 
 def place(name: str) -> Path:
@@ -76,7 +78,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     hub_id, image, label, report, flip = unknown if local else KNOWN.get(config.name, unknown)
     image, label, report = config.image_column or image, config.label_column or label, config.report_split or report
     lookup: tuple[str, ...] = ()
-    files, ledger = "", dict[str, Any]()
+    files, ledger, stays = "", dict[str, Any](), dict[str, np.ndarray]()
     if local:
         splits, lookup, files, ledger = _local(place(config.name), config)
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
@@ -89,10 +91,13 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
     if not any(FILE in part.column_names for part in splits.values()):  # image folders are separated already
-        splits, apart = _apart(splits, config.train_split, report, image)
+        splits, apart, stays = _apart(splits, config.train_split, report, image)
         ledger = ledger | apart
-    split, rows = _choose_split(splits, config, role, report, label)
-    whole = splits[split] if split in splits else splits[split.rpartition(" (")[0]]
+    split, rows, chosen = _choose_split(splits, config, role, report, label)
+    stored = split if split in splits else split.rpartition(" (")[0]
+    whole, numbers = splits[stored], stays.get(stored)
+    if chosen is not None:
+        numbers = chosen if numbers is None else numbers[chosen]
     ledger = ledger | dict(splits={name: len(part) for name, part in splits.items()})
     columns = [c for c in rows.column_names if c not in (FILE, FIRST)]
     image = image or _image_column(rows)
@@ -114,23 +119,24 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     for name, feature in rows.features.items():  # of images and masks
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    return Rows(rows, split, known(image), label, flip, lookup, files, ledger, whole)
+    return Rows(rows, split, known(image), label, flip, lookup, files, ledger, whole, numbers)
 
 
 def _apart(
     splits: dict[str, datasets.Dataset], train: str | None, report: str | None, image: str | None
-) -> tuple[dict[str, datasets.Dataset], dict]:
-    """(splits of tables, without training images that are also in another split, and with FIRST; what was left out)"""
+) -> tuple[dict[str, datasets.Dataset], dict, dict[str, np.ndarray]]:
+    """(splits of tables, without training images that are also in another split, and with FIRST; what was left out; the
+    places of the rows that stay in a split, if any was left out)."""
     own = train or _training(splits)
     column = image or (own in splits and _image_column(splits[own])) or ""
     judged = judges(splits, own, report)
     same = copies.of_cells(splits, column)
     if not same:
-        return splits, {}
+        return splits, {}, {}
     firsts: dict[str, dict[int, tuple]] = {name: {} for name in splits}
     for (name, row), first in same.items():
         firsts[name][row] = first
-    parts, left_out = dict(splits), {}
+    parts, left_out, places = dict(splits), {}, {}
     for name, rows in splits.items():
         if any(first[0] == name for first in firsts[name].values()):
             keys = [str(firsts[name][i][1]) if i in firsts[name] else str(i) for i in range(len(rows))]
@@ -143,7 +149,9 @@ def _apart(
             stays = sorted(set(range(len(splits[own]))) - set(there))
             copies.tell(own, len(there), len(stays), listed(sorted(set(there.values()))), f"row {min(there)}")
             parts[own], left_out = parts[own].select(stays), dict(also_in_another_split=len(there))
-    return parts, dict(left_out=left_out, copies_within_a_split=sum(f[0] == n for (n, _), f in same.items()))
+            places[own] = np.array(stays)
+    copied = sum(first[0] == name for (name, _), first in same.items())
+    return parts, dict(left_out=left_out, copies_within_a_split=copied), places
 
 
 def _training(splits: dict[str, datasets.Dataset]) -> str | None:
@@ -196,9 +204,9 @@ def _labelled(rows: datasets.Dataset, label: str | None) -> bool:
 
 def _choose_split(
     splits: dict[str, datasets.Dataset], config: recipes.Data, role: str, report: str | None, label: str | None
-) -> tuple[str, datasets.Dataset]:
+) -> tuple[str, datasets.Dataset, np.ndarray | None]:
     """The training split, or the report split: where there is none, a hashed tenth of the former, or
-    nothing if it has no labels."""
+    nothing if it has no labels. With the places of the rows in the split if they are a part of it."""
 
     def named(*kinds: str) -> str | None:
         return next((s for kind in kinds for name in SPLITS[kind] for s in splits if s.lower() == name), None)
@@ -218,11 +226,11 @@ def _choose_split(
             )
     train = known(train)
     if report is not None and report != train:
-        return (train, splits[train]) if role == "train" else (report, splits[report])
+        return (train, splits[train], None) if role == "train" else (report, splits[report], None)
     rows = splits[train]
     if not _labelled(rows, label):  # nothing could be reported on them
         if role == "train":
-            return train, rows
+            return train, rows, None
         raise UserError(
             f"The images of {config.name} have no labels to evaluate with, and none are set apart for tests. If "
             "another column holds them, train a run with data.label_column=COLUMN train.steps=0 and pass --data RUN; "
@@ -237,7 +245,7 @@ def _choose_split(
         raise NothingHeldOut(f"{config.name} has {len(rows)} image(s), too few to hold a tenth of them out for {role}.")
     if role == "train":
         say_once(f"{config.name} has no test split: a hashed tenth ({held_out.sum()} images) is held out for reports.")
-    return f"{train} ({'hashed tenth' if role == 'report' else 'the other nine tenths'})", rows.select(chosen)
+    return f"{train} ({'hashed tenth' if role == 'report' else 'the other nine tenths'})", rows.select(chosen), chosen
 
 
 def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
