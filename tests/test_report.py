@@ -1045,3 +1045,55 @@ def test_the_terminal_s_tables_fit_into_100_columns(tmp_path, monkeypatch, capsy
     assert all(name in said for name in ("k-NN (k = 20)", "fine-tuned", "pre-training", "chosen on train", "both"))
     row = next(line for line in said.splitlines() if line.startswith("| mae"))
     assert row.count("|") == 4 and "±" in row
+
+
+# -- names and counts -------------------------------------------------------------------------------------------------
+
+
+def test_every_chart_has_a_file_of_its_own():
+    names = [f"mae (10{power} FLOPs)" for power in ("¹²", "¹³", "¹⁴")]
+    assert len(set(map(charts.slug, names))) == 3 and charts.slug(names[0]) == "mae-1012-flops"
+    assert charts.slug("图像 a/b") == "图像-a-b" != charts.slug("画像 a/b")
+
+
+def test_names_that_differ_at_their_end_differ_on_charts():
+    names = [f"mae (objective.mask_ratio={ratio})" for ratio in (0.6, 0.75, 0.9)]
+    names += ["vit_small_patch16_224.dino", "vit_small_patch16_224.augreg_in21k", "vit_small_patch16_224.dino (frozen)"]
+    cut = [tuple(plots._split(name)) for name in names]
+    assert len(set(cut)) == len(names) and cut[0] == ("mae", "(mask_ratio=0.6)")
+    assert all(len(part) <= 22 for parts in cut for part in parts)
+
+
+def test_recipes_without_a_common_seed_are_not_marked_alike(tmp_path):
+    one = write_run(tmp_path / "mae-s0", "mae", 0.8, 0, settings("mae", 0))
+    other = write_run(tmp_path / "dino-s1", "dino", 0.5, 1, settings("dino", 1))
+    test = the_test([one, other])
+    assert {group.label for group in tables.best_of(test.by_group(test.main[0]))} == {"mae"}
+
+
+def test_seeds_are_those_of_the_metric(tmp_path):
+    sweep = dict(protocol="linear-sweep", pooling="chosen")
+    runs = [
+        write_run(tmp_path / f"mae-s{s}", "mae", 0.5, s, settings("mae", s), [KNN, sweep][: 2 - (s > 0)])
+        for s in range(3)
+    ]
+    said = [block.text for block in summary(the_test(runs)) if isinstance(block, document.Text)]
+    assert "1 to 3 seeds per recipe" in said[0]
+    assert said[-1].startswith("One seed only: mae by linear probe")
+
+
+def test_seconds_of_packed_runs_are_unknown(tmp_path):
+    runs = many(tmp_path, "mae", 0.5)
+    [group] = groups_of(runs)
+    assert charts.cost_of(group)[2] == "100"
+    (runs[0] / "log.jsonl").unlink()
+    assert charts.cost_of(groups_of(runs)[0])[2] == "100"
+    for run in runs[1:]:
+        (run / "log.jsonl").unlink()
+    assert charts.cost_of(groups_of(runs)[0])[2] == "unknown"
+    assert charts.cost_of(groups_of(many(tmp_path, "random", 0.2, flops=0.0))[0])[2] == "0"
+
+
+def test_one_value_is_a_point_of_a_curve():
+    svg = plots.lines([plots.Series("seed 0", [100], [0.3], colour=0)], "mae", "k-NN", "step", marks=False)
+    assert svg.count("<circle") == 1 and svg.count(">100<") == 1

@@ -488,10 +488,10 @@ def test_permuted_pixels_are_refused(measured):
 def task_of(folder, run="mae-s0", **changes):
     train, test = both(folder / "scenes")
     source = features.open_source(str(folder / "runs" / run), None, None)
-    (masks_of_train, _), _, classes = dense_sets.masks_of(str(folder / "scenes"), train, test, [])
+    (masks_of_train, _), names, _ = dense_sets.masks_of(str(folder / "scenes"), train, test, [])
     view = dense_sets.view_of(source, train)
     states = Path(tempfile.mkdtemp(dir=folder))
-    return dense_tuning.Task(source, train, masks_of_train, classes, view, seed=3, folder=states)
+    return dense_tuning.Task(source, train, masks_of_train, len(names), view, seed=3, folder=states)
 
 
 def test_an_image_and_its_mask_are_cropped_and_flipped_alike(measured):

@@ -124,9 +124,11 @@ def cost_of(group: Group) -> list[str]:
     """FLOPs, images and seconds of pre-training, as means over the seeds."""
     if group.foreign:
         return ["unknown"] * 3
-    seconds = [next((line["seconds"] for line in reversed(run.log) if "seconds" in line), 0) for run in group.runs]
-    means = group.mean("train_flops"), group.mean("images_seen"), float(np.mean(seconds))
-    return [number(means[0]), f"{means[1]:,.0f}", f"{means[2]:,.0f}"]
+    flops, images = group.mean("train_flops"), group.mean("images_seen")
+    last = [next((line["seconds"] for line in reversed(run.log) if "seconds" in line), None) for run in group.runs]
+    told = [seconds for seconds in last if seconds is not None]  # packed runs have no log
+    seconds = f"{np.mean(told):,.0f}" if told else "unknown" if flops else "0"
+    return [number(flops), f"{images:,.0f}", seconds]
 
 
 def _series(by_group: dict[Group, Scores], costs: dict[Group, float], metric: Metric) -> list[plots.Series]:
@@ -254,8 +256,12 @@ def counted(sources: list[tuple[str, str]]) -> str:
     return f"{len(set(sources))} rows of {runs} runs."
 
 
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+
+
 def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    """A part of a file's name."""
+    return re.sub(r"[\W_]+", "-", text.lower().translate(SUPERSCRIPTS)).strip("-")
 
 
 def file_name(eval_set: EvalSet, what: str, metric: Metric) -> str:

@@ -210,7 +210,9 @@ def _markdown(block: Block, folder: Path) -> str:
             beneath = [(path, words) for path, words in pictures if path.resolve().is_relative_to(folder.resolve())]
             lines = [f"- [{plain(words)}](<{p.resolve().relative_to(folder.resolve())}>)" for p, words in beneath]
             return "\n".join(lines) or "The pictures are on the HTML page."
-        case Confusion() | Thumbnails() | Folded():
+        case Folded(summary, _):
+            return f"- {plain(summary)}: on the HTML page"
+        case Confusion() | Thumbnails():
             return ""
 
 

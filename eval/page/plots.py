@@ -9,6 +9,7 @@ each mark shows its values on hover. Values are fractions and are shown in %.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,10 +86,12 @@ def lines(
 ) -> str:
     """A chart of series over one axis. marks: draw points, and a name at each end; otherwise thin curves alone."""
     ends = [_split(s.name) for s in series] if marks else []
-    right = 22 + max((_length(end) for end in ends), default=-12)
+    right = 22 + max((_length(end, BOLD) for end in ends), default=-12)
     left, top, height = 46, 62, 300 if width == WIDTH else 230
     bottom = height - 46
-    scale_x, x_ticks = _axis([x for s in series for x in s.x], left + 8, width - right, log)
+    places_x = {x for s in series for x in s.x}
+    scale_x, x_ticks = _axis(list(places_x), left + 8, width - right, log)
+    x_ticks = list(places_x) if len(places_x) == 1 else x_ticks
     heights = [height for s in series for height in (*s.y, *(end for ends in s.bounds for end in ends))]
     scale_y, y_ticks = _axis(
         heights, bottom, top + 8, False, 0.0 if min(heights) >= 0 else None, 1.0 if percent else math.inf
@@ -103,7 +106,8 @@ def lines(
         parts.append(_line(tick, bottom, tick, bottom + 4, "soft"))
         parts.append(_text(tick, bottom + 18, label, "soft", MINOR, "middle"))
     parts.append(_line(left, bottom, width - right + 8, bottom, "soft"))
-    parts.append(_text(width - right + 8, height - 6, x_label, "soft", MINOR, "end"))
+    edge = max(width - right + 8, len(x_label) * MINOR * LETTER - 8)  # a long one begins at the edge
+    parts.append(_text(edge, height - 6, x_label, "soft", MINOR, "end"))
 
     order = sorted(range(len(series)), key=lambda i: series[i].colour is not None)  # controls below the others
     for i in order:
@@ -269,6 +273,7 @@ def _series(
     style = f"fill:none;stroke:var(--{colour});stroke-width:{2.2 if marks else 1.4};stroke-linejoin:round;{dash}"
     line = f'<polyline points="{path}" style="{style}"/>' if len(places) > 1 else ""
     if not marks:
+        line = line or _circle(*places[0], 2.5, colour, "ground", 1)  # one value alone
         return f"<g><title>{escape(s.name)}: {number(s.y[-1])} at the end</title>{line}</g>"
     points = []
     for x, y, ends, (px, py) in zip(s.x, s.y, bounds, places, strict=True):
@@ -322,14 +327,19 @@ def _colour(mark: Series | Dot) -> str:
 
 
 def _split(name: str) -> list[str]:
-    """A name in one line, or in two if it has a part in brackets, each of at most 22 letters."""
-    head, bracket, rest = name.partition(" (")
-    return [part if len(part) <= 22 else part[:21] + "…" for part in ([head, f"({rest}"] if bracket else [head])]
+    """A name in one line, or in two if it has a part in brackets, each of at most 22 letters. Names mostly differ at
+    their ends, which stay; of settings the sections are left out."""
+    head, bracket, rest = re.sub(r"\b[a-z]+\.(?=\w+=)", "", name).partition(" (")
+    return [_cut(part) for part in ([head, f"({rest}"] if bracket else [head])]
 
 
-def _length(words: list[str]) -> float:
+def _cut(text: str, most: int = 22) -> str:
+    return text if len(text) <= most else f"{text[: most // 2 - 3]}…{text[-(most // 2 + 2) :]}"
+
+
+def _length(words: list[str], letter: float = LETTER) -> float:
     """The width of the lines of a name, in units."""
-    return max(len(line) * (TEXT if i == 0 else MINOR) * LETTER for i, line in enumerate(words)) + 4
+    return max(len(line) * (TEXT if i == 0 else MINOR) * letter for i, line in enumerate(words)) + 4
 
 
 def _tick_label(value: float, log: bool, largest: float) -> str:

@@ -48,7 +48,7 @@ def by_class(eval_set: EvalSet) -> list[Block]:
         names = by_group[groups[0]].rows[0]["class_names"]
         means = {g: _mean([row[key] for row in by_group[g].rows]) for g in groups}
         rows = [
-            (named(name, f"{percent(shares[k])} % of the pixels"), [Cell(percent(means[g][k])) for g in groups])
+            (named(name, f"{percent(shares[k])} % of the pixels"), [_cell(means[g][k]) for g in groups])
             for k, name in enumerate(names)
         ]
         head = [(metric.evaluator, [group.label_in(metric) for group in groups])]
@@ -56,6 +56,12 @@ def by_class(eval_set: EvalSet) -> list[Block]:
     return tables
 
 
+def _cell(value: float) -> Cell:
+    """An IoU in %, or a dash for a class that no test image shows or is taken to show."""
+    return Cell("–" if np.isnan(value) else percent(value))
+
+
 def _mean(ious: list[list[float | None]]) -> np.ndarray:
-    found: np.ndarray = np.nanmean(np.array(ious, dtype=float), 0)
-    return found
+    """Over the runs in which a class has an IoU."""
+    found = np.ma.masked_invalid(np.array(ious, dtype=float)).mean(0)
+    return np.asarray(found.filled(np.nan))

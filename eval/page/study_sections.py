@@ -43,7 +43,7 @@ def primary(study: StudyResults) -> list[Block]:
         group = study.group(arm, budget)
         if group is None:
             continue
-        lines = _lines(eval_set, group, said["finetuned"])
+        lines = _lines(eval_set, group, said["finetuned"], budget)
         for name, by_group in sorted(lines.items(), key=lambda line: line[1][2] is None):
             label = f"{group.family} ({name})" if name and group.recipe != "random" else name or group.family
             label += f" ({said['budget']:g} of the FLOPs)" if said["budget"] != 1 else ""
@@ -69,14 +69,22 @@ def primary(study: StudyResults) -> list[Block]:
     return [Heading("The arms"), Table(head, filled, caption, charts.sources_of(used))]
 
 
-def _lines(eval_set: EvalSet, group: Group, finetuned: list[FineTuningEntry]) -> dict[str, list[Scores | None]]:
+def _lines(
+    eval_set: EvalSet, group: Group, finetuned: list[FineTuningEntry], budget: float | None
+) -> dict[str, list[Scores | None]]:
     """An arm's scores [fine-tuned with 10 %, with all, linear], by what distinguishes its fine-tunings."""
     lines: dict[str, list[Scores | None]] = {}
-    for place, part in enumerate((0.1, 1.0)):
-        for what in finetuned:
-            scores = eval_set.reached(group, what["protocol"], part)
-            if scores:
-                lines.setdefault(_schedule(what["changed"], group.recipe == "random"), [None] * 3)[place] = scores
+    parts = (0.1, 1.0)
+    found = [
+        (place, what, eval_set.reached(group, what["protocol"], parts[place])) for place in (0, 1) for what in finetuned
+    ]
+    told = [what["changed"] for _, what, scores in found if scores]
+    keys = dict.fromkeys(key for changed in told for key in changed)
+    differing = [key for key in keys if len({str(changed.get(key)) for changed in told}) > 1]
+    for place, what, scores in found:
+        if scores:
+            words = _schedule(what["changed"], group.recipe == "random", budget, differing)
+            lines.setdefault(words, [None] * 3)[place] = scores
     linear = eval_set.scores.get(Metric("linear-sweep", "chosen", -1, eval_set.labels), {}).get(group)
     if linear:
         first = group.label if group.recipe == "random" else next(iter(lines), "")
@@ -84,13 +92,19 @@ def _lines(eval_set: EvalSet, group: Group, finetuned: list[FineTuningEntry]) ->
     return lines
 
 
-def _schedule(changed: dict, scratch: bool) -> str:
-    """What distinguishes a fine-tuning from others of its arm, in words."""
+def _schedule(changed: dict, scratch: bool, budget: float | None, differing: list[str]) -> str:
+    """What distinguishes a fine-tuning from others of its arm, in words. budget: FLOPs of a pre-training; differing:
+    the settings in which the fine-tunings of the arm differ."""
     words = ["from scratch"] if scratch else []
-    words += ["with the compute of pre-training on top"] if "extra_flops" in changed else []
+    extra, rate = changed.get("extra_flops"), changed.get("optim.lr")
+    if extra is not None:
+        words.append(
+            "with the compute of pre-training on top" if extra == budget else f"with {number(extra)} FLOPs more"
+        )
     words += [f"{name} {changed[key]}" for key, name in CHANGES.items() if key in changed]
-    rate = changed.get("optim.lr")
-    return ", ".join(words + ([f"rate {rate:g}"] if isinstance(rate, float) else []))
+    words += [f"rate {rate:g}"] if isinstance(rate, float) else []
+    known = {"extra_flops", "optim.lr", *CHANGES}
+    return ", ".join(words + [f"{key}={changed[key]}" for key in differing if key in changed and key not in known])
 
 
 def budgets(study: StudyResults) -> list[Block]:

@@ -32,7 +32,7 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
     by = {metric: eval_set.by_group(metric) for metric in [*metrics, *others]}
     by = {metric: by_group for metric, by_group in by.items() if ranked(by_group, controls=False)}
     if by:
-        counts = sorted({len(g.runs) for g in eval_set.groups if not g.control})
+        counts = sorted({len(scores.seeds) for found in by.values() for g, scores in found.items() if not g.control})
         seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
         seeds += " per arm" if metrics else " per recipe"
         where = f"On {eval_set.data} ({eval_set.split}, {len(eval_set.truth):,} images; {seeds}), "
@@ -43,10 +43,15 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
     if more:
         words = f"The tables show results with {labels_in_words(eval_set.labels)}, which all recipes have"
         blocks.append(Text(f"{words}; there are results with more labels for {listed(more)}."))
-    single = [g.label for g in eval_set.groups if not g.control and len(g.runs) == 1]
+    single = [
+        g.label if len(g.runs) == 1 else f"{g.label} by {means(metric)}"
+        for metric, found in by.items()
+        for g, scores in found.items()
+        if not g.control and len(scores.seeds) == 1
+    ]
     if single:
-        words = f"One seed only: {listed(single)}. Such an interval covers the test images, not another training run."
-        blocks.append(Text(words))
+        words = f"One seed only: {listed([*dict.fromkeys(single)])}. Such an interval covers the test images, not "
+        blocks.append(Text(words + "another training run."))
     return blocks
 
 

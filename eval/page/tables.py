@@ -30,12 +30,13 @@ ONE_SEED = "one seed: images only"
 
 
 def best_of(by_group: dict[Group, Scores]) -> set[Group]:
-    """The best recipe, controls aside, and all that are not distinguishable from it; none if there is only one."""
+    """The best recipe, controls aside, and all that are compared with it and not distinguishable from it; none if there
+    is only one. Without a seed in common they are not compared."""
     recipes = ranked(by_group, controls=False)
     if len(recipes) < 2:
         return set()
     differences = {g: contrast(by_group, recipes[0], g) for g in recipes[1:]}
-    apart = {g for g, difference in differences.items() if difference is not None and difference.excludes_zero}
+    apart = {g for g, difference in differences.items() if difference is None or difference.excludes_zero}
     return set(recipes) - apart
 
 
@@ -89,9 +90,9 @@ def main_table(eval_set: EvalSet) -> Table:
         eval_set.main,
         f"Accuracy in % ± half-width of the 95 % interval on {eval_set.data} ({eval_set.split}, "
         f"{len(eval_set.truth):,} images), {labels_in_words(eval_set.labels)}, last blocks. Marked in each column: the "
-        "best recipe, controls aside, and all that are not distinguishable from it; between single seeds the test "
-        "images alone decide. Raw pixels have no pooling: their accuracy is repeated. The cost of evaluation, above "
-        "all of fine-tuning, is under “What it costs”.",
+        "best recipe, controls aside, and all that are not distinguishable from it by the seeds that both have; "
+        "between single seeds the test images alone decide. Raw pixels have no pooling: their accuracy is repeated. "
+        "The cost of evaluation, above all of fine-tuning, is under “What it costs”.",
         ("pre-training", ["FLOPs", "images seen", "seconds"]),
     )
 
