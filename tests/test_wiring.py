@@ -1,0 +1,202 @@
+"""That settings reach what they are for: the loop, the objectives' views, the formulas. Each was a line that could be
+deleted or exchanged without another test seeing it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import SMALL, make_batch, small_objective
+from safetensors.torch import load_file
+from test_loop import TINY, arguments, run
+
+from ssl_vit import data, pretrain
+from ssl_vit.objectives import supervised
+from ssl_vit.objectives.dino import Head
+from ssl_vit.randomness import Order
+from ssl_vit.views import View
+
+
+def trained(folder, name, *settings):
+    """(recipe, path) of a run in this process."""
+    recipe = pretrain.read(name, [*TINY, *SMALL[name], "train.steps=3", *settings], None)
+    path = folder / f"{name}-{len(list(folder.iterdir()))}"
+    assert pretrain.pretrain(recipe, path) == 0
+    return recipe, path
+
+
+def built(recipe):
+    """(the objective that a run begins with, its images)"""
+    images = data.load(recipe.data, "train")
+    recipe.add_dataset_info(images.info())
+    return pretrain.build(recipe, images), images
+
+
+def state(path):
+    [file] = (path / "checkpoints").iterdir()
+    return torch.load(file, weights_only=True)["objective"]
+
+
+# -- the seed ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_heads_are_the_seed_s():
+    """Intervals over seeds rest on it."""
+    zero, one = (
+        built(pretrain.read("mae", [*TINY, *SMALL["mae"], f"train.seed={s}"], None))[0].state_dict() for s in (0, 1)
+    )
+    alike = {key for key, value in zero.items() if torch.equal(value, one[key])}
+    drawn = {key for key, value in zero.items() if value.std() > 0 and "pos_embed" not in key}  # sine-cosine
+    assert {key.partition(".")[0] for key in drawn} >= {"backbone", "decoder"} and not alike & drawn
+
+
+@pytest.mark.parametrize("settings", [["mae"], ["deit", "views.repeats=3"]])
+def test_images_and_draws_are_the_seed_s(settings, tmp_path, monkeypatch):
+    """And each image is shown views.repeats times in a step."""
+    seen = []
+    make = data.chunks
+
+    def watched(images, views, plan, seed, *rest):
+        plan = list(plan)
+        seen.append((plan, seed))
+        return make(images, views, iter(plan), seed, *rest)
+
+    monkeypatch.setattr(data, "chunks", watched)
+    recipe, _ = trained(tmp_path, *settings, "train.seed=7")
+    [(plan, seed)] = seen
+    order = Order(7, 1437, 32, recipe.views.repeats)
+    assert seed == 7 and [step for step, _, _ in plan] == [0, 1, 2]
+    assert all((indices == order.indices(step, rows)).all() for step, rows, indices in plan)
+    assert len(set(plan[0][2])) == math.ceil(32 / recipe.views.repeats) == (32 if settings == ["mae"] else 11)
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key"),
+    [
+        ("beit", [], "target.centroids"),
+        ("gaussian", ["objective.noise_pca_dim=2"], "pca.components"),
+    ],
+)
+def test_what_is_fitted_is_fitted_to_the_run_s_images(name, settings, key, tmp_path):
+    """Centroids of zeros would give every patch one token, and the loss would fall."""
+    recipe, path = trained(tmp_path, name, *settings)
+    expected, images = built(pretrain.read(name, [*TINY, *SMALL[name], *settings], None))
+    assert not expected.state_dict()[key].any()
+    expected.fit(pretrain.fit_images(recipe, images, torch.device("cpu")), recipe.train.seed)
+    torch.testing.assert_close(state(path)[key], expected.state_dict()[key])
+
+
+@pytest.mark.parametrize("fraction", [0, 1])
+def test_the_last_layer_of_dino_is_frozen_while_it_should_be(fraction, tmp_path):
+    settings = [f"objective.freeze_last_layer_fraction={fraction}", "optim.weight_decay=0.5"]
+    recipe, path = trained(tmp_path, "dino", *settings)
+    objective, _ = built(pretrain.read("dino", [*TINY, *SMALL["dino"]], None))
+    before, after = objective.state_dict(), state(path)
+    assert torch.equal(before["head.last.direction"], after["head.last.direction"]) == bool(fraction)
+    assert not torch.equal(before["head.mlp.0.weight"], after["head.mlp.0.weight"])
+
+
+def test_bf16_is_computed_in_bf16(tmp_path):
+    found = []
+    for precision in ("bf16", "fp32"):  # in processes of their own: one has one precision
+        run(tmp_path, *arguments("mae", "train.steps=3", f"train.precision={precision}", "--output", precision))
+        found.append(load_file(tmp_path / precision / "backbone/model.safetensors"))
+    assert not torch.equal(*(weights["blocks.0.mlp.fc1.weight"] for weights in found))
+    assert all(value.dtype == torch.float32 for value in found[0].values())
+
+
+def test_mixing_is_as_the_recipe_says(tmp_path, monkeypatch):
+    seen = set()
+    mix = supervised.views.mix
+    monkeypatch.setattr(supervised.views, "mix", lambda i, t, d, *how: seen.add(how) or mix(i, t, d, *how))
+    mixing = dict(mixup=0.3, cutmix=0.7, mixup_prob=0.6, mixup_mode="batch")
+    trained(tmp_path, "supervised", *(f"objective.{key}={value}" for key, value in mixing.items()))
+    assert seen == {(0.3, 0.7, 0.6, "batch")}
+
+
+# -- views ------------------------------------------------------------------------------------------------------------
+
+CROP = dict(scale=(0.31, 0.9), flip=0.5, interpolation="bicubic")
+COLOUR = dict(jitter=0.8, grey=0.2)
+SECOND = View((16, 16), **CROP, **COLOUR, blur=0.1, solarize=0.2)
+SINGLE = {
+    "none": View((16, 16), crop=False, flip=0.0, interpolation="bicubic"),
+    "crop+flip": View((16, 16), **CROP),
+    "dino": SECOND,
+    "three-augment": View(
+        (16, 16), **CROP, jitter=1.0, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0, three_augment=True
+    ),
+    "rand-augment": View((16, 16), **CROP, rand_augment=6.0),
+}
+VIEWS = ["views.scale=[0.31,0.9]", "views.interpolation=bicubic", "views.blur=true"]
+
+
+@pytest.mark.parametrize("augmentation", SINGLE)
+def test_one_view_is_as_the_recipe_says(augmentation):
+    objective = small_objective("mae", *VIEWS, f"views.augmentation={augmentation}", "views.magnitude=6")
+    assert objective.views == {"image": SINGLE[augmentation]}
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_the_views_of_dino_are_as_the_recipe_says(colour):
+    local = [
+        "objective.local_crops_scale=[0.07,0.29]",
+        "objective.local_crops_number=3",
+        "objective.local_crops_size=8",
+    ]
+    objective = small_objective("dino", *VIEWS, *local, f"views.augmentation={'dino' if colour else 'crop+flip'}")
+    plain = View((16, 16), **CROP, **(COLOUR if colour else {}))
+    small = dataclasses.replace(plain, size=(8, 8), count=3, scale=(0.07, 0.29))
+    assert objective.views == {
+        "global1": dataclasses.replace(plain, blur=1.0 if colour else 0.0),
+        "global2": SECOND if colour else plain,
+        "local": dataclasses.replace(small, blur=0.5 if colour else 0.0),
+    }
+    sharp = small_objective("dino", *VIEWS, *local, "views.augmentation=dino", "views.blur=false").views
+    assert {view.blur for view in sharp.values()} == {0.0}
+
+
+# -- formulas by hand -------------------------------------------------------------------------------------------------
+
+
+def test_simmim_s_loss_by_hand():
+    """The mean absolute difference over the values of the masked patches (simmim.py of the official code)."""
+    objective = small_objective("simmim").double().eval()
+    batch = make_batch(objective, torch.arange(3), dtype=torch.float64)
+    images, patch = batch.views["image"], objective.backbone.stride[0]
+    prediction, mask, *_ = objective.predict(images, batch.draw)
+    mean = torch.tensor([0.5, 0.45, 0.4], dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor([0.25, 0.2, 0.3], dtype=torch.float64).view(3, 1, 1)
+    across, total, count = 16 // patch, 0.0, 0
+    for image, predicted, hidden in zip((images - mean) / std, prediction, mask, strict=True):
+        for place in hidden.nonzero().flatten().tolist():
+            top, left = place // across * patch, place % across * patch
+            pixels = image[:, top : top + patch, left : left + patch].permute(1, 2, 0).flatten()
+            total += (predicted[place] - pixels).abs().sum().item()
+            count += len(pixels)
+    assert objective(batch)["loss"].item() == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_dino_s_head_by_hand(fixed):
+    """Three layers, a unit bottleneck, and unit rows times their length (DINOHead in vision_transformer.py)."""
+    torch.manual_seed(0)
+    head = Head(6, 5, norm_last_layer=fixed, hidden_dim=7, bottleneck_dim=4).double()
+    if not fixed:
+        torch.nn.init.uniform_(head.last.length, 0.5, 2.0)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    given, y = head.state_dict(), x
+    for layer in (0, 3, 6):
+        y = y @ given[f"mlp.{layer}.weight"].T + given[f"mlp.{layer}.bias"]
+        if layer < 6:
+            y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
+    y = y / y.square().sum(1, keepdim=True).sqrt()
+    rows = given["last.direction"] / given["last.direction"].square().sum(1, keepdim=True).sqrt()
+    rows = rows if fixed else rows * given["last.length"]
+    torch.testing.assert_close(head(x), y @ rows.T)
+    assert {name for name, p in head.named_parameters() if "last" in name} == {"last.direction"} | (
+        set() if fixed else {"last.length"}
+    )
