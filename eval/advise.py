@@ -107,6 +107,8 @@ class Plan:
         command = [str(commands.script(script.replace("_", "-"))), *arguments, "--threads", str(self.threads)]
         telling = [script, *arguments, *self.images, self.digests.get(str(folder))]  # else old rows would count as new
         mark = folder / "done" / f"{fingerprint(telling, 12)}.json"
+        if mark.exists() and advice.newer(folder, protocol, self.args.data, mark.stat().st_mtime):
+            mark.unlink()  # other images of that name were measured since
         title = f"{folder.name} {script} {len(self.ways)}"
         self.jobs.append(Job(title, script, [sys.executable, *command], mark, needs))
         self.ways.append((folder, names, how, protocol))

@@ -113,6 +113,12 @@ def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None =
                 "--accept-failed to choose among the others."
             )
             return 1
+        for trial in trials:
+            if trial.run not in [job.run for job in failed] and not study.is_judged(trial):
+                raise UserError(
+                    f"{trial.run} was judged, and has no accuracy on held-out images: delete its folder done, there "
+                    "and in packed results, and run the command again."
+                )
     for trial in [trial for tried in study.trials.values() for trial in tried]:
         keep(trial.run)
     for arm, settings in study.chosen.items():

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -90,6 +91,16 @@ def test_rows_of_other_calls_are_not_read(run, tmp_path, monkeypatch):
     assert list(found.by_labels) == [90] and found.most.correct.tolist() == [1.0] * 4
     with pytest.raises(UserError, match="mine was not measured"):
         advice.read(tmp_path, "mine", FROZEN, "linear-sweep", "digits", [(0.1, 0), (0.2, 0)])
+
+
+def test_rows_that_other_images_replaced_are_told_by_their_time(tmp_path, monkeypatch):
+    """After a/photos, b/photos and a/photos again the marks of the first are there, and the rows of the second."""
+    row = dict(protocol="linear-sweep", eval_data="photos", measured_at="2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr(results, "read", lambda folder: [row])
+    time = datetime.fromisoformat(row["measured_at"]).timestamp()
+    asked = [("linear-sweep", "./b/photos", time + more) for more in (-60, 5)]
+    asked += [("finetune", "./b/photos", time - 60), ("linear-sweep", "digits", time - 60)]
+    assert [advice.newer(tmp_path, *words) for words in asked] == [True, False, False, False]
 
 
 @pytest.fixture

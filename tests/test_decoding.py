@@ -312,6 +312,23 @@ def test_files_whose_first_picture_is_the_photo_are_no_pages(tmp_path):
     assert np.array_equal(both(tmp_path)[0], expected)
 
 
+def test_white_that_is_0_is_white_or_refused(tmp_path):
+    """TIFF's WhiteIsZero, which some scanners of X-rays write."""
+    stored = pixels(0, 8, 6)[..., 0]
+    for name, values in {"8": stored, "16": stored.astype(np.uint16) * 257, "4x8": np.stack([stored] * 4, -1)}.items():
+        folder = tmp_path / name / "train"
+        folder.mkdir(parents=True)
+        how = dict(photometric="miniswhite", planarconfig="contig" if values.ndim == 3 else None)
+        tifffile.imwrite(folder / "a.tif", values, **how)
+        tifffile.imwrite(folder / "b.tif", values[::-1], **how)
+        if name == "8":
+            found = sorted(photo[0].numpy().tolist() for photo in photos(load(tmp_path / name)))
+            assert found == sorted((255 - image).tolist() for image in (values, values[::-1]))
+        else:
+            with pytest.raises(UserError, match=r"a.tif stores white as 0 in more than 8 bits .*: store it with black"):
+                load(tmp_path / name)
+
+
 def test_pages_are_refused_or_what_the_user_says(tmp_path):
     pages = values(0, 3, 6, 5, below=256, dtype="uint8")
     for kind, suffix in (("tiff", "tif"), ("gif", "gif")):

@@ -6,6 +6,7 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from eval import report as reports
 from eval.compare import intervals, tidy, words
 from eval.compare.metrics import Metric
 from eval.compare.runs import group_runs, read_run
-from eval.compare.scores import ranked, read_eval_sets
+from eval.compare.scores import contrast, ranked, read_eval_sets
 from eval.compare.studies import read_study
 from eval.measure import results
 from eval.page import charts, document, gallery, mistakes, plots, tables
@@ -866,6 +867,31 @@ def test_what_is_no_study_is_refused(tmp_path):
         read_study(tmp_path)
     with pytest.raises(UserError, match="None of the runs of .* was evaluated"):
         read_study(write_study(tmp_path, [("mae", "", None, [tmp_path / "none"])]))
+    file = tmp_path / "study" / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(decides=True)))
+    assert read_study(file.parent).groups == []  # what is missing is listed by the verdict
+
+
+def test_rows_of_other_images_of_one_name_are_replaced_aloud(tmp_path, capsys):
+    folder = write_run(tmp_path / "mae-s0", "mae", 0.5, tree=settings("mae"))
+    [row] = results.read(folder)
+    for value in "aab":
+        images = SimpleNamespace(fingerprint=value, name="cifar10", split="test", classes=None, names=None)
+        results.write(folder, [dict(row)], [TRUTH], TRUTH, images)
+        said = capsys.readouterr().out
+        assert ("rows of other images that are called cifar10 (test) too are replaced" in said) == (value == "b")
+    assert len(results.read(folder)) == 1
+
+
+def test_a_difference_from_a_constant_has_the_other_s_variance_either_way(tmp_path):
+    runs = [*many(tmp_path, "mae", 0.5, 2), *many(tmp_path, "dino", 0.6, 2), *controls(tmp_path)]
+    test = the_test(runs)
+    by_group = test.by_group(Metric("knn-k20", "cls", -1, 1.0))
+    named = {group.label: group for group in by_group}
+    one, other = (
+        contrast(by_group, *(named[name] for name in pair)) for pair in (("mae", "raw pixels"), ("raw pixels", "mae"))
+    )
+    assert other.mean == -one.mean and other.half_width == one.half_width and other.pooled == one.pooled
 
 
 # class by class

@@ -122,6 +122,17 @@ def test_a_study_stops_also_while_its_first_command_starts(tmp_path):
     assert "Stopped" in process.communicate(timeout=90)[0] and process.returncode == 128 + signal.SIGTERM
 
 
+def test_a_judge_that_leaves_no_accuracy_is_told(tmp_path, run, monkeypatch):
+    """It would be asked for ever: its mark says that it is done."""
+    arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE))
+    write_plan(tmp_path, arms=arms, tuning=dict(flops=5e7, seed=100, judge=["knn", "--k", "5"]), controls=[])
+    monkeypatch.setattr(trainings, "judged", lambda run, judge: None)
+    with pytest.raises(
+        UserError, match="mae-digits-.*-s100 was judged, and has no accuracy on held-out images: delete"
+    ):
+        run()
+
+
 def test_a_tuned_arm_is_trained_with_its_best_trial(tmp_path, run):
     arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE, search_space=["objective.mask_ratio=0.5"]))
     arms["longer"] = dict(like="mae", settings=["train.steps=5"])
@@ -564,6 +575,12 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (
             dict(arms=deciding() | dict(a=dict(like="mae", budget=2, role="equal-images")), decides=True),
             "at most one arm may have the role equal-images, not 2",
+        ),
+        (
+            dict(
+                arms=deciding() | dict(short=dict(like="mae", seeds=1, budget=0.39, role="equal-images")), decides=True
+            ),
+            "so short, with the role equal-images, has all its seeds: leave seeds out",
         ),
         (dict(arms=dict(a=dict(recipe="mae", settings=[{"train.steps": 3}]))), "settings of arm 'a'.* a list of words"),
         (

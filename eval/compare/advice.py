@@ -7,6 +7,7 @@ distinguishable from the best, the one that takes the fewest FLOPs is advised.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,15 @@ def read(
         way.by_labels[count] = Measured(correct, flops, seconds)
     with np.load(folder / rows[0]["predictions"]) as stored:
         return way, stored["true"]
+
+
+def newer(folder: Path, protocol: str, data: str, time: float) -> bool:
+    """Whether this folder has rows of this protocol on images of that name that were measured after this time, in
+    seconds: they replaced those of before."""
+    rows = [
+        row for row in results.read(folder) if (row["protocol"], short(row["eval_data"])) == (protocol, short(data))
+    ]
+    return any(datetime.fromisoformat(row["measured_at"]).timestamp() > time + 1 for row in rows)
 
 
 @dataclass

@@ -210,7 +210,8 @@ def _one_choice(evidence: Evidence) -> None:
             if "tried" in said and evidence.manifest["tuning"]:
                 raise UserError(
                     f"The learning rate of {row['run']} ({name}) was chosen at a seed that decides, by a fine-tuning "
-                    "that is not the study's: delete its row, and its mark in the folder done, and run the study again."
+                    "that is not the study's: delete its row, and its mark in the folder done, in runs/ and in packed "
+                    "results alike, and run the study again."
                 )
         if evidence.manifest["tuning"] and len(chosen) > 1:
             words = [f"{run} has {lr:g}, as chosen for {of}" for (lr, of), run in chosen.items()]

@@ -78,7 +78,7 @@ def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> interva
     if pair is None:
         return None
     if [None] in (a.seeds, b.seeds):  # one is constant: the difference has the other's variance
-        return intervals.paired(*pair, a.pool)
+        return intervals.paired(*pair, b.pool if a.seeds == [None] else a.pool)
     common = [seed for seed in a.seeds if seed in b.seeds]
     alike = [scores.at(common).mean(1) for scores in by_group.values() if set(common) <= set(scores.seeds)]
     return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))

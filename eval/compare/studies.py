@@ -57,7 +57,7 @@ def read_study(folder: Path) -> StudyResults:
     if not file.exists() and (trials := list(folder.glob("runs/*/recipe.yaml"))):
         raise UserError(
             f"{folder} holds {len(trials)} runs and no {file.name}, which is written when all trials are done. Go on: "
-            f"{shlex.join([*commands.typed('study'), 'PLAN', '--results', str(folder)])}"
+            f"{shlex.join([*commands.typed('study'), 'PLAN', '--data', 'IMAGES', '--results', str(folder)])}"
         )
     if not file.exists():
         raise UserError(
@@ -82,8 +82,8 @@ def read_study(folder: Path) -> StudyResults:
             drawn = {None, run.seed} if run.settings else {None, *seeds}
             run.rows = [row for row in run.rows if row["subset_seed"] in drawn]
     runs = [run for run in runs if run.rows]
-    if not runs:
-        command = shlex.join([*commands.typed("study"), manifest["plan"]])
+    if not runs and not manifest["decides"]:  # of a study that decides, what is missing is listed
+        command = shlex.join([*commands.typed("study"), manifest["plan"], "--data", manifest["data"]])
         raise UserError(
             f"None of the runs of {folder} was evaluated, or they are not where they were: run `{command}` again."
         )

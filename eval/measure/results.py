@@ -31,6 +31,7 @@ from eval.measure.predictions import Predictions
 from ssl_vit import __version__, files
 from ssl_vit.checkout import COMMIT
 from ssl_vit.data import ImageSet
+from ssl_vit.errors import say_once
 from ssl_vit.recipe import short
 
 # what identifies a measurement; the other keys of a row are its outcome
@@ -106,8 +107,13 @@ def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], i
             index = np.arange(len(next(iter(stored.values()))), dtype=np.int32)
             with files.writing(folder / row["predictions"]) as partial, open(partial, "wb") as stream:
                 np.savez_compressed(stream, index=index, **stored)
-            known.pop(place_of(row), None)
+            before = known.pop(place_of(row), row)
             known[place_of(row)] = row
+            if before.get("images", row.get("images")) != row.get("images"):
+                say_once(
+                    f"{folder}: rows of other images that are called {row['eval_data']} ({row['split']}) too are "
+                    "replaced. Keep sets apart by the names of their folders."
+                )
         files.write(file, lines(list(known.values())))
 
 
@@ -150,6 +156,7 @@ def describe_run(folder: Path, settings: dict) -> dict:
         objective=settings.get("objective", {}).get("name"),
         data=short(settings["data"]["name"]) if settings else None,
         seed=settings.get("train", {}).get("seed"),
+        trained_by=settings.get("runtime", {}).get("commit"),
         images_seen=last["images"],
         train_flops=last["flops"],
     )

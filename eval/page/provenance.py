@@ -74,7 +74,10 @@ def several_origins(runs: list[Run]) -> list[Block]:
             ),
             (
                 "commits of the code that trained the runs",
-                {commit for run in runs for commit in _trained(run).values()} - {None},
+                {commit for run in runs for commit in _trained(run).values()}.union(
+                    row.get("trained_by") for row in rows
+                )
+                - {None},
             ),
             (
                 "precisions of the evaluated backbones by the same protocol",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from eval.measure import results
 from eval.schedule.processes import Command
 from ssl_vit import files, system
 from ssl_vit.commands import ROOT
@@ -142,7 +143,8 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                     last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
                     tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
                 else:
-                    times.add(job.kind, seconds)
+                    # a pre-training that went on took longer than this part of it
+                    times.add(job.kind, max(seconds, results.spent(job.run)["seconds"]) if job.marks else seconds)
                     tell("done", job, f", {seconds:.0f} s")
     except BaseException:
         stop(running)

@@ -264,6 +264,9 @@ def _check_roles(plan: Plan, path: Path) -> None:
     for role in CLAIMED:
         if roles.count(role) != 1:
             raise UserError(f"{path} decides, so exactly one arm must have the role {role}, not {roles.count(role)}.")
+    for name, arm in plan.arms.items():
+        if arm.role in (*CLAIMED, *CHECKS) and arm.seeds is not None and not arm.role.endswith("-check"):
+            raise UserError(f"{path} decides, so {name}, with the role {arm.role}, has all its seeds: leave seeds out.")
     for role in CHECKS:
         if roles.count(role) > 1:
             raise UserError(f"{path} decides, so at most one arm may have the role {role}, not {roles.count(role)}.")

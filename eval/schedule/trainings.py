@@ -96,6 +96,11 @@ class Study:
         found = self._training(arm, tuning.flops, own)
         return replace(found, accuracy=judged(found.run, tuning.judge))
 
+    def is_judged(self, trial: Training) -> bool:
+        """Whether a trial has an accuracy by now."""
+        assert self.plan.tuning is not None
+        return judged(trial.run, self.plan.tuning.judge) is not None
+
     @property
     def _left_out(self) -> list[str]:
         """The settings of a trial: its seed draws the tenth that it is judged on, too, and the labels for that."""

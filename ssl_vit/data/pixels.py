@@ -228,6 +228,8 @@ def _picture(where: str, source: str | bytes, pages: str | None) -> Stored:
         bits = image.tag_v2.get(258, (1,))
         if len(bits) > 1 and (max(bits) > 8 or len(bits) != len(image.getbands())):
             return _tiff(where, source, pages)
+        if image.tag_v2.get(262) == PHOTOMETRIC.MINISWHITE and image.mode[0] in DEEP:
+            raise _inverted(where)
     if image.format == "PNG":
         orientation, bits, colour_type = _png(source)
         if bits == 16 and colour_type != 0:
@@ -350,7 +352,9 @@ def _tiff(where: str, source: str | bytes, pages: str | None) -> Stored:
         if not set(page.axes) <= set("YXS"):
             raise UserError(f"Image {where} has the axes {page.axes}: store one plane of rows, columns and bands.")
         colour = PHOTOMETRIC(page.photometric)
-        if colour not in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
+        if colour == PHOTOMETRIC.MINISWHITE:
+            raise _inverted(where)
+        if colour not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
             raise UserError(f"Image {where} holds {colour.name} of {page.dtype}: store it as RGB.")
         bands = page.samplesperpixel
         alpha = bool(page.extrasamples) and page.extrasamples[-1] != EXTRASAMPLE.UNSPECIFIED
@@ -382,6 +386,14 @@ def _tiff(where: str, source: str | bytes, pages: str | None) -> Stored:
         orientation in TURNS,
         dtype.newbyteorder("="),
         read,
+    )
+
+
+def _inverted(where: str) -> UserError:
+    """Pillow inverts 8 bits alone, and tifffile nothing."""
+    return UserError(
+        f"Image {where} stores white as 0 in more than 8 bits (TIFF's WhiteIsZero), which would be read as a negative: "
+        "store it with black as 0."
     )
 
 
