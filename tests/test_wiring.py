@@ -10,7 +10,7 @@ from conftest import SMALL, make_batch, small_objective
 from safetensors.torch import load_file
 from test_loop import TINY, arguments, run
 
-from ssl_vit import data, pretrain
+from ssl_vit import data, engine, pretrain
 from ssl_vit.objectives import supervised
 from ssl_vit.objectives.dino import Head
 from ssl_vit.randomness import Order
@@ -115,6 +115,23 @@ def test_mixing_is_as_the_recipe_says(tmp_path, monkeypatch):
     mixing = dict(mixup=0.3, cutmix=0.7, mixup_prob=0.6, mixup_mode="batch")
     trained(tmp_path, "supervised", *(f"objective.{key}={value}" for key, value in mixing.items()))
     assert seen == {(0.3, 0.7, 0.6, "batch")}
+
+
+@pytest.mark.parametrize(
+    ("setting", "module", "function"),
+    [
+        ("runtime.activation_checkpointing=true", engine.recomputation, "recompute"),
+        ("runtime.compile=true", engine.compilation, "compile_blocks"),
+    ],
+)
+def test_blocks_are_recomputed_and_compiled_where_that_is_asked_for(setting, module, function, tmp_path, monkeypatch):
+    """Neither changes a number, so that nothing else would tell."""
+    seen = []
+    monkeypatch.setattr(module, function, lambda blocks, *_: seen.append(len(blocks)))
+    trained(tmp_path, "mae")
+    assert seen == []
+    trained(tmp_path, "mae", setting)
+    assert seen == [3]  # two of the backbone, one of the decoder
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
