@@ -16,6 +16,7 @@ its interval, and accuracy against labels. The same command continues where it w
 """
 
 import argparse
+import json
 import re
 import shlex
 import sys
@@ -51,6 +52,11 @@ class Plan:
         self.threads = max(1, system.cores() // at_once)
         self.jobs: list[Job] = []
         self.ways: list[tuple[Path, list[str], str, str]] = []  # folder, names, how, protocol
+        self.marks: list[Path] = []  # of their evaluations
+        parts = [cli.part(text) for text in args.labels]
+        self.subsets = [(cli.describe_part(p), seed) for p in parts for seed in (args.label_seeds if p else [None])]
+        file = self.folder / "measured.json"  # the test images of what earlier calls measured, by mark
+        self.measured: dict[str, list[str]] = json.loads(file.read_text()) if file.exists() else {}
         self.starts: dict[Path, tuple[Job, list[str]]] = {}  # of training from scratch, and the backbones of its shape
         for source in sources:
             self._pretrained(source)
@@ -107,21 +113,28 @@ class Plan:
         command = [str(commands.script(script.replace("_", "-"))), *arguments, "--threads", str(self.threads)]
         telling = [script, *arguments, *self.images, self.digests.get(str(folder))]  # else old rows would count as new
         mark = folder / "done" / f"{fingerprint(telling, 12)}.json"
-        if mark.exists() and advice.newer(folder, protocol, self.args.data, mark.stat().st_mtime):
-            mark.unlink()  # other images of that name were measured since
+        before = self.measured.get(mark.name)
+        if mark.exists() and before is not None and before != self._tested_on(folder, how, protocol):
+            mark.unlink()  # rows of other images of that name have replaced them
         title = f"{folder.name} {script} {len(self.ways)}"
         self.jobs.append(Job(title, script, [sys.executable, *command], mark, needs))
         self.ways.append((folder, names, how, protocol))
+        self.marks.append(mark)
+
+    def _tested_on(self, folder: Path, how: str, protocol: str) -> list[str]:
+        """What identifies the test images of the rows that are asked for."""
+        found = advice.rows_of(folder, how, protocol, self.args.data)
+        return sorted({str(row.get("images")) for subset, row in found.items() if subset in self.subsets})
 
     def read(self) -> list[Way]:
         """The ways as they were measured. Raises UserError if they were not, or not on the same images."""
-        parts = [cli.part(text) for text in self.args.labels]
-        seeds = self.args.label_seeds
-        subsets = [(cli.describe_part(part), seed) for part in parts for seed in (seeds if part else [None])]
         found = [
-            advice.read(folder, errors.listed(names), how, protocol, self.args.data, subsets)
+            advice.read(folder, errors.listed(names), how, protocol, self.args.data, self.subsets)
             for folder, names, how, protocol in self.ways
         ]
+        for mark, (folder, _, how, protocol) in zip(self.marks, self.ways, strict=True):
+            self.measured[mark.name] = self._tested_on(folder, how, protocol)
+        files.write(self.folder / "measured.json", json.dumps(self.measured))
         if any(not np.array_equal(found[0][1], truth) for _, truth in found):
             raise UserError(f"The images of {self.args.data} have changed: remove {self.folder}, and start again.")
         return [way for way, _ in found]

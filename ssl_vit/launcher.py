@@ -28,8 +28,8 @@ GRACE = "120"  # seconds
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Send a signal to the process that was started. Ctrl-C has reached it already."""
-    if number != signal.SIGINT:
+    """Send a signal to the process that was started. Ctrl-C in a terminal has reached it already."""
+    if number != signal.SIGINT or not sys.stdin.isatty():
         for child in psutil.Process().children():
             child.send_signal(number)
 
@@ -44,7 +44,8 @@ def main() -> int:
         if arguments.machine_rank is None:
             arguments.machine_rank = int(os.environ["SLURM_NODEID"])
     arguments.quiet = False  # else the code of a single process is lost
-    for number in system.heeded():  # torchrun, which starts several processes, replaces these
+    several = arguments.multi_gpu or any((n or 1) > 1 for n in (arguments.num_processes, arguments.num_machines))
+    for number in [] if several else system.heeded():  # torchrun passes them on, but not while it waits for machines
         signal.signal(number, pass_on)
     try:
         launch_command(arguments)

@@ -127,7 +127,7 @@ def _results(run: Path) -> str:
     lines = ["| images | protocol | features | labels | accuracy, % | n |", "|---|---|---|---|---:|---:|"]
     for row in rows:
         n, draw = row["n"], row["subset_seed"]
-        layer = "" if row["layer"] == -1 else f", block {row['layer']}"
+        layer = "" if row["layer"] == -1 else f", block {row['layer'] + 1}"
         labels = f"{row['train_n']:,}" + ("" if draw is None else f", draw {draw}")
         low, high = binomtest(round(row["value"] * n), n).proportion_ci(method="wilson")
         lines.append(

@@ -5,6 +5,7 @@ import json
 import math
 import secrets
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,10 +74,11 @@ def start_trackers(accelerator: Accelerator, path: Path, settings: dict) -> None
 
 
 def _id(path: Path) -> str:
-    """Of this run's records, drawn when it starts first."""
+    """Of this run's records, drawn when it starts first; of a run that has begun without one, what it was then."""
     file = path / "tracker-id.txt"
     if not file.exists():
-        files.write(file, secrets.token_hex(4))
+        begun = (path / "log.jsonl").exists()
+        files.write(file, f"{zlib.crc32(bytes(path.resolve())):x}" if begun else secrets.token_hex(4))
     return file.read_text()
 
 

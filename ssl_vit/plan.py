@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ssl_vit import backbones, data, engine, flops, gradients, optim, overview, system
+from ssl_vit import backbones, data, engine, flops, gradients, optim, overview, recomputation, system
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, nearest
@@ -129,6 +129,8 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     sharded, again = recipe.runtime.engine == "fsdp2", recipe.runtime.activation_checkpointing
     fixed /= devices if sharded else 1
     blocks = engine.blocks(objective) if again else []
+    if again:
+        recomputation.check(blocks)
     each = kept(objective, images.channels, blocks) / (2e9 if precision == "bf16" else 1e9)
     fits = int((kind.memory * USABLE - fixed) / each) // together * together
     if fits < together:
@@ -245,7 +247,8 @@ def kept(objective: Objective, channels: int, blocks: list[nn.Module]) -> float:
 
     def enter(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         nonlocal place
-        keep(inputs[0])
+        if torch.is_grad_enabled():  # not in a teacher's
+            keep(inputs[0])
         inside.append({})
         place = inside[-1]
 

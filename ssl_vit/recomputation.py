@@ -34,9 +34,8 @@ class Recomputed(nn.Module):
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def recompute(blocks: list[nn.Module]) -> None:
-    """Let these blocks recompute their activations, in place. Raises UserError if there are none, or if they must
-    not."""
+def check(blocks: list[nn.Module]) -> None:
+    """Raises UserError if there are no blocks to recompute, or if they must not be."""
     if not blocks:
         raise UserError(
             "runtime.activation_checkpointing=true applies to transformer blocks, and this backbone has none."
@@ -47,4 +46,10 @@ def recompute(blocks: list[nn.Module]) -> None:
                 "runtime.activation_checkpointing=true would count a batch twice in the running statistics of this "
                 "backbone's BatchNorm: leave it false."
             )
+
+
+def recompute(blocks: list[nn.Module]) -> None:
+    """Let these blocks recompute their activations, in place. Raises UserError as `check`."""
+    check(blocks)
+    for block in blocks:
         block.__class__ = type(f"Recomputed{type(block).__name__}", (Recomputed, type(block)), {})

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import sys
-from datetime import datetime
 
 import numpy as np
 import pytest
@@ -93,16 +92,6 @@ def test_rows_of_other_calls_are_not_read(run, tmp_path, monkeypatch):
         advice.read(tmp_path, "mine", FROZEN, "linear-sweep", "digits", [(0.1, 0), (0.2, 0)])
 
 
-def test_rows_that_other_images_replaced_are_told_by_their_time(tmp_path, monkeypatch):
-    """After a/photos, b/photos and a/photos again the marks of the first are there, and the rows of the second."""
-    row = dict(protocol="linear-sweep", eval_data="photos", measured_at="2026-01-01T00:00:00+00:00")
-    monkeypatch.setattr(results, "read", lambda folder: [row])
-    time = datetime.fromisoformat(row["measured_at"]).timestamp()
-    asked = [("linear-sweep", "./b/photos", time + more) for more in (-60, 5)]
-    asked += [("finetune", "./b/photos", time - 60), ("linear-sweep", "digits", time - 60)]
-    assert [advice.newer(tmp_path, *words) for words in asked] == [True, False, False, False]
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -136,6 +125,12 @@ def test_ways_are_measured_and_the_page_is_written(run, monkeypatch, capfd, tmp_
     sentence = said.strip().splitlines()[-3]
     assert sentence.split(":")[0] in page
     assert call(monkeypatch, *words) == 0 and "started" not in capfd.readouterr().out
+    file = tmp_path / "runs/mine/results.jsonl"
+    for row in mine:  # as if another set of that name had been measured since
+        row["images"] = "predictions/images-other.json" if row["protocol"] == "linear-sweep" else row["images"]
+    file.write_text(results.lines(mine))
+    assert call(monkeypatch, *words) == 0 and capfd.readouterr().out.count("started") == 1
+    assert all(row["images"] != "predictions/images-other.json" for row in results.read(file.parent))
     done = next(file for file in (tmp_path / "runs/mine/done").glob("*.json"))
     assert json.loads(done.read_text())["command"].startswith("python eval/")
 

@@ -494,7 +494,8 @@ def test_weights_of_another_attention_are_told(tmp_path, capsys):
     assert "attention" not in capsys.readouterr().out
 
 
-def test_a_model_whose_own_forward_pass_would_not_be_trained_is_refused(monkeypatch):
+@pytest.mark.parametrize("module", ["mine", "ssl_vit.models.gated"])
+def test_a_model_whose_own_forward_pass_would_not_be_trained_is_refused(module, monkeypatch):
     """A ViT of someone else's is run part by part, unless its forward_features does something else."""
 
     class Gated(VisionTransformer):
@@ -503,6 +504,8 @@ def test_a_model_whose_own_forward_pass_would_not_be_trained_is_refused(monkeypa
             return tokens * self.gate
 
         gate = 2.0
+
+    Gated.__module__ = module
 
     def wrapped(model):
         model.pretrained_cfg = dict(architecture="my_gated", input_size=(3, 16, 16))

@@ -224,7 +224,7 @@ def test_scores_that_are_no_accuracies_are_not_on_the_card(mae, tmp_path):
     export.export(str(run), "timm", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| knn-k20 | mean | 9 | 100.0 (98.7 to 100.0) | 300 |" in text
-    assert "| linear-block | mean, block 2 | 9, draw 1 | 25.0 (20.4 to 30.2) | 300 |" in text
+    assert "| linear-block | mean, block 3 | 9, draw 1 | 25.0 (20.4 to 30.2) | 300 |" in text
     assert "segmentation" not in text and "attention" not in text
 
 

@@ -879,7 +879,7 @@ def test_rows_of_other_images_of_one_name_are_replaced_aloud(tmp_path, capsys):
         images = SimpleNamespace(fingerprint=value, name="cifar10", split="test", classes=None, names=None)
         results.write(folder, [dict(row)], [TRUTH], TRUTH, images)
         said = capsys.readouterr().out
-        assert ("rows of other images that are called cifar10 (test) too are replaced" in said) == (value == "b")
+        assert ("rows on cifar10 (test) are replaced that were measured on other images" in said) == (value == "b")
     assert len(results.read(folder)) == 1
 
 

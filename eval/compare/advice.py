@@ -7,7 +7,6 @@ distinguishable from the best, the one that takes the fewest FLOPs is advised.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +54,17 @@ class Way:
 Subset = tuple[float | str, int | None]  # of the labels: label_fraction, and the seed that draws it
 
 
+def rows_of(folder: Path, how: str, protocol: str, data: str) -> dict[Subset, dict]:
+    """The rows of this protocol in this folder, on images of that name, by the subset of the labels."""
+    return {
+        (row["label_fraction"], row["subset_seed"]): row
+        for row in results.read(folder)
+        if (row["protocol"], short(row["eval_data"])) == (protocol, short(data))
+        and (row["pooling"] == "chosen" or how != FROZEN)
+        and not row["split"].startswith("held out")
+    }
+
+
 def read(
     folder: Path, name: str, how: str, protocol: str, data: str, subsets: Sequence[Subset]
 ) -> tuple[Way, np.ndarray]:
@@ -63,13 +73,7 @@ def read(
 
     Raises UserError if it was not measured with each of them.
     """
-    found = {
-        (row["label_fraction"], row["subset_seed"]): row
-        for row in results.read(folder)
-        if (row["protocol"], short(row["eval_data"])) == (protocol, short(data))
-        and (row["pooling"] == "chosen" or how != FROZEN)
-        and not row["split"].startswith("held out")
-    }
+    found = rows_of(folder, how, protocol, data)
     if set(subsets) - found.keys():
         raise UserError(f"{name} was not measured ({how}): see the logs of the jobs that failed.")
     rows = [found[subset] for subset in subsets]
@@ -81,15 +85,6 @@ def read(
         way.by_labels[count] = Measured(correct, flops, seconds)
     with np.load(folder / rows[0]["predictions"]) as stored:
         return way, stored["true"]
-
-
-def newer(folder: Path, protocol: str, data: str, time: float) -> bool:
-    """Whether this folder has rows of this protocol on images of that name that were measured after this time, in
-    seconds: they replaced those of before."""
-    rows = [
-        row for row in results.read(folder) if (row["protocol"], short(row["eval_data"])) == (protocol, short(data))
-    ]
-    return any(datetime.fromisoformat(row["measured_at"]).timestamp() > time + 1 for row in rows)
 
 
 @dataclass

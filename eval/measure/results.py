@@ -111,8 +111,8 @@ def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], i
             known[place_of(row)] = row
             if before.get("images", row.get("images")) != row.get("images"):
                 say_once(
-                    f"{folder}: rows of other images that are called {row['eval_data']} ({row['split']}) too are "
-                    "replaced. Keep sets apart by the names of their folders."
+                    f"{folder}: rows on {row['eval_data']} ({row['split']}) are replaced that were measured on other "
+                    "images of that name, or before its files were written anew."
                 )
         files.write(file, lines(list(known.values())))
 

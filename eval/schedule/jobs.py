@@ -146,11 +146,10 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                     # a pre-training that went on took longer than this part of it
                     times.add(job.kind, max(seconds, results.spent(job.run)["seconds"]) if job.marks else seconds)
                     tell("done", job, f", {seconds:.0f} s")
-    except BaseException:
+    finally:
         stop(running)
-        raise
-    for number, handler in before.items():
-        signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return [job for job in jobs if job.failed]
 
 

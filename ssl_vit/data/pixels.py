@@ -392,8 +392,8 @@ def _tiff(where: str, source: str | bytes, pages: str | None) -> Stored:
 def _inverted(where: str) -> UserError:
     """Pillow inverts 8 bits alone, and tifffile nothing."""
     return UserError(
-        f"Image {where} stores white as 0 in more than 8 bits (TIFF's WhiteIsZero), which would be read as a negative: "
-        "store it with black as 0."
+        f"Image {where} stores white as 0 (TIFF's WhiteIsZero) in more than 8 bits or in several bands, which would be "
+        "read as a negative: store it with black as 0."
     )
 
 
