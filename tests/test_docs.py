@@ -111,7 +111,7 @@ def check(words: list[str]) -> None:
             return
     elif words[0] == "./launch.sh":
         return check_launch(words[1:], usage)
-    elif launcher is not None or words[0] == "python":
+    elif launcher is not None or "python" in words:
         at = next(i for i, word in enumerate(words) if i > (launcher or 0) and (word.endswith(".py") or word == "-m"))
         file, arguments = words[at], words[at + 1 :]
         if file == "-m":

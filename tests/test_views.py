@@ -90,9 +90,8 @@ def test_clipped_boxes_follow_the_law_of_mae_s_linear_probe(height, width):
     top = rng.integers(0, height - h + 1)
     for mine, theirs in ((ours[:, 2] * ours[:, 3], h * w), (ours[:, 3] / ours[:, 2], w / h), (ours[:, 0], top)):
         assert ks_2samp(mine, theirs).pvalue > 0.001
-    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all() and (ours[:, 2:] == [height, width]).all(
-        1
-    ).mean() > 0.02
+    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
+    assert (ours[:, 2:] == [height, width]).any(1).mean() > 0.05
     usual = views.boxes("v", View((8, 8), scale=(0.08, 1.0)), rows(n), height, width)[:, 0].numpy()
     assert ks_2samp(usual[:, 2] * usual[:, 3], h * w).pvalue < 1e-6  # else nothing was tested
 
