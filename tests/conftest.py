@@ -1,10 +1,14 @@
 """What the tests share: one thread, a private cache, scripts in a child, and small objectives on made-up images."""
 
+import contextlib
+import faulthandler
 import fcntl
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,11 +109,25 @@ def start(main: Callable[[], int], folder: Path, log: Path, *arguments: str) -> 
     return process
 
 
+def join(processes: list[multiprocessing.Process], timeout: float) -> None:
+    """Wait until they have ended. Those that have not after so many seconds write into their log where they are."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGQUIT)
+    if late:
+        time.sleep(1)  # which writing takes
+
+
 def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[str, ...]) -> None:
     # tqdm's own lock is one for parent and children: a child killed while it draws its bar would keep it from all.
     tqdm.set_lock(threading.RLock())
     AcceleratorState._reset_state(reset_partial_state=True)  # else it is as many processes as the parent was
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    faulthandler.register(signal.SIGQUIT, sys.stderr)
     os.chdir(folder)
     sys.argv = [f"{main.__module__.replace('.', '/')}.py", *arguments]
     errors.run(main)

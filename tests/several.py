@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sklearn.datasets  # noqa: F401  # which the children would each import for seconds
 import torch._dynamo  # noqa: F401
-from conftest import CLOSE, start
+from conftest import CLOSE, join, start
 from torch.distributed import TCPStore
 
 
@@ -37,9 +37,8 @@ class Several:
             os.environ.update(before)
 
     def wait(self, timeout: float = 120) -> list[int | None]:
-        """Their exit codes, of those that end in time."""
-        for process in self.processes:
-            process.join(timeout)
+        """Their exit codes, of those that end in time. `said` then has the tracebacks of the others."""
+        join(self.processes, timeout)
         codes = [process.exitcode for process in self.processes]
         self.close()
         return codes

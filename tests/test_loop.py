@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, small_objective, small_recipe, start
+from conftest import SMALL, join, small_objective, small_recipe, start
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -52,8 +52,8 @@ class Started:
         self.process = start(pretrain.main, folder, self.log, *arguments)
 
     def wait(self, timeout: float = 120) -> int:
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, "still running"
+        join([self.process], timeout)
+        assert self.process.exitcode is not None, f"still running: {self.said}"
         return self.process.exitcode
 
     def kill(self, number: int = signal.SIGKILL) -> int:
