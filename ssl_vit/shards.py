@@ -36,6 +36,7 @@ def share(tensors: Tensors, index: int, processes: int) -> Tensors:
 def write(folder: Path, tensors: Tensors, group: dist.ProcessGroup) -> None:
     """Raises OSError or RuntimeError on all processes if one of them cannot write, and peers.Lost if one has gone."""
     try:
+        dist.barrier(group)  # the first process has removed by now what an earlier run left in the folder's place
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
     except CheckpointException as error:  # no Exception: it would pass for a signal
         raise _first(error) from None

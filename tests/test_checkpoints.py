@@ -16,7 +16,7 @@ from several import Several
 from test_engine import started, state
 from test_loop import Started, arguments, log_of, steps_done, until
 
-from ssl_vit import checkpoint, engine, optim, pretrain, shards
+from ssl_vit import checkpoint, engine, files, optim, pretrain, shards
 from ssl_vit.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -82,6 +82,24 @@ def test_what_was_saved_is_loaded_bit_for_bit(before, after, tmp_path):
         loaded = torch.load(tmp_path / f"load-{rank}.pt")
         assert loaded.keys() == saved.keys()
         assert [key for key, value in saved.items() if not torch.equal(loaded[key], value)] == []
+
+
+def save_after_a_slow_look() -> int:
+    """The first process takes a second between finding out what lies at the checkpoint's place and removing it."""
+
+    def slowly(path: Path) -> None:
+        folder = path.is_dir()
+        time.sleep(1)
+        shutil.rmtree(path) if folder else path.unlink(missing_ok=True)
+
+    if os.environ["RANK"] == "0":
+        files.remove = slowly
+    return exchange()
+
+
+def test_no_process_writes_before_the_first_has_cleared_the_place(tmp_path):
+    several = Several(save_after_a_slow_look, tmp_path, "save", "ddp", str(tmp_path))
+    assert several.wait() == [0, 0], several.said
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
