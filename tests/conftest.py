@@ -125,6 +125,8 @@ def join(processes: list[multiprocessing.Process], timeout: float) -> None:
 def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[str, ...]) -> None:
     # tqdm's own lock is one for parent and children: a child killed while it draws its bar would keep it from all.
     tqdm.set_lock(threading.RLock())
+    # The first such call after a fork makes torch's thread pool anew: two threads of autograd at once end the process.
+    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # else it is as many processes as the parent was
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     faulthandler.register(signal.SIGQUIT, sys.stderr)

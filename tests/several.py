@@ -1,6 +1,9 @@
 """Several processes of a script, as a launcher starts them, in children that share the imports."""
 
+import multiprocessing
 import os
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,24 +13,37 @@ from conftest import CLOSE, join, start
 from torch.distributed import TCPStore
 
 
+def hold(listener: socket.socket) -> int:
+    """Keep a store at this socket until killed."""
+    port = listener.getsockname()[1]
+    store = TCPStore(  # noqa: F841  # which lives as long as its name
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    signal.pause()
+    return 0
+
+
 class Several:
     """A script's main in `count` children, which find each other as torchrun's do. log: what all of them say."""
 
     def __init__(self, main: Callable[[], int], folder: Path, *arguments: str, count: int = 2, **environment: str):
         self.log = folder / "said-by-all.txt"
         self.log.unlink(missing_ok=True)
-        # as in torchrun, whose own process holds the store
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        port = listener.getsockname()[1]
         common = dict(
             WORLD_SIZE=str(count),
             LOCAL_WORLD_SIZE=str(count),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(self.store.port),
+            MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
         before = dict(os.environ)
-        self.processes = []
+        self.processes: list[multiprocessing.Process] = []
+        # as in torchrun, a process of its own; with the store's thread in this one, forks hung, one launch in a hundred
+        self.store = start(lambda: hold(listener), folder, self.log)
         CLOSE.append(self.close)
+        listener.close()
         try:
             for rank in range(count):
                 os.environ.update(common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) | environment)
@@ -44,10 +60,9 @@ class Several:
         return codes
 
     def close(self) -> None:
-        """End them, and the thread of their store."""
-        for process in self.processes:
+        """End them, and their store."""
+        for process in [*self.processes, self.store]:
             process.kill()
-        self.store = None
 
     @property
     def said(self) -> str:
