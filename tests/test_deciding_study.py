@@ -36,9 +36,7 @@ def miniature(name: str) -> dict:
         for line in arm["evaluators"]:
             line[:] = [word for word in line if not word.startswith("train.")]
             line += EVALUATION if line[0] == "finetune" else []
-        arm["evaluators"] = [
-            line if line[0] == "finetune" else ["knn", "--labels", "50%"] for line in arm["evaluators"]
-        ]
+        arm["evaluators"] = [["knn", "--labels", "50%"] if line[0] == "knn" else line for line in arm["evaluators"]]
     return plan
 
 
@@ -126,7 +124,7 @@ def test_it_goes_on_from_packed_results_after_the_runs_are_lost(done, tmp_path, 
         for line in capfd.readouterr().out.splitlines()
         if "started" in line
     ]
-    assert started == [f"{run.name} pre-training", f"{run.name} knn-0"]
+    assert started == [f"{run.name} pre-training", f"{run.name} knn-1"]
     values = [
         sorted((row["protocol"], row["pooling"], row["value"]) for row in rows) for rows in (before, results.read(run))
     ]

@@ -247,6 +247,9 @@ def learning(**arms):
     return arms | dict(b=dict(recipe="beit", settings=["objective.tokenizer={c}"]))
 
 
+LP10 = ["linear_probe", "--labels", "10%"]
+
+
 def deciding():
     """The arms that a plan needs to decide, and one more."""
     return {
@@ -261,7 +264,7 @@ def deciding():
 @pytest.mark.parametrize(
     ("narrowed", "settings", "decides", "words"),
     [
-        ((2, None, "knn", False), ["runtime.compile=false"], True, ["evaluators=knn"]),
+        ((2, None, "linear_probe", False), ["runtime.compile=false"], True, ["evaluators=linear_probe"]),
         ((5, None, None, False), [], False, []),  # more seeds than were planned are as bad as fewer
         ((1, None, None, False), [], False, ["seeds=1"]),
         ((None, None, None, False), ["train.flops=2e9"], True, []),
@@ -278,7 +281,7 @@ def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tm
     monkeypatch.chdir(tmp_path)
     arms = deciding()
     tuning = dict(flops=1e8, seed=100, judge=["knn"])
-    write_plan(tmp_path, arms=arms, seeds=2, budgets=[1e9, 2e9], decides=True, tuning=tuning)
+    write_plan(tmp_path, arms=arms, seeds=2, budgets=[1e9, 2e9], decides=True, tuning=tuning, evaluators=[LP10])
     plan = plans.read("tiny.yaml")
     assert plan.narrow(*narrowed) == words
     plan.spend(settings)
@@ -292,9 +295,9 @@ def test_some_of_the_evaluators_decide_nothing(evaluators, decides, tmp_path, mo
     """Of the claims that they leave, the levels would be too low."""
     monkeypatch.chdir(tmp_path)
     arms = deciding()
-    arms["random"]["evaluators"] = [["finetune"]]
+    arms["random"]["evaluators"] = [LP10, ["finetune"]]
     tuning = dict(flops=1e8, seed=100, judge=["knn"])
-    lines = [["knn", "--k", "5"], ["linear_probe"]]
+    lines = [["knn", "--k", "5"], LP10]
     write_plan(tmp_path, arms=arms, seeds=2, budgets=[2e9], decides=True, tuning=tuning, evaluators=lines)
     plan = plans.read("tiny.yaml")
     plan.narrow(None, None, evaluators, False)
@@ -305,7 +308,7 @@ def test_the_plan_s_own_number_of_seeds_changes_nothing(tmp_path, monkeypatch):
     """Those of an arm with fewer stay."""
     monkeypatch.chdir(tmp_path)
     arms = deciding() | dict(check=dict(recipe="supervised", role="positive-check", settings=TINY, seeds=1))
-    write_plan(tmp_path, arms=arms, seeds=2, budgets=[2e9], decides=True)
+    write_plan(tmp_path, arms=arms, seeds=2, budgets=[2e9], decides=True, evaluators=[LP10])
     plan = plans.read("tiny.yaml")
     assert plan.narrow(2, None, None, False) == [] and plan.decides
     assert (plan.seeds_of("mae"), plan.seeds_of("check")) == (2, 1)
@@ -426,7 +429,7 @@ def test_the_manifest_says_what_was_planned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tuning = dict(flops=1e8, seed=123, judge=["knn", "--labels", "10%"])
     arms = deciding() | dict(check=dict(recipe="supervised", role="positive-check", seeds=1, settings=TINY))
-    made = a_study(tmp_path, arms=arms, budgets=[1e9], seeds=2, decides=True, tuning=tuning)
+    made = a_study(tmp_path, arms=arms, budgets=[1e9], seeds=2, decides=True, tuning=tuning, evaluators=[LP10])
     said = json.loads(made.describe(made.trainings()))
     assert (said["plan"], said["data"], said["decides"], said["seeds"], said["budget"]) == (
         "tiny",
@@ -589,7 +592,19 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         ),
         (dict(arms=dict(a=dict(recipe="mae", seeds=0))), "seeds of arm 'a' of tiny.yaml must be a whole number from 1"),
         (dict(arms=dict(a=dict(recipe="mae", evaluators=5))), "evaluators of arm 'a' of tiny.yaml must be a list"),
-        (dict(decides=True, arms=deciding()), "not meant for the digits"),
+        (dict(decides=True, arms=deciding(), evaluators=[LP10]), "not meant for the digits"),
+        (dict(decides=True, arms=deciding()), "so mae, with the role masking, needs a linear probe with 10 %"),
+        (
+            dict(
+                decides=True, arms=deciding() | dict(short=dict(like="mae", evaluators=[["knn"]], role="equal-images"))
+            )
+            | dict(evaluators=[LP10]),
+            "so short, with the role equal-images, needs a linear probe",
+        ),
+        (
+            dict(decides=True, arms=deciding(), evaluators=[[*LP10, "--preset", "logistic"]]),
+            "so mae, with the role masking, needs a linear probe",
+        ),
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of masking, noise"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "not an evaluator"),

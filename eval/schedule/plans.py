@@ -259,7 +259,8 @@ def _check_sources(plan: Plan, path: Path) -> None:
 
 
 def _check_roles(plan: Plan, path: Path) -> None:
-    """Raises UserError if a plan that decides lacks an arm that its claims are about, or has two."""
+    """Raises UserError if a plan that decides lacks an arm that its claims are about, or has two, or if one lacks the
+    linear probe by which all of them are compared."""
     roles = [arm.role for arm in plan.arms.values()]
     for role in CLAIMED:
         if roles.count(role) != 1:
@@ -270,6 +271,17 @@ def _check_roles(plan: Plan, path: Path) -> None:
     for role in CHECKS:
         if roles.count(role) > 1:
             raise UserError(f"{path} decides, so at most one arm may have the role {role}, not {roles.count(role)}.")
+    for name, arm in plan.arms.items():
+        if arm.role in (*CLAIMED, *CHECKS) and not any(map(_is_probe, plan._lines(name))):
+            raise UserError(
+                f"{path} decides, so {name}, with the role {arm.role}, needs a linear probe with 10 % of the labels: "
+                "add [linear_probe, --labels, 10%] to its evaluators."
+            )
+
+
+def _is_probe(line: list[str]) -> bool:
+    """Whether an evaluator is the linear probe that the rule reads (LP10)."""
+    return line[0] == "linear_probe" and "10%" in line and not {"logistic", "mae", "dino", "--per-block"} & set(line)
 
 
 def _check(what: Plan | Arm | Tuning, kinds: dict[str, type], where: str) -> None:
