@@ -327,6 +327,13 @@ def test_a_length_on_the_command_line_replaces_the_budgets(tmp_path, monkeypatch
     assert plan.spend(["train.flops=1e10", "optim.lr=1"]) == ["optim.lr=1"]
     assert plan.budgets == [1e10] and plan.tuning.flops == pytest.approx(5e8)  # trials keep their share
     assert plan.evaluators_of("mae") == [["finetune", "--extra-flops", "1e+10"]]
+    half = dict(mae=dict(recipe="mae", settings=MAE[:-1], budget=0.25))
+    longer = [["finetune", "--extra-flops", "rest"], ["knn"]]
+    write_plan(tmp_path, budgets=["1e9"], arms=half, controls=[], evaluators=longer)
+    plan = plans.read("tiny.yaml")
+    assert plan.evaluators_of("mae") == [["finetune", "--extra-flops", "7.5e+08"], ["knn"]]
+    assert plan.spend(["train.flops=2e9"]) == []
+    assert plan.evaluators_of("mae") == [["finetune", "--extra-flops", "1.5e+09"], ["knn"]]
     with pytest.raises(UserError, match="give train.flops instead of train.epochs"):
         plans.read("tiny.yaml").spend(["train.epochs=3"])
 
@@ -611,7 +618,15 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (dict(arms=learning(), budgets=["1e9"]), "learns from the run of 'c', which is no arm above it"),
         (dict(arms=learning(c=dict(recipe="tokenizer"))), "learns from the run of 'c', which needs budgets"),
         (dict(arms=learning(c=dict(recipe="tokenizer", seeds=1)), seeds=2, budgets=["1e9"]), "which has fewer seeds"),
-        (dict(evaluators=[["finetune", "--extra-flops", "budget"]]), "the plan has no budgets: add them"),
+        (
+            dict(evaluators=[["finetune", "--extra-flops", "budget"]]),
+            "word budget, but the plan has no budgets",
+        ),
+        (dict(evaluators=[["finetune", "--extra-flops", "rest"]]), "word rest, but the plan has no budgets"),
+        (
+            dict(evaluators=[["finetune", "--extra-flops", "rest"]], budgets=["1e9"]),
+            "arm 'mae' of tiny.yaml uses the word rest: give the plan one budget, and the arm a part of it",
+        ),
         (dict(arms={}), "arms of tiny.yaml"),
         (dict(seeds="3"), "seeds of tiny.yaml"),
         (dict(arms={a: dict(recipe="mae", settings=MAE) for a in "ab"}), "the same as 'a'"),

@@ -26,6 +26,7 @@ CLAIMED = ("masking", "noise", "autoencoder", "scratch")
 CHECKS = ("equal-images", "positive-check", "negative-check")
 ROLES = ("", *CLAIMED, *CHECKS, "control")
 FIRST_SEED = 100  # of tuning: below are the seeds that decide
+SPENT = ("budget", "rest")  # words of an evaluator that stand for FLOPs
 LEARNS_FROM = re.compile(r"(?P<key>[^=]+)=\{(?P<arm>[^{}]+)\}")  # a setting whose value is the run of another arm
 
 
@@ -63,7 +64,8 @@ class Tuning:
 
 @dataclass
 class Plan:
-    """evaluators: each a name and its arguments, where `budget` stands for the largest of the budgets.
+    """evaluators: each a name and its arguments, where `budget` stands for the largest of the budgets, and `rest` for
+    what an arm that gets a part of it leaves.
 
     budgets: training FLOPs; every arm is trained at each of them, with a full schedule of its own. seeds: the arms are
     trained with the seeds below this number. decides: whether the verdict's rule (docs/denoising-study.md) is meant to
@@ -94,7 +96,11 @@ class Plan:
 
     def evaluators_of(self, arm: str) -> list[list[str]]:
         lines = self._lines(arm)
-        return [[f"{max(self.budgets):g}" if word == "budget" else word for word in line] for line in lines]
+        if not any(map(_spends, lines)):
+            return lines
+        whole = max(self.budgets)
+        flops = dict(budget=f"{whole:g}", rest=f"{whole * (1 - self.arms[arm].budget):g}")
+        return [[flops.get(word, word) for word in line] for line in lines]
 
     def narrow(self, seeds: int | None, arms: str | None, evaluators: str | None, untuned: bool) -> list[str]:
         """Keep a part of the plan, by comma-separated names, or change its number of seeds; returns what was changed.
@@ -162,7 +168,7 @@ class Plan:
             self.budgets = [flops]
             return [text for text in settings if text not in lengths]
         lines = [line for arm in self.arms for line in self._lines(arm)]
-        if self.tuning or any("budget" in line for line in lines) or any(map(self.learns_from, self.arms)):
+        if self.tuning or any(map(_spends, lines)) or any(map(self.learns_from, self.arms)):
             raise UserError(f"{self.name} compares at equal compute: give train.flops instead of {key}.")
         self.budgets, self.decides = [], False
         return settings
@@ -201,8 +207,7 @@ def read(name: str) -> Plan:
     _check_sources(plan, path)
     if plan.decides:
         _check_roles(plan, path)
-    if not plan.budgets and any("budget" in line for arm in plan.arms for line in plan._lines(arm)):
-        raise UserError(f"An evaluator of {path} uses the word budget, but the plan has no budgets: add them.")
+    _check_spent(plan, path)
     return plan
 
 
@@ -243,6 +248,17 @@ def _check_likes(plan: Plan, path: Path) -> None:
             raise UserError(f"Arm {name!r} of {path} cannot be like {arm.like!r}: name one of {', '.join(own)}.")
 
 
+def _check_spent(plan: Plan, path: Path) -> None:
+    """Raises UserError if an evaluator is to spend of budgets that the plan does not have."""
+    for name, arm in plan.arms.items():
+        for word in (word for line in plan._lines(name) for word in line if word in SPENT):
+            where = f"An evaluator of arm {name!r} of {path} uses the word {word}"
+            if not plan.budgets:
+                raise UserError(f"{where}, but the plan has no budgets: add them.")
+            if word == "rest" and (arm.budget >= 1 or len(plan.budgets) > 1):
+                raise UserError(f"{where}: give the plan one budget, and the arm a part of it (budget: 0.5).")
+
+
 def _check_sources(plan: Plan, path: Path) -> None:
     """Raises UserError if an arm names the run of another that is not there in time, or whose cost nobody charges."""
     above: list[str] = []
@@ -277,6 +293,11 @@ def _check_roles(plan: Plan, path: Path) -> None:
                 f"{path} decides, so {name}, with the role {arm.role}, needs a linear probe with 10 % of the labels: "
                 "add [linear_probe, --labels, 10%] to its evaluators."
             )
+
+
+def _spends(line: list[str]) -> bool:
+    """Whether an evaluator's arguments depend on the plan's budgets."""
+    return not set(SPENT).isdisjoint(line)
 
 
 def _is_probe(line: list[str]) -> bool:
