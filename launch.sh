@@ -74,10 +74,31 @@ die() {
 }
 
 show() {  # print a command as one could type it, then run it
+  local name child code=0 again
   printf '\n$'
   printf ' %q' "$@"
   printf '\n'
-  "$@"
+  # A signal to this shell alone would end it and leave the command running. From a terminal SIGINT reaches both.
+  for name in TERM HUP USR1 USR2; do
+    # shellcheck disable=SC2064  # the name is this one's
+    trap "signalled=yes; kill -$name \$child 2>/dev/null || :" "$name"
+  done
+  trap 'signalled=yes' INT
+  signalled="" child=""
+  (
+    trap - INT QUIT TERM HUP USR1 USR2
+    exec "$@"
+  ) <&0 &
+  child=$!
+  [ -z "$signalled" ] || kill -TERM "$child" 2>/dev/null || :
+  wait "$child" || code=$?
+  while [ -n "$signalled" ]; do  # it ended that wait, and the command may still be saving
+    signalled="" again=0
+    wait "$child" 2>/dev/null || again=$?
+    [ "$again" -eq 127 ] || code=$again  # 127: it had ended
+  done
+  trap - INT TERM HUP USR1 USR2
+  return "$code"
 }
 
 recipes() {
@@ -257,7 +278,13 @@ EOF
 
 ready() {  # set up, then enter the environment and say what it computes on
   local found
+  exec 9<"$root/pyproject.toml"  # one set-up at a time
+  if command -v flock >/dev/null && ! flock -n 9; then
+    echo "Waiting for another launch.sh that installs."
+    flock 9 || :
+  fi
   set_up "$@"
+  exec 9<&-
   export PATH="$prefix/bin:$PATH"
   found=$(describe_device)
   processes=${found%%$'\n'*}

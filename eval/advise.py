@@ -55,8 +55,7 @@ class Plan:
         self.marks: list[Path] = []  # of their evaluations
         parts = [cli.part(text) for text in args.labels]
         self.subsets = [(cli.describe_part(p), seed) for p in parts for seed in (args.label_seeds if p else [None])]
-        file = self.folder / "measured.json"  # the test images of what earlier calls measured, by mark
-        self.measured: dict[str, list[str]] = json.loads(file.read_text()) if file.exists() else {}
+        self.measured: dict[str, list[str]] = {}  # the test images of what was measured, by mark
         self.starts: dict[Path, tuple[Job, list[str]]] = {}  # of training from scratch, and the backbones of its shape
         for source in sources:
             self._pretrained(source)
@@ -113,13 +112,19 @@ class Plan:
         command = [str(commands.script(script.replace("_", "-"))), *arguments, "--threads", str(self.threads)]
         telling = [script, *arguments, *self.images, self.digests.get(str(folder))]  # else old rows would count as new
         mark = folder / "done" / f"{fingerprint(telling, 12)}.json"
-        before = self.measured.get(mark.name)
-        if mark.exists() and before is not None and before != self._tested_on(folder, how, protocol):
-            mark.unlink()  # rows of other images of that name have replaced them
         title = f"{folder.name} {script} {len(self.ways)}"
         self.jobs.append(Job(title, script, [sys.executable, *command], mark, needs))
         self.ways.append((folder, names, how, protocol))
         self.marks.append(mark)
+
+    def resume(self) -> None:
+        """Read what earlier calls measured, and forget what rows of other images of that name have replaced since."""
+        file = self.folder / "measured.json"
+        self.measured = json.loads(file.read_text()) if file.exists() else {}
+        for mark, (folder, _, how, protocol) in zip(self.marks, self.ways, strict=True):
+            before = self.measured.get(mark.name)
+            if before is not None and before != self._tested_on(folder, how, protocol):
+                mark.unlink(missing_ok=True)
 
     def _tested_on(self, folder: Path, how: str, protocol: str) -> list[str]:
         """What identifies the test images of the rows that are asked for."""
@@ -208,15 +213,22 @@ def main() -> int:
         raise UserError(f"{args.data} has no labels to learn: eval/embed.py shows what is in images without labels.")
     test = data.load(recipes.Data(name=args.data), "report", images.classes)
     plan = Plan(args, open_all(args), args.jobs, [images.fingerprint, test.fingerprint])
-    failed = work(plan.jobs, args.jobs, plan.folder)
+    with files.Lock(plan.folder / ".lock", wait=False, refusal="wait for it, or stop it."):
+        return run(plan, images.name)
+
+
+def run(plan: Plan, name: str) -> int:
+    """Do what is left, and write the page about the images of this name. Returns the exit code."""
+    plan.resume()
+    failed = work(plan.jobs, plan.args.jobs, plan.folder)
     if failed:
         say(f"{len(failed)} of {len(plan.jobs)} jobs failed. Fix the errors above, then run the command again.")
         return 1
     found = advice.advise(plan.read())
     command = shlex.join([*commands.documented("advise"), *sys.argv[1:]])
     page = plan.folder / "advice.html"
-    title = f"Does pre-training help on {images.name}?"
-    files.write(page, html(title, advice_section.blocks(found, images.name, command)))
+    title = f"Does pre-training help on {name}?"
+    files.write(page, html(title, advice_section.blocks(found, name, command)))
     say(f"\n{found.sentence}\n\nWritten: {page}")
     return 0
 

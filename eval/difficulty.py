@@ -31,7 +31,6 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor
 
 from eval.measure import cli, features, results
@@ -53,7 +52,7 @@ def evaluate(run: Path) -> dict | None:
         say(f"{run} was not pre-trained by this code, so it has no task to measure.")
         return None
     recipe = pretrain.read(str(run / "recipe.yaml"), [], None)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = cli.processes()
     images = data.load(recipe.data, "train").to(state.device)
     objective = pretrain.build(recipe, images).to(state.device).eval()
     views = pretrain.fit_images(recipe, images, state.device)
@@ -65,10 +64,10 @@ def evaluate(run: Path) -> dict | None:
             f"{run} has nothing to measure: its objective, {recipe.objective_name}, does not recover a corrupted image."
         )
         return None
-    files.write(
-        run / "difficulty.json",
-        json.dumps(errors_of_run | results.SURROUNDINGS | dict(measured_at=results.now()), indent=1),
-    )
+    if state.is_main_process:
+        about = errors_of_run | results.SURROUNDINGS | dict(measured_at=results.now())
+        with results.lock(run):
+            files.write(run / "difficulty.json", json.dumps(about, indent=1))
     return errors_of_run
 
 

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()
     system.set_threads(args.threads or "auto")
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = cli.processes()
     given = recipes.Data(name=args.data) if args.data else None
     source = features.open_source(args.backbone, given, None)
     source.precision = system.precision(args.precision, state.device.type == "cuda")

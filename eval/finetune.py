@@ -33,7 +33,7 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from eval.measure import cli, features, kept_trials, rates, results
 from eval.measure.fine_tuning import Schedule, parse
@@ -314,13 +314,15 @@ def attempt(
     """(what a training by this recipe predicts for the images to judge on, the cost of both, the commit of the code),
     unless that is kept from an earlier call: then neither is done again."""
     name = f"lr-{recipe.optim.lr:g}-{named_by(source, recipe, train)}"
-    if kept := kept_trials.read(source.folder, name, judge):
+    main = request.state.is_main_process  # which alone looks: all must do the same
+    [kept] = broadcast_object_list([kept_trials.read(source.folder, name, judge) if main else None])
+    if kept:
         return kept[0], Cost(**kept[1]), kept[2]
     path = place(source, recipe, train)
     tune(recipe, path)
     answer, judging = predict(path, judge, request.state)
     cost = trained(path) + judging
-    if request.state.is_main_process:
+    if main:
         kept_trials.write(source.folder, name, answer, cli.labels_of(judge), judge, dataclasses.asdict(cost))
     return answer, cost, COMMIT
 

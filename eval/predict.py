@@ -148,7 +148,7 @@ def main() -> None:
     if args.output and args.output.suffix not in (".csv", ".parquet"):
         raise UserError(f"--output {args.output} must end in .csv or .parquet.")
     system.set_threads(args.threads or "auto")
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = cli.processes()
     given = recipes.Data(name=args.data)
     source = features.open_source(args.backbone, given, None)
     source.precision = system.precision(args.precision, state.device.type == "cuda")

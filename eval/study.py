@@ -125,8 +125,9 @@ def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None =
         say(f"Chosen for {arm}: {' '.join(settings)}")
     trainings = study.trainings()
     manifest = study.describe(trainings)
-    for folder in (study.folder, packed.folder if packed else study.folder):
-        files.write(folder / "study.json", manifest)
+    files.write(study.folder / "study.json", manifest)
+    if packed:
+        packed.describe(manifest)
     everything = needed(study.jobs(trainings))
     failed = work(everything, at_once, study.folder, keep)
     folders = [training.run for training in trainings] + list(study.controls().values())

@@ -21,13 +21,19 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -40,6 +46,9 @@ from ssl_vit.errors import UserError, listed, say
 from ssl_vit.objectives.base import Objective
 
 Kind = Literal["plain", "ddp", "fsdp2"]
+# that processes wait for one another: NCCL's 10 minutes are too few where the first one lists the images to show at the
+# end on a slow file system; a group that hangs costs so much at most
+PATIENCE = timedelta(hours=2)
 SEEN_WITHIN = 60  # seconds, in which every machine sees a new file: a network file system remembers what was missing
 
 # -- starting ---------------------------------------------------------------------------------------------------------
@@ -54,6 +63,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
             cpu=not torch.accelerator.is_available(),  # else torchrun's processes on a CPU do not form a group
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             log_with=names or None,
             project_dir=path,
             dynamo_backend="no",  # of `accelerate config`: it would turn TF32 on and compile the whole model
@@ -224,6 +234,14 @@ class Engine:
         dist.all_reduce(found, dist.ReduceOp.MAX, self._flags)
         return bool(found)
 
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self._flags is None:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MIN, self._flags)
+        return int(found)
+
     def agree(self, asked: Asked) -> Asked:
         """What any process was asked: one step before, where there are several, so that none waits for the answer."""
         if self._flags is None:
@@ -265,6 +283,7 @@ class Engine:
     def _write(self, group: dist.ProcessGroup, run: checkpoint.Run, step: int, share: shards.Tensors) -> None:
         with run.saving(step) if self.first else run.helping(step) as partial:
             shards.write(partial, share, group)
+        shards.meet(group)  # until it is in place: the first process ends where another has gone
 
     def load(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
         """Read a checkpoint of any number of processes. Raises UserError if it is damaged; RuntimeError, ValueError or
@@ -345,7 +364,7 @@ class Engine:
 
 def gloo_group() -> dist.ProcessGroup:
     """All processes, over the network: what passes there does not wait for the devices."""
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

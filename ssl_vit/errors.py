@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 
 from ssl_vit import peers
 
+BUSY = 75  # the exit code after Busy: sysexits.h's EX_TEMPFAIL, for what may be tried again
+
 
 class UserError(Exception):
     """Something only the user can mend. The message names the thing and the remedy.
@@ -19,6 +21,10 @@ class UserError(Exception):
         several = [f"{len(sentences)} mistakes:", *(f"- {sentence}" for sentence in sentences)]
         super().__init__(sentences[0] if len(sentences) == 1 else "\n".join(several))
         self.sentences = sentences
+
+
+class Busy(UserError):
+    """A folder that another process is writing: what was asked for can be done when that one has ended."""
 
 
 class Diverged(UserError):
@@ -62,7 +68,7 @@ def listed(words: list[str]) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2.
+    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2, or BUSY after Busy.
 
     Of several processes the first that fails speaks for all, and each ends at once: what is left undone may wait for
     one that has gone.
@@ -73,7 +79,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise UserError(peers.introduction())
         code = main() or 0
     except UserError as error:
-        message, code = f"error: {error}", 2
+        message, code = f"error: {error}", BUSY if isinstance(error, Busy) else 2
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of the output has gone, as `head` does
@@ -85,7 +91,7 @@ def run(main: Callable[[], int | None]) -> None:
         message, code = peers.message(error), 1
     if message and peers.failed_first():
         print(f"\n{message}" if peers.several() else message, file=sys.stderr)  # below the first one's progress bar
-    if code in (1, 2) and peers.several():
+    if code in (1, 2, BUSY) and peers.several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -20,8 +20,9 @@ from pathlib import Path
 import filelock
 from safetensors import SafetensorError
 
-from ssl_vit.errors import UserError
+from ssl_vit.errors import Busy, UserError, say
 
+PATIENCE = 10  # seconds that a lock is waited for without a word
 ROOM = "Make room, or choose another place, and start the same command again."
 
 
@@ -80,23 +81,29 @@ def cannot_write(target: Path, error: Exception, remedy: str = ROOM) -> UserErro
 class Lock:
     """One process at a time, until the block or the process ends; a file beside the lock holds its pid and machine.
 
-    Raises UserError if the folder cannot be written; with wait=False also if another process holds the lock, naming it:
+    Raises UserError if the folder cannot be written; with wait=False Busy if another process holds the lock, naming it:
     `refusal` then follows "FOLDER is being written by process PID on MACHINE: ".
     """
 
     def __init__(self, file: Path, wait: bool = True, refusal: str = "wait for it.", remedy: str = ROOM):
         self.file, self.refusal, self.remedy = file, refusal, remedy
         self.holder = file.with_name(f"{file.name}.holder")
-        self._lock = filelock.FileLock(file, timeout=-1 if wait else 0, thread_local=False)
+        self.wait = wait
+        self._lock = filelock.FileLock(file, thread_local=False)
 
     def __enter__(self) -> "Lock":
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            try:
+                self._lock.acquire(timeout=PATIENCE if self.wait else 0)
+            except filelock.Timeout:
+                holder = f"process {self.holder.read_text()}" if self.holder.exists() else "another process"
+                held = f"{self.file.parent} is being written by {holder}"
+                if not self.wait:
+                    raise Busy(f"{held}: {self.refusal}") from None
+                say(f"{held}: waiting for it.")
+                self._lock.acquire()
             self.holder.write_text(f"{os.getpid()} on {platform.node()}")
-        except filelock.Timeout:
-            holder = f"process {self.holder.read_text()}" if self.holder.exists() else "another process"
-            raise UserError(f"{self.file.parent} is being written by {holder}: {self.refusal}") from None
         except OSError as error:
             self._lock.release()
             raise cannot_write(self.file.parent, error, self.remedy) from None

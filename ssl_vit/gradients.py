@@ -48,9 +48,9 @@ class Gradients:
         self.path, self.tell = path, tell
         self.local_batch_size = recipe.train.batch_size // devices.processes  # images of a step on this process
         # images at a time: as they come from the data, and on the device, where they may have to become fewer
-        self.chunk = self.micro_batch_size = choose_micro_batch_size(
-            recipe, objective, self.local_batch_size, devices.device, path
-        )
+        fitting = choose_micro_batch_size(recipe, objective, self.local_batch_size, devices.device, path)
+        # sharded processes gather weights in step, so with the same number of chunks
+        self.chunk = self.micro_batch_size = devices.least(fitting) if devices.kind == "fsdp2" else fitting
         self.chunks = math.ceil(self.local_batch_size / self.chunk)  # of a step
         self._check()
 

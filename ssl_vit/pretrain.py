@@ -86,18 +86,18 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
         run.lock()
         run.claim(settings, type(recipe.objective))
         files.write(path / "images.json", json.dumps(images.ledger, indent=1, ensure_ascii=False))
-    [finished] = broadcast_object_list([run.finished])
+    [(finished, begun)] = broadcast_object_list([(run.finished, bool(run.checkpoints())) if first else (False, False)])
     engine.check_shared(accelerator, path)
     if finished:
         say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")
         return 0
     overview.describe(recipe, path, images, objective, accelerator, flops_per_image)
-    if total and not run.checkpoints():
+    if total and not begun:
         overview.foresee(recipe, objective, accelerator, flops_per_image)
         overview.advise(recipe, path, images, objective, accelerator)
 
     # -- onto the devices --
-    if total and not run.checkpoints() and objective.requires_fit:  # while every process has all weights
+    if total and not begun and objective.requires_fit:  # while every process has all weights
         objective.fit(fit_images(recipe, images, device), recipe.train.seed)
         for buffer in objective.buffers():  # processes fit the same, but for rounding
             buffer.copy_(broadcast(buffer))

@@ -35,11 +35,19 @@ def share(tensors: Tensors, index: int, processes: int) -> Tensors:
 
 def write(folder: Path, tensors: Tensors, group: dist.ProcessGroup) -> None:
     """Raises OSError or RuntimeError on all processes if one of them cannot write, and peers.Lost if one has gone."""
+    meet(group)  # the first process has removed by now what an earlier run left in the folder's place
     try:
-        dist.barrier(group)  # the first process has removed by now what an earlier run left in the folder's place
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
     except CheckpointException as error:  # no Exception: it would pass for a signal
         raise _first(error) from None
+    except RuntimeError as error:
+        raise peers.Lost(str(error)) if peers.lost(error) else error from None
+
+
+def meet(group: dist.ProcessGroup) -> None:
+    """Wait until all processes of the group have come. Raises peers.Lost if one has gone."""
+    try:
+        dist.barrier(group)
     except RuntimeError as error:
         raise peers.Lost(str(error)) if peers.lost(error) else error from None
 

@@ -63,8 +63,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    # what compiles and runs graphs leaves threads behind, and later tests fork
-    items.sort(key=lambda item: "becomes_a_graph" in item.name)
+    items.sort(key=lambda item: "leaves_threads" in item.keywords)  # last, as other tests fork
     if not config.getoption("--all"):
         skip = pytest.mark.skip(reason="a large matrix: --all runs it")
         for item in items:
@@ -94,11 +93,20 @@ def _nothing_runs_on():
     CLOSE.clear()
 
 
-@pytest.fixture
-def alone(tmp_path_factory):
+@contextlib.contextmanager
+def one_at_a_time(tmp_path_factory):
     """One launch of several processes at a time, on all workers: on two cores two of them disturb each other."""
     with open(tmp_path_factory.getbasetemp().parent / "alone.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # of children too, that a failed test left
+
+
+@pytest.fixture
+def alone(tmp_path_factory):
+    with one_at_a_time(tmp_path_factory):
         yield
 
 
@@ -106,6 +114,7 @@ def start(main: Callable[[], int], folder: Path, log: Path, *arguments: str) -> 
     """A script's main in a child that shares the imports (as its own process, it would import torch for seconds)."""
     process = multiprocessing.get_context("fork").Process(target=_child, args=(main, folder, log, arguments))
     process.start()
+    CLOSE.append(process.kill)
     return process
 
 
@@ -123,6 +132,7 @@ def join(processes: list[multiprocessing.Process], timeout: float) -> None:
 
 
 def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[str, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a pytest in a shell's background ignores
     # tqdm's own lock is one for parent and children: a child killed while it draws its bar would keep it from all.
     tqdm.set_lock(threading.RLock())
     # The first such call after a fork makes torch's thread pool anew: two threads of autograd at once end the process.

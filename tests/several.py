@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sklearn.datasets  # noqa: F401  # which the children would each import for seconds
 import torch._dynamo  # noqa: F401
-from conftest import CLOSE, join, start
+from conftest import join, start
 from torch.distributed import TCPStore
 
 
@@ -42,7 +42,6 @@ class Several:
         self.processes: list[multiprocessing.Process] = []
         # as in torchrun, a process of its own; with the store's thread in this one, forks hung, one launch in a hundred
         self.store = start(lambda: hold(listener), folder, self.log)
-        CLOSE.append(self.close)
         listener.close()
         try:
             for rank in range(count):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_batch, small_objective, small_recipe
+from conftest import make_batch, one_at_a_time, small_objective, small_recipe
 from several import Several
 from test_engine import started, state
 from test_loop import Started, arguments, log_of, steps_done, until
@@ -107,17 +107,25 @@ def test_no_process_writes_before_the_first_has_cleared_the_place(tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run of two processes that was stopped after step 4."""
+    """A run of two processes that was stopped after its first checkpoints, and has the last of them."""
     folder = tmp_path_factory.mktemp("stopped")
-    several = started(folder, "mae", "fsdp2", "monitor.knn_every=0", "train.steps=1000000", "--output", "run")
-    until(lambda: (folder / "run/checkpoints/step-00000004").exists() or several.processes[0].exitcode is not None)
-    for process in several.processes:
-        process.kill()
-    several.wait()
+    run = checkpoint.Run(folder / "run")
+    with one_at_a_time(tmp_path_factory):
+        several = started(folder, "mae", "fsdp2", "monitor.knn_every=0", "train.steps=1000000", "--output", "run")
+        until(lambda: run.checkpoints() or several.processes[0].exitcode is not None)
+        for process in several.processes:
+            process.kill()
+        several.wait()
+    last = run.checkpoints()[max(run.checkpoints())]
     for path in (folder / "run/checkpoints").iterdir():
-        if path.name != "step-00000004":
+        if path != last:
             shutil.rmtree(path)
     return folder
+
+
+def checkpoint_of(run: Path) -> Path:
+    [path] = (run / "checkpoints").iterdir()
+    return path
 
 
 def cut(folder: Path) -> None:
@@ -135,24 +143,25 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_one_sentence(damage, stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
-    DAMAGE[damage](tmp_path / "run/checkpoints/step-00000004")
+    DAMAGE[damage](checkpoint_of(tmp_path / "run"))
     again = Started(tmp_path, *arguments("mae", "train.steps=1000000", "--output", "run"))
     assert again.wait() == 2
     last = again.said.rpartition("error:")[2]
-    assert "The checkpoint run/checkpoints/step-00000004 is damaged" in last and "Delete it" in last
+    place = f"run/checkpoints/{checkpoint_of(tmp_path / 'run').name}"
+    assert f"The checkpoint {place} is damaged" in last and "Delete it" in last
     assert "Traceback" not in again.said
 
 
 @pytest.mark.matrix
 def test_several_say_once_that_a_checkpoint_is_damaged(stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
-    cut(tmp_path / "run/checkpoints/step-00000004")
+    cut(checkpoint_of(tmp_path / "run"))
     again = started(tmp_path, "mae", "ddp", "train.steps=1000000", "--output", "run")
     assert set(again.wait()) <= {1, 2} and again.said.count("is damaged") == 1 == again.said.count("error:")
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(stopped):
-    path = stopped / "run/checkpoints/step-00000004"
+    path = checkpoint_of(stopped / "run")
     objective = small_objective("mae", "backbone.embed_dim=32")
     devices = engine.Engine(Accelerator(cpu=True), small_recipe("mae"), objective)
     with pytest.raises(ValueError, match="has the shape"):
@@ -189,9 +198,10 @@ def test_a_full_disk_of_one_process_ends_all_and_the_older_checkpoint_stays(tmp_
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """And what was begun before a failure is finished: the next start has it."""
-    write = shards.write
+    write, sync = shards.write, files._sync
     step = torch.optim.AdamW.step
     monkeypatch.setattr(shards, "write", lambda *given: time.sleep(1) or write(*given))
+    monkeypatch.setattr(files, "_sync", lambda path: time.sleep(0.3) or sync(path))  # of the first process alone
     calls = []
 
     def broken(self, *given):

@@ -93,6 +93,28 @@ def test_it_is_stopped_by_its_own_handler_and_alone(start):
     assert killed.wait() == -signal.SIGKILL
 
 
+def test_it_is_stopped_when_the_one_who_would_stop_it_is_killed(tmp_path):
+    """Else a study that is started again would meet its own commands."""
+    (tmp_path / "slow.py").write_text(SLOW.replace("sys.exit(7)", "(print('stopped', flush=True), sys.exit(7))"))
+    (tmp_path / "study.py").write_text("""
+import time
+from pathlib import Path
+from eval.schedule.processes import Command
+if __name__ == "__main__":
+    command = Command("slow", ["slow.py"], Path("slow.txt"), {})
+    time.sleep(100)
+""")
+    process = subprocess.Popen([sys.executable, "study.py"], cwd=tmp_path, env=environment())
+
+    def said():
+        return (tmp_path / "slow.txt").read_text() if (tmp_path / "slow.txt").exists() else ""
+
+    until(lambda: "on" in said())
+    process.kill()
+    process.wait()
+    until(lambda: "stopped" in said())
+
+
 def test_a_signal_to_the_whole_group_leaves_the_one_who_tells_how_commands_end(tmp_path):
     """As `timeout 8h python eval/study.py …` sends it: the study waits until its commands have saved."""
     (tmp_path / "slow.py").write_text(SLOW.replace("sys.exit(7)", "(time.sleep(1), sys.exit(7))"))
@@ -108,6 +130,7 @@ if __name__ == "__main__":
     command = Command("slow", ["slow.py"], Path("slow.txt"), {})
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    Path("ready").touch()
     time.sleep(100)
 """)
     process = subprocess.Popen(
@@ -119,9 +142,10 @@ if __name__ == "__main__":
         start_new_session=True,
     )
     until(lambda: "on" in ((tmp_path / "slow.txt").read_text() if (tmp_path / "slow.txt").exists() else ""))
+    until((tmp_path / "ready").exists)
     os.killpg(process.pid, signal.SIGHUP)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.communicate()[0] == "ended with 7\n"
+    assert process.communicate(timeout=120)[0] == "ended with 7\n"
 
 
 def test_what_is_prepared_has_not_touched_a_gpu():

@@ -25,6 +25,7 @@ def test_long_runs_on_a_gpu_are_compiled_unless_asked_otherwise(settings, device
 
 
 @pytest.mark.matrix  # half a minute each
+@pytest.mark.leaves_threads
 @pytest.mark.parametrize("name", ["mae", "dino"])
 def test_compiled_blocks_give_the_same_losses_and_gradients(name):
     plain, compiled = small_objective(name), small_objective(name)

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from conftest import SMALL, small_objective, small_recipe
 from safetensors.torch import load_file
 from several import Several
 from test_loop import ROOT, SCRIPT, TINY, Started, arguments, launched, log_of, run, steps_done, until
 
-from ssl_vit import checkpoint, engine, errors, peers, pretrain, shards
+from ssl_vit import checkpoint, engine, errors, gradients, peers, pretrain, shards
+from ssl_vit.errors import UserError
 from ssl_vit.objectives.reconstruct import Reconstruct
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -263,6 +265,31 @@ def test_a_checkpoint_by_the_clock_is_written_once(tmp_path, monkeypatch):
     several = started(tmp_path, "mae", "ddp", *settings)
     assert several.wait() == [0, 0], several.said
     assert [int(step) for step in re.findall(r"saved at (\d+)\.", several.said)] == [4, 8, 12]
+
+
+def test_sharded_processes_take_as_many_images_at_a_time(tmp_path, monkeypatch):
+    """Where one of them has a smaller device: each part gathers weights from all."""
+    choose = gradients.choose_micro_batch_size
+
+    def smaller(*given):
+        return choose(*given) // (4 if os.environ["RANK"] == "1" else 1)
+
+    monkeypatch.setattr(gradients, "choose_micro_batch_size", smaller)
+    several = started(tmp_path, "mae", "fsdp2", "train.steps=2", "monitor.knn_every=0", "--output", "run")
+    assert several.wait(60) == [0, 0], several.said
+
+
+def test_processes_wait_for_the_first_one_longer_than_a_backend_would(tmp_path, monkeypatch):
+    """It lists the images to show, and has the report split to itself, before the group may end."""
+
+    def patient(*given):
+        groups = dist.group.WORLD, engine.gloo_group()
+        assert [g._get_backend(torch.device("cpu")).options._timeout for g in groups] == [engine.PATIENCE] * 2
+        raise UserError("Seen.")
+
+    monkeypatch.setattr(engine, "check_same", patient)
+    several = started(tmp_path, "mae", "ddp", "train.steps=2", "--output", "run")
+    assert set(several.wait()) <= {1, 2} and several.said.count("error: Seen.") == 1, several.said
 
 
 def test_what_all_refuse_is_said_once(tmp_path):

@@ -312,6 +312,7 @@ FAMILIES = ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_sm
 
 
 @pytest.mark.matrix
+@pytest.mark.leaves_threads
 @pytest.mark.parametrize("to", ["onnx", "torch"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_becomes_a_graph(name, to, tmp_path):

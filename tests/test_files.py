@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssl_vit import files
-from ssl_vit.errors import UserError
+from ssl_vit.errors import Busy, UserError
 
 
 def full(*arguments, **options):
@@ -93,13 +93,26 @@ def test_the_holder_of_a_lock_is_named(tmp_path):
     child.start()
     try:
         assert held.wait(60)
-        with pytest.raises(UserError, match=rf"being written by process {child.pid} on .*: pass another --output"):
+        with pytest.raises(Busy, match=rf"being written by process {child.pid} on .*: pass another --output"):
             files.Lock(tmp_path / ".lock", wait=False, refusal="pass another --output.").__enter__()
     finally:
         release.set()
         child.join()
     with files.Lock(tmp_path / ".lock", wait=False):
         assert (tmp_path / ".lock.holder").read_text().startswith(str(os.getpid()))
+
+
+def test_who_waits_for_a_lock_says_for_whom(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    held, release = multiprocessing.Event(), multiprocessing.Event()
+    child = multiprocessing.Process(target=hold, args=(tmp_path / ".lock", held, release))
+    child.start()
+    assert held.wait(60)
+    monkeypatch.setattr(files, "say", lambda text: (print(text), release.set()))
+    with files.Lock(tmp_path / ".lock"):
+        assert (tmp_path / ".lock.holder").read_text().startswith(str(os.getpid()))
+    assert f"{tmp_path} is being written by process {child.pid} on" in capsys.readouterr().out
+    child.join()
 
 
 def test_a_killed_holder_gives_the_lock_free(tmp_path):

@@ -573,7 +573,7 @@ def test_shuffled_labels_and_constant_images_give_chance(tune, monkeypatch):
 # -- processes and signals --------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_and_judge_alike(tune, tmp_path):
+def test_two_processes_train_and_judge_alike(tune, tmp_path, alone):
     settings = ["--lr", "1e-3", "3e-3", "1e-2", "--labels", "20"]
     command = ["--backbone", "runs/mae", *QUICK, *settings]
     two = launched([*TORCHRUN, str(ROOT / "eval/finetune.py"), *command], tmp_path)
@@ -584,9 +584,9 @@ def test_two_processes_train_and_judge_alike(tune, tmp_path):
     (tmp_path / "runs/mae/finetune").rename(tmp_path / "two")
     (tmp_path / "runs/mae/results.jsonl").unlink()
     [one] = tune(*settings)
-    alone = np.load(tmp_path / "runs/mae" / one["predictions"])
-    assert one["n"] == row["n"] == 360 and (both["true"] == alone["true"]).all()
-    assert (both["predicted"] != alone["predicted"]).sum() <= 2  # rounding
+    single = np.load(tmp_path / "runs/mae" / one["predictions"])
+    assert one["n"] == row["n"] == 360 and (both["true"] == single["true"]).all()
+    assert (both["predicted"] != single["predicted"]).sum() <= 2  # rounding
     assert one["eval_flops"] == row["eval_flops"] and len(re.findall(r"\| mae +\| 200 ", said)) == 1
 
 

@@ -3,16 +3,18 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_loop import until
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-  "-m pip install"*) echo "pip ${{*:4}}" >>"$LOG"; exit "${{PIP_EXIT:-0}}" ;;
+  "-m pip install"*) echo "pip ${{*:4}}" >>"$LOG"; sleep "${{PIP_SECONDS:-0}}"; exit "${{PIP_EXIT:-0}}" ;;
   *--print-output*)
     [ "${{REFUSE:-0}}" = 0 ] || exit "$REFUSE"
     case "$*" in *train.steps=0*) echo runs/random ;; *) echo runs/trained ;; esac ;;
@@ -174,6 +176,55 @@ def test_a_failing_run_passes_its_exit_code_on_and_stops(project):
     assert done.returncode == 7 and len(ran) == 2 and "Next:" not in done.stdout
     done, ran = project.launch("mae", "no.such.key=1", REFUSE="2")  # refused before the launcher starts
     assert done.returncode == 2 and not ran
+
+
+SAVING = f"""#!{sys.executable} -S
+import os, signal, sys, time
+def tell(text):
+    with open(os.environ["LOG"], "a") as log:
+        print(text, file=log, flush=True)
+def save(number, frame):
+    for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    time.sleep(0.5)
+    tell("saved after " + signal.Signals(number).name)
+    os._exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, save)
+tell("training")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "whole"),
+    [
+        (signal.SIGTERM, False),  # as a supervisor or `docker stop` sends it
+        (signal.SIGUSR1, False),
+        (signal.SIGTERM, True),  # as Slurm does
+        (signal.SIGINT, True),  # as a terminal does
+    ],
+)
+def test_a_signal_reaches_the_training_and_its_end_is_waited_for(project, number, whole):
+    script(project.environment / "bin/accelerate", SAVING)
+    command = ["bash", str(project.root / "launch.sh"), "mae"]
+    process = subprocess.Popen(
+        command, cwd=project.root, env=project.env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    until(lambda: project.log.exists() and "training" in project.log.read_text())
+    (os.killpg if whole else os.kill)(process.pid, number)
+    assert process.wait(30) == 128 + number
+    assert project.log.read_text().splitlines()[1:] == ["training", f"saved after {number.name}"]
+
+
+def test_one_set_up_at_a_time(project):
+    options = dict(cwd=project.root, stdout=subprocess.PIPE, text=True)
+    command = ["bash", str(project.root / "launch.sh"), "compare"]
+    first = subprocess.Popen(command, env=project.env | {"PIP_SECONDS": "1"}, **options)
+    until(lambda: project.log.exists() and "pip" in project.log.read_text())
+    second = subprocess.run(command, env=project.env, timeout=60, **options)
+    assert first.wait(30) == second.returncode == 0 and "Waiting for another launch.sh" in second.stdout
+    assert [line.split()[0] for line in project.log.read_text().splitlines()] == ["pip", "python", "python"]
 
 
 def test_the_second_call_skips_the_set_up_until_something_changed(project):

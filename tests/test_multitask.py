@@ -269,7 +269,7 @@ def test_another_recipe_behind_a_task_is_another_run(tmp_path):
     assert other.wait() == 2 and "with other settings" in other.said and "objective.tasks" in other.said
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, alone):
     several = [tasks("mae", "dino", MIXED), "train.batch_size=48", "train.steps=6"]
     run(tmp_path, *arguments("multitask", *several, "--output", "one"))
     two = launched([*TORCHRUN, SCRIPT, *arguments("multitask", *several, "--output", "two")], tmp_path)

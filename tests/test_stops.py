@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import CLOSE, SMALL
 from PIL import Image
-from test_loop import ROOT, TINY, log_of, steps_done, until
+from test_loop import ROOT, TINY, end, log_of, steps_done, until
 from test_scripts import environment
 
 from ssl_vit import system
@@ -43,7 +43,7 @@ def launch(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
     """A script in a process group of its own, which heeds every signal even if the tests run under nohup."""
     said = open(folder / "said.txt", "w")
     command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd=folder,
         env=environment(),
@@ -52,6 +52,8 @@ def launch(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
         start_new_session=True,
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in system.STOPPING],
     )
+    CLOSE.append(lambda: end(process))
+    return process
 
 
 def stop(process: subprocess.Popen, number: int, folder: Path) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from eval.schedule.cost import Costs
 from eval.schedule.jobs import Job, Times, progress, work
 from eval.schedule.trainings import Study
 from ssl_vit import data, files, flops, pretrain, system
-from ssl_vit.errors import UserError
+from ssl_vit.errors import BUSY, UserError
 
 MAE = [*TINY, *SMALL["mae"], "train.steps=3"]
 
@@ -475,6 +475,37 @@ def test_what_a_job_has_by_now_is_packed_while_it_runs_and_when_it_fails(tmp_pat
     packed = []
     failed = jobs.work([job], 1, tmp_path / "study", lambda run: packed.append((run, job.failed)))
     assert failed == [job] and packed[-1] == (tmp_path / "run", True) and len(packed) > 1
+
+
+@pytest.mark.parametrize("other", ["ends", "does it"])
+def test_a_run_that_another_study_is_writing_is_waited_for(other, tmp_path, monkeypatch, capfd):
+    """It has not failed: of trials, it would not be chosen."""
+    started, packed = [], []
+
+    class Command:
+        def __init__(self, module, words, log, environment):
+            started.append(words[-1])
+            self.wait = self.poll
+            log.write_text("error: runs/a is being written by process 5 on here: wait for it.\n")
+
+        def poll(self):
+            if started[-1] == "a" and len(started) < 3:
+                if other == "does it" and len(started) == 2:
+                    files.write(train.mark, "{}")
+                return BUSY
+            files.write(train.mark if started[-1] == "a" else judge.mark, "{}")
+            return 0
+
+    monkeypatch.setattr(jobs, "SHOWN", 0.3)
+    monkeypatch.setattr(jobs, "Command", Command)
+    command = ["python", str(ROOT / "eval/knn.py")]
+    train = Job("a", "kind", [*command, "a"], tmp_path / "a/done/x.json", marks=True)
+    judge = Job("b", "kind", [*command, "b"], tmp_path / "b/done/x.json", [train])
+    assert jobs.work([train, judge], 2, tmp_path / "study", packed.append) == []
+    said = capfd.readouterr().out
+    assert started == (["a", "a", "b"] if other == "does it" else ["a", "a", "a", "b"])
+    assert said.count("waits    a: error: runs/a is being written by process 5") == 1 and "FAILED" not in said
+    assert ("by another process" in said) == (other == "does it") and {*packed} == {train.run, judge.run}
 
 
 def test_a_fault_leaves_no_command_behind(tmp_path, monkeypatch):

@@ -76,13 +76,17 @@ def add_held_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def processes() -> PartialState:
+    """This process among those that evaluate. The first one lists, votes and fits alone, and others may wait long."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
 class EvalRequest:
     """The backbones to evaluate, and the images to evaluate them on. Raises UserError for those that do not exist."""
 
     def __init__(self, args: argparse.Namespace):
         system.set_threads(args.threads or "auto")
-        # the first process votes and fits alone, and the others may wait long for it
-        self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+        self.state = processes()
         config, size = None, None
         if args.data and (Path(args.data) / "recipe.yaml").exists():
             like = features.open_source(args.data, None, None)

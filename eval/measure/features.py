@@ -8,14 +8,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import timm
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
@@ -184,8 +186,9 @@ def extract(
     lock = files.Lock(folder / ".lock", remedy="Features are stored with the run: free space there.")
     with lock if state.is_main_process else nullcontext():  # against other evaluators of the same backbone
         state.wait_for_everyone()
-        missing = {k: file for k, file in arrays.items() if not file.exists()}
-        if missing:
+        # The first process alone looks: a network file system would go on showing to another one what it saw there.
+        [found] = broadcast_object_list([[k for k, f in arrays.items() if f.exists()] if state.is_main_process else []])
+        if missing := {k: file for k, file in arrays.items() if k not in found}:
             _compute(source, images, state, view, vectors, missing, shapes)
     return Features({k: np.load(file, mmap_mode="r") for k, file in arrays.items()}, flops)
 
@@ -232,22 +235,25 @@ def _compute(
         for k, file in partial.items():
             _allocate(file, (len(images), shapes[k]))
     state.wait_for_everyone()
-    arrays = {k: open_memmap(file, mode="r+") for k, file in partial.items()}
     blocks = sorted({block for block, _ in wanted})
     mine = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index]
     batches = evaluation_views(images, view, state.device, torch.from_numpy(mine))
-    with _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state) as bar:
-        at = mine[0] if len(mine) else 0
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            _progress(f"features of {source.name} on {images.name}/{images.split}", len(mine), state)
+        )
+        # not by memory maps: over NFS a machine would write whole pages, with what it has of another's rows in them
+        streams = {k: stack.enter_context(_at_row(file, mine[0] if len(mine) else 0)) for k, file in partial.items()}
         arrays_of = pooled(source, blocks, vectors)
         for found in (part for batch in batches for part in arrays_of(batch)):
-            count = len(next(iter(found.values())))
-            for k in arrays:
-                arrays[k][at : at + count] = found[k]
-            at += count
-            bar.update(count)
-    for array in arrays.values():
-        array.flush()
+            for k, stream in streams.items():
+                stream.write(np.ascontiguousarray(found[k]).data)
+            bar.update(len(next(iter(found.values()))))
+        for stream in streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
     state.wait_for_everyone()
+    arrays = {k: np.load(file, mmap_mode="r") for k, file in partial.items()}
     bad = min((i for array in arrays.values() for i in _not_finite(array)), default=None)  # the same on all processes
     if bad is not None:
         for file in partial.values() if state.is_main_process else ():
@@ -329,9 +335,8 @@ def _key(source: Source, images: ImageSet, view: views.Evaluation) -> str:
 
 
 def _allocate(file: Path, shape: tuple[int, int]) -> None:
-    """Create an empty float32 .npy file of this shape and reserve its disk space.
-
-    Writing to a memory map when the disk is full would kill the process. Raises UserError if there is no space.
+    """Create an empty float32 .npy file of this shape and reserve its disk space, so that a full disk is found before
+    the work. Raises UserError if there is no space.
     """
     try:
         open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
@@ -341,6 +346,14 @@ def _allocate(file: Path, shape: tuple[int, int]) -> None:
     except OSError as error:
         file.unlink(missing_ok=True)
         raise files.cannot_write(file, error, "Features are stored with the run: free space there.") from None
+
+
+def _at_row(file: Path, row: int) -> BinaryIO:
+    """An .npy file, open to be written from this row on."""
+    array = open_memmap(file, mode="r")
+    stream = open(file, "r+b")
+    stream.seek(array.offset + row * array.strides[0])
+    return stream
 
 
 def _not_finite(array: np.ndarray) -> Iterator[int]:

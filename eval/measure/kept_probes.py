@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from eval.measure import cli, features, linear_heads
+from eval.measure import cli, features, linear_heads, results
 from eval.measure.probing import Probe
 from ssl_vit import files, weights
 from ssl_vit.errors import UserError, listed
@@ -56,7 +56,7 @@ def write(
         range=np.array(probe.train.range or []),
     )
     target = probe.source.folder / "probes" / f"{short(probe.test.name)}-{labels}.npz"
-    with files.writing(target) as partial, open(partial, "wb") as stream:
+    with results.lock(probe.source.folder), files.writing(target) as partial, open(partial, "wb") as stream:
         np.savez(stream, **arrays)
 
 

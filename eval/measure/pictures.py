@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from eval.measure import results
 from eval.measure.features import Features, Source
 from ssl_vit import neighbours, pictures
 from ssl_vit.data import ImageSet, evaluation_views
@@ -32,15 +33,17 @@ def write(source: Source, train: ImageSet, test: ImageSet, bank: Features, queri
     space = "class token" if pooling == "cls" else "mean of the patches"
     ranks = [f"neighbour {rank} in train" for rank in range(1, nearest.shape[1] + 1)]
     ranks[0] += f", by the {space}"
-    sheet = pictures.Sheet(torch.cat([images[:, None], found], 1), ["original", *ranks])
-    pictures.save(sheet, folder / f"{name}-neighbours.png", title)
+    neighbouring = pictures.Sheet(torch.cat([images[:, None], found], 1), ["original", *ranks])
 
     [(_, patches)] = source.features(images.to(device))
     colours = components(patches.cpu())
     colours = interpolate(colours.permute(0, 3, 1, 2), images.shape[-2:], mode="nearest")
     shown = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
     words = ["original", "patch features: three principal components as red, green, blue"]
-    pictures.save(pictures.Sheet(torch.stack([shown, colours], 1), words), folder / f"{name}-patches.png", title)
+    parts = pictures.Sheet(torch.stack([shown, colours], 1), words)
+    with results.lock(source.folder):
+        pictures.save(neighbouring, folder / f"{name}-neighbours.png", title)
+        pictures.save(parts, folder / f"{name}-patches.png", title)
 
 
 def components(patches: Tensor) -> Tensor:

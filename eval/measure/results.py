@@ -89,6 +89,11 @@ def stored(found: Predictions, truth: np.ndarray) -> Stored:
     return arrays
 
 
+def lock(folder: Path) -> files.Lock:
+    """Of what evaluators write to a run directory: two of them may come to the same file at once."""
+    return files.Lock(folder / ".results.lock")
+
+
 def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], images: ImageSet | None = None) -> None:
     """`write`, with the arrays (n, …) behind each row as they are stored."""
     if images is not None:
@@ -96,11 +101,12 @@ def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], i
         about = dict(
             data=images.name, split=images.split, classes=images.classes, names=images.names and images.names()
         )
-        files.write(folder / names["images"], json.dumps(about))
         for row in rows:
             row |= names
     file = folder / "results.jsonl"
-    with files.Lock(folder / ".results.lock"):
+    with lock(folder):
+        if images is not None:
+            files.write(folder / names["images"], json.dumps(about))
         known = {place_of(row): row for row in read(folder)}
         for row, stored in zip(rows, arrays, strict=True):
             row |= dict(predictions=f"predictions/{row_id(row)}.npz", measured_at=now())

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from eval.measure import dense, features
+from eval.measure import dense, features, results
 from ssl_vit import pictures
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.recipe import short
@@ -35,7 +35,8 @@ def save(
         panels.append(torch.stack([interpolate(mask[None], view.size, mode="nearest")[0] for mask in drawn]))
     title = f"{test.name}, {test.split}: images {', '.join(map(str, shown.tolist()))}"
     sheet = pictures.Sheet(torch.stack(panels, 1), words)
-    pictures.save(sheet, source.folder / "pictures" / f"{short(test.name)}-{kind}.png", title)
+    with results.lock(source.folder):
+        pictures.save(sheet, source.folder / "pictures" / f"{short(test.name)}-{kind}.png", title)
 
 
 def coloured(mask: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from eval.measure import results
 from eval.schedule.processes import Command
 from ssl_vit import files, system
 from ssl_vit.commands import ROOT
-from ssl_vit.errors import say
+from ssl_vit.errors import BUSY, say
 
 SHOWN = 30  # seconds between updates of progress.txt
 
@@ -42,6 +42,7 @@ class Job:
     started: float = 0.0
     device: str = ""
     failed: bool = False
+    later: float = 0.0  # not before this time: another process was writing its run
 
     @property
     def done(self) -> bool:
@@ -52,8 +53,13 @@ class Job:
         return self.done or self.failed
 
     @property
+    def possible(self) -> bool:
+        """Whether nothing that it needs is missing."""
+        return not self.failed and all(job.done for job in self.needs) and (self.after is None or self.after.ended)
+
+    @property
     def ready(self) -> bool:
-        return all(job.done for job in self.needs) and (self.after is None or self.after.ended)
+        return self.possible and time.monotonic() >= self.later
 
     @property
     def run(self) -> Path:
@@ -84,6 +90,9 @@ def needed(jobs: list[Job]) -> list[Job]:
 def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], object] = lambda run: None) -> list[Job]:
     """Run all jobs, this many at once; returns those that failed. When told to stop, it stops the running ones.
 
+    A job whose run another process is writing, as a study beside this one may, is tried again every SHOWN seconds,
+    unless it is done by then.
+
     folder gets logs/, a file for each job, and progress.txt, rewritten whenever something starts or ends, and every
     SHOWN seconds. then: called with a job's run when the job has ended, and every SHOWN seconds while it is running,
     since a machine may not come back. At the start it is called with the runs that are there: an earlier call may have
@@ -106,10 +115,14 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in system.heeded()}
     try:
         while True:
+            for job in [job for job in jobs if job.later and job.done]:  # by the other
+                job.later = 0.0
+                then(job.run)
+                tell("done", job, ", by another process")
             waiting = [job for job in jobs if not job.ended and job not in running]
             for job in waiting:
                 job.failed = any(other.failed for other in job.needs)
-            for job in [job for job in waiting if job.ready and not job.failed][: at_once - len(running)]:
+            for job in [job for job in waiting if job.ready][: at_once - len(running)]:
                 if devices:
                     job.device = devices.pop(0)
                 running[job] = _start(job, _log(folder, job))
@@ -121,7 +134,7 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                 files.write(folder / "progress.txt", progress(jobs, (), times, at_once))
                 say("\nStopped. The same command continues from there.")
                 sys.exit(128 + asked[0])
-            if not running:
+            if not running and not any(job.possible for job in waiting):
                 break
             time.sleep(0.2)
             if time.monotonic() - shown > SHOWN:
@@ -137,12 +150,15 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                 if code == 0 and not job.marks:
                     words = shlex.join(["python", str(job.script), *job.command[2:]])
                     files.write(job.mark, json.dumps(dict(command=words, seconds=round(seconds, 1))))
-                job.failed = code != 0 or not job.done
+                busy, job.failed = code == BUSY, code not in (0, BUSY) or (code == 0 and not job.done)
                 then(job.run)
+                last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
+                if busy and not job.later:
+                    tell("waits", job, f": {last}")
+                job.later = time.monotonic() + SHOWN if busy else 0.0
                 if job.failed:
-                    last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
                     tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
-                else:
+                elif not busy:
                     # a pre-training that went on took longer than this part of it
                     times.add(job.kind, max(seconds, results.spent(job.run)["seconds"]) if job.marks else seconds)
                     tell("done", job, f", {seconds:.0f} s")

@@ -38,10 +38,16 @@ class Packed:
     def add(self, run: Path) -> None:
         """Copy what a run has by now. Raises UserError if a run with other settings is packed by its name."""
         target = self.folder / "runs" / run.name
-        _check_same(run, target)
-        if (run / "recipe.yaml").exists():
-            _write(target / "recipe.yaml", (run / "recipe.yaml").read_bytes())
-        _bring(run, target, operator.ge)
+        with self._lock():
+            _check_same(run, target)
+            if (run / "recipe.yaml").exists():
+                _write(target / "recipe.yaml", (run / "recipe.yaml").read_bytes())
+            _bring(run, target, operator.ge)
+
+    def describe(self, manifest: str) -> None:
+        """Write the study's manifest beside them."""
+        with self._lock():
+            files.write(self.folder / "study.json", manifest)
 
     def restore(self, runs: Path) -> list[Path]:
         """Copy back what the runs in this folder lack; returns those that lacked something. A run that was not there
@@ -49,17 +55,22 @@ class Packed:
 
         Raises UserError if one of them has other settings than the packed one of its name."""
         restored = []
-        for packed in sorted(self.folder.glob("runs/*")):
-            run = runs / packed.name
-            _check_same(run, packed)
-            if not run.exists():
-                with files.writing(run) as partial:
-                    shutil.copytree(packed, partial)
-                restored.append(run)
-            else:
-                with files.Lock(run / ".results.lock"):
-                    restored += [run] if _bring(packed, run, operator.gt) else []
+        with self._lock():
+            for packed in sorted(self.folder.glob("runs/*")):
+                run = runs / packed.name
+                _check_same(run, packed)
+                if not run.exists():
+                    with files.writing(run) as partial:
+                        shutil.copytree(packed, partial)
+                    restored.append(run)
+                else:
+                    with results.lock(run):
+                        restored += [run] if _bring(packed, run, operator.gt) else []
         return restored
+
+    def _lock(self) -> files.Lock:
+        """Of studies that run side by side and share runs."""
+        return files.Lock(self.folder / ".lock")
 
 
 def _check_same(run: Path, packed: Path) -> None:

@@ -14,7 +14,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ssl_vit import errors, system
@@ -64,12 +66,21 @@ class Command:
         return self._process.exitcode
 
 
+def _stop_with(parent: BaseProcess) -> None:
+    """If the one that tells it to stop is killed, nobody would: a study that is started again would meet its own
+    commands."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _run(module: str, words: list[str], log: Path, folder: Path, variables: dict[str, str]) -> None:
     os.setsid()
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, system.STOPPING)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_stop_with, args=(parent,), daemon=True).start()
     multiprocessing.set_start_method(None, force=True)  # it starts processes as if run from the terminal
     os.environ.clear()
     os.environ.update(variables)
