@@ -15,14 +15,16 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from eval.compare.intervals import interval
 from eval.compare.words import with_interval
@@ -35,27 +37,56 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
 
 MISTAKES = 10
+AT_ONCE = 4096  # images whose probabilities of all classes are in memory
 Row = dict[str, str | float]
 
 
-@torch.inference_mode()
-def probabilities(
-    source: features.Source, images: everything.Images, state: PartialState, probe: kept_probes.KeptProbe | None
-) -> tuple[np.ndarray, list[str]]:
-    """(float32 (n, K), the names of the K classes), by the kept probe, or by the model's own classifier."""
-    if probe is None:
-        source.network.to(state.device)
-        compute = features.Piecewise(lambda part: source.logits(part).softmax(1).cpu().numpy())
-        view = source.network.evaluation_view
-        batches = (everything.data.evaluation_views(part, view, state.device) for part in images.splits)
-        found = [p for views in batches for batch in views for p in compute(batch)]
-        return np.concatenate(found), class_names(source)
+class Answers(NamedTuple):
+    """The most probable class of images, int64 (n,), and its probability, float32 (n,)."""
+
+    classes: np.ndarray
+    probabilities: np.ndarray
+
+    @classmethod
+    def of(cls, found: np.ndarray) -> "Answers":
+        """From the probabilities of all classes, (n, K)."""
+        best = found.argmax(1)
+        return cls(best, found[np.arange(len(found)), best])
+
+    @classmethod
+    def joined(cls, parts: Iterable["Answers"]) -> "Answers":
+        none = cls(np.empty(0, np.int64), np.empty(0, np.float32))
+        return cls(*(np.concatenate(arrays) for arrays in zip(none, *parts, strict=True)))
+
+
+def by_probe(
+    source: features.Source, images: everything.Images, state: PartialState, probe: kept_probes.KeptProbe
+) -> Answers:
+    """What a kept probe says of all images, on every process."""
     parts = []
-    for part in images.splits:
-        arrays = features.extract(source, part, state, probe.blocks)
+    for split in images.splits:
+        arrays = features.extract(source, split, state, probe.blocks)
         columns = [v for b in probe.blocks for p, v in arrays.poolings(b).items() if probe.pooling in (p, "concat")]
-        parts.append(probe(np.concatenate(columns, 1)))
-    return np.concatenate(parts), probe.classes
+        for start in range(0, len(split), AT_ONCE):
+            rows = np.concatenate([column[start : start + AT_ONCE] for column in columns], 1)
+            parts.append(Answers.of(probe(rows)))
+    return Answers.joined(parts)
+
+
+@torch.inference_mode()
+def by_model(source: features.Source, images: everything.Images, state: PartialState) -> Answers:
+    """What the model's own classifier says of all images. Every process works on some, and returns all."""
+    source.network.to(state.device)
+    compute = features.Piecewise(lambda part: source.logits(part).softmax(1).cpu().numpy())
+    splits = []
+    for split in images.splits:
+        mine = np.array_split(np.arange(len(split)), state.num_processes)[state.process_index]
+        views = everything.data.evaluation_views(
+            split, source.network.evaluation_view, state.device, torch.from_numpy(mine)
+        )
+        own = Answers.joined(Answers.of(found) for batch in views for found in compute(batch))
+        splits.append(Answers.joined(gather_object([own])))
+    return Answers.joined(splits)
 
 
 def class_names(source: features.Source) -> list[str]:
@@ -76,12 +107,15 @@ def class_names(source: features.Source) -> list[str]:
     return names
 
 
-def rows_of(images: everything.Images, found: np.ndarray, classes: list[str]) -> Iterator[Row]:
+def rows_of(images: everything.Images, found: Answers, classes: list[str]) -> Iterator[Row]:
     """One row an image: name, split, class, probability, and label where it has one."""
-    labels, best = images.labels, found.argmax(1)
+    labels = images.labels
     for i, (name, split) in enumerate(zip(images.files, images.split_names, strict=True)):
         row: Row = dict(
-            name=name, split=split, predicted=classes[best[i]], probability=round(float(found[i, best[i]]), 6)
+            name=name,
+            split=split,
+            predicted=classes[found.classes[i]],
+            probability=round(float(found.probabilities[i]), 6),
         )
         if labels is not None and images.classes is not None:
             row["label"] = images.classes[labels[i]] if labels[i] >= 0 else ""
@@ -161,9 +195,10 @@ def main() -> None:
     if probe and probe.range:
         config.range = probe.range
     images = everything.load(config, len(source.network.mean), state.device)
-    found, classes = probabilities(source, images, state, probe)
+    found = by_probe(source, images, state, probe) if probe else by_model(source, images, state)
     if not state.is_main_process:
         return
+    classes = probe.classes if probe else class_names(source)
     rows = list(rows_of(images, found, classes))
     target = args.output or source.folder / f"predictions-{short(args.data)}.csv"
     write(target, rows)

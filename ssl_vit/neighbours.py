@@ -17,12 +17,13 @@ def prepare(
 ) -> tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "m D"]]:
     """Features (n, D) and (m, D) → float32 of unit length; centre: minus the mean of the training features first."""
     mean = train.mean(0, dtype=np.float64).astype(np.float32) if centre else np.float32(0)
-    unit = []
-    for features in (train, queries):
-        features = features.astype(np.float32) - mean
-        length = np.linalg.norm(features, axis=1, keepdims=True)
-        unit.append(np.ascontiguousarray(features / np.maximum(length, 1e-12)))
-    return unit[0], unit[1]
+    units = np.array(train, np.float32, order="C"), np.array(queries, np.float32, order="C")
+    for unit in units:
+        for start in range(0, len(unit), 4096):  # in place: there may be hundreds of gigabytes
+            rows = unit[start : start + 4096]
+            rows -= mean
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return units
 
 
 def nearest(

@@ -62,6 +62,18 @@ def test_the_vote_equals_a_plain_float64_loop(centre):
     assert len({tuple(a) for a in predicted.values()}) > 1
 
 
+@pytest.mark.parametrize("count", [1, 4096, 5000])
+def test_features_are_scaled_block_by_block_and_what_was_given_stays(count):
+    given = rng.normal(size=(count, 3)).astype(np.float32)
+    before = given.copy()
+    units = neighbours.prepare(given, given[:7])
+    shifted = before - before.mean(0, dtype=np.float64).astype(np.float32)
+    expected = shifted / np.linalg.norm(shifted, axis=1, keepdims=True).clip(1e-12)
+    for unit, rows in zip(units, (expected, expected[:7]), strict=True):
+        assert np.array_equal(unit, rows) and unit.flags.c_contiguous
+    assert np.array_equal(given, before) and not np.shares_memory(units[0], given)
+
+
 def test_the_unweighted_vote_equals_scikit_learn():
     train, queries = neighbours.prepare(TRAIN, QUERIES)
     [weights] = neighbours.weights(train, LABELS, queries, [1, 5, 20], 7, temperature=None)

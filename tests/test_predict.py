@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import SMALL
 from PIL import Image
+from several import Several
 from test_embed import call
 from test_loop import TINY
 
@@ -61,6 +63,25 @@ def test_a_fine_tuned_run_predicts_every_image(runs, tmp_path, monkeypatch, caps
         str(found[worst].argmax()),
         f"{found[worst].max():.2f}",
     ]
+
+
+@pytest.mark.parametrize("which", ["tuned", "mae"])
+def test_two_processes_predict_what_one_does(which, runs, tmp_path, monkeypatch, alone):
+    """And a probe the same of a few images at a time."""
+    run = shutil.copytree(runs / which, tmp_path / which)
+    if which == "mae":
+        call(linear_probe, monkeypatch, "--backbone", run, "--labels", "100")
+        monkeypatch.setattr(predict, "AT_ONCE", 100)
+    words = ["--backbone", str(run), "--data", "digits", "--output"]
+    call(predict, monkeypatch, *words, tmp_path / "one.csv")
+    monkeypatch.setattr(predict, "AT_ONCE", 4096)
+    several = Several(predict.main, tmp_path, *words, str(tmp_path / "two.csv"))
+    assert several.wait() == [0, 0], several.said
+    one, two = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("one", "two"))
+    assert len(one) == len(two) == 1797
+    for a, b in zip(one, two, strict=True):
+        assert a | dict(probability=0) == b | dict(probability=0)
+        assert float(a["probability"]) == pytest.approx(float(b["probability"]), abs=2e-6)
 
 
 def test_the_probe_of_the_sweep_is_kept_and_predicts_the_same(runs, tmp_path, monkeypatch, capsys):

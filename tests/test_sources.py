@@ -1,5 +1,6 @@
 """Every file once, no image on both sides, splits found where they lie, labels with gaps, and the ledger of it all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -251,6 +252,32 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_tables(tmp_path, mo
         UserError, match=rf"{cache}, cannot be written \(Not a directory\): name another one in HF_HOME"
     ):
         load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_too_full_for_the_copy_is_not_blamed_on_the_tables(number, tmp_path, monkeypatch):
+    """`datasets` writes all images again in its own format."""
+    fill(tmp_path / "set" / "pics", 2)
+    parquet(tmp_path / "set" / "train.parquet", image=["pics/0.png", "pics/1.png"], label=[0, 1])
+
+    def full(*arguments, **options):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred while generating it") from error
+
+    monkeypatch.setattr(sources.datasets, "load_dataset", full)
+    with pytest.raises(UserError, match=r"There is no room in .*copies all images.*: make room, or name another place"):
+        load(tmp_path / "set")
+
+
+def test_a_long_listing_says_so_once(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        fill(tmp_path / "set" / name, 2)
+    monkeypatch.setattr(folders, "QUIET", 0)
+    load(tmp_path / "set")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Listing the files under")]
+    assert said == [f"Listing the files under {tmp_path / 'set'}: 0 images so far."]
 
 
 def test_tables_that_changed_are_read_anew(tmp_path):

@@ -11,7 +11,9 @@
 
 import csv
 import json
+import math
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,8 +24,9 @@ import datasets
 from ssl_vit.data import copies, masks
 from ssl_vit.data.decoding import FILE, FIRST
 from ssl_vit.data.pixels import SUFFIXES
-from ssl_vit.errors import UserError, listed, say_once
+from ssl_vit.errors import UserError, listed, say, say_once
 
+QUIET = 5  # seconds for which files are listed without a word
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
@@ -56,6 +59,7 @@ def walk(root: Path) -> Found:
     above = {_key(parent) for parent in root.resolve().parents}
     seen, folders = set(), [str(root)]
     links: list[str] = []
+    speaks = time.monotonic() + QUIET
     while folders or links:  # real folders first, so that a link to one is the one left out
         at = folders.pop() if folders else links.pop(0)
         key = _key(at)
@@ -63,6 +67,9 @@ def walk(root: Path) -> Found:
             found.links.append(at)
             continue
         seen.add(key)
+        if time.monotonic() > speaks:
+            speaks = math.inf
+            say(f"Listing the files under {root}: {len(found.images):,} images so far.")
         with os.scandir(at) as entries:
             for entry in entries:
                 if entry.name.startswith("."):

@@ -1,6 +1,7 @@
 """Where rows come from: a name, a path or owner/name on the hub → a table of one split, its image and label column."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -256,7 +257,7 @@ def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises a dozen types of its own for what is one thing to the user
-        _refuse_cache()
+        _refuse_cache(error)
         raise UserError(
             f"There is no folder {hub_id!r} here, and the Hugging Face hub did not give it ({type(error).__name__}: "
             f"{one_line(error)}). Check the name, the network and `hf auth login`, or download the images elsewhere "
@@ -320,8 +321,8 @@ def _apart_from_images(root: Path, files: list[str], identity: str) -> Path:
                 link.unlink(missing_ok=True)
                 with contextlib.suppress(FileExistsError):  # another process was faster
                     link.symlink_to(os.path.realpath(file))
-    except OSError:
-        _refuse_cache()
+    except OSError as error:
+        _refuse_cache(error)
         raise
     return folder
 
@@ -355,13 +356,21 @@ def _parquet(
     except UserError:
         raise
     except Exception as error:
-        _refuse_cache()
+        _refuse_cache(error)
         raise UserError(f"The parquet files in {path} cannot be read ({one_line(error)}).") from None
 
 
-def _refuse_cache() -> None:
-    """Raises UserError if the failure is not the set's: the library `datasets` cannot write its own cache."""
+def _refuse_cache(error: BaseException) -> None:
+    """Raises UserError if this failure is not the set's: the library `datasets` cannot write its own cache."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"There is no room in {cache}, to which the library datasets copies all images ({cause.strerror}): "
+                "make room, or name another place in HF_HOME or HF_DATASETS_CACHE."
+            ) from None
+        cause = cause.__cause__ or cause.__context__
     try:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
