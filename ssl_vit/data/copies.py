@@ -20,6 +20,7 @@ from ssl_vit.errors import UserError, say_once
 
 MANY = 5000  # from this many images of equal size on, the result is kept on disk
 END = 4096  # bytes that are compared first
+BLOCK = 256  # images that a thread reads at a time
 
 
 def of_files(paths: list[str], status: list[tuple[int, int]]) -> dict[int, int]:
@@ -94,8 +95,10 @@ def _parts(indices, key: Callable[[int], Hashable]) -> list[list[int]]:
 
 def _read(groups: list[list[int]], read: Callable[[int], bytes]) -> list[list[int]]:
     indices = [i for group in groups for i in group]
+    blocks = [indices[at : at + BLOCK] for at in range(0, len(indices), BLOCK)]
     with ThreadPoolExecutor(8) as pool:
-        content = dict(zip(indices, pool.map(read, indices), strict=True))
+        found = pool.map(lambda block: [read(i) for i in block], blocks)
+        content = dict(zip(indices, (part for parts in found for part in parts), strict=True))
     return [part for group in groups for part in _parts(group, content.__getitem__)]
 
 
@@ -103,7 +106,7 @@ def _end(path: str) -> bytes:
     try:
         with open(path, "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - END))
-            return stream.read()
+            return hashlib.blake2b(stream.read(), digest_size=16).digest()  # millions are in memory at once
     except OSError:  # decoding will report it
         return path.encode()
 
