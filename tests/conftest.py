@@ -71,14 +71,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    monkeypatch.setattr(system, "cores", lambda: 1)  # else what a test calls sets more, which stay
+@pytest.fixture(scope="session", autouse=True)  # before a module's fixtures, which run scripts too
+def _private_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_VIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr(system, "cores", lambda: 1)  # else what a test calls sets more threads, which stay
+        yield
 
 
 CLOSE: list[Callable[[], None]] = []  # what ends the processes and threads that a test started, if it failed before

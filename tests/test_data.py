@@ -568,7 +568,7 @@ def test_two_processes_at_once_decode_once_and_later_ones_never(tmp_path, monkey
     env = environment() | dict(SSL_VIT_CACHE=str(tmp_path / "cache"))
     command = [sys.executable, "-c", code, str(tmp_path / "set")]
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
+    said = [process.communicate(timeout=300)[0] for process in both]
     monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
     later = load(tmp_path / "set")
     assert [process.returncode for process in both] == [0, 0]

@@ -240,7 +240,7 @@ def test_two_processes_give_what_one_gives(tmp_path, alone):
     for launcher in ([sys.executable], TORCHRUN):
         for script, *arguments in evaluators:
             command = [*launcher, str(ROOT / "eval" / script), "--backbone", "run", *arguments]
-            subprocess.run(command, check=True, env=environment(), cwd=tmp_path, capture_output=True)
+            subprocess.run(command, check=True, env=environment(), cwd=tmp_path, capture_output=True, timeout=300)
         lines = (tmp_path / "run/results.jsonl").read_text().splitlines()
         found.append({(r["protocol"], r["pooling"]): r for r in map(json.loads, lines)})
         (tmp_path / "run/results.jsonl").unlink()

@@ -62,7 +62,7 @@ def test_a_process_killed_on_one_of_two_machines_ends_both_and_a_signal_to_one_s
             os.kill(int((tmp_path / "run/.lock.holder").read_text().split()[0]), signal.SIGKILL)
         else:
             both[1].send_signal(signal.SIGTERM)
-        said = [each.communicate(timeout=60)[0] for each in both]
+        said = [each.communicate(timeout=180)[0] for each in both]
         assert not any("Traceback" in text for text in said), said
         if way == "kill":
             assert 137 in [each.returncode for each in both]
@@ -91,13 +91,13 @@ def test_the_launcher_waits_for_a_single_process_too(tmp_path):
     process = launched([*words, SCRIPT, *arguments("mae", ENDLESS, "--output", "run")], tmp_path)
     until(lambda: steps_done(tmp_path / "run") >= 3)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 143 and said.count("Stopped after step") == 1 and "Traceback" not in said, said
     process = launched([*words, SCRIPT, *arguments("mae", "train.batch_size=0")], tmp_path)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 2 and said.count("error:") == 1 and "Traceback" not in said, said
     process = launched([*words, "--multi_gpu", SCRIPT, *arguments("mae")], tmp_path)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 2 and "error: You need to use at least 2 processes" in said and "Traceback" not in said
 
 
@@ -110,7 +110,7 @@ def test_launchers_that_cannot_meet_are_one_sentence(tmp_path):
         command += ["--num_processes", "2", "--machine_rank", "0", "--main_process_ip", "127.0.0.1"]
         command += ["--main_process_port", number, "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT]
         process = launched(command, tmp_path)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=180)
     assert process.returncode == 2 and "Traceback" not in said, said
     assert f"error: The launchers cannot meet at 127.0.0.1:{number} (" in said and "another --main_process_port" in said
 

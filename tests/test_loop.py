@@ -93,7 +93,7 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def until(condition, timeout: float = 90) -> None:
+def until(condition, timeout: float = 180) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "timed out"

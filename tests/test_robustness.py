@@ -159,7 +159,7 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch, alone):
     one = results.read(tmp_path / "runs/pixels-digits")
     (tmp_path / "runs/pixels-digits/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one[:2]))
     command = [*TORCHRUN, str(ROOT / "eval/robustness.py"), *sources]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = results.read(tmp_path / "runs/pixels-digits")
     assert len(one) == 2 + 27 and len(two) == len(one)

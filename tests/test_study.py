@@ -99,7 +99,7 @@ def test_a_stopped_study_goes_on(tmp_path, run):
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
     until(lambda: any(steps_done(folder) >= 20 for folder in tmp_path.glob("runs/mae-*")))
     os.kill(process.pid, signal.SIGTERM)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + signal.SIGTERM and "continues from there" in said
     assert list(tmp_path.glob("packed/runs/mae-*/recipe.yaml"))  # what there is, of what was stopped
     settings = next(tmp_path.glob("runs/mae-*/recipe.yaml"))
