@@ -106,7 +106,7 @@ def test_a_tracker_that_is_not_installed(run, monkeypatch):
 
 
 def test_a_checkpoint_that_only_the_first_process_sees(run, monkeypatch):
-    monkeypatch.setattr(pretrain, "broadcast_object_list", lambda said: said if said[0] is False else [7])
+    monkeypatch.setattr(pretrain, "broadcast_object_list", lambda said: said if isinstance(said[0], tuple) else [7])
     refused(run(), "the checkpoint of step 7", "this one that of step 0", "file system that all machines share")
 
 
