@@ -176,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     for run in args.runs:
         refuse_missing(run)
-    system.set_threads(args.threads or "auto")
+    system.prepare(args.threads or "auto")
     rows = {run.name: measured for run in args.runs if (measured := evaluate(run)) is not None}
     if rows:
         say(f"\nSquared error, relative to the variance of the clean pixels\n\n{table(rows)}")

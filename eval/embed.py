@@ -96,7 +96,7 @@ def main() -> None:
     cli.add_precision(parser)
     parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()
-    system.set_threads(args.threads or "auto")
+    system.prepare(args.threads or "auto")
     state = cli.processes()
     given = recipes.Data(name=args.data) if args.data else None
     source = features.open_source(args.backbone, given, None)

@@ -181,7 +181,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.output and args.output.suffix not in (".csv", ".parquet"):
         raise UserError(f"--output {args.output} must end in .csv or .parquet.")
-    system.set_threads(args.threads or "auto")
+    system.prepare(args.threads or "auto")
     state = cli.processes()
     given = recipes.Data(name=args.data)
     source = features.open_source(args.backbone, given, None)

@@ -63,7 +63,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     """Train until the recipe's budget is spent, then write the backbone. Returns the exit code."""
     # -- set up --
     stop = system.StopSignal()
-    system.set_threads(recipe.runtime.num_threads)
+    system.prepare(recipe.runtime.num_threads)
     # before the processes form a group: decoding may take longer than a group waits
     images = data.load(recipe.data, "train")
     recipe.add_dataset_info(images.info())

@@ -1,7 +1,9 @@
 """Cores and threads of this process, and the signals that ask it to stop."""
 
+import ctypes
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Literal
 
@@ -86,11 +88,25 @@ def workers(asked: int | Literal["auto"]) -> int:
     return min(cores(), 16) if asked == "auto" else asked
 
 
-def set_threads(asked: int | Literal["auto"]) -> int:
-    """Set the CPU threads of torch and faiss: launchers would set one, and the last bits of results depend on it."""
+def prepare(threads: int | Literal["auto"]) -> None:
+    """Prepare this process for computing: set the CPU threads of torch and faiss, as launchers would set one and the
+    last bits of results depend on their number, and keep its memory."""
     import faiss
 
-    threads = cores() if asked == "auto" else asked
-    torch.set_num_threads(threads)
-    faiss.omp_set_num_threads(threads)
-    return threads
+    count = cores() if threads == "auto" else threads
+    torch.set_num_threads(count)
+    faiss.omp_set_num_threads(count)
+    _keep_memory()
+
+
+# the user's variable, glibc's number of the option (malloc.h), and the value: never to trim, and the most it allows
+_MALLOC = (("MALLOC_TRIM_THRESHOLD_", -1, -1), ("MALLOC_MMAP_THRESHOLD_", -3, 32 * 2**20))
+
+
+def _keep_memory() -> None:
+    """Keep freed memory for the next tensors instead of giving it back to the kernel, which would clear each page of it
+    anew in the next step (docs/performance.md). Only where the C library is glibc, and for tensors of up to 32 MB."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for variable, option, value in _MALLOC:
+        if mallopt is not None and variable not in os.environ:
+            mallopt(option, value)

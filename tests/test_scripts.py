@@ -2,10 +2,12 @@
 
 import ast
 import importlib.util
+import platform
 import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +50,31 @@ def test_threads_that_wait_for_others_soon_sleep():
     assert spins() == "4000"
     assert spins(GOMP_SPINCOUNT="77") == "77"  # the user wins
     assert spins(OMP_WAIT_POLICY="active") not in ("4000", "77")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
+def test_freed_memory_is_kept_for_the_next_step():
+    """The kernel hands out a page at its first use: its count when four arrays of 30 MB are made for the third time."""
+
+    def pages(**own: str) -> int:
+        code = """
+            import resource
+            import numpy as np
+            from ssl_vit import system
+
+            system.prepare(1)
+            for _ in range(3):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                arrays = [np.ones(30_000_000, np.uint8) for _ in range(4)]
+                del arrays
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        """
+        variables = {key: value for key, value in environment().items() if not key.startswith("MALLOC_")} | own
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        return int(subprocess.run(command, env=variables, capture_output=True, check=True).stdout)
+
+    assert pages() < 50
+    assert pages(MALLOC_TRIM_THRESHOLD_="1000000") > 50  # the user wins; a page has at most 2 MB
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

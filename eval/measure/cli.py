@@ -85,7 +85,7 @@ class EvalRequest:
     """The backbones to evaluate, and the images to evaluate them on. Raises UserError for those that do not exist."""
 
     def __init__(self, args: argparse.Namespace):
-        system.set_threads(args.threads or "auto")
+        system.prepare(args.threads or "auto")
         self.state = processes()
         config, size = None, None
         if args.data and (Path(args.data) / "recipe.yaml").exists():

@@ -4,15 +4,16 @@
     python tests/benchmark/beside_peers.py views --rounds 3   # KINDs are listed by --help
 
 The peers are torchvision, transformers, timm, faiss and scikit-learn, and lightly if it is installed. On a GPU the same
-command measures there, in bf16, eager and compiled. Every figure is a ratio of speeds within one run, ours over the
-fastest peer: times of different runs or machines are not comparable. --output writes beside_peers.jsonl too, with the
+command measures there, in bf16, eager and compiled. Every figure is a ratio within one run, of the cost of the cheapest
+peer to ours: times of different runs or machines are not comparable. --output writes beside_peers.jsonl too, with the
 machine's own matrix-product rate, versions and commit.
 """
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -21,21 +22,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmark import turns  # noqa: E402
-from benchmark.contests import attention, commands, evaluation, growth, photos, steps, views  # noqa: E402
+from benchmark.contests import attention, commands, evaluation, growth, photos, pipelines, steps, views  # noqa: E402
 from benchmark.on_a_gpu import matmul_rate  # noqa: E402
 
 from eval.measure.results import SURROUNDINGS  # noqa: E402
 from ssl_vit import system  # noqa: E402
 from ssl_vit.overview import name_of  # noqa: E402
 
-KINDS = ("views", "steps", "attention", "growth", "photos", "evaluation", "commands")
+KINDS = ("views", "steps", "pipelines", "attention", "growth", "photos", "evaluation", "commands")
 
 
-def contests(kind: str, device: torch.device, args: argparse.Namespace) -> Iterator[turns.Contest]:
+def contests(kind: str, device: torch.device, args: argparse.Namespace) -> Generator[turns.Contest]:
     if kind == "steps":
-        yield from steps.contests(device, args.batch_size, compile=False)
-        if device.type == "cuda":
-            yield from steps.contests(device, args.batch_size, compile=True)
+        for compile in (False, True) if device.type == "cuda" else (False,):
+            yield from steps.contests(device, args.batch_size, args.threads, compile)
+    elif kind == "pipelines":
+        yield from pipelines.contests(device, args.batch_size, args.threads)
     elif kind == "growth":
         yield from growth.contests(device, args.batch_size)
     elif kind == "photos":
@@ -57,23 +59,24 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.kinds) - set(KINDS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(KINDS)}")
-    system.set_threads(args.threads)
+    system.prepare(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = matmul_rate(device)
     about = dict(device=name_of(device), matmul_flops_per_second=rate, command=" ".join(sys.argv), **SURROUNDINGS)
     print(f"{about['device']}, {rate / 1e9:,.0f} GFLOP/s in a matrix product")
     rows = []
     for kind in args.kinds or KINDS:
-        for contest in contests(kind, device, args):
-            row = turns.run(contest, args.rounds, device)
-            if flops := row.get("flops_per_image"):
-                row["utilisation"] = {who: flops[who] * row["work"] / row["seconds"][who] / rate for who in flops}
-            rows.append(row)
-            print(turns.table([row]).splitlines()[-1], flush=True)
-            if args.output:
-                args.output.mkdir(parents=True, exist_ok=True)
-                with open(args.output / "beside_peers.jsonl", "a") as stream:
-                    stream.write(json.dumps(row | about) + "\n")
+        with contextlib.closing(contests(kind, device, args)) as opened:
+            for contest in opened:
+                row = turns.run(contest, args.rounds, device)
+                if flops := row.get("flops_per_image"):
+                    row["utilisation"] = {who: flops[who] * row["work"] / row["costs"][who] / rate for who in flops}
+                rows.append(row)
+                print(turns.table([row]).splitlines()[-1], flush=True)
+                if args.output:
+                    args.output.mkdir(parents=True, exist_ok=True)
+                    with open(args.output / "beside_peers.jsonl", "a") as stream:
+                        stream.write(json.dumps(row | about) + "\n")
     print("\n" + turns.table(rows))
 
 

@@ -4,17 +4,20 @@ The same ViT, decoder or head, batch, precision and random images on the device,
 That the work is the same is checked by counted FLOPs, which must agree to 5 %.
 """
 
+import contextlib
 import copy
 import importlib.util
+import resource
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import timm
 import torch
-from benchmark.turns import Contest
+from benchmark.turns import Apart, Contest, cost
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit import backbones, compilation, engine, objectives, optim, pretrain, views
+from ssl_vit import backbones, compilation, engine, objectives, optim, pretrain, system, views
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.randomness import Draw
 
@@ -44,35 +47,61 @@ TRANSFORMERS = dict(
 )
 
 
-def contests(device: torch.device, batch_size: int, compile: bool) -> Iterator[Contest]:
-    lightly = importlib.util.find_spec("lightly") is not None
+def contests(device: torch.device, batch_size: int, threads: int, compile: bool) -> Iterator[Contest]:
     for name in OURS:
-        objective, step = ours(name, batch_size, device, compile)
-        peers: dict[str, Callable[[], Tensor]] = {}
-        if name == "mae":
-            peers["transformers"] = _stepping(TransformersMae().to(device), batch_size, device)
-        if name == "simmim":
-            peers["transformers"] = _stepping(TransformersSimmim().to(device), batch_size, device)
-        if name == "supervised":
-            peers["plain timm"] = _stepping(PlainSupervised().to(device), batch_size, device)
-        if name == "mae" and lightly:
-            peers["lightly"] = _stepping(LightlyMae().to(device), batch_size, device)
-        if name == "dino" and lightly:
-            peers["lightly"] = _stepping(LightlyDino().to(device), batch_size, device)
-        if not peers:
+        others = peers(name)
+        if not others:
             continue
-        flops = {who: count(call) / batch_size for who, call in {"ours": step, **peers}.items()}
-        most, least = max(flops.values()), min(flops.values())
-        assert most < 1.05 * least, f"{name}: not the same work, {flops}"
-        goal = 1.1 if name in ("mae", "dino") else 1.0
-        what = f"step of {name}{', compiled' if compile else ''}"
-        yield Contest(what, step, peers, batch_size, "image", goal, dict(flops_per_image=flops))
+        with contextlib.ExitStack() as stack:
+            arguments = batch_size, device, threads, compile
+            entrants = {who: stack.enter_context(Apart(entrant, name, who, *arguments)) for who in ("ours", *others)}
+            flops = {who: apart.ask(count) / batch_size for who, apart in entrants.items()}
+            most, least = max(flops.values()), min(flops.values())
+            assert most < 1.05 * least, f"{name}: not the same work, {flops}"
+            goal = 1.1 if name in ("mae", "dino") else 1.0
+            what = f"step of {name}{', compiled' if compile else ''}"
+            own, *rest = (partial(apart.ask, cost, device) for apart in entrants.values())
+            about = dict(flops_per_image=flops)
+            yield Contest(what, own, dict(zip(others, rest, strict=True)), batch_size, "image", goal, about=about)
+            own, *rest = (partial(apart.ask, peak, device) for apart in entrants.values())
+            yield Contest(f"peak memory, {what}", own, dict(zip(others, rest, strict=True)), goal=1.0, cost="MB")
+
+
+def peers(name: str) -> dict[str, type[nn.Module]]:
+    """What does the same work as our objective of that name, of the packages that are installed."""
+    lightly = importlib.util.find_spec("lightly") is not None
+    known: dict[str, dict[str, type[nn.Module]]] = dict(
+        mae=dict(transformers=TransformersMae) | (dict(lightly=LightlyMae) if lightly else {}),
+        simmim=dict(transformers=TransformersSimmim),
+        dino=dict(lightly=LightlyDino) if lightly else {},
+        supervised={"plain timm": PlainSupervised},
+    )
+    return known[name]
+
+
+def entrant(
+    name: str, who: str, batch_size: int, device: torch.device, threads: int, compile: bool
+) -> Callable[[], Tensor]:
+    """A step of ours or a peer's, with this process prepared as by those who run it."""
+    if who == "ours":
+        system.prepare(threads)
+        return ours(name, batch_size, device, compile)[1]
+    torch.set_num_threads(threads)
+    return stepping(peers(name)[who]().to(device), batch_size, device)
+
+
+def peak(call: Callable[[], Tensor], device: torch.device) -> float:
+    """The megabytes that this process has needed so far at most, on a GPU those of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def ours(
     name: str, batch_size: int, device: torch.device, compile: bool = False, more: Sequence[str] = ()
-) -> tuple[Objective, Callable[[], Tensor]]:
-    """(the objective of a recipe, with `more` settings; a step of it on one made-up batch)."""
+) -> tuple[Objective, Callable[..., Tensor]]:
+    """(the objective of a recipe, with `more` settings; a step of it, which makes the views of the uint8 images that it
+    gets, or takes those of one made-up batch)."""
     shape = [f"backbone.embed_dim={DIM}", f"backbone.depth={DEPTH}", f"backbone.num_heads={HEADS}"]
     facts = [f"data.img_size={SIZE}", "data.in_chans=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]"]
     recipe = pretrain.read(name, [*shape, f"backbone.patch_size={PATCH}", *facts, *OURS[name], *more], None)
@@ -87,9 +116,10 @@ def ours(
     made = views.make(objective.views, images, Draw(0, 0, rows, device))
     labels = (rows % CLASSES).to(device) if objective.labelled else None
 
-    def step() -> Tensor:
+    def step(chosen: Tensor | None = None) -> Tensor:
+        shown = made if chosen is None else views.make(objective.views, chosen, Draw(0, 0, rows, device))
         with _autocast(device):
-            loss = objective(Batch(made, labels, Draw(0, 1, rows, device), 1, 100))["loss"]
+            loss = objective(Batch(shown, labels, Draw(0, 1, rows, device), 1, 100))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -103,17 +133,19 @@ def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _stepping(model: nn.Module, batch_size: int, device: torch.device) -> Callable[[], Tensor]:
-    """A peer's step: its model maps images (B, 3, H, W), or a list of views, to the loss."""
+def stepping(model: nn.Module, batch_size: int, device: torch.device) -> Callable[..., Tensor]:
+    """A peer's step on the views that it gets, or on made-up ones: its model maps images (B, 3, H, W), or for DINO a
+    list of views, to the loss."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=device.type == "cuda")
     images = torch.randn(batch_size, 3, SIZE, SIZE, device=device)
     small = [torch.randn(batch_size, 3, SIZE // 2, SIZE // 2, device=device) for _ in range(LOCAL)]
-    given = [images, torch.randn_like(images), *small] if isinstance(model, LightlyDino) else images
+    made = [images, torch.randn_like(images), *small] if isinstance(model, LightlyDino) else [images]
 
-    def step() -> Tensor:
+    def step(views: list[Tensor] | None = None) -> Tensor:
+        given = views or made
         with _autocast(device):
-            loss: Tensor = model(given)
+            loss: Tensor = model(given if isinstance(model, LightlyDino) else given[0])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
