@@ -344,6 +344,7 @@ def test_an_unreachable_hub_is_not_waited_for(monkeypatch):
 
 
 def test_twenty_thousand_files_are_listed_without_opening_them(tmp_path, monkeypatch):
+    """And the file system is asked for the size and time of each once, as the folders are read."""
     images = [png(pixels(i)) for i in range(7)]
     for c in range(20):
         (tmp_path / "set" / "train" / f"class{c:02d}").mkdir(parents=True)
@@ -353,8 +354,11 @@ def test_twenty_thousand_files_are_listed_without_opening_them(tmp_path, monkeyp
     opened = []
     real = Image.open
     monkeypatch.setattr(pixels_of.Image, "open", lambda file: opened.append(file) or real(file))
+    looked, real_stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: looked.append(str(path)) or real_stat(path, **options))
     images = load(tmp_path / "set", cache_gb=0)
     assert len(images) > 17_500 and len(images.classes) == 20 and len(opened) < 270
+    assert sum(path.endswith(".png") for path in looked) < 600  # those that are opened
     monkeypatch.setattr(copies, "_end", pytest.fail)  # which of them are copies is remembered
     load(tmp_path / "set", cache_gb=0)
 

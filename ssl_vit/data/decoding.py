@@ -25,6 +25,8 @@ LAW = 2  # version of the conversion to uint8: images decoded by another version
 PROBE = 256  # images whose headers are read to learn what a set is like
 FILE = "ssl_vit.file"  # the column with an image file's path under its split; no user's column has this name
 FIRST = "ssl_vit.first"  # the column with the name or row of the first of equal images
+SIZE, TIME = "ssl_vit.size", "ssl_vit.time"  # the columns with an image file's bytes and time of change, in ns
+OWN = (FILE, FIRST, SIZE, TIME)
 
 Result = TypeVar("Result")
 Kind = tuple[str, str, bool, bool]  # of an image: form, mode, whether it has alpha, whether it was turned upright

@@ -22,7 +22,7 @@ from pathlib import Path
 import datasets
 
 from ssl_vit.data import copies, masks
-from ssl_vit.data.decoding import FILE, FIRST
+from ssl_vit.data.decoding import FILE, FIRST, SIZE, TIME
 from ssl_vit.data.pixels import SUFFIXES
 from ssl_vit.errors import UserError, listed, say, say_once
 
@@ -158,8 +158,11 @@ def splits(
         columns = {
             "image": [found.images[i].path for i in chosen],
             FILE: [os.path.join(*inner[i]) for i in chosen],
+            SIZE: [found.images[i].size for i in chosen],
+            TIME: [found.images[i].time for i in chosen],
         }
         features = {"image": datasets.Image(decode=False), FILE: datasets.Value("string")}
+        features |= dict.fromkeys((SIZE, TIME), datasets.Value("int64"))
         if any(i in firsts for i in chosen):
             columns[FIRST] = [os.path.join(*inner[firsts.get(i, i)]) for i in chosen]
             features[FIRST] = datasets.Value("string")

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -296,21 +295,12 @@ def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipe
     how they will be decoded."""
     image = found.image
     if decoding.FILE in rows.column_names:
-        files: list[object] = [
-            (name, *_stat(cell["path"])) for name, cell in zip(rows[decoding.FILE][:], rows[image][:], strict=True)
-        ]
+        columns = (rows[column][:] for column in (decoding.FILE, decoding.SIZE, decoding.TIME))
+        files: list[object] = list(zip(*columns, strict=True))
     else:
         files = [rows._fingerprint, found.files]
     made = [decoding.LAW, channels, config.layout, config.pages, config.background, config.range]
     return hashlib.sha256(json.dumps([files, found.split, image, made]).encode()).hexdigest()
-
-
-def _stat(path: str) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except OSError:  # a dead link: decoding will report it
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
 
 
 def _fingerprint(content: str, labels: Tensor | None) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ssl_vit import hub
 from ssl_vit import recipe as recipes
 from ssl_vit.data import copies, folders
-from ssl_vit.data.decoding import FILE, FIRST
+from ssl_vit.data.decoding import FILE, FIRST, OWN
 from ssl_vit.data.folders import SPLITS, judges
 from ssl_vit.data.pixels import one_line
 from ssl_vit.errors import NothingHeldOut, UserError, listed, nearest, say_once
@@ -100,7 +100,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     if chosen is not None:
         numbers = chosen if numbers is None else numbers[chosen]
     ledger = ledger | dict(splits={name: len(part) for name, part in splits.items()})
-    columns = [c for c in rows.column_names if c not in (FILE, FIRST)]
+    columns = [c for c in rows.column_names if c not in OWN]
     image = image or _image_column(rows)
     label = label or _label_column(rows)
     for key, column in (("image", image), ("label", label)):
@@ -163,7 +163,7 @@ def _training(splits: dict[str, datasets.Dataset]) -> str | None:
 
 def _image_column(rows: datasets.Dataset) -> str | None:
     """The column that holds the images, where the user names none."""
-    columns = [c for c in rows.column_names if c not in (FILE, FIRST)]
+    columns = [c for c in rows.column_names if c not in OWN]
     kinds = [c for c in columns if isinstance(rows.features[c], datasets.Image)]
     return next((c for c in (*IMAGE_COLUMNS, *kinds) if c in columns), None)
 
