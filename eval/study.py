@@ -31,7 +31,6 @@ from eval.schedule.jobs import Job, needed, work
 from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study
 from ssl_vit import commands, data, errors, files, system
-from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 
@@ -76,8 +75,6 @@ def main() -> int:
     if args.eval_data:
         given += [f"eval_data={args.eval_data}"]
         plan.eval_data, plan.decides = args.eval_data, False
-    if plan.eval_data:  # before anything is trained, since nothing else reads them before
-        data.load(recipes.Data(name=plan.eval_data), "report")
     if decides and not plan.decides and not args.dry_run and not args.estimate:
         say(f"This study does not follow {plan.name} in full, so no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or system.cores()
@@ -96,9 +93,25 @@ def main() -> int:
             if not job.done:
                 print(shlex.join(job.command))
         return 0
+    check_images(study)
     study.folder.mkdir(parents=True, exist_ok=True)
     with files.Lock(study.folder / ".lock", wait=False, refusal="wait for it, or stop it."):
         return run(study, at_once, args.accept_failed, packed)
+
+
+def check_images(study: Study) -> None:
+    """Read the images to evaluate on before anything is trained. Raises UserError if needed labels are missing."""
+    plan, config = study.plan, study.evaluated()
+    if any(line[0] in plans.OF_LABELS for arm in plan.arms for line in plan.evaluators_of(arm)):
+        train = data.load(config, "train")
+        if train.labels is None:
+            raise UserError(
+                f"The images of {config.name} have no labels, which {', '.join(plans.OF_LABELS)} need. If a column of "
+                "another name holds them, set data.label_column=COLUMN; a look at unlabelled images is eval/embed.py."
+            )
+        data.load(config, "report", train.classes)
+    elif plan.eval_data:
+        data.load(config, "report")
 
 
 def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None = None) -> int:

@@ -580,7 +580,7 @@ def page() -> str:
         "",
         "Written from the code by `python -m ssl_vit.fidelity > docs/fidelity.md`. For the recipes of `imagenet/`",
         "and for mae, simmim, beit, dino, gaussian, supervised and deit: what differs from the values of the paper",
-        "and its official code, and why; how many settings were compared; and what has no setting here. The other",
+        "and its official code, and why; how many settings were compared; and what else differs. The other",
         "recipes state their departures in their files. Recipes with the same table share it. A test fails when a",
         "recipe departs from a stored value and its table does not say so.",
     ]
@@ -595,12 +595,12 @@ def page() -> str:
 
 
 def table(name: str) -> list[str]:
-    """The rows of a recipe: its departures, and what has no setting here."""
+    """The rows of a recipe: its departures, and what else differs."""
     entry, rows = RECIPES[name], []
     for key, (here, there) in departures(name).items():
         there = float(f"{there:.4g}") if isinstance(there, float) else there
         rows.append(f"| `{key}` | {write(here)} | {write(there)} | {entry.reasons.get(key, '**unsaid**')} |")
-    return rows + [f"| {what} | {here} | {there} | no setting for this |" for what, there, here in entry.absent]
+    return rows + [f"| {what} | {here} | {there} | not compared as a setting |" for what, there, here in entry.absent]
 
 
 def counted(names: list[str]) -> str:
@@ -610,7 +610,7 @@ def counted(names: list[str]) -> str:
         compared = len(RECIPES[name].official)
         found.setdefault(f"{compared - len(departures(name))} of {compared}", []).append(name)
     (first, some), *others = found.items()
-    said = f"{first} settings are as published"
+    said = f"{first} compared settings are as published"
     return "; ".join([f"{said} in {listed(some)}", *(f"{n} in {listed(of)}" for n, of in others)]) if others else said
 
 

@@ -110,7 +110,7 @@ WORDS = {  # of the code and the docs
     "role": "what an arm is to a verdict, such as masking, noise or scratch",
     "row": "in results.jsonl, one line, which is one measurement; in training, one image of the global batch",
     "run": "a directory with one training and everything measured on it",
-    "small build": "an architecture fitted to small images: `backbone.name=swin`, `hybrid`, `cvt`, `resnet18`",
+    "small build": "an architecture for small images: `backbone.name=swin`, `hybrid`, `cvt`, `resnet18`, `resnet50`",
     "study": "what `eval/study.py` runs: every arm of a plan at every seed, tuned and evaluated",
     "trial": "a short pre-training with one of the settings to choose from, judged on held-out images",
     "verdict": "the answer of a plan with `decides: true`, computed from its rows by a rule that was written before",

@@ -150,7 +150,7 @@ class Backbone:
     depth: int | None = setting(None, "number of blocks", at_least=1)
     num_heads: int | None = setting(None, "number of attention heads", at_least=1)
     patch_size: int | Literal["auto"] | None = setting(
-        "auto", "patch side; auto: the divisor nearest to size/8, from 2, up to 64 px", at_least=1
+        "auto", "patch side; auto: up to 64 px the divisor of the size, at least 2, nearest to size/8", at_least=1
     )
     pos_embed: Literal["learned", "sincos"] = setting("learned", "position embedding; sincos is fixed")
     weight_init: Literal["trunc_normal", "xavier"] = setting(
@@ -200,7 +200,7 @@ class Runtime:
     )
     activation_checkpointing: bool = setting(
         False,
-        "compute activations of the transformer blocks again in the backward pass: less memory, a third more time",
+        "compute activations of the transformer blocks again in the backward pass: less memory, a third more FLOPs",
     )
     engine: Literal["auto", "ddp", "fsdp2"] = setting(
         "auto",

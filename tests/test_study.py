@@ -75,6 +75,22 @@ def test_a_plan_runs_once_and_ends_with_a_report(tmp_path, run):
     assert len(run("--dry-run")[1].splitlines()) == 2  # with a run goes what was found of it
 
 
+@pytest.mark.parametrize("layout", ["beside one another", "with a test split"])
+def test_images_without_labels_are_refused_before_anything_is_trained(layout, tmp_path, run):
+    for split in [""] if layout == "beside one another" else ["train", "test"]:
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.random.default_rng(i + 100 * len(split)).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / split / f"{i}.png")
+    write_plan(tmp_path)
+    with pytest.raises(UserError, match=r"The images of \./images have no labels, which .*knn.* need"):
+        run("--data", "./images")
+    assert not (tmp_path / "runs").exists()
+    write_plan(tmp_path, evaluators=[["difficulty"]], controls=[])
+    code, said = run("--data", "./images")
+    assert code == 0, said
+
+
 def test_what_fails_is_named_and_the_rest_is_done(tmp_path, run):
     arms = {"mae": dict(recipe="mae", settings=MAE), "broken": dict(recipe="dino", settings=["backbone.patch_size=5"])}
     write_plan(tmp_path, arms=arms)

@@ -19,6 +19,7 @@ from ssl_vit.errors import UserError, nearest
 
 PLANS = recipes.RECIPES / "study"
 EVALUATORS = ("linear_probe", "knn", "finetune", "segmentation", "attention_masks", "robustness", "difficulty")
+OF_LABELS = ("linear_probe", "knn", "finetune", "robustness")  # evaluators that need a class for each image
 JUDGES = ("linear_probe", "knn")  # evaluators of trials: those that can use held-out images
 # An arm's role in the verdict (eval/verdict.py). A plan that decides has one arm of each of CLAIMED, and at most one of
 # each of the others but control, which is only shown among the controls; "" is compared with all of them.

@@ -156,6 +156,13 @@ class Study:
                         found.append(training)
         return found
 
+    def evaluated(self) -> recipes.Data:
+        """The images that all arms are evaluated on."""
+        if self.plan.eval_data:
+            return recipes.Data(name=self.plan.eval_data)
+        first = self.trainings()[0]
+        return pretrain.read(self.plan.recipe_of(first.arm), list(first.settings), self.images).data
+
     def controls(self) -> dict[str, Path]:
         """The folder of each control's rows."""
         first = self.plan.recipe_of(next(iter(self.plan.arms)))
