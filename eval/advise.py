@@ -127,9 +127,11 @@ class Plan:
                 mark.unlink(missing_ok=True)
 
     def _tested_on(self, folder: Path, how: str, protocol: str) -> list[str]:
-        """What identifies the test images of the rows that are asked for."""
+        """What identifies the test images and the weights of the rows that are asked for."""
         found = advice.rows_of(folder, how, protocol, self.args.data)
-        return sorted({str(row.get("images")) for subset, row in found.items() if subset in self.subsets})
+        return sorted(
+            {f"{row.get('images')} {row.get('weights')}" for subset, row in found.items() if subset in self.subsets}
+        )
 
     def read(self) -> list[Way]:
         """The ways as they were measured. Raises UserError if they were not, or not on the same images."""
@@ -171,6 +173,12 @@ def open_all(args: argparse.Namespace) -> list[features.Source]:
         for source in sources:
             if source.backbone is None:
                 raise UserError(f"{source.name} has no weights to start from: name runs or weights.")
+            read = features.read_as(source.settings, config)
+            if own := [f"data.{key}={getattr(read, key)}" for key in features.TABLE if getattr(read, key) is not None]:
+                raise UserError(
+                    f"{source.name} was trained with {' '.join(own)}, which the other ways would not know: put these "
+                    "images into a folder of their own, and name that as --data."
+                )
         return sources
     found = []
     for name in PUBLISHED:

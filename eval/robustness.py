@@ -57,6 +57,7 @@ def read_sweeps(source: features.Source, request: cli.EvalRequest) -> list[Sweep
     for part, chosen in parts:
         about = part | dict(protocol="linear-sweep", eval_data=test.name, split=test.split, n=len(test))
         rows = [row for row in results.read(source.folder) if about.items() <= row.items()]
+        rows = [row for row in rows if row.get("weights", source.weights) == source.weights]
         if source.backbone is None:
             pooling = "raw {}x{}".format(*features.view_of(source, test).size)
             rows = [row for row in rows if row["settings"]["pooling"] == pooling]

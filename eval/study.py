@@ -27,7 +27,7 @@ import torch
 
 from eval.schedule import plans
 from eval.schedule.cost import estimate
-from eval.schedule.jobs import Job, needed, work
+from eval.schedule.jobs import Job, needed, withdraw, work
 from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study
 from ssl_vit import commands, data, errors, files, system
@@ -118,6 +118,7 @@ def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None =
     """Do what is left, and write the report. Returns the exit code."""
     keep = packed.add if packed else lambda run: None
     failed: list[Job] = []
+    withdraw(study.jobs(study.trainings()))
     while trials := study.next_trials([job.run for job in failed]):
         failed += work(needed(study.trial_jobs(trials)), at_once, study.folder, keep)
         if failed and not accept_failed:

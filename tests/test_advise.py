@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from conftest import SMALL
 from test_loop import TINY
 
@@ -202,6 +203,11 @@ def test_bad_input_is_one_sentence(run, monkeypatch, tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             call(monkeypatch, *words)
+    told = yaml.safe_load((tmp_path / run / "recipe.yaml").read_text())
+    told["data"]["train_split"] = "extra"
+    (tmp_path / run / "recipe.yaml").write_text(yaml.safe_dump(told))
+    with pytest.raises(UserError, match="mine was trained with data.train_split=extra, which the other ways"):
+        call(monkeypatch, "--backbone", run)
     monkeypatch.setattr(advise, "PUBLISHED", ("nowhere/model",))
     monkeypatch.setattr(advise.features, "open_source", lambda *rest: (_ for _ in ()).throw(UserError("out of reach")))
     with pytest.raises(UserError, match="No published weights can be had here"):

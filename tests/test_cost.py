@@ -5,12 +5,15 @@ import sys
 
 import pytest
 import yaml
-from test_study import deciding
+from test_loop import TINY
+from test_study import deciding, write_plan
 
 from eval import study
-from eval.schedule import cost
+from eval.schedule import cost, plans
+from eval.schedule.jobs import Times
+from eval.schedule.trainings import Study
 
-LINE = ["finetune", "--labels", "20", "--lr", "1e-3", "2e-3", "train.steps=3", "train.batch_size=32"]
+LINE = ["finetune", "--lr", "1e-3", "2e-3", "--labels", "20", "train.steps=3", "train.batch_size=32"]
 
 
 @pytest.fixture
@@ -63,3 +66,20 @@ def test_jobs_and_flops_are_those_of_the_plan(said, monkeypatch):
 def test_the_rate_is_measured(said):
     [rate, steps] = re.search(r"At ([\d.]+) GFLOP/s: 1 at once, (\d+) steps of mae", said()).groups()
     assert 1e-3 < float(rate) < 1e4 and int(steps) >= 12
+
+
+def test_finished_trainings_tell_the_rate_of_as_many_at_once(tmp_path, monkeypatch):
+    """By arm and budget. Eight at a time have an eighth of the cores each."""
+    monkeypatch.chdir(tmp_path)
+    write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=TINY)), budgets=[1e9, 2e9], controls=[])
+    made = Study(plans.read("tiny.yaml"), None, [], [], 1)
+    (made.folder / "logs").mkdir(parents=True)
+    times = Times(made.folder / "logs/seconds.jsonl")
+    for training in made.trainings():
+        (training.run / "backbone").mkdir(parents=True)
+        for at_once, each in ((2, 4.0), (8, 1.0)):
+            times.add(made.kind(training), each * training.budget / 1e9, at_once)
+    assert cost._rate(made, cost.Costs(made), 2)[0] == pytest.approx(2 * 3e9 / 12)
+    assert cost._rate(made, cost.Costs(made), 8)[0] == pytest.approx(8 * 3e9 / 3)
+    [job] = [job for job in made.jobs(made.trainings()) if job.marks and "2e+09" in job.kind]
+    assert times.mean(job.kind) == pytest.approx((8 + 2) / 2)

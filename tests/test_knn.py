@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,10 +18,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from test_loop import ROOT, TINY, environment
 
 from eval import knn
+from eval.compare.runs import read_run
 from eval.measure import features, results
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
-from ssl_vit import data, neighbours, pretrain
+from ssl_vit import data, neighbours, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -346,3 +349,25 @@ def test_an_evaluation_made_again_replaces_its_row(change, tmp_path):
 def test_an_interval_in_a_terminal_ends_at_100():
     found = text_tables.accuracies(["a"], ["k-NN"], [(("x",), "k-NN", np.ones(30)), (("y",), "k-NN", np.zeros(30))])
     assert "100.0 (88.6 to 100.0)" in found and "0.0 (0.0 to 11.4)" in found
+
+
+def test_rows_of_a_weights_file_that_was_written_anew_are_not_one_model_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=0", f"train.seed={seed}"], None)
+        assert pretrain.pretrain(recipe, tmp_path / f"run{seed}") == 0
+    shutil.copytree("run0/backbone", "weights")
+    argv = ["--backbone", "weights", "--data", "digits", "--k"]
+    monkeypatch.setattr(sys, "argv", ["knn.py", *argv, "3"])
+    knn.main()
+    [folder] = Path("runs").glob("weights-*-digits")
+    assert read_run(folder).rows
+    shutil.copytree("run1/backbone", "weights", dirs_exist_ok=True)
+    monkeypatch.setattr(sys, "argv", ["knn.py", *argv, "5"])
+    knn.main()
+    with pytest.raises(UserError, match="rows of several weights"):
+        read_run(folder)
+    monkeypatch.setattr(sys, "argv", ["knn.py", *argv, "3"])
+    knn.main()
+    kept = {row["weights"] for row in read_run(folder).rows}
+    assert kept == {weights.digest(weights.load("weights"))[:12]}

@@ -18,10 +18,11 @@ from test_segmentation import parquet
 
 from eval import study
 from eval.compare.studies import read_study
-from eval.measure import rates
+from eval.measure import rates, results
 from eval.schedule import jobs, plans, trainings
 from eval.schedule.cost import Costs
 from eval.schedule.jobs import Job, Times, progress, work
+from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study
 from ssl_vit import data, files, flops, pretrain, system
 from ssl_vit.errors import BUSY, UserError
@@ -142,7 +143,7 @@ def test_a_judge_that_leaves_no_accuracy_is_told(tmp_path, run, monkeypatch):
     """It would be asked for ever: its mark says that it is done."""
     arms = dict(mae=dict(recipe="mae", role="masking", settings=MAE))
     write_plan(tmp_path, arms=arms, tuning=dict(flops=5e7, seed=100, judge=["knn", "--k", "5"]), controls=[])
-    monkeypatch.setattr(trainings, "judged", lambda run, judge: None)
+    monkeypatch.setattr(trainings, "judged", lambda run, judge, seed: None)
     with pytest.raises(
         UserError, match="mae-digits-.*-s100 was judged, and has no accuracy on held-out images: delete"
     ):
@@ -304,6 +305,17 @@ def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tm
     assert plan.decides is decides
 
 
+def test_without_budgets_another_length_decides_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_plan(tmp_path)
+    plan = plans.read("tiny.yaml")
+    plan.decides = True
+    plan.spend(["runtime.compile=false"])
+    assert plan.decides
+    plan.spend(["train.epochs=1"])
+    assert not plan.decides
+
+
 @pytest.mark.parametrize(
     ("evaluators", "decides"), [("knn", False), ("linear_probe", False), ("knn,linear_probe,finetune", True)]
 )
@@ -368,6 +380,74 @@ def test_other_images_of_the_same_name_are_no_part_of_a_study(tmp_path, monkeypa
         Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
 
 
+def test_packed_results_are_of_the_same_images_wherever_these_are(tmp_path, monkeypatch, colours):
+    monkeypatch.chdir(tmp_path)
+    settings = [*TINY, *SMALL["mae"], "train.steps=1", "backbone.patch_size=4"]
+    write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=settings)), controls=[])
+    [training] = Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings()
+    assert pretrain.pretrain(pretrain.read("mae", list(training.settings), colours), training.run) == 0
+    Packed(tmp_path / "packed").add(training.run)
+    shutil.rmtree("runs")
+    Packed(tmp_path / "packed").restore(tmp_path / "runs")
+    shutil.copytree(colours, "other/colours")
+    [elsewhere] = Study(plans.read("tiny.yaml"), "other/colours", [], [], 1).trainings()
+    assert elsewhere.run == training.run
+    told = yaml.safe_load((training.run / "recipe.yaml").read_text())
+    (training.run / "recipe.yaml").write_text(yaml.safe_dump(told | dict(optim=told["optim"] | dict(lr=1.0))))
+    with pytest.raises(UserError, match=r"with other settings \(optim.lr\)"):
+        Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
+
+
+@pytest.mark.parametrize("key", ["optim.clip_grad=1.5", "backbone.init_values=0.1", "optim.weight_decay_end=0.1"])
+def test_a_recipe_that_lost_a_setting_is_another(key, tmp_path, monkeypatch):
+    """The old run would count as one of the new recipe: the name of a run tells settings of the command line alone."""
+    monkeypatch.chdir(tmp_path)
+    own = [*TINY, *SMALL["mae"], "train.steps=1"]
+    recipe = pretrain.read("mae", [*own, key], None)
+    assert pretrain.pretrain(recipe, tmp_path / "run") == 0
+    trainings.refuse_other(tmp_path / "run", recipe)
+    with pytest.raises(UserError, match=key.partition("=")[0]):
+        trainings.refuse_other(tmp_path / "run", pretrain.read("mae", own, None))
+
+
+def test_a_trial_is_judged_on_the_labels_that_the_tuning_s_seed_draws(tmp_path, monkeypatch):
+    rows = [
+        dict(protocol="linear-sweep", pooling="chosen", split="held out of train", label_fraction=0.1, subset_seed=seed)
+        | dict(value=value)
+        for seed, value in ((0, 0.9), (100, 0.5), (101, 0.7))
+    ]
+    monkeypatch.setattr(results, "read", lambda run: rows)
+    assert trainings.judged(tmp_path, LP10, 100) == 0.5
+    assert trainings.judged(tmp_path, [*LP10, "--label-seeds", "100", "101"], 100) == pytest.approx(0.6)
+    assert trainings.judged(tmp_path, LP10, 7) is None
+    rows[0] |= dict(label_fraction=1.0, subset_seed=None)
+    assert trainings.judged(tmp_path, ["linear_probe"], 100) == 0.9
+
+
+def test_marks_go_with_their_rows(tmp_path, run, colours, monkeypatch):
+    """Two folders of one name: the second study replaces the first one's rows, which the first then measures again."""
+    first, other = tmp_path / "a/colours", tmp_path / "b/colours"
+    for folder in (first, other):
+        shutil.copytree(colours, folder)
+    for number, file in enumerate(sorted(other.rglob("*.png"))):
+        if number % 2:
+            file.unlink()
+    settings = [*TINY, *SMALL["mae"], "train.steps=1", "data.in_chans=3"]
+    write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=settings)), controls=[])
+
+    def count() -> int:
+        [row] = [row for file in tmp_path.glob("runs/mae-*/results.jsonl") for row in results.read(file.parent)][-1:]
+        return row["n"]
+
+    code, _ = run("--eval-data", "a/colours")
+    n = count()
+    assert code == 0 and run("--eval-data", "b/colours")[0] == 0 and count() < n
+    code, said = run("--eval-data", "a/colours")
+    assert code == 0 and count() == n and said.count("is measured again") == 1, said
+    code, said = run("--eval-data", "a/colours")
+    assert code == 0 and "again" not in said and "done" not in said, said
+
+
 def test_failed_trials_are_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tuning = dict(flops=1e8, seed=100, judge=["knn"])
@@ -395,7 +475,7 @@ def accuracies(monkeypatch, of_rate):
     """Trials reach this accuracy, by their learning rate, once they were asked for."""
     asked = set()
 
-    def known(run, judge):
+    def known(run, judge=None, seed=None):
         settings = [t for t in RECIPES[run]]
         value = of_rate(rate_of(settings)) if run in asked else None
         asked.add(run)
@@ -662,6 +742,7 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of masking, noise"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),
         (dict(evaluators=[["k-nn"]]), "not an evaluator"),
+        (dict(evaluators=[["knn", "--labels=10%"]]), "two words in tiny.yaml, not as --labels=10%"),
         (dict(arms=learning(), budgets=["1e9"]), "learns from the run of 'c', which is no arm above it"),
         (dict(arms=learning(c=dict(recipe="tokenizer"))), "learns from the run of 'c', which needs budgets"),
         (dict(arms=learning(c=dict(recipe="tokenizer", seeds=1)), seeds=2, budgets=["1e9"]), "which has fewer seeds"),

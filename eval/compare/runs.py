@@ -97,6 +97,11 @@ def read_run(folder: Path) -> Run:
     if not rows:
         command = shlex.join([*commands.typed("knn"), "--backbone", str(folder)])
         raise UserError(f"{folder} has not been evaluated: run `{command}`.")
+    if len({row["weights"] for row in rows if row.get("weights")}) > 1:
+        raise UserError(
+            f"{folder} holds rows of several weights, as if their file had been replaced between evaluations: remove "
+            "its results.jsonl, and evaluate it again."
+        )
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return Run(folder, read_settings(recipe) if recipe.exists() else {}, lines, rows)
 

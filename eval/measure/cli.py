@@ -266,6 +266,7 @@ def row_of(source: features.Source, test: data.ImageSet, metric: str, classes: i
         metric=metric,
         classes=classes,
         precision=source.precision if source.backbone else None,
+        weights=source.weights,
         **results.SURROUNDINGS,
     )
 

@@ -45,6 +45,7 @@ class Source:
     settings: dict
     backbone: Backbone | None  # None: raw pixels
     size: tuple[int, int] | None  # None: the images' own
+    weights: str | None = None  # a digest of the backbone as it was found, before images are shown at another size
     precision: system.Precision = "fp32"  # in which the backbone computes
 
     @property
@@ -120,15 +121,17 @@ def open_source(
     ViT is rounded up to whole patches, and its positions are resampled."""
     path = Path(name)
     backbone = None if name in CONTROLS else weights.load(name).eval()
+    digest = None if backbone is None else weights.digest(backbone)[:12]
     if backbone and shown:
         sides = backbone.patch_size if isinstance(backbone, TokenBackbone) else (1, 1)
         height, width = (-(-length // side) * side for length, side in zip(shown, sides, strict=True))
         backbone = weights.load(f"{name},img_size={height},{width}").eval()
     if backbone and (path / "recipe.yaml").exists():
-        return Source(name, path, recipes.read_settings(path / "recipe.yaml"), backbone, backbone.input_size)
+        return Source(name, path, recipes.read_settings(path / "recipe.yaml"), backbone, backbone.input_size, digest)
     if data is None:
         raise UserError("No images are named: pass --data, or name a run first, whose images are then used.")
-    return Source(name, folder_of(name, data.name), {}, backbone, backbone.input_size if backbone else size or shown)
+    size = backbone.input_size if backbone else size or shown
+    return Source(name, folder_of(name, data.name), {}, backbone, size, digest)
 
 
 def folder_of(name: str, data: str) -> Path:

@@ -195,9 +195,10 @@ def _rate(study: Study, costs: Costs, at_once: int) -> tuple[float, str, float]:
     if not trained:
         raise UserError(f"{study.plan.name} has no arm that is trained, so there is nothing to measure a rate by.")
     times = Times(study.folder / "logs" / "seconds.jsonl")
-    done = [t for t in trained if times.mean(f"pre-training {t.arm}") and (t.run / "backbone").exists()]
+    taken = [(t, times.mean(study.kind(t), at_once)) for t in trained if (t.run / "backbone").exists()]
+    done = [training for training, mean in taken if mean]
     if done:
-        seconds = sum(times.mean(f"pre-training {t.arm}") or 0.0 for t in done)
+        seconds = sum(mean or 0.0 for _, mean in taken)
         rate = at_once * sum(map(costs.pretraining, done)) / seconds
         size = sum(f.stat().st_size for f in done[0].run.rglob("*") if f.is_file() and "features" not in f.parts)
         return rate, f"{at_once} at once, as {len(done)} pre-trainings of this study took", float(size)

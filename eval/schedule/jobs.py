@@ -40,6 +40,7 @@ class Job:
     after: "Job | None" = None  # must have ended first, done or failed
     marks: bool = False  # whether its command writes the mark itself
     started: float = 0.0
+    since: str = ""  # when, in UTC
     device: str = ""
     failed: bool = False
     later: float = 0.0  # not before this time: another process was writing its run
@@ -70,6 +71,27 @@ class Job:
     def script(self) -> Path:
         """Its script, relative to the project."""
         return Path(self.command[1]).relative_to(ROOT)
+
+
+def _measured(job: Job) -> dict[str, str | None]:
+    """The images behind each row that was measured in the job's run since it started, by the row's place."""
+    return {
+        results.place_of(row): row.get("images")
+        for row in results.read(job.run)
+        if row.get("measured_at", "") >= job.since
+    }
+
+
+def withdraw(jobs: list[Job]) -> None:
+    """Remove the marks of jobs whose rows are no longer there: another study may share the run, and its rows on other
+    images of the same name replace these."""
+    for job in jobs:
+        if job.marks or not job.done:
+            continue
+        made = json.loads(job.mark.read_text()).get("images", {})
+        if not made.items() <= {results.place_of(row): row.get("images") for row in results.read(job.run)}.items():
+            say(f"{job.name} is measured again: rows on other images of that name have replaced its own.")
+            job.mark.unlink()
 
 
 def needed(jobs: list[Job]) -> list[Job]:
@@ -149,7 +171,8 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                 seconds = time.monotonic() - job.started
                 if code == 0 and not job.marks:
                     words = shlex.join(["python", str(job.script), *job.command[2:]])
-                    files.write(job.mark, json.dumps(dict(command=words, seconds=round(seconds, 1))))
+                    about = dict(command=words, seconds=round(seconds, 1), images=_measured(job))
+                    files.write(job.mark, json.dumps(about))
                 busy, job.failed = code == BUSY, code not in (0, BUSY) or (code == 0 and not job.done)
                 then(job.run)
                 last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
@@ -160,7 +183,9 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                     tell("FAILED", job, f": {last} (full log: {_log(folder, job)})")
                 elif not busy:
                     # a pre-training that went on took longer than this part of it
-                    times.add(job.kind, max(seconds, results.spent(job.run)["seconds"]) if job.marks else seconds)
+                    times.add(
+                        job.kind, max(seconds, results.spent(job.run)["seconds"]) if job.marks else seconds, at_once
+                    )
                     tell("done", job, f", {seconds:.0f} s")
     finally:
         stop(running)
@@ -182,18 +207,18 @@ class Times:
 
     def __init__(self, file: Path):
         self.file = file
-        self.seconds: dict[str, list[float]] = {}
-        for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
-            self.seconds.setdefault(line["kind"], []).append(line["seconds"])
+        text = file.read_text() if file.exists() else ""
+        self.lines: list[dict] = [json.loads(line) for line in text.splitlines()]
 
-    def add(self, kind: str, seconds: float) -> None:
-        self.seconds.setdefault(kind, []).append(seconds)
-        files.append(self.file, json.dumps(dict(kind=kind, seconds=round(seconds, 1))) + "\n")
+    def add(self, kind: str, seconds: float, at_once: int) -> None:
+        line = dict(kind=kind, seconds=round(seconds, 1), at_once=at_once)
+        self.lines.append(line)
+        files.append(self.file, json.dumps(line) + "\n")
 
-    def mean(self, kind: str) -> float | None:
-        """The mean in seconds; None if no job of this kind is done."""
-        values = self.seconds.get(kind)
-        return sum(values) / len(values) if values else None
+    def mean(self, kind: str, at_once: int | None = None) -> float | None:
+        """The mean in seconds, of those that ran with as many at once if that is given; None if none is done."""
+        lines = [line for line in self.lines if line["kind"] == kind and at_once in (None, line.get("at_once"))]
+        return sum(line["seconds"] for line in lines) / len(lines) if lines else None
 
 
 def summary(jobs: list[Job], running: Collection[Job], times: Times, at_once: int) -> str:
@@ -241,7 +266,7 @@ def _start(job: Job, log: Path) -> Command:
     module = ".".join(job.script.with_suffix("").parts)
     variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
     command = Command(module, job.command[1:], log, variables)
-    job.started = time.monotonic()
+    job.started, job.since = time.monotonic(), results.now()
     return command
 
 

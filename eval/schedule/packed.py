@@ -16,7 +16,6 @@ image files.
 import io
 import json
 import operator
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,13 +58,8 @@ class Packed:
             for packed in sorted(self.folder.glob("runs/*")):
                 run = runs / packed.name
                 _check_same(run, packed)
-                if not run.exists():
-                    with files.writing(run) as partial:
-                        shutil.copytree(packed, partial)
-                    restored.append(run)
-                else:
-                    with results.lock(run):
-                        restored += [run] if _bring(packed, run, operator.gt) else []
+                with results.lock(run):
+                    restored += [run] if _bring(packed, run, operator.gt) else []
         return restored
 
     def _lock(self) -> files.Lock:

@@ -157,7 +157,7 @@ class Plan:
         """
         lengths = [text for text in settings if text.startswith(("train.flops=", "train.steps=", "train.epochs="))]
         others = [text for text in settings if text not in lengths and not may_change(text)]
-        self.decides &= not others
+        self.decides &= not others and (not lengths or bool(self.budgets))
         if not lengths or not self.budgets:
             return settings
         key, _, value = lengths[-1].partition("=")
@@ -325,6 +325,8 @@ def _evaluators(lines: list, path: Path) -> list[list[str]]:
             raise UserError(
                 f"{line} in {path} is not an evaluator: write [NAME, ARGUMENT, …], of {', '.join(EVALUATORS)}."
             )
+        if joined := [word for word in map(str, line) if re.match(r"--[a-z-]+=", word)]:
+            raise UserError(f"Write the option and its value as two words in {path}, not as {joined[0]}.")
     return [list(map(str, line)) for line in lines]
 
 

@@ -24,6 +24,8 @@ from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
 
+RESOLVED = (*recipes.OF_IMAGES, *recipes.LENGTHS)  # what a run sets in its recipe.yaml where the recipe leaves it open
+
 
 @dataclass(frozen=True)
 class Training:
@@ -94,12 +96,12 @@ class Study:
         own += [f"optim.lr={lr * trial.factor:g}", *self._left_out]
         own += [f"train.flops={tuning.flops:g}"]  # last, so that it overrides the arm's own length
         found = self._training(arm, tuning.flops, own)
-        return replace(found, accuracy=judged(found.run, tuning.judge))
+        return replace(found, accuracy=judged(found.run, tuning.judge, tuning.seed))
 
     def is_judged(self, trial: Training) -> bool:
         """Whether a trial has an accuracy by now."""
         assert self.plan.tuning is not None
-        return judged(trial.run, self.plan.tuning.judge) is not None
+        return judged(trial.run, self.plan.tuning.judge, self.plan.tuning.seed) is not None
 
     @property
     def _left_out(self) -> list[str]:
@@ -184,8 +186,7 @@ class Study:
         found, choices = self._choices(trainings)
         first: dict[tuple, tuple[Job, Path]] = {}  # the first seed's job, by arm, budget and evaluator
         for training in trainings:
-            budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
-            job = self._pretraining(training, f"pre-training {training.arm}{budget}")
+            job = self._pretraining(training, self.kind(training))
             job.needs = [other for other in found if other.marks and other.run in training.learns_from]
             found.append(job)
             after: Job | None = job
@@ -214,6 +215,11 @@ class Study:
                 found.append(evaluation)
                 after = evaluation
         return found
+
+    def kind(self, training: Training) -> str:
+        """The kind of its job: those of an arm take equally long at one budget."""
+        budget = f" {training.budget:g}" if len(self.plan.budgets) > 1 else ""
+        return f"pre-training {training.arm}{budget}"
 
     def _elsewhere(self, line: list[str]) -> list[str]:
         """The argument that names the images to evaluate on, if the plan has others than those of the training."""
@@ -314,13 +320,16 @@ def _accuracies(tried: dict[walk.Trial, Training]) -> walk.Tried:
     return {trial: training.accuracy for trial, training in tried.items()}
 
 
-def judged(run: Path, judge: list[str]) -> float | None:
-    """A trial's accuracy on the held-out images: the judge's primary row with the most labels."""
+def judged(run: Path, judge: list[str], seed: int) -> float | None:
+    """A trial's accuracy on the held-out images: the judge's primary row with the most labels, the mean over their
+    subsets. seed: of the tuning, which draws the subset unless the judge names others."""
     parts = {cli.describe_part(cli.part(word)) for word in labels_in(judge) or ["all"]}
     by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
     wanted: dict[str, object] = by[judge[0]] | dict(label_fraction=most(parts))
     rows = [r for r in results.read(run) if r["split"].startswith("held out") and wanted.items() <= r.items()]
-    return float(rows[0]["value"]) if rows else None
+    drawn = {None, *map(int, _values([*judge, *labelled(judge, [seed])], "--label-seeds"))}
+    found = [row["value"] for row in rows if row["subset_seed"] in drawn]
+    return sum(found) / len(found) if found else None
 
 
 def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
@@ -329,9 +338,15 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
         return
     old, new = recipes.read_settings(run / "recipe.yaml"), recipe.as_dict()
     old.pop("images", None)  # the new run's are not loaded yet: comparing the name must suffice
-    for section, values in new.items():  # what the recipe leaves open was resolved there
+    if not (
+        (run / "log.jsonl").exists() or (run / "backbone").exists()
+    ):  # packed results, of the same images elsewhere
+        old["data"]["name"] = new["data"]["name"]
+    for section, values in new.items():
         if isinstance(values, dict):
-            new[section] = old.get(section, {}) | {k: v for k, v in values.items() if v not in (None, "auto")}
+            before = old.get(section, {})
+            left_open = [k for k, v in values.items() if v == "auto" or (v is None and f"{section}.{k}" in RESOLVED)]
+            new[section] = before | values | {key: before[key] for key in left_open if key in before}
     if isinstance(new["data"]["img_size"], int):
         new["data"]["img_size"] = [new["data"]["img_size"]] * 2
     keys = recipes.differences(old, old | new, type(recipe.objective))
@@ -350,8 +365,12 @@ def labelled(line: list[str], seeds: list[int]) -> list[str]:
 
 def labels_in(line: list[str]) -> list[str]:
     """The values of --labels in an evaluator's arguments; [] if it is not given."""
-    at = line.index("--labels") + 1 if "--labels" in line else len(line)
-    return list(takewhile(lambda word: not word.startswith("-"), line[at:]))
+    return _values(line, "--labels")
+
+
+def _values(line: list[str], option: str) -> list[str]:
+    at = line.index(option) + 1 if option in line else len(line)
+    return list(takewhile(lambda word: not word.startswith("-") and "=" not in word, line[at:]))  # settings may follow
 
 
 def schedule_of(line: list[str]) -> tuple[argparse.Namespace, fine_tuning.Schedule]:
