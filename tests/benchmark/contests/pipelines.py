@@ -1,5 +1,8 @@
-"""Views and steps together, from decoded images of 32 px in memory: ours makes the views of a batch at once, lightly's
-transforms take one PIL image at a time in a DataLoader's workers, as in its examples."""
+"""Views and steps together, from decoded images of 32 px in memory, at the size of the small recipes.
+
+Ours makes the views of a batch at once; lightly's transforms take one PIL image at a time in a DataLoader's workers, as
+in its examples.
+"""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -15,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit import system
 
-BATCHES = 4  # of one call
+BATCHES = 8  # of one call
+WIDTH, DEPTH = 96, 4
 
 
 def contests(device: torch.device, batch_size: int, threads: int) -> Iterator[Contest]:
@@ -30,6 +34,7 @@ def contests(device: torch.device, batch_size: int, threads: int) -> Iterator[Co
 
 
 def entrant(name: str, who: str, batch_size: int, device: torch.device, threads: int) -> Callable[[], object]:
+    steps.DIM, steps.DEPTH = WIDTH, DEPTH  # in this process
     images = torch.randint(0, 256, (BATCHES * batch_size, 3, steps.SIZE, steps.SIZE), dtype=torch.uint8)
     if who == "ours":
         system.prepare(threads)
