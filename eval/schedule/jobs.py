@@ -40,7 +40,7 @@ class Job:
     after: "Job | None" = None  # must have ended first, done or failed
     marks: bool = False  # whether its command writes the mark itself
     started: float = 0.0
-    since: str = ""  # when, in UTC
+    before: list[dict] = field(default_factory=list)  # the rows of its run then
     device: str = ""
     failed: bool = False
     later: float = 0.0  # not before this time: another process was writing its run
@@ -75,11 +75,7 @@ class Job:
 
 def _measured(job: Job) -> dict[str, str | None]:
     """The images behind each row that was measured in the job's run since it started, by the row's place."""
-    return {
-        results.place_of(row): row.get("images")
-        for row in results.read(job.run)
-        if row.get("measured_at", "") >= job.since
-    }
+    return {results.place_of(row): row.get("images") for row in results.read(job.run) if row not in job.before}
 
 
 def withdraw(jobs: list[Job]) -> None:
@@ -265,8 +261,9 @@ def _start(job: Job, log: Path) -> Command:
     files.write(log, f"$ {shlex.join(job.command)}\n")
     module = ".".join(job.script.with_suffix("").parts)
     variables = dict(CUDA_VISIBLE_DEVICES=job.device) if job.device else {}
+    job.before = results.read(job.run)
     command = Command(module, job.command[1:], log, variables)
-    job.started, job.since = time.monotonic(), results.now()
+    job.started = time.monotonic()
     return command
 
 
