@@ -101,9 +101,10 @@ show() {  # print a command as one could type it, then run it
   return "$code"
 }
 
-recipes() {
-  local file names=()
-  for file in "$root"/recipes/*.yaml "$root"/recipes/imagenet/*.yaml; do
+recipes() {  # all of them, or with an argument those directly in recipes/
+  local file files=("$root"/recipes/*.yaml) names=()
+  [ $# -gt 0 ] || files+=("$root"/recipes/imagenet/*.yaml)
+  for file in "${files[@]}"; do
     [ ! -f "$file" ] || { file=${file#"$root"/recipes/}; names+=("${file%.yaml}"); }
   done
   [ ${#names[@]} -eq 0 ] || echo "${names[@]}"
@@ -386,7 +387,8 @@ run_recipe() {
   printf '\nNext:\n'
   [ "$prefix" != "$root/.venv" ] || echo "  in a new shell    . ${here}.venv/bin/activate, before commands of your own"
   cat <<EOF
-  another recipe    ./launch.sh NAME: $(recipes)
+  another recipe    ./launch.sh NAME: $(recipes small),
+                    or one of recipes/imagenet
   your own images   ./launch.sh $recipe --data FOLDER
   CIFAR-10          ./launch.sh $recipe --data cifar10
   all of them       ./launch.sh compare

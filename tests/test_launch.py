@@ -116,6 +116,7 @@ def test_a_run_is_training_then_its_control_then_knn(project):
     setup, after = done.stdout.split("Device: CPU (", 1)
     assert "Installing" in setup and "accelerate" not in setup
     assert after.index("accelerate") < after.index("TABLE") < after.index("Next:")
+    assert "NAME: dino mae,\n" in after  # not the long list of published ones
 
 
 def test_the_control_has_none_of_a_recipe_s_own_weights(project):
