@@ -103,13 +103,16 @@ def check_images(study: Study) -> None:
     """Read the images to evaluate on before anything is trained. Raises UserError if needed labels are missing."""
     plan, config = study.plan, study.evaluated()
     if any(line[0] in plans.OF_LABELS for arm in plan.arms for line in plan.evaluators_of(arm)):
-        train = data.load(config, "train")
-        if train.labels is None:
-            raise UserError(
-                f"The images of {config.name} have no labels, which {', '.join(plans.OF_LABELS)} need. If a column of "
-                "another name holds them, set data.label_column=COLUMN; a look at unlabelled images is eval/embed.py."
-            )
-        data.load(config, "report", train.classes)
+        classes, which = None, ""
+        for role in ("train", "report"):
+            images = data.load(config, role, classes)
+            if images.labels is None:
+                raise UserError(
+                    f"The images of {config.name}{which} have no labels, which {', '.join(plans.OF_LABELS)} need. If a "
+                    "column of another name holds them, set data.label_column=COLUMN; for a look at unlabelled images "
+                    "there is eval/embed.py."
+                )
+            classes, which = images.classes, " to report on"
     elif plan.eval_data:
         data.load(config, "report")
 

@@ -76,15 +76,17 @@ def test_a_plan_runs_once_and_ends_with_a_report(tmp_path, run):
     assert len(run("--dry-run")[1].splitlines()) == 2  # with a run goes what was found of it
 
 
-@pytest.mark.parametrize("layout", ["beside one another", "with a test split"])
+@pytest.mark.parametrize("layout", ["beside one another", "with a test split", "test split alone"])
 def test_images_without_labels_are_refused_before_anything_is_trained(layout, tmp_path, run):
+    which = " to report on" if layout == "test split alone" else ""
     for split in [""] if layout == "beside one another" else ["train", "test"]:
-        (tmp_path / "images" / split).mkdir(parents=True)
         for i in range(12):
+            name = f"{'ab'[i % 2]}/{i}.png" if which and split == "train" else f"{i}.png"
             pixels = np.random.default_rng(i + 100 * len(split)).integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / split / f"{i}.png")
+            (tmp_path / "images" / split / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "images" / split / name)
     write_plan(tmp_path)
-    with pytest.raises(UserError, match=r"The images of \./images have no labels, which .*knn.* need"):
+    with pytest.raises(UserError, match=rf"The images of \./images{which} have no labels, which .*knn.* need"):
         run("--data", "./images")
     assert not (tmp_path / "runs").exists()
     write_plan(tmp_path, evaluators=[["difficulty"]], controls=[])

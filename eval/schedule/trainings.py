@@ -338,9 +338,8 @@ def refuse_other(run: Path, recipe: recipes.Recipe) -> None:
         return
     old, new = recipes.read_settings(run / "recipe.yaml"), recipe.as_dict()
     old.pop("images", None)  # the new run's are not loaded yet: comparing the name must suffice
-    if not (
-        (run / "log.jsonl").exists() or (run / "backbone").exists()
-    ):  # packed results, of the same images elsewhere
+    trained_here = (run / "log.jsonl").exists() or (run / "backbone").exists()
+    if not trained_here:  # packed results, of the same images elsewhere
         old["data"]["name"] = new["data"]["name"]
     for section, values in new.items():
         if isinstance(values, dict):
