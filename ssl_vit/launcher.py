@@ -45,8 +45,11 @@ def main() -> int:
             arguments.machine_rank = int(os.environ["SLURM_NODEID"])
     arguments.quiet = False  # else the code of a single process is lost
     several = arguments.multi_gpu or any((n or 1) > 1 for n in (arguments.num_processes, arguments.num_machines))
-    for number in [] if several else system.heeded():  # torchrun passes them on, but not while it waits for machines
-        signal.signal(number, pass_on)
+    if several:  # torchrun passes on what it is told to, once its processes run, and without this neither USR1 nor USR2
+        arguments.signals_to_handle = ",".join(number.name for number in (*system.heeded(), signal.SIGQUIT))
+    else:
+        for number in system.heeded():
+            signal.signal(number, pass_on)
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as failed:  # of a single process
