@@ -64,7 +64,7 @@ def evaluate(
     words, drawn = ["image", "mask (black does not count)"], [[request.masks[1][i] for i in shown]]
     for part, seed in request.parts:
         chosen = request.with_masks(part, seed)
-        own = train.part(chosen)
+        own = train if part is None else train.part(chosen)
         images = len(own) + len(test)
         labels = dict(label_fraction=cli.describe_part(part), subset_seed=seed, train_n=len(own))
         cost = dict(eval_images=images, eval_flops=images * extracted[0].flops_per_image)

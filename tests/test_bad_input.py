@@ -186,7 +186,11 @@ def test_sizes_that_differ(run):
 def test_unwritable_cache(run, monkeypatch):
     save("set/train/{i}.png", count=3)
     monkeypatch.setenv("SSL_VIT_CACHE", str(Path("set/train/0.png").resolve() / "cache"))
-    refused(run("--data", "set"), "SSL_VIT_CACHE")
+    refused(run("--data", "set"), "SSL_VIT_CACHE, or set data.cache_gb=0.")
+    assert run("--data", "set", "data.cache_gb=0", "data.img_size=8")[0] == 0
+    broken = run("--data", "set", "data.cache_gb=0", "data.img_size=8", "data.skip_broken=true")
+    refused(broken, "SSL_VIT_CACHE")
+    assert "cache_gb" not in broken[2]  # which would not help
 
 
 @pytest.mark.parametrize("arguments", [["--data", "nobody/nothing"], ["--data", "set", "data.cache_gb=0"]])

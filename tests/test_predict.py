@@ -3,7 +3,10 @@
 import csv
 import dataclasses
 import io
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import datasets
@@ -15,7 +18,7 @@ from conftest import SMALL
 from PIL import Image
 from several import Several
 from test_embed import call
-from test_loop import TINY
+from test_loop import ROOT, TINY
 
 from eval import embed, linear_probe, predict
 from eval.measure import everything, features, probing, results
@@ -166,7 +169,7 @@ def test_every_split_has_its_classes_by_name_where_training_has_none(tmp_path):
 
 
 def test_images_of_a_table_keep_their_place_in_their_split(tmp_path, monkeypatch):
-    """Also where a tenth of it is held out, copies are left out and a broken one is."""
+    """Also where a tenth of it is held out, an image is in another split too, and a broken one is left out."""
     kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
     pictures = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
 
@@ -195,14 +198,40 @@ def test_images_of_a_table_keep_their_place_in_their_split(tmp_path, monkeypatch
         )
         table.to_parquet(tmp_path / "two" / f"{split}.parquet")
     found, named, pixels = loaded("two", skip_broken=True)
-    stays = [i for i in range(41) if i not in (3, 20)]
+    stays = [i for i in range(41) if i != 20]
     assert named == [*(("train", i) for i in stays), *(("test", i) for i in range(21))]
     shown = [pictures[i - (i > 20)] for i in stays] + [pictures[3], *pictures[40:60]]
     assert (pixels == np.stack(shown)).all()
     assert found.titles[0] == "train: image 0" and found.titles[-1] == "test: image 20"
-    part = found.splits[0].part(torch.tensor([2, 5]))
+    train = data.load(recipes.Data(name=str(tmp_path / "two"), skip_broken=True), "train")
+    assert train.numbers.tolist() == [i for i in stays if i != 3]  # which judges by test
+    part = train.part(torch.tensor([2, 5]))
     assert part.numbers.tolist() == [2, 6] and part.ledger["used"] == 2 and part.ledger["used_of_split"] == 39
     assert part.ledger["labels_per_class"] == {"0": 1, "1": 0, "2": 1}
+
+
+def test_every_file_of_every_split_has_its_row_in_one_order(tmp_path):
+    """Also copies that training leaves out. Words are hashed with another seed by every process, as by the two of a
+    launcher, and a set of them has another order."""
+    for i, split in enumerate(("train", "val", "test", "extra")):
+        for k in range(4):
+            picture(tmp_path / "photos" / split / "ab"[k % 2], 40 * i + k)
+    for split in ("val", "test"):
+        shutil.copy(tmp_path / "photos/train/a/0.png", tmp_path / "photos" / split / "b" / "copy.png")
+    found = []
+    for seed in range(4):
+        code = "import sys, torch; from eval.measure import everything; from ssl_vit import recipe as recipes; "
+        code += f"images = everything.load(recipes.Data(name={str(tmp_path / 'photos')!r}), 1, torch.device('cpu')); "
+        code += "print('rows', list(zip(images.split_names, images.files)))"
+        environment = dict(os.environ, PYTHONHASHSEED=str(seed))
+        said = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+        found.append(said.stdout.splitlines()[-1])
+    assert found[0].startswith("rows") and len(set(found)) == 1
+    rows = eval(found[0].removeprefix("rows"))
+    there = [str(file.relative_to(tmp_path / "photos")) for file in (tmp_path / "photos").rglob("*.png")]
+    assert sorted(f"{split}/{name}" for split, name in rows if split != "extra") == sorted(
+        name for name in there if not name.startswith("extra")
+    )
 
 
 def test_so_few_images_that_none_is_held_out_are_all_predicted(tmp_path):

@@ -6,8 +6,10 @@ import io
 import os
 import shutil
 import signal
+import struct
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +51,18 @@ def png(values, mode=None):
         image.putpalette([c for i in range(256) for c in ((37 * i) % 256, (91 * i) % 256, i)])
     image.save(stream, "PNG")
     return stream.getvalue()
+
+
+def packed_png(values, bits):
+    """A grey PNG file with values of 1, 2 or 4 bits, written from the format's description (PNG, section 7.2)."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    spread = np.unpackbits(values[..., None], axis=2)[..., 8 - bits :].reshape(len(values), -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in spread)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def scene(size=(12, 16), seed=0):
@@ -123,7 +137,13 @@ def test_masks_that_are_no_classes_are_refused():
     assert masks.of(png(grey), "a.png").tolist() == grey.tolist()
     assert masks.of(png(np.repeat(grey[..., None], 3, 2)), "a.png").tolist() == grey.tolist()
     assert masks.of(np.array([[0, 7]]), "a.png").tolist() == [[0, 7]]
+    for bits in (1, 2, 4):
+        values = RNG.integers(0, 2**bits, (4, 5)).astype(np.uint8)
+        assert masks.of(packed_png(values, bits), "a.png").tolist() == values.tolist()
+    jpeg = io.BytesIO()
+    Image.fromarray(grey).save(jpeg, "JPEG")
     for wrong, words in (
+        (jpeg.getvalue(), "The mask of a.png is a JPEG, which alters the numbers of classes: store a PNG."),
         (png(colour), "The mask of a.png does not hold the class of each pixel but colours"),
         (np.array([[0.5]]), "but float64 of shape"),
         (np.array([[300]]), "classes from 300 to 300: 0 to 255"),
@@ -150,7 +170,16 @@ def test_classes_are_those_of_training_and_the_ignored_do_not_count(tmp_path, ca
     (folder / "classes.txt").write_text("a\nb\nc\nd\ne\nf\ng\nunlabelled\n")
     assert dense_sets.masks_of(str(folder), train, test, [])[1:] == (["b", "f"], [])
     assert dense_sets.masks_of(str(folder), train, test, [7])[1:] == (["b", "f"], [])  # as classes.txt says
-    assert "Pixels of 'unlabelled' do not count" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Pixels of 'unlabelled' do not count" in said
+    assert said.count("Pixels of 255 do not count: 8.3% of those of set (train).") == 1
+    for wrong in (b"\xef\xbb\xbfa\nb\nc\nd\ne\nf\ng\nunlabelled\n", "a\nÄste\n".encode("latin-1")):
+        (folder / "classes.txt").write_bytes(wrong)
+        if b"unlabelled" in wrong:  # as Notepad writes it
+            assert dense_sets.masks_of(str(folder), train, test, [])[1:] == (["b", "f"], [])
+        else:
+            with pytest.raises(UserError, match="classes.txt cannot be read .*UTF-8"):
+                dense_sets.masks_of(str(folder), train, test, [])
     (folder / "classes.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="have a class 7, and classes.txt names 2"):
         dense_sets.masks_of(str(folder), train, test, [])
@@ -164,7 +193,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="The mask of image row 2 of size .train. is 11x16, and the image 12x16"):
         dense_sets.masks_of(str(size), *both(size), [])
     one = parquet(tmp_path / "one", lambda split, i, mask: mask * 0)
-    with pytest.raises(UserError, match="fewer than two classes"):
+    with pytest.raises(UserError, match="fewer than two classes.*255 marks pixels that do not count"):
         dense_sets.masks_of(str(one), *both(one), [])
     bare = [data.load(recipes.Data(name="digits"), role) for role in ("train", "report")]
     assert dense_sets.masks_of("digits", *bare, [])[1] == ["background", *"0123456789"]
@@ -185,6 +214,14 @@ def test_fractions_share_pixels_between_patches():
     assert found[1, 1] == pytest.approx(np.array([0, 0.25 + 0.5, 0.5]) / 2.25)
     whole = dense.fractions(mask, (3, 3), 3)
     assert whole.argmax(1)[:8].tolist() == mask.flatten()[:8].tolist() and whole[8].tolist() == [0, 0, 0]
+
+
+def test_fractions_are_those_of_pixels_cut_into_pieces():
+    """So small that each piece lies in one patch."""
+    mask = RNG.integers(0, 21, (13, 11)).astype(np.uint8)  # of 20 classes, and one that counts nowhere
+    pieces = mask.repeat(5, 0).repeat(7, 1).reshape(5, 13, 7, 11)
+    expected = (pieces[..., None] == np.arange(20)).mean((1, 3)).reshape(35, 20)
+    np.testing.assert_allclose(dense.fractions(mask, (5, 7), 20), expected, atol=1e-6)
 
 
 def test_miou_is_that_of_scikit_learn():
@@ -509,6 +546,18 @@ def test_an_image_and_its_mask_are_cropped_and_flipped_alike(measured):
     task.images.flip = False
     _, kept = dense_tuning.batch(task, several, Draw(0, 1, torch.arange(64)))
     assert torch.equal(torch.where(flipped[:, None, None], kept.flip(2), kept), masks)
+
+
+def test_a_mask_is_read_at_the_middle_of_each_pixel_of_its_image(monkeypatch):
+    monkeypatch.setattr(dense_tuning, "SCALE", (1.0, 1.0))
+    monkeypatch.setattr(dense_tuning, "RATIO", (1.0, 1.0))
+    ramp = torch.arange(64, dtype=torch.uint8).expand(64, 64)
+    images = SimpleNamespace(images=ramp[None, None], photo=None, flip=False)
+    view = SimpleNamespace(size=(16, 16), interpolation="bilinear")
+    task = SimpleNamespace(images=images, masks=[ramp.numpy()], view=view)
+    shown, masks = dense_tuning.batch(task, np.array([0]), Draw(0, 1, torch.arange(1)))
+    apart = (masks[0] - 255 * shown[0, 0])[:, 1:-1].abs()
+    assert apart.max() <= 1  # half a pixel, and the rounding of the image
 
 
 def test_fine_tuning_learns_the_masks_and_is_the_same_again(measured):

@@ -115,7 +115,7 @@ def test_only_what_is_reported_on_is_kept_out_of_training(tmp_path, capsys):
         for split in ("train", "val", "test", "trainval")
     }
     for train, report, left in (("trainval", "test", 9), ("train", "test", 6), (None, None, 6)):
-        parts, _, _ = sources._apart(tables, train, report, "image")
+        parts, _, _ = sources._once(tables, train, report, "image", True)
         assert len(parts[train or "train"]) == left
 
 
@@ -397,6 +397,28 @@ def test_labels_of_a_metadata_file(tmp_path, form):
     assert load(tmp_path, label_column="side").labels.tolist() == [0, 1] * 3
 
 
+def test_tables_of_labels_win_over_folders_and_tell_what_they_miss(tmp_path, capsys):
+    """As in `datasets`; those of several folders are one."""
+    for split, start in (("train", 0), ("test", 50)):
+        for i in range(start, start + 6):
+            save(tmp_path / split / ("2021", "2022")[i % 2] / f"{i}.png", i)
+        for year in range(2):
+            lines = [f"{i}.png,{'cat' if i % 3 else 'dog'}" for i in range(start, start + 6) if i % 2 == year]
+            lines += ["gone.png,cat"] if (split, year) == ("train", 1) else []
+            (tmp_path / split / ("2021", "2022")[year] / "metadata.csv").write_text(
+                "\n".join(["file_name,label", *lines])
+            )
+    train = load(tmp_path)
+    names = [Path(name).stem for name in train.names()]
+    assert [train.classes[label] for label in train.labels] == ["cat" if int(n) % 3 else "dog" for n in names]
+    said = capsys.readouterr().out
+    assert "labels are those of metadata.csv" in said and "not the names of folders" in said
+    assert "1 of 13 images that metadata.csv and metadata.jsonl name are not there." in said
+    for file in tmp_path.rglob("metadata.csv"):
+        file.unlink()
+    assert load(tmp_path).classes == ["2021", "2022"]
+
+
 class _Same(torch.nn.Module):
     """Features that are an image's mean colour."""
 
@@ -440,6 +462,69 @@ def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
         text = (tmp_path / name / "recipe.yaml").read_text()
         assert f"count: {8 if name == 'supervised' else 12}" in text
         assert pretrain.pretrain(pretrain.read(name, small, str(tmp_path / "set")), tmp_path / name) == 0  # goes on
+
+
+def test_files_that_a_table_names_are_read_again_once_they_change(tmp_path):
+    cell = dict(bytes=datasets.Value("binary"), path=datasets.Value("string"))
+    for way, kind in (("words", datasets.Value("string")), ("cells", cell)):
+        folder = tmp_path / way
+        for split, start in (("train", 0), ("test", 50)):
+            fill(folder / "files", 4, start)
+            names = [f"files/{i}.png" for i in range(start, start + 4)]
+            cells = names if way == "words" else [dict(bytes=None, path=name) for name in names]
+            parquet(folder / f"{split}.parquet", datasets.Features(image=kind), image=cells)
+        before = load(folder)
+        assert torch.equal(load(folder).images, before.images) and load(folder).fingerprint == before.fingerprint
+        for i in range(4):
+            save(folder / "files" / f"{i}.png", 200 + i)
+        after = load(folder)
+        assert after.fingerprint != before.fingerprint and as_array(after.images[2]).tolist() == pixels(202).tolist()
+        assert load(folder, cache_gb=0).fingerprint != before.fingerprint
+
+
+def test_the_range_of_deep_images_is_that_of_their_folder(tmp_path):
+    for name, high in (("dim", 4000), ("bright", 60000)):
+        for i in range(3):
+            array = np.full((8, 8), high, np.uint16)
+            array[0, : i + 1] = 0
+            file = tmp_path / name / f"{i}.tif"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(array).save(file)
+            os.utime(file, (1, 1))
+    for way in (dict(), dict(cache_gb=0)):
+        assert load(tmp_path / "dim", **way).range == (0, 4095)
+        assert load(tmp_path / "bright", **way).range == (0, 65535)
+
+
+def test_folders_that_may_not_be_read_are_told(tmp_path, monkeypatch, capsys):
+    fill(tmp_path / "train", 3)
+    (tmp_path / "lost+found").mkdir()
+    scan, closed = os.scandir, [str(tmp_path / "lost+found")]
+
+    def scandir(at):
+        if str(at) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(at))
+        return scan(at)
+
+    monkeypatch.setattr(folders.os, "scandir", scandir)
+    images = load(tmp_path)
+    assert len(images) == 3 and images.ledger["found"]["folders_that_may_not_be_read"] == closed
+    assert f"Left out: 1 folder(s) that may not be read; the first: {closed[0]}." in capsys.readouterr().out
+    closed.append(str(tmp_path))
+    with pytest.raises(UserError, match=r"may not be read \(Permission denied\): check --data"):
+        load(tmp_path)
+
+
+def test_what_is_wrong_with_tables_is_told(tmp_path):
+    (tmp_path / "set").mkdir()
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    cell = dict(bytes=png(pixels(0)), path=None)
+    parquet(tmp_path / "set" / "train-00000-of-00002.parquet", kinds, image=[cell], label=[0])
+    other = datasets.Features(image=datasets.Image(), label=datasets.Value("string"), more=datasets.Value("string"))
+    parquet(tmp_path / "set" / "train-00001-of-00002.parquet", other, image=[cell], label=["a"], more=["b"])
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "set")
+    assert "An error occurred" not in str(error.value) and "more" in str(error.value)
 
 
 def test_a_row_of_a_metadata_file_without_a_name_is_one_sentence(tmp_path):

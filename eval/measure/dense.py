@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate, one_hot
+from torch.nn.functional import cross_entropy, interpolate
 
 from ssl_vit import neighbours
 from ssl_vit.randomness import permutation
@@ -60,10 +60,15 @@ def fractions(mask: np.ndarray, grid: tuple[int, int], classes: int) -> np.ndarr
 
     The mask's area is cut into the patches exactly: a pixel that two patches share counts in both by its parts.
     """
-    layers = one_hot(torch.from_numpy(mask.astype(np.int64)).clamp(max=classes), classes + 1)[..., :classes]
-    across = [_overlaps(length, parts) for length, parts in zip(mask.shape, grid, strict=True)]
-    shares = torch.einsum("Hh,hwk,Ww->HWk", across[0], layers.float(), across[1])
-    found: np.ndarray = shares.flatten(0, 1).numpy()
+    down, across = (_overlaps(length, parts) for length, parts in zip(mask.shape, grid, strict=True))
+    columns = torch.from_numpy(mask.T.astype(np.int64)).clamp(max=classes)
+    shares = torch.zeros(*grid, classes + 1)
+    for row, weights in zip(shares, down, strict=True):  # what each column of pixels adds to a row of patches
+        there = weights > 0
+        counts = torch.zeros(len(columns), classes + 1)
+        counts.scatter_add_(1, columns[:, there], weights[there].expand(len(columns), -1))
+        torch.mm(across, counts, out=row)
+    found: np.ndarray = shares[..., :classes].flatten(0, 1).numpy()
     return found
 
 

@@ -140,12 +140,16 @@ def masks_of(
                 f"Pixels of {', '.join(repr(names[i]) for i in so_named)} do not count, as classes.txt names them."
             )
         unlabelled += so_named
+    blank = sum(int((mask == dense.IGNORED).sum()) for mask in found[0]) / sum(mask.size for mask in found[0])
+    if blank:
+        say_once(f"Pixels of {dense.IGNORED} do not count: {blank:.1%} of those of {train.name} ({train.split}).")
     there = [_classes(part, unlabelled) for part in found]
     left_out = sorted(set(ignored) & (there[0] | there[1]))
     seen = [classes - set(ignored) for classes in there]
     if len(seen[0]) < 2:
         raise UserError(
-            f"The masks of {train.name} ({train.split}) show fewer than two classes: there is nothing to tell."
+            f"The masks of {train.name} ({train.split}) show fewer than two classes: there is nothing to tell. Classes "
+            f"are numbered from 0; {dense.IGNORED} marks pixels that do not count."
         )
     strangers = sorted(seen[1] - seen[0])
     if strangers:

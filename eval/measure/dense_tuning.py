@@ -330,7 +330,7 @@ def batch(task: Task, indices: np.ndarray, draw: Draw) -> tuple[Tensor, Tensor]:
     images, masks = [], []
     for box, mirrored, i in zip(boxes, flips.tolist(), indices.tolist(), strict=True):
         pair = _image(task.images, i), torch.from_numpy(task.masks[i])[None]
-        how = InterpolationMode(task.view.interpolation), InterpolationMode.NEAREST
+        how = InterpolationMode(task.view.interpolation), InterpolationMode.NEAREST_EXACT  # the pixel's middle
         cut = [_crop(part, box, task.view.size, mode) for part, mode in zip(pair, how, strict=True)]
         cut = [transforms.horizontal_flip(part) for part in cut] if mirrored else cut
         images.append(cut[0])

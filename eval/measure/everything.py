@@ -85,12 +85,12 @@ class Images:
 
 
 def load(config: recipes.Data, channels: int, device: torch.device) -> Images:
-    """Every split that the set has, with as many channels as the backbone takes.
+    """Every split that the set has, whole and in one order, with as many channels as the backbone takes.
 
     Raises UserError as data.load does, for an empty folder and for a broken image.
     """
     config = dataclasses.replace(config, in_chans=channels, hold_out=False, subset=None)
-    first = data.load(config, "train")
+    first = data.load(config, "train", apart=False)
     parts = [first]
     if first.range is not None:
         config = dataclasses.replace(config, range=list(first.range))
@@ -101,10 +101,9 @@ def load(config: recipes.Data, channels: int, device: torch.device) -> Images:
     except UserError:  # one split without labels, of which nothing is held out
         if first.labels is not None:
             raise
-    seen = {part.split.partition(" (")[0] for part in parts}
+    seen = [part.split.partition(" (")[0] for part in parts]
     for name in first.ledger.get("found", {}).get("splits", {}):
-        if name not in seen:
-            other = next(iter(seen))
-            split = dataclasses.replace(config, train_split=name, report_split=other)
-            parts.append(data.load(split, "train", first.classes))
+        if name not in seen:  # as a training split beside another: nothing is held out of it
+            split = dataclasses.replace(config, train_split=name, report_split=seen[0])
+            parts.append(data.load(split, "train", first.classes, apart=False))
     return Images([part.to(device) for part in parts])

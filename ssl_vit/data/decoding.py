@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ FILE = "ssl_vit.file"  # the column with an image file's path under its split; n
 FIRST = "ssl_vit.first"  # the column with the name or row of the first of equal images
 SIZE, TIME = "ssl_vit.size", "ssl_vit.time"  # the columns with an image file's bytes and time of change, in ns
 OWN = (FILE, FIRST, SIZE, TIME)
+
+ROOM = "Name a folder with room in SSL_VIT_CACHE."
 
 Result = TypeVar("Result")
 Kind = tuple[str, str, bool, bool]  # of an image: form, mode, whether it has alpha, whether it was turned upright
@@ -67,6 +71,21 @@ class Reader:
             except (TypeError, ValueError):  # lists of several lengths
                 source = np.empty(0)
         return where, source
+
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        """(name, size, time of change in ns) of each file that a cell of the table names instead of holding an image;
+        (name, 0, 0) if it is not found, which reading it will report."""
+        for chunk in self.rows.data.column(self.column).chunks:
+            if pyarrow.types.is_struct(chunk.type) and {"bytes", "path"} <= {field.name for field in chunk.type}:
+                chunk = chunk.field("path").filter(pyarrow.compute.is_null(chunk.field("bytes")))
+            if not (pyarrow.types.is_string(chunk.type) or pyarrow.types.is_large_string(chunk.type)):
+                return
+            for name in filter(None, chunk.to_pylist()):
+                try:
+                    status = os.stat(self._find(name, name))
+                    yield name, status.st_size, status.st_mtime_ns
+                except (UserError, OSError):
+                    yield name, 0, 0
 
     def _find(self, where: str, path: str) -> str:
         """The file of a cell: as it stands, or beside the table."""
@@ -297,16 +316,15 @@ def decode_all(
     )
 
 
-def cached(identity: str, make: Callable[[], dict], announcement: str | None = None) -> dict:
+def cached(identity: str, make: Callable[[], dict], announcement: str | None = None, remedy: str = ROOM) -> dict:
     """What make() returns, made once per machine and kept on disk; its tensors are memory-mapped.
 
-    Raises UserError if the cache cannot be written or read.
+    Raises UserError, with the remedy, if the cache cannot be written, and if it cannot be read.
     """
-    remedy = "Name a folder with room in SSL_VIT_CACHE, or set data.cache_gb=0."
     try:
         folder = Path(os.environ.get("SSL_VIT_CACHE") or Path.home() / ".cache" / "ssl_vit")
     except RuntimeError:  # a container's user without a home
-        raise UserError("There is no home folder to keep decoded images in: name a folder in SSL_VIT_CACHE.") from None
+        raise UserError("There is no home folder to keep what was read in: name a folder in SSL_VIT_CACHE.") from None
     file = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.pt"
     # the other processes wait here, before any group starts
     with files.Lock(file.with_suffix(".lock"), remedy=remedy):
@@ -319,7 +337,9 @@ def cached(identity: str, make: Callable[[], dict], announcement: str | None = N
     try:
         return torch.load(file, mmap=True, weights_only=True)
     except Exception as error:  # torch's readers raise a dozen types for a damaged file
-        raise UserError(f"The decoded images in {file} are damaged ({one_line(error)}): delete the file.") from None
+        raise UserError(
+            f"{file}, which keeps what was once read of the images, is damaged ({one_line(error)}): delete the file."
+        ) from None
 
 
 def digest(images: Tensor) -> str:

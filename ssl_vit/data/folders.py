@@ -26,6 +26,7 @@ from ssl_vit.data.decoding import FILE, FIRST, SIZE, TIME
 from ssl_vit.data.pixels import SUFFIXES
 from ssl_vit.errors import UserError, listed, say, say_once
 
+TABLES = ("metadata.csv", "metadata.jsonl")  # of labels
 QUIET = 5  # seconds for which files are listed without a word
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
@@ -47,14 +48,18 @@ class Found:
 
     images: list[File] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)  # *.parquet
-    labels: list[str] = field(default_factory=list)  # metadata.csv, metadata.jsonl
+    labels: list[str] = field(default_factory=list)  # TABLES
     links: list[str] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)
     hidden: int = 0
+    closed: list[str] = field(default_factory=list)  # folders that may not be read
 
 
 def walk(root: Path) -> Found:
-    """All files under a folder, links followed, every real folder once. Raises UserError for a name not in UTF-8."""
+    """All files under a folder, links followed, every real folder once.
+
+    Raises UserError for a name not in UTF-8, and if the folder may not be read.
+    """
     found = Found()
     above = {_key(parent) for parent in root.resolve().parents}
     seen, folders = set(), [str(root)]
@@ -70,14 +75,22 @@ def walk(root: Path) -> Found:
         if time.monotonic() > speaks:
             speaks = math.inf
             say(f"Listing the files under {root}: {len(found.images):,} images so far.")
-        with os.scandir(at) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    found.hidden += 1
-                elif entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(entry.path)
-                else:
-                    _add(found, entry)
+        try:
+            entries = list(os.scandir(at))
+        except PermissionError as error:
+            if at == str(root):
+                raise UserError(f"The folder {root} may not be read ({error.strerror}): check --data.") from None
+            found.closed.append(at)
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                found.hidden += 1
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            else:
+                _add(found, entry)
+    if found.closed:
+        say_once(f"Left out: {len(found.closed):,} folder(s) that may not be read; the first: {found.closed[0]}.")
     found.images.sort(key=lambda file: file.path)
     return found
 
@@ -91,7 +104,7 @@ def _add(found: Found, entry: os.DirEntry) -> None:
     suffix = os.path.splitext(entry.name)[1].lower()
     if suffix == ".parquet":
         found.tables.append(entry.path)
-    elif entry.name in ("metadata.csv", "metadata.jsonl"):
+    elif entry.name in TABLES:
         found.labels.append(entry.path)
     elif suffix not in SUFFIXES:
         found.others[suffix or "without a suffix"] += 1
@@ -118,9 +131,10 @@ def _add(found: Found, entry: os.DirEntry) -> None:
 
 
 def splits(
-    root: Path, found: Found, train: str | None, report: str | None, label: str | None
+    root: Path, found: Found, train: str | None, report: str | None, label: str | None, apart: bool
 ) -> tuple[dict[str, datasets.Dataset], dict]:
     """(rows by split, what was left out and why). Every other top folder beside splits is one if the user names it.
+    apart: whether training images leave the training split if they are in another, too.
 
     Raises UserError where there are no images, or where splits lie too deep to be told from classes.
     """
@@ -131,7 +145,7 @@ def splits(
         )
     found.images, mask_of, unmatched = masks.take(root, found.images)
     root, paths, names = _descend(
-        root, [Path(file.path).relative_to(root).parts for file in found.images], train, report
+        root, [masks.parts(root, file.path) for file in found.images], train, report
     )
     tops = sorted({parts[0] for parts in paths if len(parts) > 1})
     beside = [top for top in tops if names and top not in names]
@@ -146,9 +160,9 @@ def splits(
         _say_left_out(root, names, {top: len(members[top]) for top in beside}, loose)
     left_out = dict(beside_splits=sum(len(members[top]) for top in beside) + loose, masks_without_image=unmatched)
     own = train or next((s for kind in SPLITS["train"] for s in names if s.lower() == kind), None)
-    firsts = _once(found, members, own, judges(names, own, report), left_out)
+    firsts = _once(found, members, own, judges(names, own, report) if apart else [], left_out)
 
-    tables = [_table(Path(path), label) for path in found.labels]
+    tables = _tables(found, label)
     inner = [parts[1:] if names else parts for parts in paths]
     classes = {split: [inner[i][0] if len(inner[i]) > 1 else None for i in chosen] for split, chosen in members.items()}
     # labels are folders: there must be two or more, and every image of a split in one
@@ -173,17 +187,20 @@ def splits(
             # with all names of the split, so that a held-out tenth of it has no class that the rest does not know
             columns["label"] = classes[split]
             features["label"] = datasets.ClassLabel(names=sorted({name for name in classes[split] if name is not None}))
-        for column, values in tables:
+        for column, values in tables.items():
             own_values = [values.get(os.path.realpath(found.images[i].path)) for i in chosen]
-            if ("label" not in columns or label == column) and any(v is not None for v in own_values):
-                columns[column] = own_values
-                features[column] = datasets.Value("string")
+            if any(value is not None for value in own_values):  # they win over folders, as in `datasets`
+                if columns.pop("label", None) and features.pop("label"):
+                    say_once(f"{root}: labels are those of {listed(TABLES)}, not the names of folders.")
+                columns[column], features[column] = own_values, datasets.Value("string")
+                break
         result[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return result, dict(
         files=len(found.images),
         other_files=dict(found.others),
         hidden=found.hidden,
         links_to_folders_that_count_already=found.links,
+        folders_that_may_not_be_read=found.closed,
         left_out={reason: count for reason, count in left_out.items() if count},
         copies_within_a_split=len(firsts),
         splits={split: len(rows) for split, rows in result.items()},
@@ -276,6 +293,19 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         for i in chosen
         if group[files[i].key] != files[i].key and group[files[i].key] in place
     }
+
+
+def _tables(found: Found, label: str | None) -> dict[str, dict[str, str | None]]:
+    """{label column: {real path: label}} of all tables beside images."""
+    tables: dict[str, dict[str, str | None]] = {}
+    for path in sorted(found.labels):
+        column, labels = _table(Path(path), label)
+        tables.setdefault(column, {}).update(labels)
+    named = {path for labels in tables.values() for path in labels}
+    lost = len(named - {os.path.realpath(file.path) for file in found.images}) if named else 0
+    if lost:
+        say_once(f"{lost:,} of {len(named):,} images that {listed(TABLES)} name are not there.")
+    return tables
 
 
 def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:

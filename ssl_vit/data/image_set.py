@@ -117,13 +117,14 @@ class ImageSet:
         return info if self.range is None else info | dict(range=list(self.range))
 
 
-def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> ImageSet:
+def load(config: recipes.Data, role: str, classes: list[str] | None = None, apart: bool = True) -> ImageSet:
     """The images that `config` names. classes: the training set's, so that labels agree.
 
-    role: "train"; "held out", what `data.hold_out` leaves out of it; or "report", the report split.
+    role: "train"; "held out", what `data.hold_out` leaves out of it; or "report", the report split. apart: leave
+    training images out that are in the report split too, which only those may be spared who judge nothing by it.
     Raises UserError for an unknown name, a missing path, an unreachable hub, an empty folder, a broken image.
     """
-    whole = _load(config, "report" if role == "report" else "train", classes)
+    whole = _load(config, "report" if role == "report" else "train", classes, apart)
     if config.hflip is not None:  # the recipe wins
         whole.flip = config.hflip
     if config.jpeg_draft and whole.images is not None and role != "report":
@@ -151,10 +152,10 @@ def load(config: recipes.Data, role: str, classes: list[str] | None = None) -> I
     return whole.part(torch.from_numpy(chosen))
 
 
-def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSet:
+def _load(config: recipes.Data, role: str, classes: list[str] | None, apart: bool) -> ImageSet:
     if config.name == "digits":
         return _digits(role, config.in_chans or 1)
-    found = rows_of(config, role)
+    found = rows_of(config, role, apart)
     rows, split = found.rows, found.split
     path = place(config.name)
     name = path.resolve().name if path.exists() else config.name
@@ -166,23 +167,24 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
     read = decoding.Reader(rows, found.image, config.layout, config.pages, found.folders)
     look = decoding.probe(read, len(rows), config.skip_broken, title)
     channels, size = config.in_chans or look.channels, look.size
-    content = _identity(rows, found, channels, config)
+    content = _identity(read, found, channels, config)
+    where = path.resolve() if path.exists() else config.name  # two folders may hold files of equal names and times
     in_cache = size is not None and len(rows) * channels * math.prod(size) <= config.cache_gb * 1e9
     span, limits = None, None if config.range is None else pair(config.range)
     if limits and not look.deep and role == "train":
         say_once(f"data.range is not used: the inspected images of {title} have 8 bits.")
     if look.deep and limits is None:
-        span, limits = _range(read, look, len(rows) if in_cache else None, content, title)
+        span, limits = _range(read, look, len(rows) if in_cache else None, f"{where} {content}", title)
     rules = Rules(channels, limits, config.background)
     decode = functools.partial(decoding.decode, read, rules)
     images, kept, broken, seen, clipped = None, None, [], look.seen, None
     if in_cache or config.skip_broken:
         shape = (channels, *size) if size is not None and in_cache else None
-        where = path.resolve() if path.exists() else config.name  # two folders may hold files of equal names and times
         stored = decoding.cached(
             f"{where} {content} {rules} {shape} {config.skip_broken}",
             functools.partial(decoding.decode_all, read, rules, len(rows), shape, config.skip_broken),
             f"{'Decoding' if in_cache else 'Looking for broken images among'} {len(rows):,} images of {title}, once …",
+            decoding.ROOM if config.skip_broken else f"{decoding.ROOM.rstrip('.')}, or set data.cache_gb=0.",
         )
         images, kept, broken = stored["images"], stored["kept"], stored["broken"]
         content, clipped = stored["digest"] or f"{content} {limits} {broken}", stored["clipped"]
@@ -241,7 +243,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None) -> ImageSe
 
 
 def _range(
-    read: decoding.Reader, look: decoding.Look, count: int | None, content: str, title: str
+    read: decoding.Reader, look: decoding.Look, count: int | None, identity: str, title: str
 ) -> tuple[dict, tuple[float, float]]:
     """(the values found, black and white) of a set deeper than 8 bits: by all `count` images or the inspected ones."""
     if len(look.deep) > 1:
@@ -250,7 +252,7 @@ def _range(
             "and white in all of them."
         )
     indices = look.indices if count is None else list(range(count))
-    span = decoding.cached(f"range {content} {len(indices)}", functools.partial(decoding.span, read, indices))
+    span = decoding.cached(f"range {identity} {len(indices)}", functools.partial(decoding.span, read, indices))
     return span | dict(images=len(indices)), decoding.choose_range(look.deep[0], span["low"], span["high"])
 
 
@@ -290,15 +292,15 @@ def _digits(role: str, channels: int) -> ImageSet:
     )
 
 
-def _identity(rows: datasets.Dataset, found: Rows, channels: int, config: recipes.Data) -> str:
-    """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint; and
-    how they will be decoded."""
-    image = found.image
+def _identity(read: decoding.Reader, found: Rows, channels: int, config: recipes.Data) -> str:
+    """What identifies the images before they are decoded: file names, sizes and times, or the table's fingerprint and
+    those of the files that it names; and how they will be decoded."""
+    rows, image = read.rows, found.image
     if decoding.FILE in rows.column_names:
         columns = (rows[column][:] for column in (decoding.FILE, decoding.SIZE, decoding.TIME))
         files: list[object] = list(zip(*columns, strict=True))
     else:
-        files = [rows._fingerprint, found.files]
+        files = [rows._fingerprint, found.files, *read.files()]
     made = [decoding.LAW, channels, config.layout, config.pages, config.background, config.range]
     return hashlib.sha256(json.dumps([files, found.split, image, made]).encode()).hexdigest()
 

@@ -4,6 +4,7 @@ A mask holds whole numbers from 0, in a grey or palette image or an array (H, W)
 """
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_vit.data.decoding import FILE, Reader
-from ssl_vit.data.pixels import one_line
+from ssl_vit.data.pixels import JPEG, one_line, png_bits
 from ssl_vit.errors import UserError, say_once
 
 if TYPE_CHECKING:
@@ -73,8 +74,15 @@ def of(source: bytes | str | np.ndarray, where: str) -> Tensor:
 
 def _decoded(source: bytes | str, where: str) -> np.ndarray:
     try:
+        if isinstance(source, str) and source.lower().endswith(".npy"):
+            return np.load(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return np.asarray(image)  # of a palette image the indices, not the colours
+            if image.format in JPEG:
+                raise UserError(f"The mask of {where} is a JPEG, which alters the numbers of classes: store a PNG.")
+            values = np.asarray(image)  # of a palette image the indices, not the colours
+            bits = png_bits(source) if image.format == "PNG" else 8
+            # Pillow stretches grey values of 2 and 4 bits to 0..255
+            return values // (255 // (2**bits - 1)) if image.mode == "L" and bits < 8 else values
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"The mask of {where} cannot be read ({one_line(error)}).") from None
 
@@ -84,9 +92,20 @@ def _described(values: np.ndarray) -> str:
 
 
 def class_names(root: Path) -> list[str] | None:
-    """The names in classes.txt in the folder of a local set, or beside its file; None if there is no such file."""
+    """The names in classes.txt in the folder of a local set, or beside its file; None if there is no such file.
+
+    Raises UserError if it cannot be read.
+    """
     file = (root if root.is_dir() else root.parent) / NAMES
-    return file.read_text(encoding="utf-8").split("\n") if file.is_file() else None
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({one_line(error)}): write it in UTF-8, a name a line.") from None
+
+
+def parts(root: Path, path: str) -> tuple[str, ...]:
+    """The folders and the name of a file below the root, as it was listed from there."""
+    return tuple(path.removeprefix(os.path.join(root, "")).split(os.sep))
 
 
 def take(root: Path, images: list["File"]) -> tuple[list["File"], dict[str, str], int]:
@@ -94,17 +113,19 @@ def take(root: Path, images: list["File"]) -> tuple[list["File"], dict[str, str]
 
     Masks lie in a folder beside that of the images: images/…/a.jpg and masks/…/a.png, above or below the splits.
     """
-    parts = {file.path: PurePath(file.path).relative_to(root).parts for file in images}
-    folders = {path[:depth] for path in parts.values() for depth in range(1, len(path))}
+    inner_parts = {file.path: parts(root, file.path) for file in images}
+    folders = {path[:depth] for path in inner_parts.values() for depth in range(1, len(path))}
     twins = {  # folders of masks with a folder of images beside them
         folder: next((s for s in folders if s[:-1] == folder[:-1] and s[-1].lower() in IMAGE_FOLDERS), None)
         for folder in folders
         if folder[-1].lower() in MASK_FOLDERS
     }
-    of_image = {(*p[:-1], PurePath(p[-1]).stem.lower()): path for path, p in parts.items()}
+    if not twins:
+        return images, {}, 0
+    of_image = {(*p[:-1], PurePath(p[-1]).stem.lower()): path for path, p in inner_parts.items()}
     masks: dict[str, str] = {}
     taken = set()
-    for path, own in parts.items():
+    for path, own in inner_parts.items():
         at = next((own[:d] for d in range(1, len(own)) if twins.get(own[:d])), None)
         if at is None:
             continue

@@ -287,9 +287,14 @@ def _values(image: Image.Image, channels: int, alpha: bool) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return _known(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged EXIF of a good image: viewers show it as it is stored
         return 1
+
+
+def _known(orientation: int | None) -> int:
+    """An EXIF orientation; 1, as it is stored, for what is none."""
+    return orientation if orientation in TURNS else 1
 
 
 @contextmanager
@@ -301,6 +306,11 @@ def _opened(source: str | bytes) -> Iterator[BinaryIO]:
 def _head(source: str | bytes) -> bytes:
     with _opened(source) as stream:
         return stream.read(8)
+
+
+def png_bits(source: str | bytes) -> int:
+    """The bits of a value in a PNG file."""
+    return _png(source)[1]
 
 
 def _png(source: str | bytes) -> tuple[int, int, int]:
@@ -317,7 +327,7 @@ def _png(source: str | bytes) -> tuple[int, int, int]:
                 exif = Image.Exif()
                 try:
                     exif.load(stream.read(length))
-                    orientation = exif.get(ExifTags.Base.Orientation, 1)
+                    orientation = _known(exif.get(ExifTags.Base.Orientation))
                 except Exception:
                     orientation = 1
             else:
@@ -359,7 +369,7 @@ def _tiff(where: str, source: str | bytes, pages: str | None) -> Stored:
         bands = page.samplesperpixel
         alpha = bool(page.extrasamples) and page.extrasamples[-1] != EXTRASAMPLE.UNSPECIFIED
         tag = page.tags.get("Orientation")
-        orientation = int(tag.value) if tag else 1
+        orientation = _known(tag and int(tag.value))
         size, dtype = (page.imagelength, page.imagewidth), np.dtype(page.dtype)
     turn = TURNS.get(orientation, lambda a: a)
     frames = count if pages == "channels" else 1

@@ -69,8 +69,11 @@ def place(name: str) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def rows_of(config: recipes.Data, role: str) -> Rows:
-    """The rows of one split: "train" or "report". Raises UserError if they do not exist."""
+def rows_of(config: recipes.Data, role: str, apart: bool) -> Rows:
+    """The rows of one split: "train", without images of the report split if it is to be kept apart, or "report".
+
+    Raises UserError if they do not exist.
+    """
     unknown = (config.name, None, None, None, True)
     named = config.name in NAMES
     local = config.name and not named and place(config.name).exists()
@@ -81,7 +84,7 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     lookup: tuple[str, ...] = ()
     files, ledger, stays = "", dict[str, Any](), dict[str, np.ndarray]()
     if local:
-        splits, lookup, files, ledger = _local(place(config.name), config)
+        splits, lookup, files, ledger = _local(place(config.name), config, apart)
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
         splits = _hub(hub_id, config.config)
     elif "/" in config.name or config.name.startswith("~"):
@@ -92,8 +95,8 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
             "a folder of images or parquet files, or owner/name on the Hugging Face hub."
         )
     if not any(FILE in part.column_names for part in splits.values()):  # image folders are separated already
-        splits, apart, stays = _apart(splits, config.train_split, report, image)
-        ledger = ledger | apart
+        splits, left_out, stays = _once(splits, config.train_split, report, image, apart)
+        ledger = ledger | left_out
     split, rows, chosen = _choose_split(splits, config, role, report, label)
     stored = split if split in splits else split.rpartition(" (")[0]
     whole, numbers = splits[stored], stays.get(stored)
@@ -123,14 +126,14 @@ def rows_of(config: recipes.Data, role: str) -> Rows:
     return Rows(rows, split, known(image), label, flip, lookup, files, ledger, whole, numbers)
 
 
-def _apart(
-    splits: dict[str, datasets.Dataset], train: str | None, report: str | None, image: str | None
+def _once(
+    splits: dict[str, datasets.Dataset], train: str | None, report: str | None, image: str | None, apart: bool
 ) -> tuple[dict[str, datasets.Dataset], dict, dict[str, np.ndarray]]:
-    """(splits of tables, without training images that are also in another split, and with FIRST; what was left out; the
-    places of the rows that stay in a split, if any was left out)."""
+    """(splits of tables, with FIRST and, if they are kept apart, without training images that are also in another; what
+    was left out; the places of the rows that stay in a split, if any was left out)."""
     own = train or _training(splits)
     column = image or (own in splits and _image_column(splits[own])) or ""
-    judged = judges(splits, own, report)
+    judged = judges(splits, own, report) if apart else []
     same = copies.of_cells(splits, column)
     if not same:
         return splits, {}, {}
@@ -193,8 +196,8 @@ def _label_column(rows: datasets.Dataset) -> str | None:
 
 
 def _is_none(value: object) -> bool:
-    """Whether a label is none: null, NaN or −1, in any column."""
-    return value is None or value == -1 or (isinstance(value, float) and math.isnan(value))
+    """Whether a label is none: null, NaN, −1 or an empty word, in any column."""
+    return value in (None, -1, "") or (isinstance(value, float) and math.isnan(value))
 
 
 def _labelled(rows: datasets.Dataset, label: str | None) -> bool:
@@ -285,7 +288,9 @@ def _load_dataset(
         ) from None
 
 
-def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], str, dict]:
+def _local(
+    path: Path, config: recipes.Data, apart: bool
+) -> tuple[dict[str, datasets.Dataset], tuple[str, ...], str, dict]:
     """(splits of a parquet file, or a folder of parquet or image files; the folders, files and ledger of Rows)"""
     if path.is_file() and path.suffix != ".parquet":
         raise UserError(f"{path} is neither a folder nor a parquet file: check --data.")
@@ -304,7 +309,7 @@ def _local(path: Path, config: recipes.Data) -> tuple[dict[str, datasets.Dataset
     if config.config:
         raise UserError(f"{path} has no configurations: leave data.config out.")
     found.others.update([".parquet"] * len(found.tables))
-    splits, ledger = folders.splits(path, found, config.train_split, config.report_split, config.label_column)
+    splits, ledger = folders.splits(path, found, config.train_split, config.report_split, config.label_column, apart)
     return splits, (), "", ledger
 
 
@@ -357,7 +362,10 @@ def _parquet(
         raise
     except Exception as error:
         _refuse_cache(error)
-        raise UserError(f"The parquet files in {path} cannot be read ({one_line(error)}).") from None
+        cause: BaseException = error  # what datasets says of any failure is that there was one
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"The parquet files in {path} cannot be read ({one_line(cause)}).") from None
 
 
 def _refuse_cache(error: BaseException) -> None:
