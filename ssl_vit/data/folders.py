@@ -144,9 +144,7 @@ def splits(
             + (f"; there are {counts(found.others)}." if found.others else ".")
         )
     found.images, mask_of, unmatched = masks.take(root, found.images)
-    root, paths, names = _descend(
-        root, [masks.parts(root, file.path) for file in found.images], train, report
-    )
+    root, paths, names = _descend(root, [masks.parts(root, file.path) for file in found.images], train, report)
     tops = sorted({parts[0] for parts in paths if len(parts) > 1})
     beside = [top for top in tops if names and top not in names]
     members: dict[str, list[int]] = {split: [] for split in [*names, *beside] or ["train"]}

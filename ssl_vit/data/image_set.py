@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
