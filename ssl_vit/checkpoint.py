@@ -42,6 +42,9 @@ class Run:
         refusal = "wait for it, or pass another --output."
         lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
         self._lock = lock.__enter__()
+        for folder in ("checkpoints", "backbones"):  # of a process that was killed while it wrote
+            for left in (self.path / folder).glob(f"*{files.PARTIAL}"):
+                files.remove(left)
 
     def claim(self, settings: dict[str, Any], config: type[Any]) -> None:
         """Write recipe.yaml, or check that an existing one agrees wherever it must. config: the objective's Config.
@@ -57,6 +60,8 @@ class Run:
                 raise UserError(f"{self.path} is not empty and holds no run: choose another --output.")
         else:
             old = recipes.read_settings(file)
+            if not old.keys() >= recipes.ADDED:
+                raise UserError(f"{file} is a recipe and not a run's: choose another --output.")
             keys = recipes.differences(old, settings, config)
             if keys and commands.current() != "pretrain":  # the user did not choose the folder
                 raise UserError(

@@ -1,10 +1,11 @@
 """A user's mistake is one clear sentence and a non-zero exit, never a traceback."""
 
 import difflib
+import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ssl_vit import peers
 
@@ -62,7 +63,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def listed(words: list[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     """ "a, b and c"."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
@@ -99,9 +100,13 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the user, once: on the first process only."""
+    """Tell the user, once: on the first process only. A terminal that has been closed hears nothing."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
 
 
 say_once = functools.cache(say)

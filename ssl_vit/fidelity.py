@@ -146,7 +146,7 @@ DINO: Values = {
     "objective.local_crops_size": 96,
     "objective.local_crops_scale": [0.05, 0.25],
 }
-DINO_S = DINO | {
+DINO_S = {key: value for key, value in DINO.items() if key != "optim.clip_mode"} | {
     "train.epochs": 800,
     "optim.lr": 5e-4,
     "optim.min_lr": 1e-5,

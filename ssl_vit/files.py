@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from ssl_vit.errors import Busy, UserError, say
 
 PATIENCE = 10  # seconds that a lock is waited for without a word
+PARTIAL = ".partial"  # the end of the name of what is not whole
 ROOM = "Make room, or choose another place, and start the same command again."
 
 
@@ -51,7 +52,7 @@ def writing(target: Path, remedy: str = ROOM) -> Iterator[Path]:
 
 def partial(target: Path) -> Path:
     """Where the content of `target` is written to."""
-    return target.with_name(f"{target.name}.partial")
+    return target.with_name(f"{target.name}{PARTIAL}")
 
 
 def write(target: Path, content: str | bytes, remedy: str = ROOM) -> None:

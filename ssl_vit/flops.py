@@ -47,7 +47,7 @@ def budget(recipe: recipes.Recipe, objective: Objective, images: int) -> tuple[i
         return math.ceil((t.flops - before) / (each * t.batch_size)), each
     if t.steps is not None:
         return t.steps, each
-    return math.ceil(known(t.epochs) * images / t.batch_size), each
+    return recipes.steps_in(known(t.epochs), images, t.batch_size), each
 
 
 def grey(

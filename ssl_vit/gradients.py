@@ -150,6 +150,12 @@ class Gradients:
             size, half = self.micro_batch_size, self._half()
         else:
             return
+        whole = self.objective.batch_statistics or self.objective.requires_full_batch
+        if whole and size >= self.local_batch_size:
+            raise UserError(
+                f"Out of memory with {size} images at a time, and {whole} needs so many at once. End what else uses "
+                "the device, and start the same command again: it resumes from the last checkpoint."
+            )
         found = {overview.name_of(self.devices.device): half}
         files.write(self.path / f"memory-{self.devices.index}.json", json.dumps(found))
         raise UserError(

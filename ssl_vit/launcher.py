@@ -46,7 +46,9 @@ def main() -> int:
     arguments.quiet = False  # else the code of a single process is lost
     several = arguments.multi_gpu or any((n or 1) > 1 for n in (arguments.num_processes, arguments.num_machines))
     if several:  # torchrun passes on what it is told to, once its processes run, and without this neither USR1 nor USR2
-        arguments.signals_to_handle = ",".join(number.name for number in (*system.heeded(), signal.SIGQUIT))
+        arguments.signals_to_handle = ",".join(
+            signal.Signals(number).name for number in (*system.heeded(), signal.SIGQUIT)
+        )
     else:
         for number in system.heeded():
             signal.signal(number, pass_on)

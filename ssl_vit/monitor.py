@@ -1,5 +1,6 @@
 """What a run reports while it trains: progress bar, log.jsonl, trackers, online k-NN, alarms. It changes no result."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone, evaluating
 from ssl_vit.checkpoint import Run
 from ssl_vit.data import ImageSet, evaluation_views
-from ssl_vit.errors import Diverged
+from ssl_vit.errors import Diverged, UserError
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 
@@ -44,14 +46,29 @@ def trackers(setting: str) -> list[str]:
     return [] if setting == "none" else setting.split("+")
 
 
-def start_trackers(accelerator: Accelerator, path: Path, settings: dict) -> None:
+def start_trackers(accelerator: Accelerator, path: Path, settings: dict, done: int) -> None:
     """Open the trackers under the name of the run's folder, with its settings. A resumed run continues its record in
-    trackers that allow it; a new one in an old one's place does not."""
-    name, config = path.resolve().name, plain(settings)
+    trackers that allow it, after the steps that are done; a new one in an old one's place does not.
+
+    Raises UserError if one cannot be opened.
+    """
+    try:
+        _start_trackers(accelerator, path, plain(settings), done)
+    except Exception as error:  # of any library, its server and its disk
+        raise UserError(
+            f"A tracker of monitor.trackers={'+'.join(map(str, accelerator.log_with))} cannot be opened "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): mend that, or pass "
+            "monitor.trackers=none; log.jsonl has every figure."
+        ) from None
+
+
+def _start_trackers(accelerator: Accelerator, path: Path, config: dict, done: int) -> None:
+    name = path.resolve().name
     record = f"{name}-{_id(path) if accelerator.is_main_process else ''}"
     accelerator.init_trackers(
         "ssl_vit",
         init_kwargs=dict(
+            tensorboard=dict(purge_step=done + 1) if done else {},
             wandb=dict(name=name, id=record, resume="allow"),
             trackio=dict(name=record, resume="allow", config=config),
             swanlab=dict(experiment_name=name),
@@ -291,21 +308,27 @@ class Monitor:
 
     def _write(self, done: int, values: dict) -> None:
         self.run.log(dict(step=done) | values)
-        self.accelerator.log({f"{GROUP_OF.get(key, 'train')}/{key}": v for key, v in values.items()}, step=done)
+        figures = {f"{GROUP_OF.get(key, 'train')}/{key}": v for key, v in values.items()}
+        self.track(lambda tracker: tracker.log(figures, step=done))
+
+    def track(self, tell: Callable[[GeneralTracker], object]) -> None:
+        """Tell each tracker something. One that fails is left out from then on: log.jsonl has what it lacks."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # of any library, its server and its disk
+                self.accelerator.trackers.remove(tracker)
+                self.say(
+                    f"warning: {tracker.name} failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}) "
+                    "and gets no more; log.jsonl has every figure."
+                )
 
     def pictures(self, done: int, files: list[Path]) -> None:
         """Send the pictures of a run to the trackers that accept images, to each in its own form."""
         for file in files if self.accelerator.trackers else []:
             with Image.open(file) as image:
                 page = np.asarray(image)
-            tag = f"pictures/{file.stem}"
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.log_images({tag: page[None]}, step=done, dataformats="NHWC")
-                elif tracker.name in ("wandb", "swanlab"):
-                    tracker.log_images({tag: [page]}, step=done)
-                elif tracker.name in ("aim", "clearml"):
-                    tracker.log_images({tag: page}, step=done)
+            self.track(functools.partial(_show, f"pictures/{file.stem}", page, done))
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -318,6 +341,15 @@ class Monitor:
 
     def __exit__(self, *error) -> None:
         self.bar.close()
+
+
+def _show(tag: str, page: np.ndarray, done: int, tracker: GeneralTracker) -> None:
+    if tracker.name == "tensorboard":
+        tracker.log_images({tag: page[None]}, step=done, dataformats="NHWC")
+    elif tracker.name in ("wandb", "swanlab"):
+        tracker.log_images({tag: [page]}, step=done)
+    elif tracker.name in ("aim", "clearml"):
+        tracker.log_images({tag: page}, step=done)
 
 
 def watched_steps(config: recipes.Monitor, total: int, continued: bool) -> Callable[[int], bool]:

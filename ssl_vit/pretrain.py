@@ -106,7 +106,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     done = resume(run, devices, optimizer, total)
 
     # -- train --
-    monitor.start_trackers(accelerator, path, settings)
+    monitor.start_trackers(accelerator, path, settings, done)
     watch = monitor.Monitor(accelerator, run, recipe, objective, total, done, flops_per_image)
     knn = monitor.OnlineKnn(images, recipe, device) if recipe.monitor.knn_every or continued else None
     watched = monitor.watched_steps(recipe.monitor, total, continued)
@@ -175,8 +175,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             if continued:
                 say(monitor.gained(run.read_log(), total))
     accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    watch.track(lambda tracker: tracker.finish())
     return 0
 
 
@@ -258,6 +257,7 @@ def resolved(
         processes=accelerator.num_processes,
         device=accelerator.device.type,
         engine_used=engine.kind(recipe, accelerator),
+        started_from=teachers.cost(start) if start else {},
         torch=str(torch.__version__),
         commit=COMMIT,
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from ssl_vit.errors import Mistakes, UserError, nearest
-from ssl_vit.settings import Setting, known, pair, setting, settings_of
+from ssl_vit.settings import ReadIf, Setting, known, pair, setting, settings_of
 
 RECIPES = Path(__file__).resolve().parent / "recipes"  # of a wheel
 if not RECIPES.is_dir():  # of a checkout
@@ -29,7 +29,7 @@ class Train:
     steps: int | None = setting(None, "optimizer steps; 0 saves the random initialisation", at_least=0)
     flops: float | None = setting(None, "training budget in counted FLOPs", above=0)
     batch_size: int = setting(256, "images per optimizer step, over all processes", at_least=1)
-    seed: int = setting(0, "addresses every random draw of the run", at_least=0)
+    seed: int = setting(0, "addresses every random draw of the run", at_least=0, at_most=2**32 - 1)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = setting(
         "auto",
         "auto: bf16 on GPUs of compute capability >= 8.0, else fp32; a resumed run keeps what it began with; tf32: "
@@ -53,8 +53,17 @@ class Optim:
     )
     min_lr: float = setting(0.0, "learning rate at the end of the cosine; `lr_rule` does not apply", at_least=0)
     warmup_fraction: float = setting(0.05, "fraction of the steps with linear warm-up", at_least=0, at_most=1)
-    betas: list[float] = setting([0.9, 0.95], "adamw: decay of the moving averages of gradients and of their squares")
-    momentum: float = setting(0.9, "sgd: decay of the sum of past gradients, below 1", at_least=0)
+    betas: list[float] = setting(
+        [0.9, 0.95],
+        "adamw: decay of the moving averages of gradients and of their squares",
+        read_if=ReadIf("optim.name=adamw", lambda optim: optim.name == "adamw"),
+    )
+    momentum: float = setting(
+        0.9,
+        "sgd: decay of the sum of past gradients, below 1",
+        at_least=0,
+        read_if=ReadIf("optim.name=sgd", lambda optim: optim.name == "sgd"),
+    )
     weight_decay: float = setting(
         0.05,
         "adamw: decoupled, multiplied by the learning rate alone; sgd: coupled, this part of the weights is added to "
@@ -68,7 +77,11 @@ class Optim:
     )
     layer_decay: float = setting(1.0, "learning rate of each block relative to the next", above=0, at_most=1)
     clip_grad: float | None = setting(None, "largest gradient norm", above=0)
-    clip_mode: Literal["global", "parameter"] = setting("global", "one norm for all, or (DINO) one per parameter")
+    clip_mode: Literal["global", "parameter"] = setting(
+        "global",
+        "one norm for all, or (DINO) one per parameter",
+        read_if=ReadIf("optim.clip_grad is set", lambda optim: optim.clip_grad is not None),
+    )
 
 
 @dataclass
@@ -88,8 +101,10 @@ class Data:
         None, "training resolution, S or [H, W]; the images' own if they share one"
     )
     in_chans: int | None = setting(None, "number of channels: 1 grey, 3 RGB, others as stored", at_least=1)
-    mean: list[float] | None = setting(None, "mean of each channel, in [0, 1]")
-    std: list[float] | None = setting(None, "standard deviation of each channel, in [0, 1]")
+    mean: list[float] | None = setting(None, "mean of each channel, of pixels from 0 to 1", at_least=0, at_most=1)
+    std: list[float] | None = setting(
+        None, "standard deviation of each channel, of pixels from 0 to 1", above=0, at_most=1
+    )
     hflip: bool | None = setting(None, "random horizontal flips; null: as suits the data set")
     permute_pixels: bool = setting(
         False, "a control: one fixed permutation of each image's pixels, before all views, in evaluation too"
@@ -127,15 +142,32 @@ class Views:
         "crop+flip",
         "augmentation: none, crop and flip, or on top DINO's colours, DeiT III's 3-Augment or DeiT's RandAugment",
     )
-    magnitude: float = setting(9.0, "rand-augment: mean of its magnitude", at_least=0, at_most=10)
+    magnitude: float = setting(
+        9.0,
+        "rand-augment: mean of its magnitude",
+        at_least=0,
+        at_most=10,
+        read_if=ReadIf("views.augmentation=rand-augment", lambda views: views.augmentation == "rand-augment"),
+    )
     repeats: int = setting(
         1, "repeated augmentation: views of each image in a step, which then holds fewer images (DeiT: 3)", at_least=1
     )
-    scale: list[float] = setting([0.2, 1.0], "area of the random crop, as a fraction of the image")
+    scale: list[float] = setting(
+        [0.2, 1.0],
+        "area of the random crop, as a fraction of the image",
+        read_if=ReadIf("views.augmentation is not none", lambda views: views.augmentation != "none"),
+    )
     interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear", "interpolation of crops and of the evaluation view; both antialiased"
     )
-    blur: bool = setting(True, "blur in augmentation=dino; its sigma of up to 2 px is meant for 224 px")
+    blur: bool = setting(
+        True,
+        "blur in augmentation=dino; its sigma of up to 2 px is meant for 224 px",
+        read_if=ReadIf("views.augmentation=dino", lambda views: views.augmentation == "dino"),
+    )
+
+
+WINDOWS = ReadIf("backbone.attn=window", lambda backbone: backbone.attn == "window")
 
 
 @dataclass
@@ -162,8 +194,8 @@ class Backbone:
     attn: Literal["full", "axial", "window"] = setting(
         "full", "vit_*: full attention, rows and columns in alternating blocks (axial), or local windows (window)"
     )
-    window_size: int = setting(4, "window: patches of a side", at_least=1)
-    global_every: int = setting(4, "window: every n-th block has full attention", at_least=1)
+    window_size: int = setting(4, "window: patches of a side", at_least=1, read_if=WINDOWS)
+    global_every: int = setting(4, "window: every n-th block has full attention", at_least=1, read_if=WINDOWS)
     reg_tokens: int | None = setting(None, "number of register tokens; null: as the name says", at_least=0)
     init_values: float | None = setting(None, "initial layer scale", above=0)
     drop_path_rate: float = setting(0.0, "stochastic depth rate of the last block", at_least=0, at_most=0.99)
@@ -273,7 +305,7 @@ RENAMED: dict[str, str] = {
     "objective.weights": "objective.loss_weights",
 }
 COMMAND_LINE = "the command line"
-READ_BY = {"optim.betas": "adamw", "optim.momentum": "sgd"}  # settings that one optimizer alone reads
+BACKBONE_NAME = "the name of the backbone"
 # settings that runs of earlier versions lack: at their defaults they are in no hash, so that those runs keep their name
 ADDED_LATER = ("optim.name", "optim.momentum", "data.jpeg_draft")
 
@@ -313,11 +345,20 @@ class Recipe:
                 setattr(self.data, key, value)
 
     def learning_rate(self) -> tuple[float, str]:
-        """The resolved peak learning rate, and the arithmetic that made it."""
+        """The resolved peak learning rate, and the arithmetic that made it.
+
+        Raises UserError if the rate at the end is above it.
+        """
         o, b = self.optim, self.train.batch_size
         scale = {"absolute": 1.0, "B/256": b / 256, "B/512": b / 512, "sqrt(B/1024)": math.sqrt(b / 1024)}[o.lr_rule]
         rule = "absolute" if o.lr_rule == "absolute" else f"{o.lr:g} · {o.lr_rule} with B = {b}"
-        return o.lr * scale, rule
+        peak = o.lr * scale
+        if o.min_lr > peak:
+            raise UserError(
+                f"optim.min_lr={o.min_lr:g}, the learning rate at the end, is above its peak, {peak:.3g} ({rule}): "
+                "lower it, or raise optim.lr."
+            )
+        return peak, rule
 
     def frozen_steps(self, labelled: bool) -> int:
         """How many of the steps, once their number is resolved, leave the backbone as it is.
@@ -346,7 +387,8 @@ class _File(NamedTuple):
 
     path: Path
     values: dict[str, Any]  # by section.key
-    run: str | None  # the name of the run's recipe
+    run: str | None = None  # the name of the run's recipe
+    images: int = 0  # that the run was trained on
 
     @property
     def telling(self) -> dict[str, Any]:
@@ -382,8 +424,9 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
         if section not in faulty:
             with mistakes:
                 built[section] = _build(section, cls, given)
-    if "optim" in built:
-        mistakes.sentences += _unread(built["optim"].name, given, file)
+    for section, config in built.items():
+        if section != "objective" or "objective.name" not in changes:  # as in a task, which states all settings
+            mistakes.sentences += _unread(section, config, given, file)
     mistakes.refuse()
 
     telling = changes if file.run is None else file.telling | changes  # the settings that change the recipe's run
@@ -469,9 +512,22 @@ def read_settings(path: Path) -> dict[str, Any]:
     return tree
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is written twice in one section, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in lines:
+                at = f"in lines {lines[key.value]} and {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"{key.value} is written twice, {at}")
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
 def _load(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text()) or {}
+        return yaml.load(path.read_text(), _Once) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not text, or a date that no calendar has
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -489,17 +545,18 @@ def _build(section: str, cls: type[Any], given: dict[str, tuple[Any, str]]) -> A
     return built
 
 
-def _unread(optimizer: str, given: dict[str, tuple[Any, str]], file: _File) -> Iterator[str]:
-    """What is wrong with settings that are no defaults and that the optimizer does not read: those of the command line,
-    and those of a recipe's file where the command line chooses no other optimizer. A run's file records all settings.
+def _unread(section: str, config: Any, given: dict[str, tuple[Any, str]], file: _File) -> Iterator[str]:
+    """What is wrong with settings that are no defaults and that nothing reads, so that two runs would be one: those of
+    the command line, and those of a recipe's file in a section that the command line leaves as it is. A run's file
+    records all settings.
     """
-    plain = flat(defaults())
-    chosen_in = given.get("optim.name", (None, str(file.path)))[1]
-    by_hand = {COMMAND_LINE} if file.run is not None else {COMMAND_LINE, chosen_in}
-    for key, reader in READ_BY.items():
-        value, source = given.get(key, (plain[key], ""))
-        if reader != optimizer and source in by_hand and value != plain[key]:
-            yield f"{key} in {source} is not read by optim.name={optimizer}: leave it out, or set optim.name={reader}."
+    own = settings_of(section, type(config))
+    changed = any(given[key][1] == COMMAND_LINE for key in own if key in given)
+    by_hand = {COMMAND_LINE} if changed or file.run is not None else {str(file.path)}
+    for key, one in own.items():
+        value, source = given.get(key, (one.default, ""))
+        if one.read_if and source in by_hand and value != one.default and not one.read_if.told(config):
+            yield f"{key} in {source} is read only where {one.read_if.words}: leave it out."
 
 
 def _later_default(key: str, value: Any) -> bool:
@@ -522,14 +579,14 @@ def _tag(telling: dict[str, Any]) -> str:
 def _open(path: Path) -> _File:
     """A recipe's file or a run's recipe.yaml. Raises UserError for any other file."""
     tree = _load(path)
-    run = None
+    run, images = None, 0
     if isinstance(tree, dict) and tree.keys() >= ADDED:
-        run = str(tree["recipe"])
+        run, images = str(tree["recipe"]), tree["images"]["count"]
         tree = {section: part for section, part in tree.items() if section not in ADDED}
     if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in tree.values()):
         raise UserError(f"{path} must hold sections of settings: {', '.join(SECTIONS)}, objective.")
     values = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
-    return _File(path, values if run is None else _without_findings(values), run)
+    return _File(path, values if run is None else _without_findings(values), run, images)
 
 
 def _without_findings(values: dict[str, Any]) -> dict[str, Any]:
@@ -551,11 +608,33 @@ def _merge(file: _File, changes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         outdated |= set(OF_IMAGES)
     if of_run and any(length in changes for length in LENGTHS):  # the steps there may be resolved from epochs or FLOPs
         outdated |= set(LENGTHS)
+    if of_run and _counted(file) and any(own.get(key, value) != value for key, value in _counting(changes).items()):
+        outdated.add("train.steps")
     asked = [place for place, length in enumerate(LENGTHS) if changes.get(length) is not None]
     outdated |= set(LENGTHS[max(asked) + 1 :] if asked else ())  # what would win over the command line's
     own = _patch_in(own.get("backbone.name") if "backbone.name" not in changes else None) | own
     kept = {key: (value, str(file.path)) for key, value in own.items() if key not in outdated}
-    return kept | {key: (value, COMMAND_LINE) for key, value in (named | changes).items()}
+    told = {key: (value, BACKBONE_NAME) for key, value in named.items()}
+    return kept | told | {key: (value, COMMAND_LINE) for key, value in changes.items()}
+
+
+def _counted(file: _File) -> bool:
+    """Whether a run's steps are what its epochs came to."""
+    own = file.values
+    if own.get("train.epochs") is None or own.get("train.flops") is not None:
+        return False
+    return bool(own["train.steps"] == steps_in(own["train.epochs"], file.images, own["train.batch_size"]))
+
+
+def steps_in(epochs: float, images: int, batch_size: int) -> int:
+    """The optimizer steps of so many passes over the images."""
+    return math.ceil(epochs * images / batch_size)
+
+
+def _counting(changes: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that decide how many steps an epoch has, beside which images have labels."""
+    keys = ("train.batch_size", "data.name", "data.train_split", "data.subset", "data.hold_out", "data.skip_broken")
+    return {key: changes[key] for key in keys if key in changes}
 
 
 def _patch_in(name: Any) -> dict[str, int]:

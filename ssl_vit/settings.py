@@ -9,9 +9,9 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 import yaml
 
@@ -32,11 +32,24 @@ def pair(values: Sequence[T]) -> tuple[T, T]:
     return first, second
 
 
+class ReadIf(NamedTuple):
+    """When a setting is read at all: in words, and by the section that it is of."""
+
+    words: str
+    told: Callable[[Any], bool]
+
+
 def setting(
-    default: Any, help: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    read_if: ReadIf | None = None,
 ) -> Any:
     """A dataclass field with its meaning and its bounds. default: MISSING for a setting that a recipe must give."""
-    metadata = dict(help=help, above=above, at_least=at_least, at_most=at_most)
+    metadata = dict(help=help, above=above, at_least=at_least, at_most=at_most, read_if=read_if)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -53,6 +66,7 @@ class Setting:
     above: float | None
     at_least: float | None
     at_most: float | None
+    read_if: ReadIf | None  # None: always
 
     def check(self, value: Any, source: str) -> Any:
         """The value in the setting's type. source: where it came from. Raises UserError, naming key and source."""

@@ -54,15 +54,29 @@ def classes(text: str) -> list[str] | None:
 
 def cost(text: str) -> dict[str, float]:
     """{run directory: the FLOPs spent on it and on all that it learnt from}, and the same of the run that it started
-    from. {} for published weights, whose training nobody counted."""
+    from. {} for published weights, whose training nobody counted.
+
+    Raises UserError if what a run of an earlier version started from is not found.
+    """
     run = weights.parse(text).path
     if not (run / "recipe.yaml").exists():
         return {}
     log = run / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
-    start = recipes.read_settings(run / "recipe.yaml").get("backbone", {}).get("init_from")
-    return own | (cost(start) if start else {})
+    settings = recipes.read_settings(run / "recipe.yaml")
+    start, started = settings.get("backbone", {}).get("init_from"), settings.get("runtime", {}).get("started_from")
+    foreign = settings.get("resolved", {}).get("published", [])
+    if started is not None:  # as it was then: that run may have been moved or removed since
+        before: dict[str, float] = started
+    elif start and start not in foreign and not weights.parse(start).path.exists():
+        raise UserError(
+            f"{run} started from {start}, which is not found from here, so that its FLOPs cannot be counted: start "
+            "the command in the folder of that run."
+        )
+    else:
+        before = cost(start) if start else {}
+    return own | before
 
 
 def published(text: str) -> list[str]:

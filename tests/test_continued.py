@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, make_batch, small_objective, small_recipe
+from conftest import make_batch, small, small_objective, small_recipe
 from safetensors.torch import load_file
 from test_loop import TINY, log_of
 
@@ -13,7 +13,7 @@ from ssl_vit.recipe import Optim
 
 
 def run(path, *settings, name="mae"):
-    made = pretrain.read(name, [*TINY, *SMALL[name], *settings], None)
+    made = pretrain.read(name, [*TINY, *small(name, *settings)], None)
     assert pretrain.pretrain(made, path) == 0
     return load_file(path / "backbone" / "model.safetensors")
 

@@ -332,6 +332,24 @@ def test_several_try_their_memory_before_the_first_step(tmp_path, monkeypatch):
     compare(tmp_path / "one", tmp_path / "several")
 
 
+def test_memory_that_runs_out_where_the_whole_batch_is_needed_limits_no_later_start(tmp_path, monkeypatch):
+    """Half of it would be refused, for good."""
+    step, path = torch.optim.AdamW.step, tmp_path / "run"
+
+    def full(self, *arguments, **more):
+        if self.state:
+            raise RuntimeError("out of memory")
+        return step(self, *arguments, **more)
+
+    settings = [*TINY, *SMALL["dino"], "train.steps=3", "objective.use_bn_in_head=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", full)
+        patch.setattr(gradients, "out_of_memory", lambda error: "out of memory" in str(error))
+        with pytest.raises(UserError, match="use_bn_in_head.* needs so many at once. End what else uses the device"):
+            pretrain.pretrain(pretrain.read("dino", settings, None), path)
+    assert not list(path.glob("memory-*.json"))
+
+
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.matrix)])
 def test_memory_that_runs_out_later_is_one_message_and_the_same_command_goes_on(kind, tmp_path, monkeypatch):
     run(tmp_path, *arguments("mae", *STEPS, "--output", str(tmp_path / "one")))

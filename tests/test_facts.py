@@ -234,6 +234,9 @@ def test_settings_that_a_backbone_cannot_follow_are_refused_or_not_recorded():
     for name, size, words in (("resnet18", 32, "no patches"), ("swin_tiny_patch4_window7_224", 224, "patches of 4")):
         with pytest.raises(UserError, match=f"{words}, whatever backbone.patch_size says: leave it out"):
             built("supervised", f"backbone.name={name}", "backbone.patch_size=8", f"data.img_size={size}", *shape)
+    # a patch size that the name states asks for nothing
+    beit, _ = built("gaussian", "backbone.name=beit_base_patch16_224", "data.img_size=32", *shape)
+    assert beit.grid == (2, 2)
     eva = ["backbone.name=eva02_tiny_patch14_224", "backbone.patch_size=2", "backbone.embed_dim=48", "backbone.depth=1"]
     objective, recipe = built("mae", *eva, "backbone.num_heads=3", "backbone.pos_embed=sincos")
     assert recipe.backbone.pos_embed == "learned" and objective.backbone.model.pos_embed.requires_grad

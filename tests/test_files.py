@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit import files
+from ssl_vit import checkpoint, errors, files
 from ssl_vit.errors import Busy, UserError
 
 
@@ -113,6 +113,23 @@ def test_who_waits_for_a_lock_says_for_whom(tmp_path, monkeypatch, capsys):
         assert (tmp_path / ".lock.holder").read_text().startswith(str(os.getpid()))
     assert f"{tmp_path} is being written by process {child.pid} on" in capsys.readouterr().out
     child.join()
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_start(tmp_path):
+    for name in ("checkpoints/step-00000008.pt.partial", "backbones/step-00000004.partial/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("half")
+    (tmp_path / "checkpoints/step-00000007.pt").write_text("whole")
+    checkpoint.Run(tmp_path).lock()
+    assert [p.name for p in tmp_path.rglob("*") if "step" in p.name] == ["step-00000007.pt"]
+
+
+def test_a_closed_terminal_hears_nothing(monkeypatch):
+    def closed(*arguments, **more):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(errors, "print", closed, raising=False)
+    errors.say("Stopped after step 3.")
 
 
 def test_a_killed_holder_gives_the_lock_free(tmp_path):

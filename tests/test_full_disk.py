@@ -2,6 +2,7 @@
 
 import errno
 import fnmatch
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, start
 from test_loop import TINY
+from torch.utils.tensorboard import SummaryWriter
 
 from eval import knn, report
 from eval.measure import features
@@ -34,6 +36,35 @@ WRITES = [  # what is written, by which script, and the remedy it names
     ("report.html", report.main, REPORT, ROOM),
     ("report.csv", report.main, REPORT, ROOM),
 ]
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
+    """TensorBoard's writer keeps what its thread failed with, and raises it where it is told something next."""
+    add, told = SummaryWriter.add_scalar, []
+
+    def full(self, *arguments, **more):
+        told.append(arguments)
+        if len(told) > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return add(self, *arguments, **more)
+
+    settings = [*PRETRAIN, "monitor.trackers=tensorboard", "monitor.log_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SummaryWriter, "add_scalar", full)
+        code, said = call(pretrain.main, tmp_path, settings)
+    assert code == 0 and said.count("warning: tensorboard failed (OSError: [Errno 28] No space left") == 1, said
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [
+        *range(1, 9)
+    ]
+
+    def refuse(*arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SummaryWriter, "__init__", refuse)
+        code, said = call(pretrain.main, tmp_path, [*settings, "train.seed=1", "--output", "other"])
+    assert code == 2 and "A tracker of monitor.trackers=tensorboard cannot be opened" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 def call(main, folder: Path, arguments: list[str]) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLOSE, SMALL, join, small_objective, small_recipe, start
+from conftest import CLOSE, SMALL, join, small, small_objective, small_recipe, start
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -41,7 +41,7 @@ STEPS = 12
 
 
 def arguments(name: str, *settings: str) -> list[str]:
-    return ["--recipe", name, *TINY, *SMALL[name], f"train.steps={STEPS}", *settings]
+    return ["--recipe", name, *TINY, f"train.steps={STEPS}", *small(name, *settings)]
 
 
 class Started:

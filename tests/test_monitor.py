@@ -1,5 +1,6 @@
 """What a run says of itself while it trains: its speed, and k-NN on images that are not among the neighbours."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_speed_seconds_and_budget_as_a_clock_tells_them(tmp_path, monkeypatch):
         is_main_process=True,
         num_processes=1,
         device=torch.device("cpu"),
-        log=lambda values, step: told.append((step, values)),
+        trackers=[SimpleNamespace(log=lambda values, step: told.append((step, values)))],
     )
     recipe = small_recipe("mae", "train.batch_size=32", "monitor.log_every=4")
     watch = monitor.Monitor(
@@ -141,13 +142,14 @@ def test_all_trackers_get_the_run_s_name_and_settings(tmp_path):
     settings |= dict(recipe="mae", images=dict(count=7, classes=["a"] * 1000))
     path = tmp_path / "mae-digits-s0"
     path.mkdir()
-    monitor.start_trackers(accelerator, path, settings)
+    monitor.start_trackers(accelerator, path, settings, 0)
+    assert opened["tensorboard"] == {}
     record = opened["wandb"]["id"]
     assert re.fullmatch(r"mae-digits-s0-[0-9a-f]{8}", record) and opened["trackio"]["name"] == record
-    monitor.start_trackers(accelerator, path, settings)
-    assert opened["wandb"]["id"] == record
+    monitor.start_trackers(accelerator, path, settings, 7)
+    assert opened["wandb"]["id"] == record and opened["tensorboard"] == dict(purge_step=8)
     (path / "tracker-id.txt").unlink()
-    monitor.start_trackers(accelerator, path, settings)
+    monitor.start_trackers(accelerator, path, settings, 0)
     assert opened["wandb"]["id"] != record
     names = "wandb name, swanlab experiment_name, mlflow run_name, clearml task_name".split(", ")
     assert {opened[tracker][key] for tracker, key in map(str.split, names)} == {"mae-digits-s0"}
@@ -171,7 +173,9 @@ def test_trackers_get_the_pictures_each_in_its_own_form(tmp_path):
 
     names = ["tensorboard", "wandb", "swanlab", "aim", "clearml", "dvclive"]
     accelerator = SimpleNamespace(trackers=[Tracker(name) for name in names])
-    monitor.Monitor.pictures(SimpleNamespace(accelerator=accelerator), 9, [tmp_path / "reconstruction.png"])
+    watch = SimpleNamespace(accelerator=accelerator)
+    watch.track = functools.partial(monitor.Monitor.track, watch)
+    monitor.Monitor.pictures(watch, 9, [tmp_path / "reconstruction.png"])
     assert got.keys() == set(names) - {"dvclive"}  # which takes none through accelerate
     assert got["tensorboard"][0].shape == (1, 5, 7, 3) and got["tensorboard"][1:] == (9, dict(dataformats="NHWC"))
     for name in ("wandb", "swanlab"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, make_batch, small_objective
+from conftest import SMALL, make_batch, small, small_objective
 from PIL import Image
 from test_corruption import VARIANTS
 from test_loop import TINY
@@ -211,7 +211,7 @@ def drawn(monkeypatch):
 
 
 def train(path, *settings, name="mae"):
-    recipe = pretrain.read(name, [*TINY, *SMALL[name], *settings], None)
+    recipe = pretrain.read(name, [*TINY, *small(name, *settings)], None)
     assert pretrain.pretrain(recipe, path) == 0
 
 

@@ -1,6 +1,7 @@
 """A recipe: what wins over what, what is refused, what a run is called."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -113,12 +114,12 @@ def test_names_and_hashes_are_those_of_versions_with_one_optimizer(of_run):
 
 def test_what_an_optimizer_does_not_read_is_refused_where_it_was_asked_for(file, of_run):
     """Not where a recipe was written for the other one, nor in a run, which records all settings."""
-    said = "^optim.{} in {} is not read by optim.name={}: leave it out, or set optim.name={}.$"
+    said = "^optim.{} in {} is read only where optim.name={}: leave it out.$"
     own = file(optim=dict(name="sgd", momentum=0.8))
     cases = (
-        (("optim.momentum=0.8",), "mae", ("momentum", "the command line", "adamw", "sgd")),
-        (("optim.betas=[0.9,0.9]", "optim.name=sgd"), "mae", ("betas", "the command line", "sgd", "adamw")),
-        (("optim.betas=[0.9,0.9]",), own, ("betas", "the command line", "sgd", "adamw")),
+        (("optim.momentum=0.8",), "mae", ("momentum", "the command line", "sgd")),
+        (("optim.betas=[0.9,0.9]", "optim.name=sgd"), "mae", ("betas", "the command line", "adamw")),
+        (("optim.betas=[0.9,0.9]",), own, ("betas", "the command line", "adamw")),
     )
     for asked, recipe, words in cases:
         with pytest.raises(UserError, match=said.format(*words)):
@@ -131,8 +132,36 @@ def test_what_an_optimizer_does_not_read_is_refused_where_it_was_asked_for(file,
     with pytest.raises(UserError, match="optim.betas in the command line"):
         read("optim.betas=[0.9,0.9]", recipe=run)
     for optim in (dict(momentum=0.8), dict(name="sgd", betas=[0.9, 0.9])):
-        with pytest.raises(UserError, match="optim.* in .*own.yaml is not read by"):
+        with pytest.raises(UserError, match="optim.* in .*own.yaml is read only where optim.name="):
             read(recipe=file(optim=optim))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "where"),
+    [
+        ("gaussian", "objective.mask_ratio=0.25", "objective.mask=random or blocks"),
+        ("mae", "objective.noise_sigma=[0,1]", "objective.corruption=gaussian"),
+        ("mae", "objective.momentum_teacher=0.9", "objective.target=features"),
+        ("mae", "objective.vocab_size=64", "objective.target=kmeans"),
+        ("beit", "objective.norm_pix_loss=false", "objective.target=pixels"),
+        ("simmim", "objective.decoder_num_heads=2", "objective.decoder_depth is above 0"),
+        ("supervised", "objective.distillation_tau=3", "objective.teacher is set and objective.distillation_type=soft"),
+        ("supervised", "objective.mixup_prob=0.5", "objective.mixup or objective.cutmix is above 0"),
+        ("supervised", "views.magnitude=5", "views.augmentation=rand-augment"),
+        ("mae", "views.blur=false", "views.augmentation=dino"),
+        ("mae", "backbone.window_size=2", "backbone.attn=window"),
+        ("mae", "optim.clip_mode=parameter", "optim.clip_grad is set"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(recipe, setting, where):
+    """Else a sweep of it is one run under several names."""
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{key} in the command line is read only where {re.escape(where)}: leave it"):
+        read(setting, recipe=recipe)
+
+
+def test_what_a_recipe_s_file_states_for_its_own_task_may_stay_when_the_task_is_changed():
+    assert read("objective.mask=none", "objective.encoder_input=corrupted", recipe="mae").objective.mask_ratio == 0.75
 
 
 def test_a_backbone_s_name_on_the_command_line_replaces_the_recipe_s_shape(file):
@@ -197,6 +226,33 @@ def test_of_a_run_s_recipe_other_images_have_their_own_facts(of_run):
         10,
     )
     assert read("data.img_size=16", recipe=run, data="cifar10").data.img_size == 16
+
+
+def test_the_steps_of_a_run_s_epochs_are_counted_anew_where_an_epoch_is_another(of_run):
+    run = of_run(read("train.epochs=4", "train.steps=8", "train.batch_size=5"))  # 4 passes over 9 images
+    assert read(recipe=run).train.steps == read("optim.lr=0.1", recipe=run, data="digits").train.steps == 8
+    for changed, data in (((), "cifar10"), (("train.batch_size=3",), None), (("data.subset=4",), None)):
+        train = read(*changed, recipe=run, data=data).train
+        assert (train.epochs, train.steps, train.flops) == (4, None, None)
+    asked = of_run(read("train.epochs=4", "train.steps=7", "train.batch_size=5"))  # the steps won over the epochs
+    assert read(recipe=asked, data="cifar10").train.steps == 7
+
+
+def test_a_key_that_is_written_twice_is_refused(tmp_path):
+    (tmp_path / "own.yaml").write_text("objective:\n  name: dino\noptim:\n  lr: 1e-4\ntrain:\n  steps: 1\noptim: {}\n")
+    with pytest.raises(UserError, match="own.yaml is not valid YAML: optim is written twice, in lines 3 and 7"):
+        read(recipe=tmp_path / "own.yaml")
+
+
+def test_a_rate_that_would_rise_is_refused():
+    with pytest.raises(UserError, match=r"optim.min_lr=1e-05, .* is above its peak, 7.81e-06 \(.*B = 8\): lower it"):
+        read("train.batch_size=8", recipe="imagenet/deit-s").learning_rate()
+
+
+@pytest.mark.parametrize("setting", ["data.mean=[123.7]", "data.std=[58.4]", "data.std=[0]", "train.seed=1e20"])
+def test_values_on_another_scale_are_refused(setting):
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]} in the command line must be a"):
+        read(setting)
 
 
 def test_a_length_on_the_command_line_replaces_that_of_a_run(of_run):

@@ -236,7 +236,9 @@ def as_run(folder, name: str, *settings: str):
     objective, recipe = small_objective(name, *settings), small_recipe(name, *settings)
     recipe.data.img_size = list(recipe.data.size)
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict() | dict(images=dict(classes=list("abcde")))))
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe.as_dict() | dict(images=dict(count=9, classes=list("abcde"))))
+    )
     (folder / "log.jsonl").write_text('{"step": 1, "flops": 1e9}\n{"step": 2, "flops": 3e9}\n{"step": 2, "knn": 0.5}\n')
     for file, tensors in objective.parts().items():
         save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{file}.safetensors")
@@ -381,6 +383,14 @@ def test_a_teacher_s_features_are_recovered(trained, tmp_path):
         tree["backbone"]["init_from"] = str((trained if start == "same" else tmp_path) / start)
         (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(tree))
     assert sum(teachers.cost(str(tmp_path / "again")).values()) == 3 * 3e9  # its own, and those before it
+    tree["runtime"]["started_from"] = {"/moved/since": 5e9}  # as it was counted when the run began
+    tree["backbone"]["init_from"] = "moved/since"
+    (tmp_path / "again" / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert sum(teachers.cost(str(tmp_path / "again")).values()) == 3e9 + 5e9
+    del tree["runtime"]["started_from"]
+    (tmp_path / "again" / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="again started from moved/since, which is not found from here"):
+        teachers.cost(str(tmp_path / "again"))
 
 
 def test_published_weights_are_known_through_all_that_learnt_from_them(trained, tmp_path):

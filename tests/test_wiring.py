@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL, make_batch, small_objective
+from conftest import SMALL, make_batch, small, small_objective
 from safetensors.torch import load_file
 from test_loop import TINY, arguments, run
 
@@ -19,7 +19,7 @@ from ssl_vit.views import View
 
 def trained(folder, name, *settings):
     """(recipe, path) of a run in this process."""
-    recipe = pretrain.read(name, [*TINY, *SMALL[name], "train.steps=3", *settings], None)
+    recipe = pretrain.read(name, [*TINY, "train.steps=3", *small(name, *settings)], None)
     path = folder / f"{name}-{len(list(folder.iterdir()))}"
     assert pretrain.pretrain(recipe, path) == 0
     return recipe, path
@@ -83,7 +83,7 @@ def test_images_and_draws_are_the_seed_s(settings, tmp_path, monkeypatch):
 def test_what_is_fitted_is_fitted_to_the_run_s_images(name, settings, key, tmp_path):
     """Centroids of zeros would give every patch one token, and the loss would fall."""
     recipe, path = trained(tmp_path, name, *settings)
-    expected, images = built(pretrain.read(name, [*TINY, *SMALL[name], *settings], None))
+    expected, images = built(pretrain.read(name, [*TINY, *small(name, *settings)], None))
     assert not expected.state_dict()[key].any()
     expected.fit(pretrain.fit_images(recipe, images, torch.device("cpu")), recipe.train.seed)
     torch.testing.assert_close(state(path)[key], expected.state_dict()[key])

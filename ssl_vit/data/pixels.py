@@ -117,7 +117,7 @@ def broken(where: str, error: Exception) -> UserError:
     return UserError(f"Image {where} cannot be decoded ({reason}).")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An exception's message, short, without its full stop."""
     return " ".join(str(error).split())[:200].rstrip(".")
 

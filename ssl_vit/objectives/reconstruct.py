@@ -43,7 +43,15 @@ from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
 from ssl_vit.schedules import cosine
-from ssl_vit.settings import known, pair, setting
+from ssl_vit.settings import ReadIf, known, pair, setting
+
+
+def if_among(key: str, *values: str) -> ReadIf:
+    """A setting that is read where another has one of these values."""
+    return ReadIf(f"objective.{key}={' or '.join(values)}", lambda config: getattr(config, key) in values)
+
+
+DECODER = ReadIf("objective.decoder_depth is above 0", lambda config: config.decoder_depth > 0)
 
 
 @dataclass
@@ -52,7 +60,9 @@ class ReconstructConfig:
         "random",
         "masked patches; causal: all later ones in raster order; prefix: all after a first part of random length",
     )
-    mask_ratio: float = setting(0.75, "fraction of the patches that is masked", above=0, at_most=1)
+    mask_ratio: float = setting(
+        0.75, "fraction of the patches that is masked", above=0, at_most=1, read_if=if_among("mask", "random", "blocks")
+    )
     encoder_input: Literal["visible", "mask_token", "corrupted", "clean"] = setting(
         "visible",
         "masked patches in the encoder: dropped (visible), mask tokens, their corrupted pixels, or their clean pixels, "
@@ -66,9 +76,17 @@ class ReconstructConfig:
     )
     corruption: Literal["none", "gaussian", "blur", "shuffle"] = setting("none", "corruption of the pixels")
     noise_sigma: list[float] = setting(
-        [0.0, 1.4142], "gaussian: range of the noise level, in standard deviations of the pixels", at_least=0
+        [0.0, 1.4142],
+        "gaussian: range of the noise level, in standard deviations of the pixels",
+        at_least=0,
+        read_if=if_among("corruption", "gaussian"),
     )
-    blur_sigma: list[float] = setting([0.1, 2.0], "blur: range of its standard deviation, in pixels", above=0)
+    blur_sigma: list[float] = setting(
+        [0.1, 2.0],
+        "blur: range of its standard deviation, in pixels",
+        above=0,
+        read_if=if_among("corruption", "blur"),
+    )
     noise_pca_dim: int | None = setting(
         None, "gaussian: number of principal components of a patch that get noise (l-DAE); null: pixels", at_least=1
     )
@@ -81,17 +99,29 @@ class ReconstructConfig:
         None, "take the tokens of this run of the recipe tokenizer; the target is then tokenizer"
     )
     momentum_teacher: float = setting(
-        0.996, "features: EMA momentum of the teacher at step 0, rising to 1 on a cosine", at_least=0, at_most=1
+        0.996,
+        "features: EMA momentum of the teacher at step 0, rising to 1 on a cosine",
+        at_least=0,
+        at_most=1,
+        read_if=if_among("target", "features"),
     )
-    norm_pix_loss: bool = setting(True, "pixels: normalise each target patch by its own mean and variance")
-    loss: Literal["mse", "l1"] = setting("mse", "pixels, noise, features: distance to the target")
+    norm_pix_loss: bool = setting(
+        True,
+        "pixels: normalise each target patch by its own mean and variance",
+        read_if=if_among("target", "pixels"),
+    )
+    loss: Literal["mse", "l1"] = setting(
+        "mse",
+        "pixels, noise, features: distance to the target",
+        read_if=if_among("target", "pixels", "noise", "features"),
+    )
     loss_weighting: Literal["none", "noise_level"] = setting(
         "none", "gaussian: noise_level divides the loss of an image by 1 + sigma squared (l-DAE)"
     )
-    vocab_size: int = setting(512, "kmeans: number of tokens", at_least=2)
+    vocab_size: int = setting(512, "kmeans: number of tokens", at_least=2, read_if=if_among("target", "kmeans"))
     decoder_depth: int = setting(4, "transformer blocks of the decoder; 0: a linear head", at_least=0)
-    decoder_embed_dim: int = setting(128, "token dimension of the decoder", at_least=1)
-    decoder_num_heads: int = setting(4, "attention heads of the decoder", at_least=1)
+    decoder_embed_dim: int = setting(128, "token dimension of the decoder", at_least=1, read_if=DECODER)
+    decoder_num_heads: int = setting(4, "attention heads of the decoder", at_least=1, read_if=DECODER)
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None:

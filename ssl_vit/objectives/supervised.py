@@ -22,7 +22,10 @@ from ssl_vit.errors import UserError
 from ssl_vit.losses import full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.randomness import Draw
-from ssl_vit.settings import known, pair, setting
+from ssl_vit.settings import ReadIf, known, pair, setting
+
+MIXED = ReadIf("objective.mixup or objective.cutmix is above 0", lambda config: config.mixup or config.cutmix)
+TAUGHT = ReadIf("objective.teacher is set", lambda config: config.teacher is not None)
 
 
 @dataclass
@@ -33,15 +36,29 @@ class SupervisedConfig:
     smoothing: float = setting(0.0, "label smoothing", at_least=0, at_most=0.99)
     mixup: float = setting(0.0, "alpha of mixup's Beta law; 0: none", at_least=0)
     cutmix: float = setting(0.0, "alpha of cutmix's Beta law; 0: none", at_least=0)
-    mixup_mode: Literal["elem", "batch"] = setting("elem", "every image mixed in its own proportion, or all in one")
-    mixup_prob: float = setting(1.0, "probability of mixup or cutmix", at_least=0, at_most=1)
+    mixup_mode: Literal["elem", "batch"] = setting(
+        "elem", "every image mixed in its own proportion, or all in one", read_if=MIXED
+    )
+    mixup_prob: float = setting(1.0, "probability of mixup or cutmix", at_least=0, at_most=1, read_if=MIXED)
     reprob: float = setting(0.0, "probability of random erasing", at_least=0, at_most=1)
     teacher: str | None = setting(
         None, "a run or model whose answers the distillation token learns; backbone.name=deit_*_distilled_* has one"
     )
-    distillation_type: Literal["hard", "soft"] = setting("hard", "learn the teacher's decision, or its probabilities")
-    distillation_alpha: float = setting(0.5, "weight of the loss against the teacher", at_least=0, at_most=1)
-    distillation_tau: float = setting(1.0, "soft: temperature of the teacher's and our probabilities", above=0)
+    distillation_type: Literal["hard", "soft"] = setting(
+        "hard", "learn the teacher's decision, or its probabilities", read_if=TAUGHT
+    )
+    distillation_alpha: float = setting(
+        0.5, "weight of the loss against the teacher", at_least=0, at_most=1, read_if=TAUGHT
+    )
+    distillation_tau: float = setting(
+        1.0,
+        "soft: temperature of the teacher's and our probabilities",
+        above=0,
+        read_if=ReadIf(
+            "objective.teacher is set and objective.distillation_type=soft",
+            lambda config: config.teacher is not None and config.distillation_type == "soft",
+        ),
+    )
     global_pool: Literal["token", "avg"] = setting(
         "token", "what the head reads: the class token, or the mean of the patches"
     )

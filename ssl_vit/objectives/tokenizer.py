@@ -34,7 +34,7 @@ from ssl_vit.patches import unpatchify
 from ssl_vit.pictures import Sheet
 from ssl_vit.quantizer import Codebook, Quantizer
 from ssl_vit.randomness import Draw
-from ssl_vit.settings import setting
+from ssl_vit.settings import ReadIf, setting
 
 FILE = "tokenizer"  # of a finished run, beside its backbone: the quantizer
 
@@ -51,7 +51,11 @@ class TokenizerConfig:
         100, "steps without a patch after which a code becomes a patch of the batch; null: never", at_least=1
     )
     teacher: str | None = setting(None, "recover the features of this run or plain ViT instead of pixels (VQ-KD)")
-    loss: Literal["mse", "l1"] = setting("mse", "pixels: distance of the reconstruction")
+    loss: Literal["mse", "l1"] = setting(
+        "mse",
+        "pixels: distance of the reconstruction",
+        read_if=ReadIf("objective.teacher is null", lambda config: config.teacher is None),
+    )
     decoder_depth: int = setting(3, "number of blocks of the decoder", at_least=1)
     decoder_embed_dim: int = setting(768, "token dimension of the decoder of the codes", at_least=1)
     decoder_num_heads: int = setting(12, "attention heads of the decoder of the codes", at_least=1)
