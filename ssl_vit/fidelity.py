@@ -253,6 +253,7 @@ DEIT: Values = {
     "objective.global_pool": "token",
 }
 DISTILLED: Values = {"objective.distillation_type": "hard", "objective.distillation_alpha": 0.5}
+BY_REGNET = DISTILLED | {"objective.teacher": "regnety_160.deit_in1k"}
 DEIT_ABSENT = (
     ("head at the start", "normal, of std 0.02", "0"),
     MIXED_IN_REVERSE,
@@ -366,7 +367,9 @@ TOKENIZER: Values = {
     "objective.code_decay": 0.99,
     "objective.commitment": 1.0,
     "objective.revive_after": None,
-    "objective.decoder_depth": 3,
+    # beit2/TOKENIZER.md has two: DINO and one block, CLIP and three
+    "objective.teacher": "vit_base_patch16_224.dino",
+    "objective.decoder_depth": 1,
     "objective.decoder_embed_dim": 768,
     "objective.decoder_num_heads": 12,
 }
@@ -444,7 +447,7 @@ RECIPES: dict[str, Entry] = {
         f"imagenet/deit-{size}-distilled": Entry(values, absent=DEIT_ABSENT)
         for size, values in zip(
             ("ti", "s", "b"),
-            models(DEIT | DISTILLED, *(f"deit_{n}_distilled_patch16_224" for n in ("tiny", "small", "base"))),
+            models(DEIT | BY_REGNET, *(f"deit_{n}_distilled_patch16_224" for n in ("tiny", "small", "base"))),
             strict=True,
         )
     },
