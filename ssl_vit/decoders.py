@@ -131,7 +131,7 @@ def modulate(normed: Tensor, by: Tensor) -> Tensor:
 
 
 class LinearHead(nn.Module):
-    """One linear layer on every patch token (SimMIM, section 3.3; BEiT's token classifier)."""
+    """One linear layer on patch tokens (SimMIM, section 3.3; BEiT's token classifier)."""
 
     def __init__(self, embed_dim: int, prefix: int, out: int):
         super().__init__()
@@ -140,7 +140,10 @@ class LinearHead(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, latent: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(B, P + N, D) → (B, N, out)."""
-        predictions: Tensor = self.head(latent[:, self.prefix :])
+    def forward(self, latent: Tensor, places: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, P + N, D) → (B, N, out), or (B, M, out) of the patches at these places alone, int64 (B, M)."""
+        patches = latent[:, self.prefix :]
+        if places is not None:
+            patches = patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
+        predictions: Tensor = self.head(patches)
         return predictions

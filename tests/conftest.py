@@ -144,9 +144,13 @@ def _child(main: Callable[[], int], folder: Path, log: Path, arguments: tuple[st
 
 
 def small(name: str, *settings: str) -> list[str]:
-    """The settings of a small run of a recipe, and these, without k-means' where these take other targets."""
-    others = any(text.startswith(("objective.tokenizer=", "objective.target=")) for text in settings)
-    return [text for text in SMALL[name] if not (others and text.startswith("objective.vocab_size="))] + [*settings]
+    """The settings of a small run of a recipe, and these; without those that are not read beside these."""
+    unread: tuple[str, ...] = ()
+    if any(text.startswith(("objective.tokenizer=", "objective.target=")) for text in settings):
+        unread = ("objective.vocab_size=",)
+    if "objective.decoder_depth=0" in settings:
+        unread += ("objective.decoder_embed_dim=", "objective.decoder_num_heads=")
+    return [text for text in SMALL[name] if not text.startswith(unread)] + [*settings]
 
 
 def small_recipe(name: str, *settings: str) -> recipes.Recipe:

@@ -76,7 +76,7 @@ def test_the_loss_of_an_image_is_divided_by_its_noise():
     settings = [*ALL, "objective.corruption=gaussian", "objective.noise_sigma=[0.5,2]", "objective.norm_pix_loss=false"]
     plain = small_objective("mae", *settings)
     batch = make_batch(plain, torch.arange(6))
-    prediction, _, noise, level = plain.predict(batch.views["image"], batch.draw)
+    prediction, _, noise, level, _ = plain.predict(batch.views["image"], batch.draw)
     clean = patchify(plain.backbone.normalise(batch.views["image"]), (2, 2))
     each = (prediction - clean).square().mean((1, 2))
     sigma = level.flatten()
@@ -183,7 +183,7 @@ def test_of_the_hidden_patches_some_show_others_and_some_stay(monkeypatch):
     monkeypatch.setattr(
         type(objective.backbone), "add_positions", lambda self, t, *more: given.append(t) or add(self, t, *more)
     )
-    _, hidden, _, _ = objective.predict(images, Draw(0, 0, torch.arange(6)))
+    _, hidden, *_ = objective.predict(images, Draw(0, 0, torch.arange(6)))
     masked = (given[0] == objective.mask_token).all(-1)
     same = (given[0] == clean).all(-1)
     others = ~masked & ~same
@@ -204,7 +204,7 @@ def test_what_is_given_is_what_the_encoder_embeds(monkeypatch, variant):
     monkeypatch.setattr(
         type(objective.backbone), "add_positions", lambda self, t, *more: embedded.append(t) or add(self, t, *more)
     )
-    _, hidden, _, _ = objective.predict(images, Draw(0, 0, torch.arange(6)))
+    _, hidden, *_ = objective.predict(images, Draw(0, 0, torch.arange(6)))
     given = objective.encoder_inputs(images, Draw(0, 0, torch.arange(6)))
     if variant.startswith("next"):
         assert given is None
@@ -285,7 +285,7 @@ def test_the_noise_is_what_was_added():
     batch = make_batch(objective, torch.arange(4))
     images = batch.views["image"]
     seen, _ = spoiled(objective, images)
-    _, _, noise, level = objective.predict(images, Draw(0, 0, torch.arange(4)))
+    _, _, noise, level, _ = objective.predict(images, Draw(0, 0, torch.arange(4)))
     assert torch.allclose(noise, (seen - images) / objective.backbone.std, atol=1e-4) and (level == 0.5).all()
 
 
@@ -312,7 +312,7 @@ def test_the_teacher_of_features_follows_and_is_not_trained():
 def test_loud_noise_weighs_less():
     objective = small("noise in patch space")
     batch = make_batch(objective, torch.arange(4))
-    prediction, _, _, level = objective.predict(batch.views["image"], batch.draw)
+    prediction, _, _, level, _ = objective.predict(batch.views["image"], batch.draw)
     each = objective.target.loss(prediction, objective.target(objective.backbone.normalise(batch.views["image"])))
     expected = (each.mean(1) / (1 + level.flatten() ** 2)).mean()
     assert objective(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)

@@ -153,7 +153,9 @@ VIEWS = ["views.scale=[0.31,0.9]", "views.interpolation=bicubic", "views.blur=tr
 
 @pytest.mark.parametrize("augmentation", SINGLE)
 def test_one_view_is_as_the_recipe_says(augmentation):
-    objective = small_objective("mae", *VIEWS, f"views.augmentation={augmentation}", "views.magnitude=6")
+    own = [text for text in VIEWS if augmentation != "none" or "scale" not in text]
+    own += ["views.magnitude=6"] * (augmentation == "rand-augment")
+    objective = small_objective("mae", *own, f"views.augmentation={augmentation}")
     assert objective.views == {"image": SINGLE[augmentation]}
 
 
@@ -195,6 +197,25 @@ def test_simmim_s_loss_by_hand():
             total += (predicted[place] - pixels).abs().sum().item()
             count += len(pixels)
     assert objective(batch)["loss"].item() == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["beit", "simmim", "masked-patch"])
+def test_a_linear_head_sees_the_masked_patches_alone_and_the_loss_is_the_same(name, monkeypatch):
+    objective = small_objective(name).double()
+    batch = make_batch(objective, torch.arange(4), dtype=torch.float64)
+    seen = []
+    objective.decoder.head.register_forward_hook(lambda head, inputs, output: seen.append(tuple(output.shape[:2])))
+    loss = objective(batch)["loss"]
+    trained = [weight for weight in objective.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    predict = objective.predict
+    monkeypatch.setattr(objective, "predict", lambda images, draw, whole: predict(images, draw))
+    whole = objective(batch)["loss"]
+    expected = torch.autograd.grad(whole, trained, allow_unused=True)
+    assert seen == [(4, objective.num_masked), (4, 64)] and objective.num_masked < 64
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one is None and other is None) or torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

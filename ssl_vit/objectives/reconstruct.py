@@ -26,7 +26,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,20 @@ class ReconstructConfig:
             self.target = "tokenizer"
 
 
+class Prediction(NamedTuple):
+    """values: (B, N, width); mask: bool (B, N), the patches over which the loss is averaged; of gaussian noise what was
+    added, (B, C, H, W), and its level, (B, 1, 1, 1), in standardised pixels.
+
+    places: None, or int64 (B, M) where values are of the masked patches alone, (B, M, width).
+    """
+
+    values: Tensor
+    mask: Tensor
+    noise: Tensor | None = None
+    level: Tensor | None = None
+    places: Tensor | None = None
+
+
 class Reconstruct(Objective):
     """Corrupt, encode, predict. Shapes: B images, N patches in a grid, K of them visible, P prefix tokens."""
 
@@ -226,8 +240,11 @@ class Reconstruct(Objective):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         images = batch.views["image"]
-        prediction, mask, noise, level = self.predict(images, batch.draw)
+        prediction, mask, noise, level, places = self.predict(images, batch.draw, whole=False)
         target = self.target_of(images, batch.views.get("tokens", images), noise)
+        if places is not None:
+            target = torch.take_along_dim(target, places if target.ndim == 2 else places[..., None], 1)
+            mask = mask.gather(1, places)
         with full_precision(images):
             per_patch = self.target.loss(prediction.float() if prediction.dtype.itemsize < 4 else prediction, target)
             if self.config.loss_weighting == "noise_level":
@@ -248,9 +265,8 @@ class Reconstruct(Objective):
             target: Tensor = self.target(clean)
         return target
 
-    def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(prediction (B, N, width); mask bool (B, N): the patches over which the loss is averaged; and of gaussian
-        noise what was added (B, C, H, W) and its level (B, 1, 1, 1), in standardised pixels)."""
+    def predict(self, images: Tensor, draw: Draw, whole: bool = True) -> Prediction:
+        """Of images in [0, 1]. whole: of all patches, also where a head on each of them need only see the masked."""
         b, c = self.backbone, self.config
         if c.mask in NEXT:
             # causal: one mask for all images
@@ -258,17 +274,20 @@ class Reconstruct(Objective):
             mask, attn_mask = corruption.next_patch(start, self.grid, b.num_prefix_tokens)
             mask = mask.expand(len(images), -1)
             latent = b(images, attend=attn_mask, draw=draw)
-            return self.decoder(latent, attn_mask=attn_mask).roll(1, 1), mask, None, None
+            return Prediction(self.decoder(latent, attn_mask=attn_mask).roll(1, 1), mask)
         order = self.mask_order(draw)
         ids_keep, mask = corruption.split(order, self.num_masked)
         corrupted, noise, level = self.corrupt(images, order, mask, draw)
         if c.encoder_input == "clean":
             latent = b(images, draw=draw)
-            return self.decoder(latent, patchify(b.normalise(corrupted), b.stride)), mask, noise, level
+            return Prediction(self.decoder(latent, patchify(b.normalise(corrupted), b.stride)), mask, noise, level)
         if c.encoder_input == "visible":
-            return self.decoder(b(corrupted, keep=ids_keep, draw=draw), ids_keep), mask, noise, level
-        replace = self.replacement(order) if c.encoder_input == "mask_token" else None
-        return self.decoder(b(corrupted, replace=replace, draw=draw)), mask, noise, level
+            return Prediction(self.decoder(b(corrupted, keep=ids_keep, draw=draw), ids_keep), mask, noise, level)
+        latent = b(corrupted, replace=self.replacement(order) if c.encoder_input == "mask_token" else None, draw=draw)
+        if whole or c.mask == "none" or not isinstance(self.decoder, LinearHead):
+            return Prediction(self.decoder(latent), mask, noise, level)
+        places = order[:, -self.num_masked :]  # BEiT's vocabulary is large: 8,192 logits for each patch
+        return Prediction(self.decoder(latent, places), mask, noise, level, places)
 
     @torch.no_grad()
     def on_optimizer_step(self, step: int, total: int, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -355,7 +374,7 @@ class Reconstruct(Objective):
         """Original, what is given of it corrupted, and the reconstruction of the masked patches."""
         b, patch = self.backbone, self.backbone.stride
         clean = b.normalise(images)
-        prediction, mask, _, _ = self.predict(images, draw)
+        prediction, mask, *_ = self.predict(images, draw)
         prediction = prediction.float()
         inputs = self.encoder_inputs(images, draw)
         if inputs is None:
