@@ -128,6 +128,8 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     fixed = (4 * (2 + moments) * trained + 4 * frozen) / 1e9  # weights, gradients and moments
     sharded, again = recipe.runtime.engine == "fsdp2", recipe.runtime.activation_checkpointing
     fixed /= devices if sharded else 1
+    if precision == "bf16" and not (sharded and again):  # autocast's copies, which wait for the backward pass, whole
+        fixed += 2 * trained / 1e9
     blocks = engine.blocks(objective) if again else []
     if again:
         recomputation.check(blocks)

@@ -247,7 +247,16 @@ def test_a_plan_knows_the_units_of_the_gpu():
     assert full.hours / half.hours == pytest.approx(312 / 19.5) and tf32.hours / half.hours == pytest.approx(2)
     assert old.hours / half.hours == pytest.approx(312 / 15.7)
     fixed = 16e-9 * half.trained + 4e-9 * half.frozen
-    assert (full.memory - fixed) / full.per_device == pytest.approx(2 * (half.memory - fixed) / half.per_device)
+    copies = 2e-9 * half.trained  # autocast's, in bf16
+    own = half.memory - fixed - copies
+    assert (full.memory - fixed) / full.per_device == pytest.approx(2 * own / half.per_device)
+    small = ["runtime.engine=fsdp2", "runtime.per_device_batch_size=1"]
+    sharded, recomputed = (
+        plan.make(asked("imagenet/mae-vit-b", *small, *more), pretrain.build, 8, "A100").memory
+        for more in ([], ["runtime.activation_checkpointing=true"])
+    )
+    assert sharded == pytest.approx(fixed / 8 + copies + own / half.per_device)
+    assert fixed / 8 < recomputed < fixed / 8 + copies
     again = plan.make(asked("imagenet/mae-vit-b", "runtime.activation_checkpointing=true"), pretrain.build, 8, "A100")
     assert again.memory < half.memory / 3 and again.hours == pytest.approx(half.hours * 4 / 3)
 
