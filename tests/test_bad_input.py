@@ -66,6 +66,7 @@ SETTINGS = {
     "not a number": (["optim.lr=nan"], ["optim.lr", "finite"]),
     "impossible value": (["views.scale=[2, 3]"], ["views.scale"]),
     "no setting": (["steps"], ["'steps'", "key=value"]),
+    "width against heads": (["backbone.num_heads=3"], ["backbone.embed_dim=16", "backbone.num_heads=3 heads"]),
     "image against patch": (["backbone.patch_size=3"], ["8x8", "patches of 3", "data.img_size"]),
     "mean of another length": (["data.mean=[0.1, 0.2]"], ["data.mean"]),
     "unknown data": (["--data", "cifar11"], ["'cifar11'", "Did you mean 'cifar10'?"]),

@@ -169,6 +169,11 @@ def _arguments(config: recipes.Backbone, name: str, kind: Kind, size: tuple[int,
     if kind in ("small swin", "cvt"):
         return shapes.swin(config, size) if kind == "small swin" else shapes.cvt(config, name, size)
     shape = {key: getattr(config, key) for key in ("embed_dim", "depth", "num_heads", "drop_path_rate")}
+    if config.embed_dim and config.num_heads and config.embed_dim % config.num_heads:
+        raise UserError(
+            f"backbone.embed_dim={config.embed_dim} does not divide into backbone.num_heads={config.num_heads} heads: "
+            "set another of the two."
+        )
     args: dict[str, Any] = dict(img_size=size, dynamic_img_size=True)
     args |= {key: value for key, value in shape.items() if value is not None}
     if kind != "hybrid":
