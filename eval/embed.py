@@ -12,8 +12,9 @@ embedding.html: nearest neighbours, near-duplicates and outliers, k-means groups
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before another package called eval
 
@@ -29,6 +30,10 @@ from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
+from ssl_vit.settings import known
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Columns = dict[str, np.ndarray]
 
@@ -40,16 +45,24 @@ def embed(source: features.Source, images: everything.Images, state: PartialStat
 
 
 @torch.inference_mode()
-def patches_of(source: features.Source, images: everything.Images, state: PartialState) -> np.ndarray:
-    """Patch features of all images, float16 (n, H, W, D)."""
+def patches_of(source: features.Source, images: everything.Images, state: PartialState) -> Iterator[np.ndarray]:
+    """Patch features of all images, a few at a time, float16 (b, H, W, D)."""
     view = source.network.evaluation_view
     compute = features.Piecewise(lambda part: source.features(part)[0][1].half().cpu().numpy())
-    batches = (everything.data.evaluation_views(part, view, state.device) for part in images.splits)
-    return np.concatenate([found for views in batches for batch in views for found in compute(batch)])
+    for part in images.splits:
+        for batch in everything.data.evaluation_views(part, view, state.device):
+            yield from compute(batch)
 
 
-def write(target: Path, images: everything.Images, columns: Columns, found: embedding.Findings) -> None:
-    """Write the columns and what was found, as Parquet or NumPy's npz by the suffix of `target`."""
+def write(
+    target: Path,
+    images: everything.Images,
+    columns: Columns,
+    found: embedding.Findings,
+    patches: Iterator[np.ndarray] | None = None,
+) -> None:
+    """Write the columns and what was found, as Parquet or NumPy's npz by the suffix of `target`; with the features of
+    patches, of which Parquet takes a few images at a time and npz all."""
     names, splits, labels = images.files, images.split_names, images.labels
     places = np.full((len(images), 2), np.nan, np.float32)
     places[found.mapped] = found.places
@@ -61,21 +74,36 @@ def write(target: Path, images: everything.Images, columns: Columns, found: embe
     table |= columns
     with files.writing(target) as partial:
         if target.suffix == ".npz":
+            table |= {} if patches is None else dict(patches=np.concatenate([*patches]))
             with open(partial, "wb") as stream:
                 np.savez(stream, **cast(dict[str, Any], table))
             return
-        import pyarrow
         import pyarrow.parquet
 
-        made = {}
-        for name, values in table.items():
-            if values.ndim == 1:
-                made[name] = pyarrow.array(values.tolist() if values.dtype.kind == "U" else values)
-            else:
-                flat = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
-                made[name] = pyarrow.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
-        shape = {"patches_shape": str(list(table["patches"].shape[1:]))} if "patches" in table else {}
-        pyarrow.parquet.write_table(pyarrow.table(made).replace_schema_metadata(shape), partial)
+        start, writer = 0, None
+        for block in patches or [None]:
+            end = len(images) if block is None else start + len(block)
+            part = {name: values[start:end] for name, values in table.items()}
+            made = arrow(part if block is None else part | dict(patches=block))
+            writer = writer or pyarrow.parquet.ParquetWriter(partial, made.schema)
+            writer.write_table(made)
+            start = end
+        known(writer).close()
+
+
+def arrow(columns: Columns) -> "pyarrow.Table":
+    """The columns as a table of Parquet: further axes than the first become one, patches' shape a note."""
+    import pyarrow
+
+    made = {}
+    for name, values in columns.items():
+        if values.ndim == 1:
+            made[name] = pyarrow.array(values.tolist() if values.dtype.kind == "U" else values)
+        else:
+            flat = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
+            made[name] = pyarrow.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
+    shape = {"patches_shape": str(list(columns["patches"].shape[1:]))} if "patches" in columns else {}
+    return pyarrow.table(made).replace_schema_metadata(shape)
 
 
 def main() -> None:
@@ -113,14 +141,13 @@ def main() -> None:
         return
     space = next(iter(columns))
     found = embedding.examine(columns[space], args.groups)
-    if args.patches:
-        columns["patches"] = patches_of(source, images, state)
     folder = args.output or source.folder / "embedding" / short(config.name)
     target = folder / f"features.{args.format}"
-    write(target, images, columns, found)
+    write(target, images, columns, found, patches_of(source, images, state) if args.patches else None)
     blocks = embedding_page.blocks(source, images, found, space, args.duplicates, target.name)
     files.write(folder / "embedding.html", html(f"{images.name}, embedded by {Path(source.name).name}", blocks))
-    say(f"Written: {target} ({len(images):,} images; {', '.join(columns)}) and {folder / 'embedding.html'}")
+    written = ", ".join([*columns, *["patches"] * args.patches])
+    say(f"Written: {target} ({len(images):,} images; {written}) and {folder / 'embedding.html'}")
 
 
 if __name__ == "__main__":
