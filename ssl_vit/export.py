@@ -35,10 +35,10 @@ def export(
     to: str,
     output: Path | None = None,
     decoder: bool = False,
-    classes: list[str] | None = None,
+    classes: Path | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Write the folder and return it. classes: names for a classifier whose run does not tell them.
+    """Write the folder and return it. classes: a text with the names for a classifier whose run does not tell them.
 
     Raises UserError for what the other library has no place for, and for a folder that is there already.
     """
@@ -47,7 +47,7 @@ def export(
         raise UserError(f"{source} is no run that could hold the export: name a folder with --output.")
     backbone = weights.load(source).eval()
     settings = recipes.read_settings(run / "recipe.yaml") if run else {}
-    names = class_names(source, backbone, settings, classes)
+    names = class_names(source, backbone, settings, lines_of(classes) if classes else None)
     if decoder and (to != "hf" or run is None):
         raise UserError("--decoder is for --to hf and a run of ours, whose checkpoint holds the decoder: leave it out.")
     target = output or Path(source) / "export" / (to + "-decoder" * decoder)
@@ -56,6 +56,8 @@ def export(
     with files.writing(target) as folder:
         kind = write(backbone, to, folder, names, decoder_of(run) if decoder and run else None, settings)
         words = [*typed("export"), source, "--to", to, *["--decoder"] * decoder]
+        for option, value in (("--output", output), ("--classes", classes), ("--license", licence)):
+            words += [option, str(value)] if value else []
         name = run.resolve().name if run else Path(weights.parse(source).where).name
         text = model_card.card(name, backbone, to, run, settings, names, licence, shlex.join(words), kind)
         (folder / "README.md").write_text(text)
@@ -153,8 +155,7 @@ def main() -> None:
     parser.add_argument("--license", metavar="ID", help="for the model card, as the hub names it: apache-2.0")
     parser.add_argument("--push", metavar="owner/name", help="upload the folder to the Hugging Face hub")
     args = parser.parse_args()
-    names = lines_of(args.classes) if args.classes else None
-    folder = export(args.source, args.to, args.output, args.decoder, names, args.license)
+    folder = export(args.source, args.to, args.output, args.decoder, args.classes, args.license)
     say(f"Written: {folder} ({', '.join(sorted(file.name for file in folder.iterdir()))}).")
     if args.push:
         say(f"Uploaded: {push(folder, args.push)}")

@@ -43,14 +43,15 @@ def card(
     class.
     """
     head = dict(library_name=LIBRARY[to], tags=["ssl_vit", "self-supervised-learning", "vision-transformer"])
-    head |= dict(pipeline_tag="image-classification" if classes else "image-feature-extraction")
+    count = backbone.model.num_classes
+    head |= dict(pipeline_tag="image-classification" if count else "image-feature-extraction")
     head |= dict(license=licence) if licence else {}
     view, (height, width) = backbone.evaluation_view, backbone.input_size
     size = f"batch, {len(backbone.mean)}, {height}, {width}"
-    names = ["pooled", "patches"] + ["logits"] * bool(backbone.model.num_classes)
+    names = ["pooled", "patches"] + ["logits"] * bool(count)
     code = LOADED[to].format(kind=kind, shape=size, names=json.dumps(names), outputs=", ".join(names))
     parameters = sum(p.numel() for p in backbone.model.parameters())
-    what = f"a classifier of {backbone.model.num_classes} classes" if classes else "a backbone, without a classifier"
+    what = f"a classifier of {count} classes" if count else "a backbone, without a classifier"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---",
         f"# {name}",

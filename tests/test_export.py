@@ -49,6 +49,11 @@ def written(backbone, to, tmp_path, **options):
     return export.export(str(tmp_path / "weights"), to, tmp_path / "out", **options)
 
 
+def names_file(folder):
+    (folder / "names.txt").write_text("\n".join(NAMES))
+    return folder / "names.txt"
+
+
 def close(found, expected, tolerance=1e-5):
     found, expected = torch.as_tensor(found), torch.as_tensor(expected)
     assert found.shape == expected.shape
@@ -73,7 +78,7 @@ def test_transformers_gives_the_same_outputs(kind, tmp_path):
     settings, classes, pool, name = KINDS[kind]
     backbone = build(*settings, classes=classes, pool=pool)
     images = images_for(backbone)
-    folder = written(backbone, "hf", tmp_path, classes=NAMES if classes else None)
+    folder = written(backbone, "hf", tmp_path, classes=names_file(tmp_path) if classes else None)
     model, told = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not {k for k in told["missing_keys"] if "pooler" not in k} and not told["unexpected_keys"]
     found = model.eval()(pixel_values=backbone.normalise(images))
@@ -209,6 +214,27 @@ def test_the_card_says_what_is_known(classifier, tmp_path, monkeypatch):
     assert model_card.UNSTATED in (tmp_path / "unstated" / "README.md").read_text()
 
 
+def test_the_card_of_a_classifier_without_names_and_the_command_that_repeats_it(tmp_path, monkeypatch):
+    out, again = tmp_path / "out", tmp_path / "again"
+    weights.save(build(classes=5), tmp_path / "weights")
+    names = names_file(tmp_path)
+    for more, arguments in (("", {}), (f" --classes {names} --license mit", dict(classes=names, licence="mit"))):
+        shutil.rmtree(out, ignore_errors=True)
+        export.export(str(tmp_path / "weights"), "hf", out, **arguments)
+        text = (out / "README.md").read_text()
+        assert "pipeline_tag: image-classification" in text and ": a classifier of 5 classes." in text
+        command = text.rpartition("```bash\n")[2].partition("\n```")[0]
+        assert command.endswith(f"{tmp_path / 'weights'} --to hf --output {out}{more}")
+    shutil.move(out, again)
+    monkeypatch.setattr(sys, "argv", ["export", *command[command.index(str(tmp_path / "weights")) :].split()])
+    export.main()
+    assert all(
+        (out / file.name).read_text("latin1") == file.read_text("latin1")
+        for file in again.iterdir()
+        if file.name != "README.md"
+    )
+
+
 def test_scores_that_are_no_accuracies_are_not_on_the_card(mae, tmp_path):
     """Those of segmentation, which have no value, and of attention masks."""
     common = dict(eval_data="digits", split="test", pooling="mean", layer=-1, train_n=9, subset_seed=None, n=300)
@@ -264,8 +290,10 @@ def test_what_cannot_be_exported_is_one_sentence(mae, classifier, tmp_path, monk
         assert len(error.value.sentences) == 1 and "\n" not in str(error.value)
 
     out = tmp_path / "out"
-    refused("classifies into 10 classes, and there are 5 names", str(classifier), "timm", out, classes=NAMES)
-    refused("has no classifier", str(mae), "timm", out, classes=NAMES)
+    refused(
+        "classifies into 10 classes, and there are 5 names", str(classifier), "timm", out, classes=names_file(tmp_path)
+    )
+    refused("has no classifier", str(mae), "timm", out, classes=names_file(tmp_path))
     refused("--decoder is for --to hf", str(mae), "onnx", out, decoder=True)
     refused("--decoder is for runs that mask as MAE does.*objective.name=supervised", str(classifier), "hf", out,
             decoder=True)  # fmt: skip
