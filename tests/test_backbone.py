@@ -93,7 +93,7 @@ PUBLISHED = [
     "resnet18.tv_in1k",  # 0.875, bilinear
     "convnext_atto",
     "eva02_tiny_patch14_224.mim_in22k",  # 1.0
-    "vit_base_patch32_clip_224.openai",  # means of its own
+    "vit_base_patch32_clip_quickgelu_224.openai",  # means of its own
     "mobilenetv3_small_050",
 ]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_loop import ROOT, environment
 
 from ssl_vit import backbones, pretrain, weights
+from ssl_vit.backbones import sincos_positions
 from ssl_vit.errors import UserError
 from ssl_vit.weights import layouts
 
@@ -47,6 +48,22 @@ def sines(width=WIDTH, grid=GRID):
 
 def mae():
     return ref.vit() | dict(pos_embed=sines())
+
+
+def moco(width=WIDTH, grid=GRID):
+    """MoCo v3's positions (vits.py): y then x."""
+    at = sines(width, grid)
+    return torch.cat([at[..., width // 2 :], at[..., : width // 2]], 2)
+
+
+def moco_full():
+    """As main_moco.py saves it: both encoders, with their projectors, and the predictor."""
+    base, momentum = (ref.vit() | dict(pos_embed=moco()) for _ in range(2))
+    head = {"head.0.weight": random(8, WIDTH), "head.1.running_mean": random(8)}
+    saved = {f"module.base_encoder.{k}": v for k, v in (base | head).items()}
+    saved |= {f"module.momentum_encoder.{k}": v for k, v in (momentum | head).items()}
+    saved["module.predictor.0.weight"] = random(8, 8)
+    return dict(epoch=300, arch="vit_small", state_dict=saved, optimizer=dict(state={})), base, momentum
 
 
 def mae_decoder():
@@ -200,6 +217,22 @@ LAYOUTS = {
         lambda: under("model", tensors=fine_tuned()),
         *(unnormed(ref.plain), "", IMAGENET),
         ["MAE, fine-tuned", "kept, 7 classes, reads avg"],
+    ),
+    "MoCo v3": (
+        lambda: moco_full()[:2],
+        *(ref.plain, "", IMAGENET),
+        ["state_dict.base_encoder", "head of the pre-training: head.0.weight and 1 more", "bilinear, crop 0.875"],
+    ),
+    "MoCo v3, momentum encoder": (lambda: moco_full()[::2], ref.plain, ",take=teacher", IMAGENET, ["momentum_encoder"]),
+    "MoCo v3, linear classifier": (
+        lambda: under("state_dict", tensors=ref.vit() | dict(pos_embed=moco()) | linear("head", WIDTH, 5)),
+        *(ref.plain, "", IMAGENET),
+        ["MoCo v3", "5 classes, reads token"],
+    ),
+    "Sine-cosine positions": (
+        lambda: under(tensors=mae(), beside=mae_decoder()),
+        *(ref.plain, HALF, HALVES),
+        ["Sine-cosine positions", "decoder: "],
     ),
     "DINO, teacher": (
         lambda: dino("teacher"),
@@ -396,7 +429,7 @@ def test_a_folder_in_shards_and_one_without_a_processor(tmp_path):
     model = hugging_face("ViTModel", "ViTConfig", {})
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    with pytest.raises(UserError, match="does not tell with which mean and std .*,mean=imagenet,std=imagenet, or"):
+    with pytest.raises(UserError, match="does not tell with which mean and std .*,mean=imagenet,std=imagenet\\."):
         weights.load(str(tmp_path / "hf"))
     with torch.no_grad():
         found = tokens(weights.load(f"{tmp_path / 'hf'},mean=half,std=half"))
@@ -412,12 +445,14 @@ def test_a_folder_in_shards_and_one_without_a_processor(tmp_path):
         (dict(model_type="swin"), "is a swin of Hugging Face's, and only vit, vit_mae"),
         (dict(layer_norm_eps=0.1), "has layer_norm_eps=0.1"),
         (dict(hidden_act="relu"), "has hidden_act=relu"),
+        (dict(num_attention_heads=None), "does not tell how many heads"),
     ],
 )
 def test_a_folder_of_what_is_not_known(change, sentence, tmp_path):
     hugging_face("ViTModel", "ViTConfig", {}).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    told = {key: value for key, value in (config | change).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match=sentence):
         weights.load(str(tmp_path))
 
@@ -446,9 +481,12 @@ def test_what_a_file_does_not_tell_is_asked_for_in_one_sentence(tmp_path):
         weights.load(str(file))
     assert str(error.value) == (
         f"{file} does not tell how many heads its attention has and with which mean and std its images were "
-        f"standardised: add it, such as {file},num_heads=1,mean=imagenet,std=imagenet, or name the timm model that it "
-        f"is, such as {file},model=vit_base_patch16_224."
+        f"standardised: add it, such as {file},num_heads=1,mean=imagenet,std=imagenet."
     )
+    with pytest.raises(
+        UserError, match=f"does not tell with which .* such as {file},num_heads=3,mean=0.5,std=imagenet"
+    ):
+        weights.load(f"{file},num_heads=3,mean=0.5")  # what is given is not asked for again
     given = weights.load(f"{file},num_heads=3,mean=0.1,0.2,0.3,std=0.5")
     assert given.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3]) and given.std.flatten().tolist() == [0.5] * 3
 
@@ -461,11 +499,185 @@ def test_published_widths_have_their_published_heads(tmp_path, capsys):
     assert backbone.evaluation_view.crop_pct == 0.875 and backbone.evaluation_view.interpolation == "bicubic"
 
 
+@pytest.mark.parametrize("shape", [(192, 12), (384, 12)])
+def test_public_maes_of_a_small_width_differ_in_their_heads(shape, tmp_path):
+    width, depth = shape
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=width, depth=depth, num_heads=12, num_classes=0)
+    file = tmp_path / "mae.pth"
+    model.pos_embed.data[:, 1:] = sincos_positions(width, (14, 14))
+    model.pos_embed.data[:, 0] = 0
+    torch.save(dict(model=model.state_dict()), file)
+    with pytest.raises(UserError, match="does not tell how many heads its attention has: add it, such as .*num_heads="):
+        weights.load(str(file))
+    found = weights.load(f"{file},num_heads=12").eval()
+    x = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        close(found(x), model.eval().forward_features((x - found.mean) / found.std))
+    tuned = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in model.state_dict().items()}
+    torch.save(dict(model=tuned | dict(pos_embed=random(1, 197, width))), file)
+    with pytest.raises(UserError, match="does not tell how many heads"):
+        weights.load(str(file))
+
+
+def test_moco_s_small_vit_has_twelve_heads(tmp_path, capsys):
+    model = timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0).eval()
+    model.pos_embed.data = torch.cat([torch.zeros(1, 1, 384), moco(384, 14)[:, 1:]], 1)
+    saved = {f"module.base_encoder.{k}": v for k, v in model.state_dict().items()}
+    torch.save(dict(arch="vit_small", state_dict=saved), tmp_path / "moco.pth")
+    x = torch.rand(1, 3, 224, 224)
+    for given in (",model=vit_small_patch16_224", ""):  # of which timm's has 6
+        found = weights.load(f"{tmp_path / 'moco.pth'}{given}").eval()
+        with torch.no_grad():
+            close(found(x), model.forward_features((x - found.mean) / found.std))
+    assert "heads       12, as published models 384 wide and 12 deep have" in capsys.readouterr().out
+
+
+def test_a_name_without_a_tag_does_not_tell_mean_and_std(tmp_path):
+    """timm's vit_small_patch16_224 has four: its own have halves, DINO's ImageNet's."""
+    file, name = tmp_path / "w.pth", "vit_small_patch16_224"
+    tensors = timm.create_model(name, num_classes=0).state_dict()
+    torch.save(tensors, file)
+    asked = f"does not tell with which mean and std its images were standardised: add it, such as {file}"
+    with pytest.raises(UserError, match=f"{asked},model={name},mean=imagenet,std=imagenet.$"):
+        weights.load(f"{file},model={name}")
+    for given, mean in (
+        (f"{name},mean=clip,std=clip", CLIP[0]),
+        (f"{name}.dino", IMAGENET[0]),
+        (f"{name}.augreg_in1k", HALVES[0]),
+        (f"{name}.dino,mean=half", HALVES[0]),
+    ):
+        assert weights.load(f"{file},model={given}").mean.flatten().tolist() == pytest.approx(mean)
+    torch.save(dict(arch=name, state_dict=tensors), file)
+    with pytest.raises(UserError, match=f"{asked},mean=imagenet,std=imagenet.$"):
+        weights.load(str(file))
+    torch.save(dict(teacher=tensors), file)  # the layout tells what the name does not
+    assert weights.load(f"{file},model={name}").mean.flatten().tolist() == pytest.approx(IMAGENET[0])
+
+
+def test_a_named_model_of_other_patches_is_refused_and_other_positions_are_told(tmp_path, capsys):
+    file = tmp_path / "dino8.pth"
+    model = timm.create_model("vit_small_patch8_224", num_classes=0)
+    torch.save(model.state_dict(), file)
+    for name in ("vit_small_patch16_224.dino", "vit_small_patch16_224.augreg_in1k"):
+        right = name.replace("16_224.augreg_in1k", "8_224").replace("16_224", "8_224")  # which is with DINO's tag alone
+        said = f"has patches of 8x8 pixels, and {name} of 16x16: name the model that it is, .*,model={right}.$"
+        with pytest.raises(UserError, match=said):
+            weights.load(f"{file},model={name}")
+    assert torch.equal(weights.load(f"{file},model=vit_small_patch8_224.dino").model.pos_embed, model.pos_embed)
+    assert "positions" not in capsys.readouterr().out
+    larger = timm.create_model("vit_small_patch16_384", num_classes=0)
+    torch.save(larger.state_dict(), file)
+    found = weights.load(f"{file},model=vit_small_patch16_224.dino")
+    expected = timm.layers.resample_abs_pos_embed(larger.pos_embed, (14, 14), (24, 24), num_prefix_tokens=1)
+    assert torch.equal(found.model.pos_embed, expected) and found.input_size == (224, 224)
+    assert "positions   of images of 384x384, resampled to 224x224" in capsys.readouterr().out
+    found = weights.load(f"{file},model=vit_small_patch16_224.dino,img_size=384")
+    assert torch.equal(found.model.pos_embed, larger.pos_embed) and found.input_size == (384, 384)
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=112, num_classes=0)  # resampled by timm
+    torch.save(eva.state_dict(), file)
+    capsys.readouterr()
+    assert weights.load(f"{file},model=eva02_tiny_patch14_224.mim_in22k").input_size == (224, 224)
+    assert "positions   resampled by timm: pos_embed" in capsys.readouterr().out
+
+
+QUICK = "vit_base_patch16_clip_quickgelu_224.openai"
+
+
+def test_weights_that_timm_builds_with_another_activation_are_refused(tmp_path, monkeypatch):
+    """timm's notes say so; no weights are fetched."""
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *args, **options: None)
+    with pytest.raises(UserError, match=f"was trained with QuickGELU, and timm's .* has GELU: take {QUICK}.$"):
+        weights.load("vit_base_patch16_clip_224.openai")
+    act = weights.load(QUICK).model.blocks[0].mlp.act
+    assert type(act).__name__ == "QuickGELU"
+    file = tmp_path / "clip.pth"
+    torch.save(openclip(), file)
+    with pytest.raises(UserError, match=f"QuickGELU, .*: take {file},model={QUICK}.$"):
+        weights.load(f"{file},model=vit_base_patch16_clip_224.openai")
+    weights.save(small(), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["architecture"] = "vit_base_patch16_clip_224"
+    config["pretrained_cfg"] |= dict(tag="openai", notes=["natively QuickGELU, use quickgelu model variant"])
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"folder was trained with QuickGELU, .*: take {QUICK}.$"):
+        weights.load(str(tmp_path / "folder"))
+    known = timm.list_models(pretrained=True)
+    for name in known:  # the model that is offered is there
+        notes = timm.get_pretrained_cfg(name).notes or ()
+        if "quickgelu" not in name and any("QuickGELU" in note for note in notes):
+            assert name.replace("_clip_", "_clip_quickgelu_") in known
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers", "shards", "OpenCLIP"])
+def test_a_file_of_a_folder_is_read_as_the_folder(kind, tmp_path):
+    folder = tmp_path / "folder"
+    if kind == "timm":
+        recipe = ["backbone.pos_embed=sincos", "backbone.num_heads=6", "data.mean=[0.3, 0.3, 0.3]"]
+        weights.save(small(*recipe), folder)
+    elif kind == "OpenCLIP":
+        folder.mkdir()
+        save_file(openclip(), folder / "open_clip_model.safetensors")
+        config = dict(model_cfg=dict(quick_gelu=True, vision_cfg=dict(head_width=WIDTH // HEADS)))
+        (folder / "open_clip_config.json").write_text(
+            json.dumps(config | dict(preprocess_cfg=dict(mean=[0.3], std=[1])))
+        )
+    else:
+        model = hugging_face("ViTModel", "ViTConfig", {})
+        model.save_pretrained(folder, max_shard_size="40KB" if kind == "shards" else "5GB")
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    file = next(folder.glob("*.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(tokens(weights.load(str(file))), tokens(weights.load(str(folder))))
+    if kind == "timm":
+        with pytest.raises(UserError, match="itself tells its num_heads: leave out"):
+            weights.load(f"{file},num_heads=3")
+    torch.save(ref.vit(), folder / "other.pth")  # which is not the folder's
+    with pytest.raises(UserError, match="other.pth does not tell how many heads .* and with which mean and std"):
+        weights.load(str(folder / "other.pth"))
+
+
+def test_timm_s_names_with_and_without_positions_of_prefix_tokens(tmp_path):
+    """DeiT III, whose class token has none, and registers that have some."""
+    shape = dict(embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, img_size=SIZE, patch_size=PATCH, num_classes=0)
+    for name, options, count in (
+        ("deit3_small_patch16_224", {}, GRID**2),
+        ("vit_small_patch16_224", dict(reg_tokens=4), GRID**2 + 5),
+        ("vit_small_patch16_224", dict(reg_tokens=4, no_embed_class=True), GRID**2),
+    ):
+        model = timm.create_model(name, **shape, **options).eval()
+        assert model.pos_embed.shape[1] == count
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        torch.save(model.state_dict(), tmp_path / "w.pth")
+        backbone = weights.load(f"{tmp_path / 'w.pth'}{GIVEN}{HALF}").eval()
+        with torch.no_grad():
+            close(backbone(IMAGES), model.forward_features(standardised(*HALVES)))
+
+
+@pytest.mark.parametrize("options", [{}, dict(init_values=0.1), dict(reg_tokens=2), dict(no_embed_class=True)])
+def test_grids_that_are_no_squares_are_asked_for(options, tmp_path):
+    """4x6 patches and the class token have 25 positions, as 5x5 patches without it."""
+    shape = dict(embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, img_size=(32, 48), patch_size=PATCH, num_classes=0)
+    model = timm.create_model("vit_small_patch16_224", **shape, **options).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    source, images = f"{tmp_path / 'w.pth'}{GIVEN}{HALF}", torch.rand(2, 3, 32, 48)
+    if "init_values" not in options:  # with layer scales it may be DeiT III
+        with pytest.raises(
+            UserError, match="does not tell the sides of its 2[0-9] positions: .*,img_size=HEIGHT,WIDTH"
+        ):
+            weights.load(source)
+    backbone = weights.load(f"{source},img_size=32,48").eval()
+    with torch.no_grad():
+        close(backbone(images), model.forward_features((images - 0.5) / 0.5))
+
+
 def test_the_name_of_a_timm_model_tells_all(tmp_path, capsys):
     model = timm.create_model("test_resnet.r160_in1k", num_classes=4).eval()
     file = tmp_path / "cnn.pth"
     torch.save(dict(state_dict=model.state_dict(), arch="resnet", epoch=3), file)
-    with pytest.raises(UserError, match="timm has no model 'resnet', which .* should be of. Did you mean"):
+    with pytest.raises(UserError, match="holds the weights of a ResNet.*,model=resnet50.tv_in1k"):  # arch is no name
         weights.load(str(file))
     backbone = weights.load(f"{file},model=test_resnet.r160_in1k").eval()
     assert backbone.input_size == (160, 160) and backbone.evaluation_view.crop_pct == 0.95
@@ -479,14 +691,13 @@ def test_the_name_of_a_timm_model_tells_all(tmp_path, capsys):
 
 
 def test_a_named_model_takes_the_names_of_its_official_file(tmp_path):
-    torch.save(dict(model=deit3()), tmp_path / "deit3.pth")
     full = timm.create_model("deit3_small_patch16_224", num_classes=5)
     state = {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in full.state_dict().items()}
     torch.save(dict(model=state), tmp_path / "small.pth")
     named = weights.load(f"{tmp_path / 'small.pth'},model=deit3_small_patch16_224")
     assert all(torch.equal(v, full.state_dict()[k]) for k, v in named.model.state_dict().items())
-    with pytest.raises(UserError, match="read as deit3_small_patch16_224 .* has in another shape"):
-        weights.load(f"{tmp_path / 'deit3.pth'},model=deit3_small_patch16_224")
+    with pytest.raises(UserError, match="read as deit3_medium_patch16_224 .* has in another shape"):
+        weights.load(f"{tmp_path / 'small.pth'},model=deit3_medium_patch16_224")
 
 
 @pytest.mark.parametrize(
@@ -499,7 +710,8 @@ def test_a_named_model_takes_the_names_of_its_official_file(tmp_path):
         (f"{GIVEN}{HALF},take=student", "holds no student: leave out ,take=student"),
         (f"{GIVEN}{HALF},global_pool=max", "global_pool=max in .* must be token | avg"),
         (",model=vit_tiny_patch16_22", "timm has no model .* Did you mean 'vit_tiny_patch16_224"),
-        (f",num_heads=5{HALF}", "timm cannot build vit_base_patch16_224 for .*: name the model that it is"),
+        (f",num_heads=5{HALF}", "timm cannot build vit_base_patch16_224 for .*: change or leave out num_heads=5."),
+        (f"{GIVEN}{HALF},img_size=36", "Images of 36x36 do not divide into the patches .*: use images of 32x32"),
     ],
 )
 def test_options_that_cannot_be(option, sentence, tmp_path):
@@ -523,6 +735,27 @@ def test_positions_are_resampled_to_the_size_that_is_asked_for(tmp_path, capsys)
     expected = timm.layers.resample_abs_pos_embed(tensors["pos_embed"], (8, 6), (GRID, GRID), num_prefix_tokens=1)
     assert torch.equal(backbone.model.pos_embed, expected) and backbone.evaluation_view.size == (64, 48)
     assert "positions   of images of 32x32, resampled to 64x48" in capsys.readouterr().out
+
+
+def test_as_many_positions_in_another_grid_are_resampled_too(tmp_path):
+    tensors = ref.vit()
+    torch.save(tensors, tmp_path / "vit.pth")
+    found = weights.load(f"{tmp_path / 'vit.pth'}{GIVEN}{HALF},img_size=16,64").model.pos_embed
+    assert torch.equal(
+        found, timm.layers.resample_abs_pos_embed(tensors["pos_embed"], (2, 8), (GRID, GRID), num_prefix_tokens=1)
+    )
+
+
+def test_images_that_do_not_divide_into_patches_are_refused_from_every_source(tmp_path):
+    """Their border would not be seen."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    weights.save(small(), tmp_path / "run" / "backbone")
+    torch.save(dict(model=beit()), tmp_path / "beit.pth")
+    for source in ("run", "run/backbone", f"beit.pth{HALF}"):
+        with pytest.raises(UserError, match="Images of 36x23 do not divide into .* of 8x8 pixels: use images of 32x16"):
+            weights.load(f"{tmp_path / source},img_size=36,23")
+    assert weights.load(f"{tmp_path / 'run'},img_size=40").input_size == (40, 40)
 
 
 def test_a_tensor_too_many_or_too_few_is_named(tmp_path):

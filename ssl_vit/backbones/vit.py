@@ -175,7 +175,7 @@ class AddressedDropPath(nn.Module):
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D sine-cosine positions, (H·W, D): the first half of the channels encodes the column, the second the
-    row, each half sines then cosines of geometric frequencies (MAE's and moco-v3's order). D divides by 4.
+    row, each half sines then cosines of geometric frequencies (MAE's order). D divides by 4.
     """
     if width % 4:
         raise UserError(f"sincos positions need a width divisible by 4, not {width}: use backbone.pos_embed=learned.")

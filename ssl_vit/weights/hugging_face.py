@@ -76,13 +76,17 @@ def plan(contents: Contents, source: Source) -> Plan:
         contents.drop(r"head\..*", "classifier, of class token and mean")
     if kind == "deit" and "head_dist.weight" not in contents.tensors:
         contents.drop(r"head\..*", "classifier, of the class token alone")
-    told = dict(num_heads=config["num_attention_heads"])
+    told = dict(num_heads=config.get("num_attention_heads"))
     seen = _view(contents.configs.get("preprocessor_config.json"))
     told |= {key: value for key in ("mean", "std") if (value := getattr(seen, key)) is not None}
     layout = next(layout for layout in layouts.LAYOUTS if layout.name == MODELS[kind])
-    layout = dataclasses.replace(layout, view=seen)
+    native = config.get("image_size")  # in pixels, of the positions
+    size = (native, native) if isinstance(native, int) else native and tuple(native)
+    layout = dataclasses.replace(layout, view=dataclasses.replace(seen, size=seen.size or size))
     layout.prepare(contents)
-    found = layout.plan(contents, layout, Source(source.where, told | source.options, used=source.used))
+    found = layout.plan(contents, layout, dataclasses.replace(source, options=told | source.options))
+    if size and "pos_embed" in contents.tensors:
+        found.args["img_size"] = size
     found.layout = f"Hugging Face {kind}"
     if "num_heads" not in source.options:
         found.notes["heads"] = "as config.json tells"

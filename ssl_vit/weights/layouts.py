@@ -5,17 +5,31 @@ is, which tensors are left behind, and the arguments that build the model. docs/
 """
 
 import inspect
+import math
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from timm.models.beit import Beit
 
 from ssl_vit.backbones import sincos_positions
 from ssl_vit.errors import UserError
-from ssl_vit.weights.plans import Plan, Tensors, View, heads, image_size, named, shape_of, view
+from ssl_vit.weights.plans import (
+    HEADS,
+    HEADS_OF_MAE,
+    HEADS_OF_MOCO,
+    Plan,
+    Tensors,
+    View,
+    heads,
+    image_size,
+    is_square,
+    named,
+    shape_of,
+    view,
+)
 from ssl_vit.weights.reading import Contents
 from ssl_vit.weights.source import NAMED, Questions, Source
 
@@ -31,7 +45,7 @@ def trained_with(statistics: str, crop_pct: float = 0.875, size: tuple[int, int]
 @dataclass(frozen=True)
 class Layout:
     """told: whether contents are of this layout; signs: the same in words; drop: (names, what they are); prepare:
-    renames and copies tensors, where timm's filter does not."""
+    renames and copies tensors, where timm's filter does not; heads: of the published models, by (width, depth)."""
 
     name: str
     signs: str
@@ -40,6 +54,7 @@ class Layout:
     drop: tuple[tuple[str, str], ...] = ()
     view: View = View()
     prepare: Callable[[Contents], None] = lambda contents: None
+    heads: Mapping[tuple[int, int], int] = field(default_factory=lambda: HEADS)
 
 
 def recognise(contents: Contents) -> Layout | None:
@@ -47,22 +62,27 @@ def recognise(contents: Contents) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.told(contents)), None)
 
 
-def has(*names: str, without: tuple[str, ...] = ()) -> Callable[[Contents], bool]:
-    """Whether the tensors have all these names and none of the others."""
-    return lambda c: c.tensors.keys() >= {*names} and not c.tensors.keys() & {*without}
+def has(*names: str) -> Callable[[Contents], bool]:
+    """Whether the tensors have all these names."""
+    return lambda c: c.tensors.keys() >= {*names}
+
+
+def under(wrapper: str, *names: str) -> Callable[[Contents], bool]:
+    """Whether the tensors lie under this key of the file and have all these names."""
+    return lambda c: wrapper in c.wrappers and has(*names)(c)
 
 
 def _vit(contents: Contents, layout: Layout, source: Source) -> Plan:
-    """timm's VisionTransformer: MAE, DINO, DeiT, DeiT III, DINOv2 and timm's own."""
+    """timm's VisionTransformer: MAE, MoCo v3, DINO, DeiT, DeiT III, DINOv2 and timm's own."""
     tensors, ask = contents.tensors, Questions(source)
     shape = shape_of(tensors)
-    count, how = heads(contents, ask, shape["embed_dim"], shape["depth"])
+    count, how = heads(ask, shape["embed_dim"], shape["depth"], layout.heads)
     registers = next((tensors[name].shape[1] for name in ("register_tokens", "reg_token") if name in tensors), 0)
     class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
     check_heads(tensors, source.where)
     positions = tensors["pos_embed"].shape[1]
     prefix = class_token + distilled + registers
-    alone = layout.prepare is _deit3 or (registers > 0 and "reg_token" in tensors)  # positions are of patches alone
+    alone = layout.prepare is _deit3 or _alone(tensors, prefix, source.options.get("img_size"))
     with_class = layout.prepare is _dinov2  # official: of class token and patches, not of registers
     size, native = image_size(
         ask, positions - (0 if alone else 1 if with_class else prefix), shape["patch_size"], layout.view.size
@@ -72,7 +92,7 @@ def _vit(contents: Contents, layout: Layout, source: Source) -> Plan:
     classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
     args: dict[str, Any] = dict(
         shape,
-        img_size=size,
+        img_size=native,
         num_heads=count,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         num_classes=classes,
@@ -105,11 +125,36 @@ def _vit(contents: Contents, layout: Layout, source: Source) -> Plan:
         view(ask, layout.view),
         contents.dropped,
         dict(heads=how),
+        size,
     )
-    ask.refuse(plan.architecture)
-    if native and native != tuple(size):
-        plan.notes["positions"] = _resampled(native, size)
+    ask.refuse()
     return plan
+
+
+def _alone(tensors: Tensors, prefix: int, size: tuple[int, int] | None) -> bool:
+    """Whether positions are of the patches alone: timm's for registers, and DeiT III's, which has layer scales.
+
+    prefix: tokens before the patches; size: (H, W) in pixels of the images, if that was given.
+    """
+    count = tensors["pos_embed"].shape[1]
+    kernel = tensors["patch_embed.proj.weight"].shape
+    patches = (size[0] // kernel[2]) * (size[1] // kernel[3]) if size else None
+    if patches in (count, count - prefix):
+        return patches == count
+    squared = "blocks.0.ls1.gamma" in tensors and is_square(count)
+    return ("reg_token" in tensors or squared) and not is_square(count - prefix)
+
+
+def native_size(tensors: Tensors) -> tuple[int, int] | None:
+    """(H, W) in pixels of the images that the positions in a plain ViT's file are of; None if they form no square."""
+    at = tensors.get("pos_embed", tensors.get("visual.positional_embedding"))
+    kernel = tensors.get("patch_embed.proj.weight", tensors.get("visual.conv1.weight"))
+    if at is None or kernel is None or kernel.ndim != 4:
+        return None
+    prefix = sum(tensors[name].shape[-2] for name in PREFIX if name in tensors)
+    patches = (at.shape[-2] - count for count in (0, 1, prefix))  # DINOv2's registers have none
+    side = next((math.isqrt(count) for count in patches if is_square(count)), None)
+    return None if side is None else (side * kernel.shape[2], side * kernel.shape[3])
 
 
 def check_heads(names: Collection[str], where: str) -> None:
@@ -122,10 +167,6 @@ def check_heads(names: Collection[str], where: str) -> None:
             f"{where} holds a distilled model with {there[0]} and without {missing}, whose mean would be its answer: "
             f"take weights with both, or remove {there[0]}.weight and {there[0]}.bias too."
         )
-
-
-def _resampled(old: tuple[int, int], new: tuple[int, int]) -> str:
-    return f"of images of {old[0]}x{old[1]}, resampled to {new[0]}x{new[1]} (bicubic, antialiased)"
 
 
 def _deit3(contents: Contents) -> None:
@@ -152,7 +193,8 @@ def _beit(contents: Contents, layout: Layout, source: Source) -> Plan:
     tensors, ask = contents.tensors, Questions(source)
     shape = shape_of(tensors)
     table = tensors.get("blocks.0.attn.relative_position_bias_table")
-    count, how = heads(contents, ask, shape["embed_dim"], shape["depth"], None if table is None else table.shape[1])
+    told = None if table is None else table.shape[1]
+    count, how = heads(ask, shape["embed_dim"], shape["depth"], told=told)
     if table is None and "pos_embed" not in tensors:
         raise UserError(f"{source.where} has neither absolute nor relative positions: it is no whole BEiT.")
     # a square grid of n x n patches has (2n - 1)² relative positions, and 3 of the class token
@@ -162,7 +204,7 @@ def _beit(contents: Contents, layout: Layout, source: Source) -> Plan:
     published = trained_with("imagenet") if second else layout.view
     args = dict(
         shape,
-        img_size=size,
+        img_size=native,
         num_heads=count,
         qkv_bias="blocks.0.attn.q_bias" in tensors,
         init_values=1e-5 if "blocks.0.gamma_1" in tensors else 0,  # timm takes None for the model's own
@@ -175,11 +217,8 @@ def _beit(contents: Contents, layout: Layout, source: Source) -> Plan:
         args["use_fc_norm"] = "fc_norm.weight" in tensors
     architecture = named("beit_{size}_patch{patch}_224", "beit_base_patch16_224", shape)
     seen = view(ask, published)
-    ask.refuse(architecture)
-    notes = dict(heads=how)
-    if native and native != tuple(size):
-        notes["positions"] = _resampled(native, size)
-    return Plan(layout.name, source, architecture, args, tensors, seen, contents.dropped, notes)
+    ask.refuse()
+    return Plan(layout.name, source, architecture, args, tensors, seen, contents.dropped, dict(heads=how), size)
 
 
 def _dinov3(contents: Contents, layout: Layout, source: Source) -> Plan:
@@ -193,7 +232,7 @@ def _dinov3(contents: Contents, layout: Layout, source: Source) -> Plan:
     periods = tensors.get("rope_embed.periods")
     told = None if periods is None else shape["embed_dim"] // (4 * len(periods))  # a quarter of a head's channels
     contents.drop(r"rope_embed\.periods|.*\.bias_mask", "constants")
-    count, how = heads(contents, ask, shape["embed_dim"], shape["depth"], told)
+    count, how = heads(ask, shape["embed_dim"], shape["depth"], told=told)
     args = dict(
         shape,
         img_size=source.option("img_size", (256, 256)),
@@ -208,7 +247,7 @@ def _dinov3(contents: Contents, layout: Layout, source: Source) -> Plan:
         args |= dict(swiglu_align_to=1)  # the width is as in the file
     architecture = fallback if gated else named("vit_{size}_patch{patch}_dinov3_qkvb", fallback, shape)
     seen = view(ask, layout.view)
-    ask.refuse(architecture)
+    ask.refuse()
     return Plan(layout.name, source, architecture, args, tensors, seen, contents.dropped, dict(heads=how))
 
 
@@ -220,7 +259,7 @@ def _openclip(contents: Contents, layout: Layout, source: Source) -> Plan:
     depth = 1 + max(int(name.split(".")[3]) for name in tensors if name.startswith("visual.transformer.resblocks."))
     vision = config.get("model_cfg", {}).get("vision_cfg", {})
     told = width // vision["head_width"] if "head_width" in vision else None
-    count, how = heads(contents, ask, width, depth, told)
+    count, how = heads(ask, width, depth, told=told)
     quick = config.get("model_cfg", {}).get("quick_gelu", False) if config else None
     known = {None: None, True: "quick_gelu", False: "gelu"}[quick]
     act = ask.answer("act_layer", known, "its activation (OpenAI's models: quick_gelu; LAION's: gelu)", "quick_gelu")
@@ -229,20 +268,16 @@ def _openclip(contents: Contents, layout: Layout, source: Source) -> Plan:
     mlp = tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width
     middle = "clip_quickgelu" if act == "quick_gelu" else "clip"
     architecture = named(f"vit_{{size}}_patch{{patch}}_{middle}_224", f"vit_base_patch16_{middle}_224", shape)
-    args = dict(shape, img_size=size, num_heads=count, mlp_ratio=mlp, act_layer=act, num_classes=0)
-    published = trained_with("clip", crop_pct=1.0)
+    args = dict(shape, img_size=native, num_heads=count, mlp_ratio=mlp, act_layer=act, num_classes=0)
+    published = layout.view
     if seen_by := config.get("preprocess_cfg"):
         mode = "squash" if seen_by.get("resize_mode") == "squash" else "center"
         interpolation = seen_by.get("interpolation", "bicubic")
-        published = View(list(seen_by["mean"]), list(seen_by["std"]), 1.0, interpolation, mode)
+        published = View(seen_by.get("mean"), seen_by.get("std"), 1.0, interpolation, mode)
     seen = view(ask, published)
-    ask.refuse(architecture)
-    notes = dict(heads=how)
-    if native and native != tuple(size):
-        notes["positions"] = _resampled(native, size)
-    return Plan(
-        layout.name, source, architecture, args | dict(dynamic_img_size=True), tensors, seen, contents.dropped, notes
-    )
+    ask.refuse()
+    args |= dict(dynamic_img_size=True)
+    return Plan(layout.name, source, architecture, args, tensors, seen, contents.dropped, dict(heads=how), size)
 
 
 def _rename(tensors: Tensors, pattern: str, new: str) -> None:
@@ -252,16 +287,22 @@ def _rename(tensors: Tensors, pattern: str, new: str) -> None:
             tensors[renamed] = tensors.pop(name)
 
 
-def _fixed_positions(contents: Contents) -> bool:
-    """Whether the positions are MAE's sine-cosines, which its pre-training does not train."""
+def _fixed_positions(contents: Contents) -> Literal["MAE", "MoCo v3"] | None:
+    """Whose sine-cosines the positions are, which pre-training leaves as they are; None if they were trained."""
     at = contents.tensors.get("pos_embed")
     side = 0 if at is None else round((at.shape[1] - 1) ** 0.5)
     if at is None or side * side != at.shape[1] - 1 or at.shape[2] % 4 or "cls_token" not in contents.tensors:
-        return False
-    return torch.allclose(at[0, 1:].float(), sincos_positions(at.shape[2], (side, side)), atol=1e-3)
+        return None
+    of_mae = sincos_positions(at.shape[2], (side, side))
+    if torch.allclose(at[0, 1:].float(), of_mae, atol=1e-3):
+        return "MAE"
+    of_moco = of_mae.roll(at.shape[2] // 2, 1)  # the row before the column
+    return "MoCo v3" if torch.allclose(at[0, 1:].float(), of_moco, atol=1e-3) else None
 
 
+PREFIX = ("cls_token", "dist_token", "reg_token", "register_tokens")
 DECODER = (r"decoder_.*", "decoder")
+PROJECTOR = (r"head\.\d.*", "head of the pre-training")  # MoCo v3's, of several layers
 PLAIN = "blocks.0.attn.qkv.weight"
 # in this order: the first that fits counts
 LAYOUTS = [
@@ -282,6 +323,7 @@ LAYOUTS = [
         has("visual.class_embedding", "visual.conv1.weight"),
         _openclip,
         drop=((r"(?!visual\.).*", "text tower"), (r"visual\.proj", "projection to the joint embedding space")),
+        view=trained_with("clip", crop_pct=1.0),
     ),
     Layout(
         "BEiT",
@@ -318,40 +360,61 @@ LAYOUTS = [
     Layout("DeiT, distilled", "`dist_token`", has(PLAIN, "dist_token"), _vit, view=trained_with("imagenet")),
     Layout(
         "MAE with its decoder",
-        "`decoder_embed.weight`",
-        has(PLAIN, "decoder_embed.weight"),
+        "`decoder_embed.weight`, under `model`",
+        under("model", PLAIN, "decoder_embed.weight"),
         _vit,
         drop=(DECODER, MASK),
         view=trained_with("imagenet"),
+        heads=HEADS_OF_MAE,
     ),
     Layout(
         "MAE, fine-tuned",
         "`fc_norm.weight`, under `model`",
-        lambda c: has(PLAIN, "fc_norm.weight", "cls_token")(c) and "model" in c.wrappers,
+        under("model", PLAIN, "fc_norm.weight", "cls_token"),
         _vit,
         view=trained_with("imagenet"),
+        heads=HEADS_OF_MAE,
     ),
     Layout(
         "MAE",
-        "`pos_embed` holds its sine-cosines",
-        lambda c: has(PLAIN)(c) and _fixed_positions(c),
+        "`pos_embed` holds its sine-cosines, under `model`",
+        lambda c: under("model", PLAIN)(c) and _fixed_positions(c) == "MAE",
         _vit,
         drop=(MASK,),
         view=trained_with("imagenet"),
+        heads=HEADS_OF_MAE,
+    ),
+    Layout(
+        "MoCo v3",
+        "`pos_embed` holds its sine-cosines, under `state_dict`",
+        lambda c: under("state_dict", PLAIN)(c) and _fixed_positions(c) == "MoCo v3",
+        _vit,
+        drop=(PROJECTOR,),
+        view=replace(trained_with("imagenet"), interpolation="bilinear"),
+        heads=HEADS_OF_MOCO,
     ),
     Layout(
         "DINO",
         "under `teacher` or `student`",
-        lambda c: has(PLAIN)(c) and bool({"teacher", "student"} & {*c.wrappers}),
+        lambda c: under("teacher", PLAIN)(c) or under("student", PLAIN)(c),
         _vit,
         view=trained_with("imagenet"),
     ),
     Layout(
         "DeiT",
         "`head.weight`, under `model`",
-        lambda c: has(PLAIN, "head.weight")(c) and "model" in c.wrappers,
+        under("model", PLAIN, "head.weight"),
         _vit,
         view=trained_with("imagenet"),
+    ),
+    Layout(
+        "Sine-cosine positions",
+        "`pos_embed` holds MAE's or MoCo v3's, under other names",
+        lambda c: has(PLAIN)(c) and _fixed_positions(c) is not None,
+        _vit,
+        drop=(DECODER, MASK, PROJECTOR),
+        view=View(crop_pct=0.9),
+        heads=HEADS_OF_MAE,
     ),
     Layout("timm's names", "`blocks.0.attn.qkv.weight`", has(PLAIN, "pos_embed"), _vit, view=View(crop_pct=0.9)),
 ]

@@ -16,7 +16,8 @@ from torch import Tensor
 from ssl_vit.backbones import FAULTS, Backbone, EvaBackbone, TokenBackbone, reason, wrap
 from ssl_vit.backbones.timm_models import TimmModel, create_model
 from ssl_vit.errors import UserError, nearest, say_once
-from ssl_vit.weights import fitting, foreign, hub, layouts
+from ssl_vit.weights import fitting, foreign, hub, layouts, reading
+from ssl_vit.weights.plans import check_activation, check_size
 from ssl_vit.weights.source import Source, parse
 
 SHAPE = ("backbone.embed_dim", "backbone.depth", "backbone.num_heads", "backbone.patch_size")
@@ -42,33 +43,30 @@ def _load(source: Source, planned: bool) -> Backbone:
             raise UserError(
                 f"There is no run, file, folder or timm model {source.where!r}.{nearest(source.where, names)}"
             )
-        source.fetched = hub.fetch(source.where)
+        source.folder = hub.fetch(source.where)
     if not source.path.exists():
         return _of_timm(source, pretrained=not planned)
-    if source.path.is_file():
-        return foreign.load(source)
-    if _is_timm_folder(source.path):
-        return _of_timm_folder(source, source.path)
+    folder = source.path.parent if source.path.is_file() else source.path
+    if source.path.is_file() and reading.has_config(folder) and source.path.name in reading.names(folder):
+        source.folder = folder  # whose config tells what the file does not
+    if source.path.is_dir() and "architecture" in reading.config(folder):
+        return _of_timm_folder(source, folder)
     return foreign.load(source)
-
-
-def _is_timm_folder(folder: Path) -> bool:
-    try:
-        return "architecture" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
 
 
 def _of_timm(source: Source, pretrained: bool) -> Backbone:
     """A timm model with its published weights, or for a plan, which need not fetch them, without."""
     args = _size(source)
+    published = timm.get_pretrained_cfg(source.where)
+    if published is not None:
+        check_activation(source.where, published.to_dict(), source)
     try:
         model = create_model(source.where, pretrained=pretrained, **args)
     except FileNotFoundError as error:  # timm's client, when the hub is out of reach
         raise UserError(f"The weights of {source.where} are not here, and could not be fetched: {error}") from None
     except (SafetensorError, OSError, *FAULTS) as error:
         raise UserError(f"The backbone {source.where} cannot be read: {reason(error)}.") from None
-    return _sized(model, model.pretrained_cfg, args)
+    return _sized(model, model.pretrained_cfg, args, source)
 
 
 def _of_timm_folder(source: Source, folder: Path, of_run: bool = False) -> Backbone:
@@ -76,11 +74,13 @@ def _of_timm_folder(source: Source, folder: Path, of_run: bool = False) -> Backb
     args = _size(source)
     try:
         config = json.loads((folder / "config.json").read_text())
+        if "act_layer" not in config.get("model_args", {}):
+            check_activation(config["architecture"], config["pretrained_cfg"], source)
         if (file := folder / "model.safetensors").exists():
             with safe_open(file, "pt") as tensors:
                 layouts.check_heads(tensors.keys(), source.where)
         model = create_model(f"local-dir:{folder}", pretrained=True, **args)
-        return _sized(model, config["pretrained_cfg"], config.get("model_args", {}) | args)
+        return _sized(model, config["pretrained_cfg"], config.get("model_args", {}) | args, source)
     except FileNotFoundError:
         unfinished = " (the run has not finished: the same command resumes it)" if of_run else ""
         raise UserError(f"{folder} holds no backbone{unfinished}.") from None
@@ -98,7 +98,8 @@ def _size(source: Source) -> dict[str, Any]:
     return dict(source.options)
 
 
-def _sized(model: TimmModel, facts: dict[str, Any], args: dict[str, Any]) -> Backbone:
+def _sized(model: TimmModel, facts: dict[str, Any], args: dict[str, Any], source: Source) -> Backbone:
+    check_size(model, source)
     if "img_size" in args:
         model.pretrained_cfg = {
             **model.pretrained_cfg,

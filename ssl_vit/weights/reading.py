@@ -19,6 +19,8 @@ from ssl_vit.errors import UserError, listed
 # what training codes keep the weights under, in the order of preference; averaged ones first, as timm does
 WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "module")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# the names of the two branches of a self-distillation; DINO's evaluation takes the teacher, MoCo v3's the base encoder
+BRANCHES = {"teacher": ("teacher", "momentum_encoder"), "student": ("student", "base_encoder")}
 KINDS = "a .pth, .pt or .bin of PyTorch or a .safetensors"
 
 
@@ -70,17 +72,35 @@ def _files(folder: Path, configs: dict[str, Any]) -> list[Path]:
     """The files of a folder's weights; several where they are sharded."""
     if "adapter_config.json" in configs:
         raise _adapters(folder)
-    index = next(iter(sorted(folder.glob("*.index.json"))), None)
-    if index is not None:
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"{folder} lacks {listed(missing)}, which its {index.name} names: fetch the whole folder.")
-        return [folder / name for name in names]
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    found = [folder / name for name in names(folder)]
     if not found:
         raise UserError(f"{folder} holds no {listed(list(WEIGHTS)).replace(' and ', ' or ')}: pass {KINDS} file.")
-    return found[:1]
+    missing = [file.name for file in found if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {listed(missing)}, which its index names: fetch the whole folder.")
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    """The names of the files of a folder's weights: those of its index, if they are sharded, or one, if there is."""
+    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    if index is not None:
+        return sorted(set(_json(index).get("weight_map", {}).values()))
+    return [name for name in WEIGHTS if (folder / name).is_file()][:1]
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; {} if there is none that can be read."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def has_config(folder: Path) -> bool:
+    """Whether a folder of timm's, transformers' or OpenCLIP's tells what its weights are."""
+    return bool({"architecture", "model_type"} & config(folder).keys()) or (folder / "open_clip_config.json").exists()
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -184,11 +204,12 @@ def _strip(contents: Contents, take: str | None) -> None:
             contents.tensors = {name.removeprefix(wrapper): value for name, value in contents.tensors.items()}
     end = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(end) for name in contents.tensors if name.endswith(end)]
-    wanted = [prefix for prefix in prefixes if (take or "teacher") in prefix] or prefixes
+    names = BRANCHES[take] if take else ("teacher", "base_encoder")
+    wanted = [prefix for prefix in prefixes if any(name in prefix for name in names)] or prefixes
     if len(wanted) > 1:
         raise UserError(f"{contents.where} holds several backbones ({listed(wanted)}): save the one you want alone.")
     prefix = wanted[0] if wanted else ""
-    if take and take not in (*contents.wrappers, *prefix.split(".")):
+    if take and not {*names} & {*contents.wrappers, *prefix.split(".")}:
         raise UserError(f"{contents.where} holds no {take}: leave out ,take={take}.")
     if prefix:
         others = [name for name in contents.tensors if not name.startswith(prefix)]

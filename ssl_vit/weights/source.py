@@ -14,7 +14,7 @@ from timm.data import constants
 from ssl_vit.errors import UserError, listed, nearest
 
 OPTIONS = {
-    "model": "the timm model that they are of, which tells all that follows",
+    "model": "the timm model that they are of, which tells all that follows; without a tag not mean and std",
     "take": "teacher | student, of a file with both",
     "num_heads": "the number of attention heads",
     "act_layer": "gelu | quick_gelu | gelu_tanh: the activation of the MLPs",
@@ -42,11 +42,12 @@ NAMED = {
 
 @dataclass
 class Source:
-    """Where weights lie, and the options given with them, each in its type."""
+    """Where weights lie, and the options given with them, each in its type, and as typed."""
 
     where: str
     options: dict[str, Any] = field(default_factory=dict)
-    fetched: Path | None = None  # the folder of what came from the hub
+    typed: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None  # of what came from the hub, or of a file that its config lies beside
     used: set[str] = field(default_factory=set)
 
     def option(self, key: str, default: Any = None) -> Any:
@@ -60,9 +61,13 @@ class Source:
         if unused:
             raise UserError(f"{unused[0]} changes nothing for {self.where}, which tells it or has none: leave it out.")
 
+    def with_options(self, **options: str) -> str:
+        """The source as it is typed, with these options too."""
+        return ",".join([self.where, *(f"{key}={value}" for key, value in (self.typed | options).items())])
+
     @property
     def path(self) -> Path:
-        return self.fetched or Path(self.where)
+        return self.folder or Path(self.where)
 
 
 def parse(text: str) -> Source:
@@ -71,14 +76,15 @@ def parse(text: str) -> Source:
         return Source(text)
     where, *options = re.split(r",(?=[a-z_]+=)", text)
     found: dict[str, Any] = {}
+    typed: dict[str, str] = {}
     for option in options:
         key, _, value = option.partition("=")
         if key not in OPTIONS:
             raise UserError(
                 f"Weights have no option {key!r} (in {text}).{nearest(key, OPTIONS)} There are {listed(list(OPTIONS))}."
             )
-        found[key] = _value(key, value, text)
-    return Source(where, found)
+        found[key], typed[key] = _value(key, value, text), value
+    return Source(where, found, typed)
 
 
 def resolved(text: str) -> str:
@@ -121,15 +127,14 @@ class Questions:
             self.asked[key] = question, example
         return found
 
-    def refuse(self, architecture: str) -> None:
-        """Raises UserError if there are questions. architecture: a timm model that it may be."""
+    def refuse(self) -> None:
+        """Raises UserError if there are questions."""
         if self.asked:
-            questions, examples = zip(*self.asked.values(), strict=True)
-            given = "".join(f",{key}={example}" for key, example in zip(self.asked, examples, strict=True))
+            questions = [question for question, _ in self.asked.values()]
+            examples = {key: example for key, (_, example) in self.asked.items()}
             raise UserError(
                 f"{self.source.where} does not tell {listed(_merged(questions))}: add it, such as "
-                f"{self.source.where}{given}, or name the timm model that it is, such as "
-                f"{self.source.where},model={architecture}."
+                f"{self.source.with_options(**examples)}."
             )
 
 
