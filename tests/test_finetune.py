@@ -192,6 +192,12 @@ def test_a_timm_folder_and_a_model_that_is_no_vit(tune, tmp_path):
     assert row["seed"] is None and row["run"].startswith("backbone-")
     [path] = tuned(folder_of(tmp_path))
     assert yaml.safe_load((path / "recipe.yaml").read_text())["backbone"]["embed_dim"] == 16
+    config = json.loads((tmp_path / "runs/mae/backbone/config.json").read_text())
+    config["model_args"]["act_layer"] = "quick_gelu"
+    (tmp_path / "runs/mae/backbone/config.json").write_text(json.dumps(config))
+    tune("--data", "digits", backbones=("runs/mae/backbone",))
+    kept = weights.load(str(tuned(folder_of(tmp_path))[-1]))
+    assert all(type(block.mlp.act).__name__ == "QuickGELU" for block in kept.model.blocks)
     cnn = pretrain.read("supervised", ["backbone.name=test_resnet", *NO_VIT, "train.steps=0"], None)
     assert pretrain.pretrain(cnn, tmp_path / "runs/cnn") == 0
     [row] = tune("train.steps=1", "objective.model_ema_decay=0.9", backbones=("runs/cnn",))

@@ -925,6 +925,37 @@ def test_a_run_starts_from_official_files(layout, settings, said, tmp_path, caps
         close(tokens(backbone), reference(tensors, standardised(mean, std)))
 
 
+def test_the_activation_given_with_weights_goes_on_with_them(tmp_path):
+    file = tmp_path / "vit.pth"
+    torch.save(ref.vit(), file)
+    source = f"{file}{GIVEN}{HALF},act_layer=quick_gelu"
+    expected = tokens(weights.load(source))
+    backbone = weights.initialise(small(), source)
+    with torch.no_grad():
+        close(tokens(backbone), expected)
+        weights.save(backbone, tmp_path / "run")
+        close(tokens(weights.load(str(tmp_path / "run"))), expected)
+        close(tokens(weights.initialise(small(), str(tmp_path / "run"))), expected)
+
+
+def test_weights_of_other_functions_are_refused_with_their_name(tmp_path):
+    """Whose tensors are the same."""
+    quick, plain = QUICK.partition(".")[0], "vit_base_patch16_clip_224"
+    shape = ["backbone.embed_dim=48", "backbone.depth=2", "backbone.num_heads=3", "backbone.patch_size=8"]
+    weights.save(small(f"backbone.name={quick}", *shape), tmp_path / "w")
+    with pytest.raises(UserError, match="trained with another activation: set (.*)[.]") as error:
+        weights.initialise(small(f"backbone.name={plain}", *shape), str(tmp_path / "w"))
+    remedy = str(error.value).rpartition("set ")[2].rstrip(".").split()
+    assert remedy == [f"backbone.name={quick}", *shape]
+    weights.initialise(small(*remedy), str(tmp_path / "w"))
+    other = small(*remedy)
+    for part in other.model.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            part.eps = 1e-3
+    with pytest.raises(UserError, match="trained with another eps of the norms: set backbone.name="):
+        weights.initialise(other, str(tmp_path / "w"))
+
+
 def test_positions_of_prefix_tokens_move_into_models_without_them(tmp_path):
     """The other way about: a plain ViT into DeiT III, whose class token takes its position in."""
     tensors = ref.vit() | scales("ls1.gamma", "ls2.gamma")

@@ -11,11 +11,11 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.layers import to_2tuple
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.backbones import FAULTS, Backbone, EvaBackbone, TokenBackbone, reason, wrap
 from ssl_vit.backbones.timm_models import TimmModel, create_model
-from ssl_vit.errors import UserError, nearest, say_once
+from ssl_vit.errors import UserError, listed, nearest, say_once
 from ssl_vit.weights import fitting, foreign, hub, layouts, reading
 from ssl_vit.weights.plans import check_activation, check_size
 from ssl_vit.weights.source import Source, parse
@@ -149,6 +149,14 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
             what = "; ".join(f"{min(names)} {where}" for where, names in wrong.items() if names)
             settings = {"backbone.name": old.model.pretrained_cfg["architecture"], **settings}
         raise UserError(f"The weights of {source} do not fit this backbone ({what}): set {_settings(settings)}.")
+    if "act_layer" in old.args:  # it was given with the weights and goes on with them, like mean and std
+        for name, part in _activations(old).items():
+            backbone.model.set_submodule(name, part)
+        backbone.args["act_layer"] = old.args["act_layer"]
+    if other := _other_functions(old, backbone):
+        settings = {"backbone.name": old.model.pretrained_cfg["architecture"]}
+        settings |= {key: value for key, value in theirs.items() if key in SHAPE}
+        raise UserError(f"The weights of {source} were trained with {listed(other)}: set {_settings(settings)}.")
     was, now = ([each.args.get(key) for key in ("attn", "window_size", "global_every")] for each in (old, backbone))
     if was != now:
         said = [*said, f"its attention was {was[0] or 'full'}, and is {now[0] or 'full'} here."]
@@ -158,6 +166,25 @@ def initialise(backbone: Backbone, source: str) -> Backbone:
     for sentence in said:
         say_once(f"{source}: {sentence}")
     return backbone
+
+
+def _activations(backbone: Backbone) -> dict[str, nn.Module]:
+    """The activation functions by name, but for those that are learnt."""
+    parts = ((name, part) for name, part in backbone.model.named_modules() if name.rpartition(".")[2].startswith("act"))
+    return {name: part for name, part in parts if not [*part.parameters()]}
+
+
+def _other_functions(old: Backbone, new: Backbone) -> list[str]:
+    """What, without being a weight, differs in what the layers of two backbones compute, in words."""
+    x = torch.linspace(-3, 3, 25, device="cpu")
+    acts = [{name: part(x) for name, part in _activations(each).items()} for each in (old, new)]
+    eps = [{name: part.eps for name, part in each.model.named_modules() if hasattr(part, "eps")} for each in (old, new)]
+    other = []
+    if any(not torch.allclose(acts[0][name], acts[1][name], atol=1e-6) for name in acts[0].keys() & acts[1].keys()):
+        other.append("another activation")
+    if any(eps[0][name] != eps[1][name] for name in eps[0].keys() & eps[1].keys()):
+        other.append("another eps of the norms")
+    return other
 
 
 def _without_classifier(backbone: Backbone) -> dict[str, Tensor]:
