@@ -177,7 +177,9 @@ def _activations(backbone: Backbone) -> dict[str, nn.Module]:
 def _other_functions(old: Backbone, new: Backbone) -> list[str]:
     """What, without being a weight, differs in what the layers of two backbones compute, in words."""
     x = torch.linspace(-3, 3, 25, device="cpu")
-    acts = [{name: part(x) for name, part in _activations(each).items()} for each in (old, new)]
+    acts = [
+        {name: part(x.clone()) for name, part in _activations(each).items()} for each in (old, new)
+    ]  # some in place
     eps = [{name: part.eps for name, part in each.model.named_modules() if hasattr(part, "eps")} for each in (old, new)]
     other = []
     if any(not torch.allclose(acts[0][name], acts[1][name], atol=1e-6) for name in acts[0].keys() & acts[1].keys()):
