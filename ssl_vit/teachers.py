@@ -54,10 +54,7 @@ def classes(text: str) -> list[str] | None:
 
 def cost(text: str) -> dict[str, float]:
     """{run directory: the FLOPs spent on it and on all that it learnt from}, and the same of the run that it started
-    from. {} for published weights, whose training nobody counted.
-
-    Raises UserError if what a run of an earlier version started from is not found.
-    """
+    from. {} for published weights, whose training nobody counted."""
     run = weights.parse(text).path
     if not (run / "recipe.yaml").exists():
         return {}
@@ -65,21 +62,21 @@ def cost(text: str) -> dict[str, float]:
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
     settings = recipes.read_settings(run / "recipe.yaml")
-    start, started = settings.get("backbone", {}).get("init_from"), settings.get("runtime", {}).get("started_from")
-    foreign = settings.get("resolved", {}).get("published", [])
-    if started is not None:  # as it was then: that run may have been moved or removed since
-        before: dict[str, float] = started
-    elif start and start not in foreign and not weights.parse(start).path.exists():
-        raise UserError(
-            f"{run} started from {start}, which is not found from here, so that its FLOPs cannot be counted: start "
-            "the command in the folder of that run."
-        )
-    else:
-        before = cost(start) if start else {}
-    return own | before
+    counted: dict[str, float] | None = settings.get("runtime", {}).get("started_from")
+    if counted is not None:  # when it began: that run may have been moved or removed since
+        return own | counted
+    start = settings.get("backbone", {}).get("init_from")
+    return own | (cost(start) if start else {})
 
 
 def published(text: str) -> list[str]:
-    """The weights of other codes that are behind these: themselves, or what a run started from or learnt from."""
+    """The weights of other codes that are behind these: themselves, or what a run started from or learnt from. So is
+    the start of a run of an earlier version that is not found from here: its cost is not known either."""
     file = weights.parse(text).path / "recipe.yaml"
-    return recipes.read_settings(file).get("resolved", {}).get("published", []) if file.exists() else [text]
+    if not file.exists():
+        return [text]
+    settings = recipes.read_settings(file)
+    found: list[str] = settings.get("resolved", {}).get("published", [])
+    start = settings.get("backbone", {}).get("init_from")
+    lost = start and "started_from" not in settings.get("runtime", {}) and not weights.parse(start).path.exists()
+    return sorted({*found, start}) if lost else found

@@ -215,7 +215,7 @@ def claimed(path, steps_done, commit, **runtime):
     """A start of a run whose last checkpoint is that of so many steps, none for 0; what it leaves is returned."""
     run_ = checkpoint.Run(path)
     recipe = small_recipe("mae")
-    settings = recipe.as_dict()
+    settings = recipe.as_dict() | dict(resolved={}, images=dict(count=9))
     settings["runtime"] |= runtime | ({} if commit == "unrecorded" else dict(commit=commit))
     if steps_done:
         (path / "checkpoints").mkdir(exist_ok=True)
@@ -270,11 +270,10 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path):
 
 def test_the_commit_is_no_part_of_a_run_s_name(tmp_path):
     settings, _ = claimed(tmp_path, 0, "a")
-    added = dict(resolved={}, images={})
     names = set()
     for commit in ({}, dict(commit="a"), dict(commit="b")):
         settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k != "commit"} | commit
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | added))
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
         names.add(pretrain.read(str(tmp_path / "recipe.yaml"), [], None).run_name())
     assert len(names) == 1
 
@@ -282,7 +281,7 @@ def test_the_commit_is_no_part_of_a_run_s_name(tmp_path):
 def test_another_script_is_not_told_to_pass_an_output(tmp_path, monkeypatch):
     run_ = checkpoint.Run(tmp_path)
     recipe = small_recipe("mae")
-    settings, config = recipe.as_dict(), type(recipe.objective)
+    settings, config = recipe.as_dict() | dict(resolved={}, images={}), type(recipe.objective)
     run_.claim(settings, config)
     monkeypatch.setattr(sys, "argv", ["eval/finetune.py", "--backbone", "runs/mae"])
     with pytest.raises(errors.UserError, match=r"other settings \(optim.lr\): remove that folder") as error:

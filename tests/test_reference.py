@@ -126,7 +126,7 @@ def test_help_tells_recipe_command_line_and_default_apart(printed):
 
 def test_help_of_a_run_and_of_a_file_without_a_comment(printed, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
-        yaml.safe_dump(read("dino", "data.subset=10").as_dict() | dict(resolved={}, images={}))
+        yaml.safe_dump(read("dino", "data.subset=10").as_dict() | dict(resolved={}, images=dict(count=9)))
     )
     lines = typed(printed("--recipe", str(tmp_path / "recipe.yaml"), "--help"))
     assert lines["data.subset=10"] == "*" and lines["objective.norm_last_layer=true"] == "*"

@@ -389,8 +389,8 @@ def test_a_teacher_s_features_are_recovered(trained, tmp_path):
     assert sum(teachers.cost(str(tmp_path / "again")).values()) == 3e9 + 5e9
     del tree["runtime"]["started_from"]
     (tmp_path / "again" / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match="again started from moved/since, which is not found from here"):
-        teachers.cost(str(tmp_path / "again"))
+    assert sum(teachers.cost(str(tmp_path / "again")).values()) == 3e9
+    assert teachers.published(str(tmp_path / "again")) == ["moved/since"]  # so that its cost counts as unknown
 
 
 def test_published_weights_are_known_through_all_that_learnt_from_them(trained, tmp_path):
