@@ -81,10 +81,18 @@ def _overlaps(length: int, parts: int) -> Tensor:
 
 
 def segment(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scores of the classes (H, W, K) → the class of each pixel, uint8 (h, w)."""
-    there = torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32)).permute(2, 0, 1)[None]
-    found: np.ndarray = interpolate(there, size, mode="bilinear", align_corners=False)[0].argmax(0).byte().numpy()
+    """Scores of the classes (H, W, K) → the class of each pixel, uint8 (h, w); scores are resized (bilinear)."""
+    there = torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32))
+    down, across = (_bilinear(parts, length) for parts, length in zip(there.shape, size, strict=False))
+    # row by row, as all classes of all pixels would be 200 MB for a photo with 150
+    rows = [(across @ row).argmax(1) for row in (down @ there.flatten(1)).unflatten(1, there.shape[1:])]
+    found: np.ndarray = torch.stack(rows).byte().numpy()
     return found
+
+
+def _bilinear(parts: int, length: int) -> Tensor:
+    """(length, parts): with which weights values of `parts` equal parts of a line are those of `length` pixels."""
+    return interpolate(torch.eye(parts)[None], length, mode="linear", align_corners=False)[0].T
 
 
 def confusion(predicted: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
