@@ -19,7 +19,7 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 import numpy as np
 import torch
 
-from eval.measure import attention_masks, cli, dense_sets, features, results
+from eval.measure import attention_masks, cli, dense, dense_sets, features, results
 from eval.page import mask_pictures, text_tables
 from ssl_vit import errors, flops, pictures
 from ssl_vit.backbones import EvaBackbone, TokenBackbone
@@ -94,9 +94,10 @@ def _draw(
     for i, mask in zip(shown, truth, strict=True):
         only = np.full(found[i].shape, -1.0)
         only[:, objects] = np.nan_to_num(found[i][:, objects], nan=-1.0)
-        head, _ = np.unravel_index(only.argmax(), only.shape)
-        best.append(attention_masks.enlarged(kept[i][head : head + 1], mask.shape)[0].astype(np.uint8))
-    words = ["image", "mask (black does not count)", "attention of one head, in colour"]
+        head, fitted = np.unravel_index(only.argmax(), only.shape)
+        attended = attention_masks.enlarged(kept[i][head : head + 1], mask.shape)[0]
+        best.append(np.where(attended, fitted, dense.IGNORED).astype(np.uint8))
+    words = ["image", "mask (black does not count)", "what one head attends to, in the colour of a class"]
     mask_pictures.save(source, test, dense_sets.view_of(source, test), shown, [truth, best], words, "masks")
 
 

@@ -26,7 +26,6 @@ from eval.measure import cli, embedding, everything, features
 from eval.page import embedding_page
 from eval.page.document import html
 from ssl_vit import errors, files, system
-from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
@@ -51,7 +50,10 @@ def patches_of(source: features.Source, images: everything.Images, state: Partia
     compute = features.Piecewise(lambda part: source.features(part)[0][1].half().cpu().numpy())
     for part in images.splits:
         for batch in everything.data.evaluation_views(part, view, state.device):
-            yield from compute(batch)
+            for found in compute(batch):
+                if not np.isfinite(found).all():
+                    raise UserError(f"Features of patches of {source.name} exceed 16 bits: leave --patches out.")
+                yield found
 
 
 def write(
@@ -63,14 +65,14 @@ def write(
 ) -> None:
     """Write the columns and what was found, as Parquet or NumPy's npz by the suffix of `target`; with the features of
     patches, of which Parquet takes a few images at a time and npz all."""
-    names, splits, labels = images.files, images.split_names, images.labels
+    names, splits, labels, classes = images.files, images.split_names, images.labels, images.classes
     places = np.full((len(images), 2), np.nan, np.float32)
     places[found.mapped] = found.places
     table: Columns = dict(
         name=np.array(names), split=np.array(splits), outlier=found.outlier, group=found.group, map=places
     )
-    if labels is not None and images.classes is not None:
-        table["label"] = np.array([images.classes[i] if i >= 0 else "" for i in labels])
+    if labels is not None and classes is not None:
+        table["label"] = np.array([classes[i] if i >= 0 else "" for i in labels])
     table |= columns
     with files.writing(target) as partial:
         if target.suffix == ".npz":
@@ -126,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     system.prepare(args.threads or "auto")
     state = cli.processes()
-    given = recipes.Data(name=args.data) if args.data else None
+    given = features.named(args.data) if args.data else None
     source = features.open_source(args.backbone, given, None)
     source.precision = system.precision(args.precision, state.device.type == "cuda")
     system.set_products(source.precision)

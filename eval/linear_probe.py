@@ -98,7 +98,7 @@ def sweep(probe: Probe, part: dict, chosen: np.ndarray, per_block: bool) -> None
         )
     if not per_block:
         name, rate = best["chosen", -1]
-        kept_probes.write(probe, name, kept[name], rate, len(chosen))
+        kept_probes.write(probe, name, kept[name], rate, len(chosen), part["subset_seed"])
     for (pooling, layer), (name, rate) in best.items():
         names = groups[pooling, layer]
         choosing = len(linear_heads.RATES) * sum(head_flops(options, sets[n].width, folds, held_out) for n in names)

@@ -31,7 +31,6 @@ from eval.compare.words import with_interval
 from eval.measure import cli, everything, features, kept_probes
 from eval.page.text_tables import aligned
 from ssl_vit import errors, files, system
-from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
@@ -109,7 +108,7 @@ def class_names(source: features.Source) -> list[str]:
 
 def rows_of(images: everything.Images, found: Answers, classes: list[str]) -> Iterator[Row]:
     """One row an image: name, split, class, probability, and label where it has one."""
-    labels = images.labels
+    labels, names = images.labels, images.classes
     for i, (name, split) in enumerate(zip(images.files, images.split_names, strict=True)):
         row: Row = dict(
             name=name,
@@ -117,8 +116,8 @@ def rows_of(images: everything.Images, found: Answers, classes: list[str]) -> It
             predicted=classes[found.classes[i]],
             probability=round(float(found.probabilities[i]), 6),
         )
-        if labels is not None and images.classes is not None:
-            row["label"] = images.classes[labels[i]] if labels[i] >= 0 else ""
+        if labels is not None and names is not None:
+            row["label"] = names[labels[i]] if labels[i] >= 0 else ""
         yield row
 
 
@@ -183,7 +182,7 @@ def main() -> None:
         raise UserError(f"--output {args.output} must end in .csv or .parquet.")
     system.prepare(args.threads or "auto")
     state = cli.processes()
-    given = recipes.Data(name=args.data)
+    given = features.named(args.data)
     source = features.open_source(args.backbone, given, None)
     source.precision = system.precision(args.precision, state.device.type == "cuda")
     system.set_products(source.precision)
@@ -200,7 +199,7 @@ def main() -> None:
         return
     classes = probe.classes if probe else class_names(source)
     rows = list(rows_of(images, found, classes))
-    target = args.output or source.folder / f"predictions-{short(args.data)}.csv"
+    target = args.output or source.folder / f"predictions-{short(given.name)}.csv"
     write(target, rows)
     if text := judged(rows, classes, images.parts):
         say(f"{text}\n")

@@ -150,7 +150,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, sweeps: list[Swe
                     answer,
                     images=len(sweep.images) + len(probe.test),
                     flops=head_flops(options, width, 1, len(probe.test)),
-                    protocol=f"robust-{kind}-{severity}",
+                    protocol=common_corruptions.protocol(kind, severity, size),
                     pooling="chosen",
                     chosen=sweep.row["chosen"],
                     settings=dict(

@@ -396,6 +396,8 @@ def test_features_are_computed_of_labelled_images_alone(tmp_path, monkeypatch, b
     run(monkeypatch, tmp_path, *backbone, "--labels", "10", "3", "--label-seeds", "0", "1")
     run(monkeypatch, tmp_path, *backbone, "--labels", "10", "3", "all", "--label-seeds", "0", "1")
     few, every = probes
+    kept = sorted(file.name for file in tmp_path.rglob("probes/*.npz"))
+    assert kept == [f"digits-{n}.npz" for n in ("100-seed1", "100", "1437", "30-seed1", "30")]
     assert len(few.train) == len(few.bank.poolings(-1)["cls"]) < 201 < len(every.train) == 1437
     for (keys, here), (same, there) in zip(few.parts, every.parts[:4], strict=True):
         assert keys == same and np.array_equal(few.labels[here], every.labels[there])

@@ -234,6 +234,25 @@ def test_every_file_of_every_split_has_its_row_in_one_order(tmp_path):
     )
 
 
+def test_a_run_names_its_images_and_is_no_folder_of_them(runs, tmp_path, monkeypatch):
+    words = ["--backbone", runs / "tuned", "--data", runs / "mae", "--output"]
+    call(predict, monkeypatch, *words, tmp_path / "x.csv")
+    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    with pytest.raises(UserError, match="Cannot write .*x.csv"):
+        call(embed, monkeypatch, *words, tmp_path / "x.csv")
+    call(embed, monkeypatch, *words, tmp_path)
+    assert pyarrow.parquet.read_metadata(tmp_path / "features.parquet").num_rows == 1797
+    assert len(rows) == 1797 and {row["split"] for row in rows} == {"train", "the fixed 360"}
+    with pytest.raises(UserError, match="mae is a run, and its images lie elsewhere"):
+        data.load(recipes.Data(name=str(runs / "mae")), "train")
+
+
+def test_a_trained_run_without_its_log_is_not_taken_for_untrained(runs, tmp_path, monkeypatch):
+    copy = shutil.copytree(runs / "mae", tmp_path / "copy", ignore=shutil.ignore_patterns("log.jsonl"))
+    with pytest.raises(UserError, match="copy was trained, and its log.jsonl, .* or pass .*copy/backbone"):
+        call(linear_probe, monkeypatch, "--backbone", copy, "--labels", "100")
+
+
 def test_so_few_images_that_none_is_held_out_are_all_predicted(tmp_path):
     names = ("0.png", "1.png", "2.png", "3.png")  # none of which is in the tenth
     for i, _ in enumerate(names):

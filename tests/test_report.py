@@ -21,7 +21,7 @@ from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import contrast, ranked, read_eval_sets
 from eval.compare.studies import read_study
 from eval.measure import results
-from eval.page import charts, document, gallery, mistakes, plots, tables
+from eval.page import charts, document, gallery, mistakes, plots, sections, tables
 from eval.page.summary import summary
 from ssl_vit.errors import UserError
 
@@ -808,7 +808,7 @@ def test_each_budget_is_compared_with_the_controls_at_that_budget(tmp_path, monk
 def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, monkeypatch):
     measures = [dict(protocol="linear-sweep", pooling="chosen", share=0.6, settings={})]
     for kind, family, share in (("fog", "other", 0.4), ("rain", "other", 0.2), ("hum", "noise", 0.5)):
-        said = dict(kind=kind, family=family, severity=1)
+        said = dict(kind=kind, family=family, severity=1, parameters="CIFAR-10-C")
         measures.append(dict(protocol=f"robust-{kind}-1", pooling="chosen", share=share, settings=said))
     arms = [("mae", "masking", None, many(tmp_path, "mae", 0.5, seeds=2, measures=measures))]
     html, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
@@ -818,6 +818,32 @@ def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, mon
     assert means == [60.0, 50.0, 30.0]  # clean, noise, others: the mean of the two kinds
     assert "robust-" not in markdown[: markdown.index("## On corrupted images")]
     assert "fog" in html  # each kind, folded away
+
+
+def test_corruptions_of_two_benchmarks_stand_in_tables_of_their_own(tmp_path):
+    for name, (benchmark, infix) in dict(small=("CIFAR-10-C", ""), large=("ImageNet-C", "imagenet-")).items():
+        measures = [dict(protocol="linear-sweep", pooling="chosen", settings={})]
+        said = dict(kind="fog", family="other", severity=1, parameters=benchmark)
+        measures.append(dict(protocol=f"robust-{infix}fog-1", pooling="chosen", settings=said))
+        many(tmp_path, name, 0.5, seeds=1, measures=measures)
+    test = the_test([tmp_path / "small-s0", tmp_path / "large-s0"])
+    blocks = sections.robustness(test, "")
+    tables = [block for block in blocks if isinstance(block, document.Table)]
+    assert ["CIFAR-10-C" in table.caption for table in tables] == [True, False]
+    shown = [[[c.text for c in cells] for _, rows in table.parts for _, cells in rows] for table in tables]
+    assert all(len([cells for cells in rows if cells[-1]]) == 1 for rows in shown), shown
+
+
+def test_what_learnt_from_other_labelled_images_is_not_compared(tmp_path):
+    """Nor is a mean of corruptions by the labels of one draw set beside clean images by those of two."""
+    few = dict(label_fraction=0.1)
+    two = [dict(KNN, **few, subset_seed=seed) for seed in (0, 1)]
+    runs = [*many(tmp_path, "mae", 0.5, 2, measures=two), *many(tmp_path, "dino", 0.6, 2, measures=two[:1])]
+    runs += many(tmp_path, "beit", 0.7, 2, measures=two)
+    by_group = the_test(runs).by_group(Metric("knn-k20", "cls", -1, 0.1))
+    named = {group.label: group for group in by_group}
+    assert contrast(by_group, named["mae"], named["beit"]).mean == pytest.approx(-0.2, abs=0.02)
+    assert contrast(by_group, named["mae"], named["dino"]) is None
 
 
 def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
@@ -917,13 +943,22 @@ def test_confusion_and_calibration_against_references():
     """Counts as scikit-learn has them; the calibration error by hand."""
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 5, (2, 300))
-    answers = mistakes.Answers(predicted, true, np.arange(300), None)
+    answers = mistakes.Answers(predicted, true, np.arange(300), None, None)
     assert np.array_equal(mistakes.confusion(answers, 5), metrics.confusion_matrix(true, predicted))
     # bins of tenths: (0.1, 0.2] holds .15 right and .2 wrong; (0.9, 1] holds .95 and 1.0, both right
     confidence, right = np.array([0.15, 0.2, 0.95, 1.0]), np.array([True, False, True, True])
     error, bins = mistakes.calibration(confidence, right, bins=10)
     assert bins == [(pytest.approx(0.175), 0.5, 2), (pytest.approx(0.975), 1.0, 2)]
     assert error == pytest.approx(0.5 * (0.5 - 0.175) + 0.5 * 0.025)
+
+
+def test_of_mistakes_that_are_stored_as_certain_the_worst_come_first():
+    """Probabilities are kept in 16 bits, in which 0.9998 is 1."""
+    p_true = np.array([1e-4, 3e-6, 0.9, 2e-5])
+    answers = mistakes.Answers(np.array([1, 1, 0, 1]), np.zeros(4, int), np.arange(4), np.ones(4), p_true)
+    images = SimpleNamespace(show=lambda indices: indices)
+    [shown] = mistakes._mistakes(answers, answers.p, ["a", "b"], None, images)
+    assert [index for index, _ in shown.pictures] == [1, 3, 0]
 
 
 def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypatch):
@@ -955,7 +990,8 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
     [folded] = [block for block in blocks if isinstance(block, document.Folded)]
     [thumbs] = [block for block in folded.blocks if isinstance(block, document.Thumbnails)]
     answers = mistakes.read_answers(list(test.by_group(test.main[0]).values())[0].files)
-    wrong = [i for i in np.argsort(-answers.p, kind="stable") if not answers.right[i]][: mistakes.SHOWN]
+    order = np.lexsort((answers.p_true, -answers.p))
+    wrong = [i for i in order if not answers.right[i]][: mistakes.SHOWN]
     by_place = [10 * j + c for c in range(10) for j in range(N // 10)]  # the brightness of each index
     assert [int(pixels.mean()) for pixels, _ in thumbs.pictures] == [by_place[i] for i in wrong]
     first = wrong[0]

@@ -86,6 +86,11 @@ def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsy
     assert len(columns) == 2 and not set(columns) & set(test.main)
 
 
+def test_the_two_benchmarks_are_two_protocols():
+    names = [common_corruptions.protocol("jpeg", 3, size) for size in ((64, 64), (32, 65))]
+    assert names == ["robust-jpeg-3", "robust-imagenet-jpeg-3"]
+
+
 def test_images_left_as_they_are_get_the_sweeps_predictions(tmp_path, monkeypatch, backbone):  # noqa: F811
     sources = [backbone[0], "small", "pixels", "pixels-pca64", *backbone[2:], "--labels", "all", "20"]
     run(monkeypatch, tmp_path, *sources)

@@ -468,8 +468,13 @@ def test_the_jaccard_index_is_that_of_the_best_head_for_each_class():
 def test_attention_is_measured_and_reported(measured, monkeypatch):
     monkeypatch.chdir(measured)
     words = ["--data", "./scenes", "--threads", "1", "--backbone"]
+    drawn = []
+    save = attention_command.mask_pictures.save
+    monkeypatch.setattr(attention_command.mask_pictures, "save", lambda *a: drawn.append(a[4]) or save(*a))
     monkeypatch.setattr(sys, "argv", ["attention_masks.py", *words, "runs/mae-s0", "runs/mae-s1"])
     attention_command.main()
+    for shown in drawn[0][1]:  # in the colour of the class that is fitted, or black
+        assert shown.min() in (0, 1) and set(np.unique(shown)) == {shown.min(), dense.IGNORED}
     [row] = [row for row in results.read(measured / "runs" / "mae-s0") if row["metric"] == "Jaccard"]
     stored = np.load(measured / "runs" / "mae-s0" / row["predictions"])
     source = features.open_source("runs/mae-s0", None, None)

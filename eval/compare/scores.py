@@ -48,6 +48,11 @@ class Scores:
     def sources(self) -> list[tuple[str, str]]:
         return [(row["run"], results.row_id(row)) for row in self.rows]
 
+    @property
+    def subsets(self) -> set[int | None]:
+        """The seeds that drew the labelled images; None for all images."""
+        return {row["subset_seed"] for row in self.rows}
+
     def at(self, seeds: list[int | None]) -> np.ndarray:
         """The rows of `correct` for these seeds."""
         return self.correct[[self.seeds.index(seed) for seed in seeds]]
@@ -72,10 +77,11 @@ def pool_seeds(by_group: dict[Group, Scores]) -> None:
 
 
 def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> intervals.Estimate | None:
-    """The difference of two groups by one metric, paired by seed; None if they have no seed in common."""
+    """The difference of two groups by one metric, paired by seed; None if they have no seed in common, or learnt from
+    other labelled images."""
     a, b = by_group[one], by_group[other]
     pair = a._paired(b)
-    if pair is None:
+    if pair is None or a.subsets != b.subsets:
         return None
     if [None] in (a.seeds, b.seeds):  # one is constant: the difference has the other's variance
         return intervals.paired(*pair, b.pool if a.seeds == [None] else a.pool)

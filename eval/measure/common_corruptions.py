@@ -53,6 +53,11 @@ def benchmark(size: Sequence[int]) -> str:
     return "CIFAR-10-C" if max(size) <= SMALL else "ImageNet-C"
 
 
+def protocol(kind: str, severity: int, size: Sequence[int]) -> str:
+    """The name of a measurement on images of this size (H, W): the two benchmarks are no one protocol."""
+    return f"robust-{'' if benchmark(size) == 'CIFAR-10-C' else 'imagenet-'}{kind}-{severity}"
+
+
 def corrupt(images: Tensor, kind: str, severity: int, index: Tensor) -> Tensor:
     """Images (B, C, H, W) in [0, 1], corrupted, in 8 bits before and after.
 

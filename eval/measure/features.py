@@ -91,6 +91,14 @@ def data_of(settings: dict) -> recipes.Data:
     return recipes.Data(**settings["data"] | info | own)
 
 
+def named(text: str) -> recipes.Data:
+    """The images that --data names: those of a run, if it is one."""
+    run = Path(text)
+    if (run / "recipe.yaml").exists():
+        return data_of(recipes.read_settings(run / "recipe.yaml"))
+    return recipes.Data(name=text)
+
+
 # how stored values become pixels: a model's business, and not to be guessed again from other images
 READING = ("range", "background", "layout", "pages")
 TABLE = ("config", "image_column", "label_column", "train_split", "report_split")  # where a set's images are

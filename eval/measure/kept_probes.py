@@ -39,9 +39,15 @@ class KeptProbe:
 
 
 def write(
-    probe: Probe, name: tuple[str, tuple[int, ...]], heads: linear_heads.LinearProbes, rate: float, labels: int
+    probe: Probe,
+    name: tuple[str, tuple[int, ...]],
+    heads: linear_heads.LinearProbes,
+    rate: float,
+    labels: int,
+    seed: int | None,
 ) -> None:
-    """Keep the head of this rate in SOURCE/probes/DATA-LABELS.npz. name: pooling and blocks; labels: their number."""
+    """Keep the head of this rate in SOURCE/probes/DATA-LABELS[-seedN].npz. name: pooling and blocks; labels: their
+    number; seed: that drew them, in the file's name if it is not 0."""
     if probe.source.backbone is None:
         return
     pooling, blocks = name
@@ -55,7 +61,8 @@ def write(
         digest=np.array(weights.digest(probe.source.backbone)),
         range=np.array(probe.train.range or []),
     )
-    target = probe.source.folder / "probes" / f"{short(probe.test.name)}-{labels}.npz"
+    drawn = f"-seed{seed}" if seed else ""
+    target = probe.source.folder / "probes" / f"{short(probe.test.name)}-{labels}{drawn}.npz"
     with results.lock(probe.source.folder), files.writing(target) as partial, open(partial, "wb") as stream:
         np.savez(stream, **arrays)
 

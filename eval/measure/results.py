@@ -31,7 +31,7 @@ from eval.measure.predictions import Predictions
 from ssl_vit import __version__, files
 from ssl_vit.checkout import COMMIT
 from ssl_vit.data import ImageSet
-from ssl_vit.errors import say_once
+from ssl_vit.errors import UserError, say_once
 from ssl_vit.recipe import short
 
 # what identifies a measurement; the other keys of a row are its outcome
@@ -154,8 +154,16 @@ def spent(folder: Path) -> dict:
 
 
 def describe_run(folder: Path, settings: dict) -> dict:
-    """The keys of a row that say what was trained. settings: the run's recipe.yaml, or {} for a foreign backbone."""
+    """The keys of a row that say what was trained. settings: the run's recipe.yaml, or {} for a foreign backbone.
+
+    Raises UserError for a trained run without its log, which tells the cost.
+    """
     last = spent(folder)
+    if settings and settings["train"]["steps"] and not last["images"]:
+        raise UserError(
+            f"{folder} was trained, and its log.jsonl, which tells for how long, is not there: copy that too, or pass "
+            f"{folder / 'backbone'}, whose cost counts as unknown."
+        )
     return dict(
         run=folder.name,
         recipe="random" if _untrained(settings, last) else settings.get("recipe"),

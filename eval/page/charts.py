@@ -187,13 +187,13 @@ def by_block(eval_set: EvalSet, suffix: str) -> list[Block]:
         series = []
         for group in eval_set.groups:
             points: dict[float, Scores] = {
-                n + 1: scores for n, c in sorted(blocks.items()) if (scores := eval_set.scores_of(group, c)) is not None
+                n: scores for n, c in sorted(blocks.items()) if (scores := eval_set.scores_of(group, c)) is not None
             }
             if points:
                 line = _line(points, group, some)
                 series.append(replace(line, x=[]) if group.pixels else line)  # pixels have no blocks: a horizontal line
             sources += sources_of(points.values())
-        svg = plots.lines(series, some.evaluator, f"{some.features}, %", "block")
+        svg = plots.lines(series, some.evaluator, f"{some.features}, %", "block, from 0")
         charts.append((file_name(eval_set, "blocks", some), svg))
     if not charts:
         return []

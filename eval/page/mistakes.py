@@ -43,12 +43,14 @@ CALIBRATION = (
 
 @dataclass
 class Answers:
-    """The predictions of all seeds of a group, concatenated: each (rows · n,). p: None in old files."""
+    """The predictions of all seeds of a group, concatenated: each (rows · n,). p, p_true: the probabilities of the
+    predicted and of the true class; None in old files."""
 
     predicted: np.ndarray
     true: np.ndarray
     index: np.ndarray
     p: np.ndarray | None
+    p_true: np.ndarray | None
 
     @property
     def right(self) -> np.ndarray:
@@ -63,8 +65,11 @@ def read_answers(files: list[Path]) -> Answers:
             parts.append(dict(index=np.arange(len(stored["true"]))) | dict(stored))
     join = {key: np.concatenate([part[key] for part in parts]) for key in ("predicted", "true", "index")}
     known = all("p_predicted" in part for part in parts)
-    p = np.concatenate([part["p_predicted"] for part in parts]).astype(np.float64) if known else None
-    return Answers(join["predicted"], join["true"], join["index"], p)
+    p, p_true = (
+        np.concatenate([part[key] for part in parts]).astype(np.float64) if known else None
+        for key in ("p_predicted", "p_true")
+    )
+    return Answers(join["predicted"], join["true"], join["index"], p, p_true)
 
 
 def confusion(answers: Answers, classes: int) -> np.ndarray:
@@ -186,7 +191,9 @@ def _mistakes(
     answers: Answers, p: np.ndarray, names: list[str], files: list[str] | None, images: "_Images"
 ) -> list[Block]:
     """The wrong predictions of the first seed that have the highest probability."""
-    order = np.argsort(-np.where(answers.right, -1.0, p), kind="stable")
+    # of those that are stored as certain, first those for which the true class is the least likely
+    assert answers.p_true is not None  # as p is not
+    order = np.lexsort((answers.p_true, -np.where(answers.right, -1.0, p)))
     worst = [int(i) for i in order[:SHOWN] if not answers.right[i]]
     pictures = images.show([int(answers.index[i]) for i in worst])
     told = []

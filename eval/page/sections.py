@@ -20,22 +20,36 @@ def robustness(eval_set: EvalSet, suffix: str) -> list[Block]:
     every = [c for c in eval_set.scores if c.corrupted]
     if not every:
         return []
-    metrics = [c for c in every if c.labels == most({c.labels for c in every})]
+    found = [(c, said_of(eval_set, c)) for c in every if c.labels == most({c.labels for c in every})]
+    blocks: list[Block] = [Heading(f"On corrupted images{suffix}")]
+    for benchmark in dict.fromkeys(said["parameters"] for _, said in found):
+        blocks += _of_benchmark(
+            eval_set, benchmark, [(c, said) for c, said in found if said["parameters"] == benchmark]
+        )
+    return blocks
+
+
+def said_of(eval_set: EvalSet, metric: Metric) -> dict:
+    """The settings of a corruption: its kind, family and severity, and the benchmark whose parameters it has."""
+    said: dict = next(iter(eval_set.scores[metric].values())).rows[0]["settings"]
+    return said
+
+
+def _of_benchmark(eval_set: EvalSet, benchmark: str, found: list[tuple[Metric, dict]]) -> list[Block]:
     kinds: dict[str, dict[str, list[Metric]]] = {family: {} for family in FAMILIES}
-    for metric in metrics:
-        said = next(iter(eval_set.scores[metric].values())).rows[0]["settings"]
+    for metric, said in found:
         kinds[said["family"]].setdefault(said["kind"], []).append(metric)
-    clean = replace(metrics[0], protocol="linear-sweep")
+    clean = replace(found[0][0], protocol="linear-sweep")
     wanted = {"clean": [clean]} | {FAMILIES[f]: sum(of_kind.values(), []) for f, of_kind in kinds.items() if of_kind}
     single = {kind: found for of_kind in kinds.values() for kind, found in of_kind.items()}
     caption = (
         f"Accuracy in % ± half-width of the 95 % interval of the linear probe ({labels_in_words(clean.labels)}) "
         "on corrupted test images: the mean over kinds and severities 1, 3 and 5 of Hendrycks and Dietterich "
-        "(arXiv 1903.12261). It is no surprise if an arm that was trained on noise or blur is robust to it. "
+        f"(arXiv 1903.12261), with the parameters of {benchmark}, which depend on the size of the "
+        "images shown. It is no surprise if an arm that was trained on noise or blur is robust to it. "
         f"{eval_set.floors}"
     )
     return [
-        Heading(f"On corrupted images{suffix}"),
         _averages(eval_set, wanted, caption),
         Folded("Each kind of corruption", [_averages(eval_set, single, "The mean over the severities.")]),
     ]
@@ -46,7 +60,8 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
     for metrics, by_group in zip(wanted.values(), means, strict=True):
         for group in eval_set.groups:
             found = [scores for c in metrics if (scores := eval_set.scores_of(group, c)) is not None]
-            if len(found) == len(metrics) and all(scores.seeds == found[0].seeds for scores in found):
+            alike = all((s.seeds, s.subsets) == (found[0].seeds, found[0].subsets) for s in found)
+            if len(found) == len(metrics) and alike:
                 rows = [row for scores in found for row in scores.rows]
                 by_group[group] = Scores(found[0].seeds, np.mean([scores.correct for scores in found], 0), rows)
         pool_seeds(by_group)

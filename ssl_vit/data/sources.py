@@ -297,6 +297,8 @@ def _local(
     if path.is_file():
         files = _status(path, [str(path)])
         return _parquet(path, config.config, files), (str(path.parent),), files, dict(files=1)
+    if (path / "recipe.yaml").exists():
+        raise UserError(f"{path} is a run, and its images lie elsewhere: name those, or a folder, as --data.")
     found = folders.walk(path)
     tables = [file for file in found.tables if Path(file).name != "metadata.parquet"]
     # images beside their table are in its cells; a stray table among more images is none
