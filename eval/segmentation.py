@@ -128,6 +128,7 @@ def linear(train: dense.Patches) -> tuple[dense.Scores, dict]:
     tried = {}
     for penalty in dense.PENALTIES:
         tried[penalty] = dense.miou(dense.confusions(rest, dense.linear(fit, penalty)))
+    del fit, rest  # of large sets they may fill the memory
     best = max(tried, key=lambda penalty: tried[penalty])
     said = {f"{penalty:g}": round(found, 6) for penalty, found in tried.items()}
     return dense.linear(train, best), dict(settings=dict(penalty=best, tried=said))

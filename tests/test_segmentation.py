@@ -259,7 +259,8 @@ def halves(n=60, grid=(2, 3), seed=0):
 def test_the_linear_probe_is_logistic_regression_on_patches():
     train, test = halves(), halves(seed=1)
     penalty = 1e-2
-    features, shares = train.labelled
+    patches, shares = train.labelled
+    features = train.of(patches)
     mean, std = features.mean(0), features.std(0)
     # scikit-learn sums the loss, and halves the squared norm of its one difference of weights w1 − w0 = 2·w1
     model = LogisticRegression(C=1 / (penalty * len(features)), tol=1e-8).fit(

@@ -43,13 +43,27 @@ class Patches:
 
     @cached_property
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
-        """(features (m, D), fractions of the classes (m, K)) of the patches with a pixel that counts.
+        """(the patches with a pixel that counts, by number (m,); their fractions of the classes (m, K)).
 
         The fractions of a patch sum to the share of its pixels that count.
         """
         shares = np.concatenate([fractions(mask, self.grid, self.classes) for mask in self.masks])
-        there = shares.sum(1) > 0
-        return np.asarray(self.features).reshape(-1, self.features.shape[-1])[there], shares[there]
+        there = np.flatnonzero(shares.sum(1) > 0)
+        return there, shares[there]
+
+    def of(self, patches: np.ndarray) -> np.ndarray:
+        """The features (m, D) of patches by number; a copy."""
+        found: np.ndarray = self.features.reshape(-1, self.features.shape[-1])[patches]
+        return found
+
+    @cached_property
+    def standardised(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(standardised features of the labelled patches (m, D), their mean (D,), their standard deviation (D,))"""
+        found = self.of(self.labelled[0])
+        mean, std = found.mean(0), np.maximum(found.std(0), 1e-6)
+        found -= mean
+        found /= std  # in place: they may fill the memory
+        return found, mean, std
 
 
 Scores = Callable[[np.ndarray], np.ndarray]  # patch features (n, H, W, D) → scores of the classes (n, H, W, K)
@@ -134,9 +148,8 @@ def linear(train: Patches, penalty: float) -> Scores:
 
     It is the loss over pixels where every pixel has the scores of its patch. penalty: times the squared weights.
     """
-    features, shares = train.labelled
-    mean, std = features.mean(0), np.maximum(features.std(0), 1e-6)
-    x, t = torch.from_numpy((features - mean) / std), torch.from_numpy(shares)
+    features, mean, std = train.standardised
+    x, t = torch.from_numpy(features), torch.from_numpy(train.labelled[1])
     weight = torch.zeros(train.classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(train.classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
@@ -158,9 +171,9 @@ def nearest(train: Patches, k: int = K, temperature: float = TEMPERATURE) -> Sco
 
     At most BANK training patches are searched, drawn once for all backbones.
     """
-    features, shares = train.labelled
-    drawn = np.sort(permutation(0, 0, len(features), "patches")[:BANK])
-    features, shares = features[drawn], shares[drawn]
+    patches, shares = train.labelled
+    drawn = np.sort(permutation(0, 0, len(patches), "patches")[:BANK])
+    features, shares = train.of(patches[drawn]), shares[drawn]
 
     def scores(images: np.ndarray) -> np.ndarray:
         bank, queries = neighbours.prepare(features, images.reshape(-1, images.shape[-1]))
