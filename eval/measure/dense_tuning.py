@@ -236,7 +236,7 @@ def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, Spent]
         model = Segmenter(task.source, patches.shape[-1], task.classes).to(device)
     recipe = pretrain.read("finetune", [], None)
     config = recipe.optim
-    if results.describe_run(task.source.folder, task.source.settings)["recipe"] == "random":
+    if results.untrained(task.source.settings):
         config.layer_decay = 1.0
     optimizer = optim.build(model, config, rate)
     work = 3 * count(model, lambda twin: twin(zero)) * BATCH_SIZE  # of a step: forward, and backward twice that

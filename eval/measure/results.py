@@ -166,7 +166,7 @@ def describe_run(folder: Path, settings: dict) -> dict:
         )
     return dict(
         run=folder.name,
-        recipe="random" if _untrained(settings, last) else settings.get("recipe"),
+        recipe="random" if untrained(settings) else settings.get("recipe"),
         objective=settings.get("objective", {}).get("name"),
         data=short(settings["data"]["name"]) if settings else None,
         seed=settings.get("train", {}).get("seed"),
@@ -181,9 +181,9 @@ def run_of(row: dict) -> str:
     return f"{row['run']}{' (random init)' if row['recipe'] == 'random' else ''}"
 
 
-def _untrained(settings: dict, last: dict) -> bool:
-    """Whether a run holds its random initialisation."""
-    return bool(settings) and not last["images"] and not settings["backbone"].get("init_from")
+def untrained(settings: dict) -> bool:
+    """Whether a run holds its random initialisation. settings: its recipe.yaml, or {} for a foreign backbone."""
+    return bool(settings) and not settings["train"]["steps"] and not settings["backbone"].get("init_from")
 
 
 def _surroundings() -> dict:
