@@ -172,11 +172,18 @@ def evaluate(source: features.Source, request: cli.EvalRequest, sweeps: list[Swe
 def table(clean: list[dict], rows: list[dict], folders: dict[str, Path]) -> str:
     """Accuracy by backbone and labels, on clean images and averaged over each family of corruptions, as Markdown."""
     columns = [(row, "clean") for row in clean] + [(row, row["settings"]["family"]) for row in rows]
+    used = {row["run"]: row["settings"]["parameters"] for row in rows}  # by the size of the images shown
     found = (
-        ((results.run_of(row), f"{row['train_n']:,}"), column, results.correct(folders[row["run"]], row))
+        (
+            (results.run_of(row), f"{row['train_n']:,}", used[row["run"]]),
+            column,
+            results.correct(folders[row["run"]], row),
+        )
         for row, column in columns
     )
-    return text_tables.accuracies(["backbone", "labels"], ["clean", *common_corruptions.FAMILIES], found)
+    return text_tables.accuracies(
+        ["backbone", "labels", "corruptions of"], ["clean", *common_corruptions.FAMILIES], found
+    )
 
 
 def main() -> None:

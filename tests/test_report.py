@@ -831,7 +831,7 @@ def test_corruptions_of_two_benchmarks_stand_in_tables_of_their_own(tmp_path):
     tables = [block for block in blocks if isinstance(block, document.Table)]
     assert ["CIFAR-10-C" in table.caption for table in tables] == [True, False]
     shown = [[[c.text for c in cells] for _, rows in table.parts for _, cells in rows] for table in tables]
-    assert all(len([cells for cells in rows if cells[-1]]) == 1 for rows in shown), shown
+    assert all(len(rows) == 1 and all(rows[0]) for rows in shown), shown
 
 
 def test_what_learnt_from_other_labelled_images_is_not_compared(tmp_path):

@@ -75,8 +75,8 @@ def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsy
                     assert (row["classes"], row["chance"]) == (10, 0.1)
     said = capsys.readouterr().out
     *_, head = (line for line in said.splitlines() if line.startswith("| backbone "))
-    assert head.replace(" ", "") == "|backbone|labels|clean|noise|blur|other|"
-    assert re.search(r"\| pixels-pca64-digits +\| 1,437 +\| \d+\.\d ± \d\.\d \|", said)
+    assert head.replace(" ", "") == "|backbone|labels|corruptionsof|clean|noise|blur|other|"
+    assert re.search(r"\| pixels-pca64-digits +\| 1,437 +\| CIFAR-10-C +\| \d+\.\d ± \d\.\d \|", said)
     hard, soft = (np.mean([of(rows, f"robust-{kind}-{s}")["value"] for _, kind in kinds]) for s in (5, 1))
     assert 0.1 < hard < soft < of(rows, "linear-sweep")["value"]
 

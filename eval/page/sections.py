@@ -68,7 +68,7 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
     parts: dict[bool, list] = {False: [], True: []}
     for group in eval_set.groups:
         cells = [Cell(with_interval(m[group].estimate)) if group in m else Cell() for m in means]
-        if any(cell.text for cell in cells):
+        if any(cell.text for title, cell in zip(wanted, cells, strict=True) if title != "clean"):
             parts[group.control].append((named(group.label), cells))
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
     used = [scores for by_group in means for scores in by_group.values()]
