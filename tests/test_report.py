@@ -820,6 +820,15 @@ def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, mon
     assert "fog" in html  # each kind, folded away
 
 
+def test_recipes_that_differ_in_more_than_two_settings_have_one_name_everywhere(tmp_path):
+    """A hash, by which charts of costs and tables are read together."""
+    other = dict(train__batch_size=7, train__steps=50, train__precision="bf16", data__hflip=False)
+    runs = [write_run(tmp_path / name, "mae", 0.5, 0, settings("mae", 0, **changes)) for name, changes in
+            (("one", {}), ("two", other))]  # fmt: skip
+    labels = [(group.label, group.family) for group in groups_of(runs)]
+    assert all(re.fullmatch(r"mae \(\w{6}\)", label) and label == family for label, family in labels), labels
+
+
 def test_corruptions_of_two_benchmarks_stand_in_tables_of_their_own(tmp_path):
     for name, (benchmark, infix) in dict(small=("CIFAR-10-C", ""), large=("ImageNet-C", "imagenet-")).items():
         measures = [dict(protocol="linear-sweep", pooling="chosen", settings={})]

@@ -187,8 +187,8 @@ def _name(groups: list[Group], without: tuple[str, ...] = ()) -> None:
         name = NAMES.get(group.recipe, group.recipe) + (f" from {group.start}" if group.start else "")
         if others:
             name += f" ({_difference(group, others, without) or key})"
-        if without:
-            group.family = name
+        if without:  # one by itself has one name everywhere
+            group.family = name if any(g is not group and g not in others for g in alike) else group.label
         else:
             group.label = name
 
