@@ -383,6 +383,13 @@ def test_a_choice_goes_on_from_what_was_judged(tune, left_out, tmp_path, monkeyp
     assert np.load(there / "runs/tuned" / again["predictions"])["predicted"].shape == (142,)
 
 
+@pytest.mark.parametrize("rate", ["nan", "0", "-1", "inf"])
+def test_a_rate_is_a_number_above_0(rate, capsys):
+    with pytest.raises(SystemExit):
+        fine_tuning.parse(["--backbone", "runs/mae", f"--lr={rate}"])
+    assert "argument --lr: must be a number above 0, not" in capsys.readouterr().err
+
+
 def test_held_out_images_must_have_been_left_out(tune, left_out):
     asked = ["--held-out", "--lr", "1e-3", "2e-3", "train.steps=1"]
     with pytest.raises(UserError, match="runs/mae may have seen the held-out tenth"):

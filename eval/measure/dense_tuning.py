@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finetune", action="store_true", help="fine-tune, too, with a convolutional decoder")
     parser.add_argument("--steps", type=cli.positive, help=f"steps of fine-tuning; default: {STEPS}")
     parser.add_argument(
-        "--lr", type=float, nargs="+", help=f"of fine-tuning; default: {' '.join(f'{rate:g}' for rate in RATES)}"
+        "--lr", type=cli.rate, nargs="+", help=f"of fine-tuning; default: {' '.join(f'{rate:g}' for rate in RATES)}"
     )
 
 

@@ -84,7 +84,7 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
     """The command line. Raises UserError for settings that are wrong or cannot be set here."""
     parser = cli.parser(doc, frozen=False, pixels=False)
     parser.add_argument(
-        "--lr", type=float, nargs="+", default=[], help="several: choose the best; default: the recipe's"
+        "--lr", type=cli.rate, nargs="+", default=[], help="several: choose the best; default: the recipe's"
     )
     cli.add_held_out(parser)
     parser.add_argument("--lr-of", type=Path, metavar="RUN", help="use the one of --lr that was chosen for this run")
