@@ -657,7 +657,6 @@ def test_fine_tuning_has_rows_a_column_and_a_picture_of_its_own(measured, tmp_pa
     assert "The same with steps=3, lr=" in text
     for wrong, words in (
         (["--steps", "3"], "belong to fine-tuning: add --finetune"),
-        (["--finetune", "--lr", "0"], "--lr must be positive numbers"),
         (["pixels-pca64"], "pixels-pca64 projects whole images"),
     ):
         with pytest.raises(UserError, match=words):

@@ -76,16 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def schedule_of(args: argparse.Namespace) -> Schedule | None:
     """The schedule that the command line asks for; None without --finetune.
 
-    Raises UserError for its options without it, and for rates that are no positive numbers.
+    Raises UserError for its options without it.
     """
     if not args.finetune:
         if args.steps or args.lr:
             raise UserError("--steps and --lr belong to fine-tuning: add --finetune, or leave them out.")
         return None
-    asked = tuple(sorted(set(args.lr or RATES)))
-    if not all(0 < rate < float("inf") for rate in asked):
-        raise UserError("--lr must be positive numbers.")
-    return Schedule(args.steps or STEPS, asked)
+    return Schedule(args.steps or STEPS, tuple(sorted(set(args.lr or RATES))))
 
 
 class Segmenter(nn.Module):
