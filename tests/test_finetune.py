@@ -642,7 +642,7 @@ def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):
         (["objective.name=dino"], "fine-tuning is supervised"),
         (["train.epoch=3"], "Unknown key 'train.epoch'.* Did you mean 'train.epochs'"),
         (["epochs=3"], "Did you mean 'train.epochs'"),
-        (["--lr", "0"], "optim.lr in the command line must be above 0"),
+        (["optim.lr=0"], "optim.lr in the command line must be above 0"),
         (["--lr", "1e-3", "2e-3", "optim.lr=1e-3"], "given twice"),
         (["--lr", "1e-3", "--lr-of", "runs/mae"], "--lr-of uses a choice among several --lr"),
         (["--extra-flops", "-1"], "--extra-flops must be 0 or more"),
