@@ -112,7 +112,7 @@ def resolve_precision(recipe: recipes.Recipe, path: Path | None = None) -> syste
     """Replace train.precision=auto by that of the run in this directory, which may have begun on another device, else
     by what this device can do; returns it."""
     if path is not None and recipe.train.precision == "auto" and (path / "recipe.yaml").exists():
-        began = recipes.read_settings(path / "recipe.yaml").get("resolved", {})
+        began = recipes.read_settings(path / "recipe.yaml").get("train", {})
         recipe.train.precision = began.get("precision", "auto")
     cuda = not told_to_use_cpu() and torch.cuda.is_available()
     recipe.train.precision = found = system.precision(recipe.train.precision, cuda)

@@ -517,7 +517,7 @@ class _Once(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in lines:
                 at = f"in lines {lines[key.value]} and {key.start_mark.line + 1}"
                 raise yaml.YAMLError(f"{key.value} is written twice, {at}")

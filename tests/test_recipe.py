@@ -242,6 +242,9 @@ def test_a_key_that_is_written_twice_is_refused(tmp_path):
     (tmp_path / "own.yaml").write_text("objective:\n  name: dino\noptim:\n  lr: 1e-4\ntrain:\n  steps: 1\noptim: {}\n")
     with pytest.raises(UserError, match="own.yaml is not valid YAML: optim is written twice, in lines 3 and 7"):
         read(recipe=tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text("{[a]: 1}\n")
+    with pytest.raises(UserError, match="own.yaml is not valid YAML: .*unhashable"):
+        read(recipe=tmp_path / "own.yaml")
 
 
 def test_a_rate_that_would_rise_is_refused():
