@@ -185,6 +185,23 @@ def test_classes_are_those_of_training_and_the_ignored_do_not_count(tmp_path, ca
         dense_sets.masks_of(str(folder), train, test, [])
 
 
+def test_images_that_exif_turns_by_180_degrees_are_named_since_their_size_does_not_tell(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for number, split in enumerate(("train", "test")):
+        for kind in ("images", "masks"):
+            (tmp_path / "set" / split / kind).mkdir(parents=True)
+        for i in range(2):
+            image, mask = scene(seed=10 * number + i)
+            turned = dict(exif=exif) if (split, i) == ("train", 1) else {}
+            Image.fromarray(image).save(tmp_path / "set" / split / "images" / f"{i}.png", **turned)
+            Image.fromarray(mask).save(tmp_path / "set" / split / "masks" / f"{i}.png")
+    dense_sets.masks_of(str(tmp_path / "set"), *both(tmp_path / "set"), [])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert said.count("their masks must be those of the upright images") == 1
+    assert "Of the images of set (train), 1 is turned upright by EXIF" in said
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     stranger = parquet(tmp_path / "stranger", lambda split, i, mask: mask + 9 * (split == "test" and i == 2))
     with pytest.raises(UserError, match="that those of the training images lack: 9, 10.*--ignore 9 10"):

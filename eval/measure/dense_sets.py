@@ -196,6 +196,12 @@ def _read(images: ImageSet) -> list[np.ndarray]:
                 f"the image {shape[0]}x{shape[1]}: they must be of one size."
             )
         found.append(mask)
+    turned = images.ledger.get("turned_upright")
+    if turned:  # by 180 degrees the size does not tell
+        say_once(
+            f"Of the images of {images.name} ({images.split}), {turned:,} {'is' if turned == 1 else 'are'} turned "
+            "upright by EXIF; their masks must be those of the upright images."
+        )
     return found
 
 
