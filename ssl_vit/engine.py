@@ -39,7 +39,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssl_vit import batch_norm, channels_last, checkpoint, compilation, flops, monitor, recomputation, shards, system
+from ssl_vit import (
+    activations,
+    batch_norm,
+    channels_last,
+    checkpoint,
+    compilation,
+    flops,
+    monitor,
+    recomputation,
+    shards,
+    system,
+)
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
 from ssl_vit.errors import UserError, listed, say
@@ -184,6 +195,7 @@ class Engine:
         self.index, self.first = accelerator.process_index, accelerator.is_main_process
         self.kind = kind(recipe, accelerator)
         self.model: nn.Module = objective
+        self.images_at_a_time = images_at_a_time(recipe, self.device, objective)
         self._copy = copy.deepcopy(objective).cpu() if self.kind == "fsdp2" and self.first else None
         if recipe.runtime.activation_checkpointing:
             recomputation.recompute(blocks(objective))
@@ -389,6 +401,15 @@ def kind(recipe: recipes.Recipe, accelerator: Accelerator) -> Kind:
     if accelerator.num_processes == 1:
         return "plain"
     return "fsdp2" if recipe.runtime.engine == "fsdp2" else "ddp"
+
+
+def images_at_a_time(recipe: recipes.Recipe, device: torch.device, objective: Objective) -> int | None:
+    """How many suit this device, found on a copy; None: as many as fit, or as the loss needs."""
+    if device.type == "cuda" or objective.batch_statistics or objective.requires_full_batch:
+        return None
+    twin = copy.deepcopy(objective).cpu()
+    recomputing = blocks(twin) if recipe.runtime.activation_checkpointing else []
+    return activations.at_a_time(activations.measure(twin, len(objective.backbone.mean), recomputing))
 
 
 def replicate(accelerator: Accelerator, objective: Objective, channels: int) -> nn.Module:

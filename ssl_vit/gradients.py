@@ -48,7 +48,7 @@ class Gradients:
         self.path, self.tell = path, tell
         self.local_batch_size = recipe.train.batch_size // devices.processes  # images of a step on this process
         # images at a time: as they come from the data, and on the device, where they may have to become fewer
-        fitting = choose_micro_batch_size(recipe, objective, self.local_batch_size, devices.device, path)
+        fitting = choose_micro_batch_size(recipe, objective, self.local_batch_size, devices, path)
         # sharded processes gather weights in step, so with the same number of chunks
         self.chunk = self.micro_batch_size = devices.least(fitting) if devices.kind == "fsdp2" else fitting
         self.chunks = math.ceil(self.local_batch_size / self.chunk)  # of a step
@@ -190,22 +190,28 @@ class Gradients:
 
 
 def choose_micro_batch_size(
-    recipe: recipes.Recipe, objective: Objective, local_batch_size: int, device: torch.device, path: Path
+    recipe: recipes.Recipe, objective: Objective, local_batch_size: int, devices: Engine, path: Path
 ) -> int:
     """Rows at a time on this device: as asked, in whole groups of rows that must stay together.
 
-    With auto no more than what an earlier start of the run in `path` left as too many for such a device.
+    With auto no more than suit the device, or than an earlier start of the run in `path` left as too many for it; cut
+    evenly.
     """
     asked = recipe.runtime.per_device_batch_size
-    if asked == "auto":
-        name = overview.name_of(device)
-        found: list[dict[str, int]] = [json.loads(file.read_text()) for file in path.glob("memory-*.json")]
-        limits = [limit[name] for limit in found if name in limit]
-        at_most = min([local_batch_size if device.type == "cuda" else 256, *limits])
-    else:
-        at_most = asked
     together = group(objective, local_batch_size, recipe.train.batch_size)
-    return max(min(at_most, local_batch_size) // together, 1) * together
+    if asked != "auto":
+        return in_groups(min(asked, local_batch_size), together)
+    name = overview.name_of(devices.device)
+    found: list[dict[str, int]] = [json.loads(file.read_text()) for file in path.glob("memory-*.json")]
+    limits = [limit[name] for limit in found if name in limit]
+    at_most = in_groups(min([devices.images_at_a_time or local_batch_size, *limits, local_batch_size]), together)
+    parts = math.ceil(local_batch_size / at_most)
+    return math.ceil(local_batch_size / parts / together) * together
+
+
+def in_groups(rows: int, together: int) -> int:
+    """At most so many rows, in whole groups, and at least one group."""
+    return max(rows // together, 1) * together
 
 
 def group(objective: Objective, local_batch_size: int, batch_size: int) -> int:

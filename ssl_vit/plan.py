@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from ssl_vit import backbones, data, engine, flops, gradients, optim, overview, recomputation, system
+from ssl_vit import activations, backbones, data, engine, flops, gradients, optim, overview, recomputation, system
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import TokenBackbone
 from ssl_vit.errors import UserError, nearest
@@ -133,7 +132,8 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     blocks = engine.blocks(objective) if again else []
     if again:
         recomputation.check(blocks)
-    each = kept(objective, images.channels, blocks) / (2e9 if precision == "bf16" else 1e9)
+    kept, gigabyte = activations.measure(objective, images.channels, blocks), 2e9 if precision == "bf16" else 1e9
+    fixed, each = fixed + kept.fixed / gigabyte, kept.each / gigabyte
     fits = int((kind.memory * USABLE - fixed) / each) // together * together
     if fits < together:
         other = "" if sharded else "Shard it (runtime.engine=fsdp2), or name a larger --gpu."
@@ -142,7 +142,7 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
             f"moments, {each:.2g} GB for an image. {other or 'Name a larger --gpu, or more of them.'}"
         )
     if recipe.runtime.per_device_batch_size != "auto":
-        fits = min(fits, max(recipe.runtime.per_device_batch_size // together, 1) * together)
+        fits = min(fits, gradients.in_groups(recipe.runtime.per_device_batch_size, together))
     accumulation = math.ceil(local / fits)
     per_device = math.ceil(local / accumulation / together) * together
     gradients.check_full_batch(objective, per_device, t.batch_size, devices)
@@ -228,41 +228,3 @@ def tokens(objective: Objective) -> dict[str, int]:
         for name, view in objective.views.items()
         if view.same_as is None
     }
-
-
-def kept(objective: Objective, channels: int, blocks: list[nn.Module]) -> float:
-    """Bytes that autograd keeps of one image for the backward pass, in float32. blocks: those that recompute their
-    activations, and keep their inputs; of one at a time all is there."""
-    batch = flops.grey(objective, channels, objective.labelled, device=torch.device("meta"))
-    own = {weight.untyped_storage()._cdata for weight in [*objective.parameters(), *objective.buffers()]}
-    outside: dict[int, int] = {}
-    inside: list[dict[int, int]] = []  # of each pass through one of the blocks
-    alive: list[torch.Tensor] = []  # or an address would be used again
-    place = outside
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            place[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    def enter(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal place
-        if torch.is_grad_enabled():  # not in a teacher's
-            keep(inputs[0])
-        inside.append({})
-        place = inside[-1]
-
-    def leave(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
-        nonlocal place
-        place = outside
-
-    hooks = [hook for b in blocks for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = objective.train()(batch)["loss"]
-    del loss
-    for hook in hooks:
-        hook.remove()
-    largest = max((sum(found.values()) for found in inside), default=0)
-    return (sum(outside.values()) + largest) / len(batch.draw.rows)

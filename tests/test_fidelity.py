@@ -209,29 +209,6 @@ def test_memory_decides_the_micro_batches():
     assert small.disk == pytest.approx(4e-9 * (6 * small.trained + 2 * small.frozen + small.parameters))
 
 
-def test_what_autograd_keeps_is_counted():
-    """Two linear layers and a GELU keep their inputs: 4 + 8 + 8 values an image; weights do not count. A block that
-    recomputes keeps its input, and what lies inside is there for one block at a time."""
-
-    class Tiny(torch.nn.Module):
-        labelled, micro_batch_multiple = False, 3
-
-        def __init__(self):
-            super().__init__()
-            self.views = {"image": type("View", (), dict(count=None, size=(2, 2)))}
-            self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 1))
-
-        def forward(self, batch):
-            return dict(loss=self.layers(batch.views["image"].flatten(1)).sum())
-
-    tiny = Tiny().to("meta")
-    assert plan.kept(tiny, 1, []) == 4 * (4 + 8 + 8)
-    blocks = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(3)]
-    tiny.layers = torch.nn.Sequential(*blocks, torch.nn.Linear(4, 1)).to("meta")
-    assert plan.kept(tiny, 1, []) == 4 * (3 * (4 + 4) + 4)
-    assert plan.kept(tiny, 1, blocks) == 4 * (3 * 4 + 4 + (4 + 4))
-
-
 def test_a_plan_knows_the_units_of_the_gpu():
     """A T4 and a V100 train in float32, which keeps twice the bytes; so does any GPU that is told to."""
     half, full, tf32, old = (

@@ -7,6 +7,7 @@ That the work is the same is checked by counted FLOPs, which must agree to 5 %.
 import contextlib
 import copy
 import importlib.util
+import math
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -116,11 +117,21 @@ def ours(
     made = views.make(objective.views, images, Draw(0, 0, rows, device))
     labels = (rows % CLASSES).to(device) if objective.labelled else None
 
+    at_a_time = engine.images_at_a_time(recipe, device, objective) or batch_size  # as in a run
+    parts = rows.tensor_split(math.ceil(batch_size / at_a_time))
+
     def step(chosen: Tensor | None = None) -> Tensor:
         shown = made if chosen is None else views.make(objective.views, chosen, Draw(0, 0, rows, device))
-        with _autocast(device):
-            loss = objective(Batch(shown, labels, Draw(0, 1, rows, device), 1, 100))["loss"]
-        loss.backward()
+        loss = torch.zeros((), device=device)
+        for part in parts:
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            own = {name: view[here] for name, view in shown.items()}
+            with _autocast(device):
+                batch = Batch(own, None if labels is None else labels[here], Draw(0, 1, part, device), 1, 100)
+                mean = objective(batch)["loss"]
+            share = mean * (len(part) / batch_size)
+            share.backward()
+            loss += share.detach()
         optimizer.step()
         optimizer.zero_grad()
         objective.on_optimizer_step(1, 100, lambda value: value)
