@@ -61,11 +61,12 @@ class SharedBatchNorm(_BatchNorm):
 def of_batches(module: nn.Module) -> dict[str, _BatchNorm]:
     """{name: layer} of every BatchNorm that normalises by the batch while the module is trained: not those of a frozen
     teacher, which an objective leaves in eval mode."""
-    before = module.training
+    modes = [(part, part.training) for part in module.modules()]  # a frozen backbone is in eval mode for some steps
     module.train()
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
     found = {name: layer for name, layer in layers.items() if layer.training or layer.running_mean is None}
-    module.train(before)
+    for part, mode in modes:
+        part.training = mode
     return found
 
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 def num_masked(patches: int, mask_ratio: float) -> int:
-    """How many of N patches are masked: N minus int(N · (1 − mask_ratio)) kept ones, as in MAE."""
-    return patches - int(patches * (1 - mask_ratio))
+    """How many of N patches are masked: N minus ⌊N · (1 − mask_ratio)⌋ kept ones, as in MAE. (In binary, N · (1 − 0.8)
+    is a little less than N / 5.)"""
+    return patches - int(patches * (1 - mask_ratio) + 1e-9)
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
@@ -42,9 +43,9 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 def block_masking(blocks: Tensor, noise: Tensor, grid: tuple[int, int], mask_ratio: float) -> tuple[Tensor, Tensor]:
     """(ids_keep int64 (B, K), mask bool (B, N)) of a mask of rectangles: BEiT, arXiv 2106.08254, algorithm 1.
 
-    blocks and noise: uniform (B, 16, 4) and (B, N), as for `block_order`.
+    blocks and noise: uniform (B, 16, 4, 4) and (B, N), as for `block_order`.
 
-    >>> ids_keep, mask = block_masking(torch.rand(1, 16, 4), torch.rand(1, 64), (8, 8), 0.4)
+    >>> ids_keep, mask = block_masking(torch.rand(1, 16, 4, 4), torch.rand(1, 64), (8, 8), 0.4)
     >>> ids_keep.shape, mask.sum(1)
     (torch.Size([1, 38]), tensor([26]))
     """
@@ -60,12 +61,14 @@ def random_order(noise: Tensor) -> Tensor:
 def block_order(blocks: Tensor, noise: Tensor, grid: tuple[int, int], count: int) -> Tensor:
     """An order of the patches, int64 (B, N), whose last `count` form rectangles. BEiT (arXiv 2106.08254), algorithm 1.
 
-    blocks: uniform (B, R, 4), the area, aspect, row and column of as many blocks as are laid, R = 16 in the recipes;
-    noise: uniform (B, N), the order within a block.
+    blocks: uniform (B, R, T, 4), the area, aspect, row and column of as many blocks as are laid, each in so many tries,
+    R = 16 and T = 4 in the recipes; noise: uniform (B, N), the order within a block.
 
     Block areas are uniform between 16/196 of the patches and what is still to be masked, aspects log-uniform in
-    [0.3, 1/0.3]. Blocks are laid one after the other; a patch's place in the order is the round that first covered it.
-    The block that would exceed the count is thus cut at random to exactly fit, where BEiT's generator may stop short.
+    [0.3, 1/0.3]; the first try that is less high and less wide than the grid is taken (masking_generator.py of BEiT),
+    or else the first one, cut to the grid. Blocks are laid one after the other; a patch's place in the order is the
+    round that first covered it. The block that would exceed the count is thus cut at random to exactly fit, where
+    BEiT's generator may stop short.
     """
     height, width = grid
     device, rounds = noise.device, blocks.shape[1]
@@ -75,13 +78,14 @@ def block_order(blocks: Tensor, noise: Tensor, grid: tuple[int, int], count: int
     first_covered = torch.full((len(blocks), height, width), float(rounds), device=device)
     for t in range(rounds):
         left = (count - (first_covered < rounds).flatten(1).sum(1)).clamp(min=smallest)
-        area = smallest + blocks[:, t, 0] * (left - smallest)
-        aspect = torch.exp((2 * blocks[:, t, 1] - 1) * math.log(1 / 0.3))
+        area = smallest + blocks[:, t, :, 0] * (left - smallest)[:, None]
+        aspect = torch.exp((2 * blocks[:, t, :, 1] - 1) * math.log(1 / 0.3))
         h = (area * aspect).sqrt().round().clamp(1, height)
         w = (area / aspect).sqrt().round().clamp(1, width)
-        top = (blocks[:, t, 2] * (height - h + 1)).floor()
-        start = (blocks[:, t, 3] * (width - w + 1)).floor()
-        h, w, top, start = (v.view(-1, 1, 1) for v in (h, w, top, start))
+        top = (blocks[:, t, :, 2] * (height - h + 1)).floor()
+        start = (blocks[:, t, :, 3] * (width - w + 1)).floor()
+        first = ((h < height) & (w < width)).float().argmax(1, keepdim=True)
+        h, w, top, start = (v.gather(1, first).view(-1, 1, 1) for v in (h, w, top, start))
         block = (row >= top) & (row < top + h) & (column >= start) & (column < start + w)
         first_covered = torch.where(block & (first_covered == rounds), float(t), first_covered)
     return (first_covered.flatten(1) + noise).argsort(dim=1, descending=True, stable=True)
@@ -150,7 +154,7 @@ def next_patch(
     to which, bool (B, 1, P + N, P + N)).
 
     start: (B, 1) in [0, 1): the fraction of the patches that is given, at least one, which attend to each other (AIM's
-    prefix, arXiv 2401.08541, section 3.2). Prefix tokens attend to all and no patch to them, so that they leak nothing.
+    prefix, arXiv 2401.08541, section 4.2). Prefix tokens attend to all and no patch to them, so that they leak nothing.
     """
     patches = math.prod(grid)
     place = torch.arange(patches, device=start.device)

@@ -53,7 +53,7 @@ def budget(recipe: recipes.Recipe, objective: Objective, images: int) -> tuple[i
 def grey(
     objective: Objective, channels: int, labelled: bool, rows: int | None = None, device: torch.device | None = None
 ) -> Batch:
-    """A batch of so many grey images on the device; by default the smallest that the objective takes, on the CPU."""
+    """A batch of so many grey images on the device; by default two of the objective's groups of rows, on the CPU."""
     rows = rows or 2 * objective.micro_batch_multiple
     views = {
         name: torch.full((rows, *([view.count] if view.count else []), channels, *view.size), 0.5, device=device)

@@ -93,7 +93,7 @@ def mae_loss(
 
 def token_loss(logits: Float[Tensor, "*batch V"], tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Cross-entropy of each patch: logits (B, N, V) and tokens, int64 (B, N) → (B, N). BEiT (Bao et al. 2021, arXiv
-    2106.08254, equation 2) averages it over the masked patches: see `masked_mean`.
+    2106.08254, equation 1) averages it over the masked patches: see `masked_mean`.
 
     >>> token_loss(torch.zeros(1, 2, 8), torch.tensor([[3, 5]])).exp().round().tolist()
     [[8.0, 8.0]]
@@ -108,7 +108,7 @@ def dino_loss(
     student_temp: float = 0.1,
     teacher_temp: float = 0.04,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(DINO's loss, the teacher's entropy): Caron et al. 2021, arXiv 2104.14294, equation 2 and algorithm 1.
+    """(DINO's loss, the teacher's entropy): Caron et al. 2021, arXiv 2104.14294, equation 3 and algorithm 1.
 
         q    = softmax((teacher - center) / teacher_temp)       no gradient
         p    = softmax(student / student_temp)

@@ -17,7 +17,10 @@ TOKENS = ("pos_embed", "relative_position_bias_table", "freqs", "cls_token", "di
 POSITION_MLP = "cpb_mlp"  # makes Swin v2's relative positions
 SCALES = ("logit_scale", "temperature")  # of attention: one number for each head
 # timm's names of what follows the last block, and of positions that all blocks share; it puts both in a last layer
-BEHIND = ("norm", "fc_norm", "head", "head_dist", "aux_head", "conv_head", "fc", "classifier")
+BEHIND = (
+    *("norm", "attn_pool", "neck", "fc_norm", "head", "head_dist", "aux_head"),  # of ViTs
+    *("conv_head", "bn2", "fc", "classifier"),  # of CNNs
+)
 SHARED = ("rope", "shared_rel_pos")
 
 
@@ -107,7 +110,8 @@ def layer_ids(model: TimmModel) -> tuple[dict[str, int], int]:
     order, and last the final norm and the head (get_layer_id_for_vit in mae/util/lr_decay.py; timm has the norm in the
     last block's layer)."""
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    layers |= {name: 0 for name in layers if name.split(".")[0] in SHARED}
+    # timm 1.0.26 to 1.0.30 have the register tokens of some ViTs, or the norm before the blocks, behind these
+    layers |= {name: 0 for name in layers if name.split(".")[0] in (*SHARED, *TOKENS, "norm_pre")}
     last = 1 + max(layer for name, layer in layers.items() if name.split(".")[0] not in BEHIND)
     return {name: last if name.split(".")[0] in BEHIND else layer for name, layer in layers.items()}, last
 

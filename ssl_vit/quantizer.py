@@ -67,7 +67,7 @@ class Codebook(nn.Module):
         self.share.copy_(torch.bincount(self(vectors), minlength=size) / len(vectors))
 
     def forward(self, vectors: Float[Tensor, "*batch D"]) -> Int[Tensor, "*batch"]:
-        """Unit vectors (…, D) → tokens, int64 (…). In full precision: in bf16 one in thirty would be another code."""
+        """Unit vectors (…, D) → tokens, int64 (…). Without autocast: in bf16 one in thirty would be another code."""
         with full_precision(vectors):
             return (vectors.detach() @ self.codes.T).argmax(-1)
 

@@ -63,7 +63,8 @@ def rand_augment(images: Float[Tensor, "N 3 H W"], u: Float[Tensor, "N L 5"], ma
 def auto_contrast(x: Levels, strength: Tensor, sign: Tensor) -> Levels:
     """Each channel stretched to the whole range (PIL's ImageOps.autocontrast)."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    scale = 255 / (high - low).clamp(min=1).double()
+    span = (high - low).clamp(min=1).double()
+    scale = torch.full_like(span, 255) / span  # 255 / span would be 255 · (1 / span), which rounds otherwise
     return torch.where(high > low, (x * scale - low * scale).trunc().clamp(0, 255).to(x.dtype), x)
 
 
@@ -117,6 +118,8 @@ def brightness(x: Levels, strength: Tensor, sign: Tensor) -> Levels:
 
 def sharpness(x: Levels, strength: Tensor, sign: Tensor) -> Levels:
     """Away from, or towards, PIL's ImageFilter.SMOOTH, which leaves the edge as it is."""
+    if min(x.shape[2:]) < 3:  # all edge
+        return x
     kernel = constant((1, 1, 1, 1, 5, 1, 1, 1, 1), x.device, x.dtype).view(3, 3) / 13
     inner = F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
     smooth = x.clone()

@@ -59,7 +59,7 @@ class View:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
     solarize: float = 0.0
-    three_augment: bool = False  # instead of these three: exactly one of them (DeiT III, section 4; arXiv 2204.07118)
+    three_augment: bool = False  # instead of these three: exactly one of them (DeiT III, section 3.2; arXiv 2204.07118)
     rand_augment: float | None = None  # magnitude of timm's RandAugment, 0 to 10; None: without it
     interpolation: Interpolation = "bilinear"  # of the crop
     same_as: str | None = None  # has the box, flip and colours of the view of that name, at a size of its own
@@ -620,7 +620,7 @@ def rand_augment(
 
 
 def three_augment(size: tuple[int, int], flip: float, scale: tuple[float, float] = (0.08, 1.0)) -> ViewSpec:
-    """3-Augment (DeiT III, arXiv 2204.07118, section 4; deit/augment.py): grey, blur or solarize, then jitter."""
+    """3-Augment (DeiT III, arXiv 2204.07118, section 3.2; deit/augment.py): grey, blur or solarize, then jitter."""
     view = View(size, scale=scale, flip=flip, jitter=1.0, three_augment=True)
     return {"image": replace(view, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.0)}
 

@@ -16,7 +16,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ssl_vit import batch_norm, engine
+from ssl_vit import batch_norm, engine, optim
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Objective
 
@@ -78,6 +78,17 @@ def test_a_frozen_teacher_s_statistics_do_not_depend_on_the_batch():
     for mode in (True, False):
         assert free.train(mode).batch_statistics is None
         assert (free.training, free.student.training, free.teacher.training) == (mode, mode, False)
+
+
+@pytest.mark.parametrize("name", ["mae", "dino"])
+def test_a_look_for_batch_norm_leaves_a_frozen_backbone_in_eval_mode(name):
+    """A step that is repeated with fewer images at a time looks for it, and must be the same step."""
+    objective = small_objective(name)
+    optim.freeze(objective, 0, 10)
+    before = [part.training for part in objective.modules()]
+    assert set(before) == {True, False}
+    batch_norm.of_batches(objective)
+    assert [part.training for part in objective.modules()] == before
 
 
 def test_an_ema_teacher_normalises_by_its_batches():

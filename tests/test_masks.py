@@ -26,7 +26,7 @@ def random_order(draw: Draw, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def block_order(draw: Draw, grid: tuple[int, int], count: int, rounds: int = 16) -> torch.Tensor:
-    blocks, noise = draw.uniform("block mask", rounds, 4), draw.uniform("mask", math.prod(grid))
+    blocks, noise = draw.uniform("block mask", rounds, 4, 4), draw.uniform("mask", math.prod(grid))
     return corruption.block_order(blocks, noise, grid, count)
 
 
@@ -108,15 +108,16 @@ def first_blocks(grid: tuple[int, int], count: int) -> np.ndarray:
 
 def shapes(grid: tuple[int, int], count: int) -> np.ndarray:
     """Probability of each height and width of the first block, (H + 1, W + 1): BEiT's rule, integrated on a fine
-    lattice of areas, uniform from 16 in 196, and aspects, log-uniform from 0.3 to its inverse."""
+    lattice of areas, uniform from 16 in 196, and aspects, log-uniform from 0.3 to its inverse, of which only blocks
+    less high and less wide than the grid are taken."""
     middle = (np.arange(1500) + 0.5) / 1500
     smallest = 16 / 196 * math.prod(grid)
     area = (smallest + middle * (count - smallest))[:, None]
     aspect = np.exp(np.log(0.3) * (1 - 2 * middle))
-    height = np.clip(np.rint(np.sqrt(area * aspect)), 1, grid[0]).astype(int)
-    width = np.clip(np.rint(np.sqrt(area / aspect)), 1, grid[1]).astype(int)
+    height, width = (np.rint(np.sqrt(v)).astype(int) for v in (area * aspect, area / aspect))
+    fits = (height < grid[0]) & (width < grid[1])
     law = np.zeros((grid[0] + 1, grid[1] + 1))
-    np.add.at(law, (height, width), 1 / middle.size**2)
+    np.add.at(law, (height[fits], width[fits]), 1 / fits.sum())
     return law
 
 
@@ -133,13 +134,15 @@ def test_blocks_have_beit_s_areas_aspects_and_places(grid, count):
 
 
 def beit(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
-    """One mask by algorithm 1 of BEiT (arXiv 2106.08254), one block after another, the last cut at random to fit."""
+    """One mask by algorithm 1 of BEiT (arXiv 2106.08254), one block after another as in the official code, drawn again
+    where it does not fit the grid; the last cut at random to fit."""
     hidden, smallest = np.zeros(grid, dtype=bool), 16 / 196 * math.prod(grid)
     while (missing := count - hidden.sum()) > 0:
         area = rng.uniform(smallest, max(missing, smallest))
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        height = min(max(round(math.sqrt(area * aspect)), 1), grid[0])
-        width = min(max(round(math.sqrt(area / aspect)), 1), grid[1])
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height >= grid[0] or width >= grid[1]:
+            continue
         top, left = rng.integers(grid[0] - height + 1), rng.integers(grid[1] - width + 1)
         block = np.zeros(grid, dtype=bool)
         block[top : top + height, left : left + width] = True
@@ -166,6 +169,13 @@ def test_block_masks_cover_each_place_as_often_as_beit_s(grid, count):
 def test_block_masks_hide_the_exact_count_however_small(count):
     hidden_by(block_order(Draw(0, 0, torch.arange(300)), (8, 8), count), count)
     hidden_by(block_order(Draw(0, 0, torch.arange(300)), (2, 3), min(count, 5)), min(count, 5))
+
+
+def test_as_many_patches_are_masked_as_is_stated():
+    """In binary 25 · (1 - 0.8) is a little less than 5, and MAE's line would mask 21."""
+    for ratio in range(1, 10):
+        for patches in (10, 25, 49, 50, 64, 100, 196, 256):
+            assert corruption.num_masked(patches, ratio / 10) == patches - (patches * (10 - ratio)) // 10
 
 
 # -- what an objective asks for ---------------------------------------------------------------------------------------

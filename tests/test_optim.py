@@ -94,6 +94,22 @@ def test_positions_that_blocks_share_are_of_the_stem(name, head):
     assert shared == {0} and {layer for key, layer in layers.items() if key.startswith("head")} <= {4}
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_clip_224"])
+def test_tokens_and_a_first_norm_are_of_the_stem_whatever_timm_says(name, monkeypatch):
+    """Its pattern leaves out registers up to 1.0.27 and norm_pre up to 1.0.30, and puts both behind the last block."""
+    model = timm.create_model(name, depth=3, num_classes=3, reg_tokens=4)
+    older = dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+    monkeypatch.setattr(model, "group_matcher", lambda coarse: older)
+    layers, last = optim.layer_ids(model)
+    assert last == 4 and {layers[f"blocks.{i}.mlp.fc1.weight"] - i for i in range(3)} == {1}
+    assert {layers[key] for key in layers if key.startswith(("cls", "reg", "pos", "norm_pre", "patch_embed"))} == {0}
+
+
+def test_a_pool_behind_the_blocks_is_of_the_last_layer():
+    layers, last = optim.layer_ids(timm.create_model("naflexvit_base_patch16_siglip", depth=2, embed_dim=96))
+    assert last == 3 and {layers[key] for key in layers if key.startswith(("norm", "attn_pool"))} == {3}
+
+
 def test_a_head_outside_of_the_backbone_is_not_slowed():
     objective = small_objective("mae")
     scales = optim.layer_scales(objective, 0.5)

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import auto_augment
 
 from ssl_vit import randaugment
@@ -45,6 +45,23 @@ def test_an_operation_is_timm_s(name, monkeypatch):
         assert away.max() <= 1 and (away > 0).float().mean() < 0.01, setting
     if name not in ("AutoContrast", "Equalize", "Invert"):
         assert (made[-1] - images[-1]).abs().mean() > 3
+
+
+def test_every_span_of_levels_is_stretched_as_by_pil():
+    """Of 255 spans, 37 had a level that was one too low: 255 · (1 / span) is not 255 / span."""
+    levels = torch.arange(256.0)
+    for span in range(1, 256):
+        image = levels.clamp(max=span).view(1, 1, 1, -1).expand(1, 3, 1, 256)
+        expected = ImageOps.autocontrast(Image.fromarray(image[0].byte().permute(1, 2, 0).contiguous().numpy()))
+        found = randaugment.auto_contrast(image, levels, levels)
+        assert torch.equal(found[0, 0, 0], torch.from_numpy(np.array(expected))[0, :, 0].float()), span
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2)])
+def test_images_that_are_all_edge_are_as_sharp_as_they_were(size, monkeypatch):
+    image, amount = photos(1, size), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    expected = timm_s("SharpnessIncreasing", image[0], 1.0, 1, monkeypatch)
+    assert torch.equal(expected, image[0]) and torch.equal(randaugment.sharpness(image, amount, amount), image)
 
 
 def test_the_operations_are_timm_s_in_its_order():

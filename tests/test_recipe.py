@@ -228,6 +228,12 @@ def test_of_a_run_s_recipe_other_images_have_their_own_facts(of_run):
     assert read("data.img_size=16", recipe=run, data="cifar10").data.img_size == 16
 
 
+def test_a_part_of_an_epoch_is_not_rounded_up_by_its_binary_fraction():
+    """1.1 times 100 is a little above 110 there."""
+    assert [recipes.steps_in(1.1, n, b) for n, b in ((100, 10), (50_000, 500), (101, 10))] == [11, 110, 12]
+    assert recipes.steps_in(2.2, 100, 10) == 22 and recipes.steps_in(0.001, 100, 10) == 1
+
+
 def test_the_steps_of_a_run_s_epochs_are_counted_anew_where_an_epoch_is_another(of_run):
     run = of_run(read("train.epochs=4", "train.steps=8", "train.batch_size=5"))  # 4 passes over 9 images
     assert read(recipe=run).train.steps == read("optim.lr=0.1", recipe=run, data="digits").train.steps == 8

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import timm
@@ -226,6 +227,21 @@ def test_a_second_view_is_the_same_crop():
     made = views.augment(spec, smooth)
     small = F.avg_pool2d(made["image"], 2)
     assert (small - made["tokens"]).abs().mean() < 0.1 * (small - made["other"]).abs().mean()
+
+
+def test_a_second_view_of_another_size_is_as_blurred():
+    """Its sigma is in pixels of its own."""
+    recipe = small_recipe("beit", "views.augmentation=dino", "views.scale=[1,1]")
+    info = DatasetInfo((64, 64), 0.0, 5, recipe.views, 32)
+    half = type("Backbone", (), dict(input_size=(32, 32), evaluation_view=View((32, 32))))
+    spec = info.single_view() | info.second_view("tokens", half)
+    assert spec["image"].blur_sigma == (0.1, 2.0) and spec["tokens"].blur_sigma == (0.05, 1.0)
+    spec = {name: replace(view, blur=1.0, jitter=0, grey=0, solarize=0) for name, view in spec.items()}
+    images = (255 * torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))).byte()
+    smooth = F.avg_pool2d(images.float(), 3, 1, 1).byte()
+    made = views.augment(spec | dict(wrong=replace(spec["tokens"], blur_sigma=(0.1, 2.0))), smooth)
+    away = {name: (F.avg_pool2d(made["image"], 2) - made[name]).abs().mean() for name in ("tokens", "wrong")}
+    assert away["tokens"] < 0.5 * away["wrong"]
 
 
 # -- the tokens of a run as targets -----------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class BEiT(nn.Module):
         return self.head(vit.norm(vit.blocks(tokens)))
 
     def loss(self, images: Tensor, blocks: Tensor, noise: Tensor) -> Tensor:
-        """Of standardised images (B, C, H, W). blocks and noise: uniform (B, 16, 4) and (B, N), to lay the blocks."""
+        """Of standardised images (B, C, H, W). blocks and noise: uniform (B, 16, 4, 4), (B, N): to lay the blocks."""
         _, mask = corruption.block_masking(blocks, noise, self.grid, MASK_RATIO)
         per_patch = token_loss(self(images, mask), self.tokenizer(images))
         return masked_mean(per_patch, mask, corruption.num_masked(self.num_patches, MASK_RATIO))
@@ -93,7 +93,7 @@ def main() -> None:
     for step in range(steps):
         batch = train[torch.randint(len(train), (BATCH_SIZE,))]
         view = (views.augment(crops, batch, seed=0, step=step)["image"] - mean) / std
-        blocks = torch.rand(BATCH_SIZE, 16, 4, device=device)
+        blocks = torch.rand(BATCH_SIZE, 16, 4, 4, device=device)
         loss = model.loss(view, blocks, torch.rand(BATCH_SIZE, model.num_patches, device=device))
         optimizer.zero_grad()
         loss.backward()

@@ -3,7 +3,7 @@
     timm.create_model("ssl_vit_local_vit", img_size=32, patch_size=4, attn="axial", embed_dim=96, depth=4, num_heads=3)
 
 Axial: blocks attend in rows and in columns by turns, so that a pair of them is a block of Axial-ViT (ViT, arXiv
-2010.11929, appendix D.4). Windows: as in ViTDet (arXiv 2203.16527, section 3), with a global block every n-th. Prefix
+2010.11929, appendix D.6). Windows: as in ViTDet (arXiv 2203.16527, section 3), with a global block every n-th. Prefix
 tokens see everything and are seen by all.
 """
 

@@ -64,8 +64,10 @@ class DatasetInfo:
         if backbone.input_size == self.size:
             return {}
         view = self.single_view()["image"]
-        own = backbone.evaluation_view.interpolation
-        return {name: replace(view, size=backbone.input_size, interpolation=own, same_as="image")}
+        own, scale = backbone.evaluation_view.interpolation, backbone.input_size[0] / self.size[0]
+        low, high = view.blur_sigma  # in pixels of the view
+        sized = replace(view, size=backbone.input_size, blur_sigma=(scale * low, scale * high))
+        return {name: replace(sized, interpolation=own, same_as="image")}
 
 
 class Objective(nn.Module):

@@ -299,7 +299,7 @@ class Reconstruct(Objective):
         where some of them are replaced, kept or shuffled."""
         c = self.config
         if c.mask == "blocks":
-            blocks, noise = draw.uniform("block mask", 16, 4), draw.uniform("mask", math.prod(self.grid))
+            blocks, noise = draw.uniform("block mask", 16, 4, 4), draw.uniform("mask", math.prod(self.grid))
             order = corruption.block_order(blocks, noise, self.grid, self.num_masked)
             if c.replace_ratio or c.keep_ratio or c.corruption == "shuffle":
                 visible, masked = order.split((order.shape[1] - self.num_masked, self.num_masked), 1)
