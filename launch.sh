@@ -53,9 +53,9 @@ What a run does:
      lower bounds of pyproject.toml; its torch is kept. Later calls skip the
      set-up until pyproject.toml, setup.py, constraints.txt or the Python
      changes.
-  2. accelerate launch ssl_vit/pretrain.py --recipe RECIPE ARGUMENTS, on all
-     GPUs that torch can use, else on the CPU. If you have an 'accelerate
-     config', it is respected.
+  2. python ssl_vit/pretrain.py --recipe RECIPE ARGUMENTS, on a GPU if torch
+     can use one, on several by Accelerate, else on the CPU. If you have an
+     'accelerate config', it is respected.
   3. The same with train.steps=0: the control, random initialisation.
   4. python eval/knn.py: k-NN of the run beside the control and raw pixels.
      Images without labels: python eval/embed.py instead of 3 and 4.
@@ -341,14 +341,14 @@ run_recipe() {
     esac
   done
 
-  # when the run fails, its own message is the last, not the launcher's stack: -q for one process, launcher.py for several
-  launch=(accelerate launch -q)
+  # a single process needs no launcher; launcher.py, unlike accelerate's, waits for processes that save
+  launch=(python)
   config=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/accelerate/default_config
-  if [ ! -f "$config.yaml" ] && [ ! -f "$config.json" ]; then  # what is left open here, it warns about
-    launch+=(--num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no)
-    [ "$processes" -eq 1 ] || launch=(python "${here}ssl_vit/launcher.py" "${launch[@]:2}" --multi_gpu)
-  else
+  if [ -f "$config.yaml" ] || [ -f "$config.json" ]; then
     launch=(python "${here}ssl_vit/launcher.py" -q)
+  elif [ "$processes" -gt 1 ]; then  # what is left open here, it warns about
+    launch=(python "${here}ssl_vit/launcher.py" --num_processes "$processes" --num_machines 1)
+    launch+=(--mixed_precision no --dynamo_backend no --multi_gpu)
   fi
 
   # The control is the same run without what would give it trained weights or the same folder.

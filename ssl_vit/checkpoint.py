@@ -42,7 +42,7 @@ class Run:
         refusal = "wait for it, or pass another --output."
         lock = files.Lock(self.path / ".lock", wait=False, refusal=refusal, remedy="Choose another --output.")
         self._lock = lock.__enter__()
-        for folder in ("checkpoints", "backbones"):  # of a process that was killed while it wrote
+        for folder in (".", "checkpoints", "backbones"):  # of a process that was killed while it wrote
             for left in (self.path / folder).glob(f"*{files.PARTIAL}"):
                 files.remove(left)
 
@@ -150,8 +150,9 @@ class Run:
         return lines
 
     def cut_log(self, step: int) -> dict[str, Any]:
-        """Drop lines logged after `step` or half written. Returns the last remaining line that has seconds, or {}."""
-        lines = [line for line in self.read_log() if line["step"] <= step]
+        """Drop lines logged after `step` or half written, and all if the run begins again. Returns the last remaining
+        line that has seconds, or {}."""
+        lines = [line for line in self.read_log() if step and line["step"] <= step]
         files.write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
         return next((line for line in reversed(lines) if "seconds" in line), {})
 

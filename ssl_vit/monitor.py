@@ -68,7 +68,7 @@ def _start_trackers(accelerator: Accelerator, path: Path, config: dict, done: in
     accelerator.init_trackers(
         "ssl_vit",
         init_kwargs=dict(
-            tensorboard=dict(purge_step=done + 1) if done else {},
+            tensorboard=dict(purge_step=done + 1 if done else 0),  # what a process that was killed wrote after that
             wandb=dict(name=name, id=record, resume="allow"),
             trackio=dict(name=record, resume="allow", config=config),
             swanlab=dict(experiment_name=name),
@@ -198,14 +198,14 @@ class Monitor:
             mininterval=1.0,
         )
 
-    def step(self, step: int, scalars: dict[str, Tensor], lr: float) -> None:
-        """After optimizer step `step` (from 0): collect, and write a line where one is due."""
+    def step(self, step: int, scalars: dict[str, Tensor], lr: float, stops: bool = False) -> None:
+        """After optimizer step `step` (from 0): collect, and write a line where one is due, or the run stops."""
         self.losses.append((step, scalars["loss"]))
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.steps += 1
         self.bar.update()
-        if (step + 1) % self.recipe.monitor.log_every == 0 or step + 1 == self.total:
+        if stops or (step + 1) % self.recipe.monitor.log_every == 0 or step + 1 == self.total:
             self.check_finite()
             self._line(step + 1, lr)
         if self.accelerator.is_main_process and (text := self.estimate.step(step + 1, self._clock(), self._settled)):

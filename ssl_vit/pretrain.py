@@ -145,7 +145,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             saver.look()
 
             scalars |= dict(grad_norm=engine.plain(norm)) if norm is not None else {}
-            watch.step(step, scalars, now)
+            watch.step(step, scalars, now, asked.stop)
             at = step + 1
             keeps = recipe.runtime.keep_every and at % recipe.runtime.keep_every == 0
             if keeps or (knn and watched(at)):
@@ -271,9 +271,20 @@ def resolved(
             precision=recipe.train.precision,
             labelled=objective.labelled,
             frozen_steps=recipe.frozen_steps(objective.labelled),
+            given_weights=given_weights(objective, bool(start)),
         ),
         images=dict(fingerprint=images.fingerprint, count=len(images), split=images.split, classes=images.classes),
     )
+
+
+def given_weights(objective: Objective, started: bool) -> str | None:
+    """What identifies the weights that a run does not make itself: those that it starts from, and of frozen teachers
+    and tokenizers. A run whose source was trained anew must not go on as if it had been that one."""
+    if not started and not objective.inherited and not objective.published:
+        return None
+    loaded = {id(weight) for weight in objective.backbone.parameters()} if started else set()
+    everything = objective.state_dict(keep_vars=True).items()
+    return weights.digest_of({n: t for n, t in everything if not t.requires_grad or id(t) in loaded})
 
 
 def identity(settings: dict) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+import ssl_vit
 from ssl_vit.errors import UserError
 
 # what asks a process to stop: schedulers (Slurm, docker, systemd, timeout), Ctrl-C, a warning before time is up, and a
@@ -27,8 +28,10 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked: int | None = None
-        # accelerate launch dies of SIGTERM without passing it on to its one child
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        # accelerate launch dies of SIGTERM without passing it on to its one child, and so does a killed torchrun
+        launched = not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ)
+        own, parent = ssl_vit.STARTED
+        self._launcher = (parent if own == os.getpid() else os.getppid()) if launched else None
 
     def __enter__(self) -> "StopSignal":
         """From here on a signal waits for the step; before the first step there is nothing to save."""

@@ -1,5 +1,6 @@
 """Where images come from: layouts, formats, splits, the cache, and the same views from memory and from workers."""
 
+import gc
 import io
 import os
 import pickle
@@ -502,6 +503,20 @@ def test_an_image_that_breaks_later_is_one_sentence(folder, workers):
     with pytest.raises(UserError, match=r"dog/2\.png cannot be decoded") as error:
         list(data.chunks(images, SPECS["none"], plan(16, 16, 1), 0, CPU, workers))
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_decoding_processes_leave_no_open_files(folder):
+    """Online k-NN starts some at every evaluation, and a process may have a thousand files."""
+    images = load(folder, cache_gb=0)
+
+    def decode():
+        list(data.chunks(images, SPECS["none"], plan(16, 16, 1), 0, CPU, 2))
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    decode()
+    before = decode()
+    assert [decode() for _ in range(3)] == [before] * 3
 
 
 class _Kill:

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,9 +175,56 @@ def test_sigterm_saves_first(tmp_path):
     assert started.kill(signal.SIGTERM) == 143
     assert "The same command resumes from there." in started.said
     [saved] = (stopped / "checkpoints").iterdir()
-    assert 2 <= int(re.findall(r"\d+", saved.name)[0]) < 100
+    at = int(re.findall(r"\d+", saved.name)[0])
+    assert 2 <= at < 100
     run(tmp_path, *arguments("mae", steps, "--output", str(stopped)))
     assert (stopped / "backbone/model.safetensors").read_bytes() == (whole / "backbone/model.safetensors").read_bytes()
+
+
+def test_a_run_that_stops_logs_what_it_did_since_the_last_line(tmp_path):
+    """Else its seconds are lost, and the first line after it resumes is a mean of fewer steps than it says."""
+    asked = arguments("mae", "train.steps=1000000", "runtime.save_every=1000000", "monitor.log_every=50")
+    started = Started(tmp_path, *asked, "--output", "run")
+    until(lambda: steps_done(tmp_path / "run") >= 50)
+    assert started.kill(signal.SIGTERM) == 143
+    [saved] = (tmp_path / "run/checkpoints").iterdir()
+    *before, last = log_of(tmp_path / "run")
+    assert last["step"] == int(re.findall(r"\d+", saved.name)[0])
+    assert last["seconds"] >= max(line["seconds"] for line in before)
+
+
+def test_what_a_run_wrote_before_its_first_checkpoint_is_not_there_twice(tmp_path):
+    """A continued run has k-NN at step 0, too."""
+    run(tmp_path, *arguments("mae", "train.steps=1", "--output", "start"))
+    asked = arguments("mae", "train.steps=60", "monitor.trackers=tensorboard", "monitor.knn_every=2")
+    asked += ["runtime.save_every=1000", "--init-from", "start", "--output", "run"]
+    slow = Started(tmp_path, *asked)
+    until(lambda: steps_done(tmp_path / "run") >= 3)
+    assert slow.kill() == -signal.SIGKILL
+    run(tmp_path, *asked)
+    expected = list(range(0, 61, 2))
+    assert [line["step"] for line in log_of(tmp_path / "run") if "knn" in line] == expected
+    [folder] = {file.parent for file in (tmp_path / "run").rglob("events*") if "hparam" not in str(file)}
+    assert [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("online/knn")] == expected
+
+
+def test_a_folder_whose_first_process_was_killed_while_it_wrote_the_recipe_is_begun_anew(tmp_path):
+    (tmp_path / "recipe.yaml.partial").write_text("recipe: mae")
+    lock = checkpoint.Run(tmp_path)
+    lock.lock()
+    assert claimed(tmp_path, 0, "a")[0]["recipe"] == "mae"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_start_that_was_trained_anew_is_another_run(tmp_path):
+    asked = arguments("mae", "--init-from", "start", "--output", "run")
+    run(tmp_path, *arguments("mae", "train.steps=2", "--output", "start"))
+    run(tmp_path, *asked)
+    assert "is finished" in run(tmp_path, *asked).said
+    shutil.rmtree(tmp_path / "start")
+    run(tmp_path, *arguments("mae", "train.steps=2", "train.seed=5", "--output", "start"))
+    other = Started(tmp_path, *asked)
+    assert other.wait() == 2 and "is a run with other settings (resolved.given_weights)" in other.said
 
 
 def test_backbones_on_the_way_are_kept_for_the_evaluators(tmp_path, monkeypatch):

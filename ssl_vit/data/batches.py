@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -151,9 +152,18 @@ def _start(loader: DataLoader) -> Iterator:
     finally:
         signal.signal(signal.SIGCHLD, ended)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    # at exit Python would send the remaining workers SIGTERM, which they ignore, and wait for them
-    atexit.register(_kill, getattr(batches, "_workers", []))
+    _running.add(batches)
     return batches
+
+
+_running: weakref.WeakSet[Iterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    """At exit Python would send the remaining workers SIGTERM, which they ignore, and wait for them."""
+    for batches in _running:
+        _kill(getattr(batches, "_workers", []))
 
 
 def _kill(workers: list[BaseProcess]) -> None:

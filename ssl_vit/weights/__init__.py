@@ -1,7 +1,7 @@
 """Weights in (loading.py, and foreign.py for those of other codes) and out (saving.py)."""
 
 from ssl_vit.weights.loading import initialise, load, shape
-from ssl_vit.weights.saving import digest, save
+from ssl_vit.weights.saving import digest, digest_of, save
 from ssl_vit.weights.source import parse, resolved
 
-__all__ = ["digest", "initialise", "load", "parse", "resolved", "save", "shape"]
+__all__ = ["digest", "digest_of", "initialise", "load", "parse", "resolved", "save", "shape"]

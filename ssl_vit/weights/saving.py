@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ssl_vit import files
 from ssl_vit.backbones import Backbone
@@ -48,8 +49,14 @@ def save(backbone: Backbone, folder: Path, classes: list[str] | None = None) -> 
 
 def digest(backbone: Backbone) -> str:
     """The SHA-256 of all that the features of a backbone depend on: architecture, weights, mean and std."""
-    found = hashlib.sha256(json.dumps([type(backbone.model).__name__, backbone.args], default=str).encode())
-    for name, tensor in [*backbone.model.state_dict().items(), ("mean", backbone.mean), ("std", backbone.std)]:
+    tensors = backbone.model.state_dict() | dict(mean=backbone.mean, std=backbone.std)
+    return digest_of(tensors, json.dumps([type(backbone.model).__name__, backbone.args], default=str))
+
+
+def digest_of(tensors: dict[str, Tensor], about: str = "") -> str:
+    """The SHA-256 of a text and of tensors with their names, in order; the same on every device."""
+    found = hashlib.sha256(about.encode())
+    for name, tensor in tensors.items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
