@@ -120,7 +120,7 @@ class Plan:
     def resume(self) -> None:
         """Read what earlier calls measured, and forget what rows of other images of that name have replaced since."""
         file = self.folder / "measured.json"
-        self.measured = json.loads(file.read_text()) if file.exists() else {}
+        self.measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for mark, (folder, _, how, protocol) in zip(self.marks, self.ways, strict=True):
             before = self.measured.get(mark.name)
             if before is not None and before != self._tested_on(folder, how, protocol):

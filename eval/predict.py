@@ -97,7 +97,7 @@ def class_names(source: features.Source) -> list[str]:
     names = source.settings.get("images", {}).get("classes")
     config = Path(source.name) / "config.json"
     if names is None and config.is_file():
-        told = json.loads(config.read_text())
+        told = json.loads(config.read_text(encoding="utf-8"))
         labels = told.get("id2label")
         names = told.get("label_names") or (labels and [labels[key] for key in sorted(labels, key=int)])
     names = [str(i) for i in range(count)] if names is None else list(map(str, names))

@@ -57,7 +57,9 @@ def main() -> None:
     decided = (evidence, decide(evidence)) if evidence else None
     title, blocks, mains = report(groups, eval_sets, dense, command, study, decided)
     old = args.output / "report.md"
-    earlier = re.findall(r"^!\[.*\]\(([\w.-]+)\.svg\)$", old.read_text() if old.exists() else "", re.MULTILINE)
+    earlier = re.findall(
+        r"^!\[.*\]\(([\w.-]+)\.svg\)$", old.read_text(encoding="utf-8") if old.exists() else "", re.MULTILINE
+    )
     drawn = charts_in(blocks)
     for name, svg in drawn.items():
         files.write(args.output / f"{name}.svg", svg)

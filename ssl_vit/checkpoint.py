@@ -37,6 +37,19 @@ class Run:
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
+    def enter(self, settings: dict[str, Any], config: type[Any], ledger: dict[str, Any]) -> None:
+        """Become the only writer of a run with these settings and images. A finished one is only read, so that it may
+        lie where nothing can be written.
+
+        Raises UserError as `lock` and `claim` do.
+        """
+        if self.finished:
+            self.claim(settings, config)
+            return
+        self.lock()
+        self.claim(settings, config)
+        files.write(self.path / "images.json", json.dumps(ledger, indent=1, ensure_ascii=False))
+
     def lock(self) -> None:
         """Become the only writer until the process ends. Raises UserError with the holder's pid and machine."""
         refusal = "wait for it, or pass another --output."
@@ -142,7 +155,7 @@ class Run:
         """The lines logged, up to the first that is half written."""
         lines: list[dict[str, Any]] = []
         if self.log_file.exists():
-            for text in self.log_file.read_text().splitlines():
+            for text in self.log_file.read_text(encoding="utf-8").splitlines():
                 try:
                     lines.append(json.loads(text))
                 except json.JSONDecodeError:

@@ -77,7 +77,7 @@ def launchable(name: str) -> list[str]:
 
 def summary(name: str) -> str:
     """The first line of a command's docstring. The command is not imported, which would take seconds."""
-    return str(ast.get_docstring(ast.parse(script(name).read_text()))).splitlines()[0]
+    return str(ast.get_docstring(ast.parse(script(name).read_text(encoding="utf-8")))).splitlines()[0]
 
 
 def own_words(text: str) -> str:

@@ -79,7 +79,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
             project_dir=path,
             dynamo_backend="no",  # of `accelerate config`: it would turn TF32 on and compile the whole model
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(f"Accelerator() failed: {' '.join(str(error).split())[:300]}") from None
     system.set_products(precision)
     absent = [name for name in names if name not in map(str, accelerator.log_with)]
@@ -128,6 +128,14 @@ def resolve_precision(recipe: recipes.Recipe, path: Path | None = None) -> syste
     cuda = not told_to_use_cpu() and torch.cuda.is_available()
     recipe.train.precision = found = system.precision(recipe.train.precision, cuda)
     return found
+
+
+def check_none_failed(failed: UserError | None) -> None:
+    """Raises UserError on all processes if one of them has failed before they were a group."""
+    found = gather_object([failed and failed.sentences])
+    first = next((sentences for sentences in found if sentences), None)
+    if first:
+        raise UserError(*first)
 
 
 def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:

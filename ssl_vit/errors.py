@@ -3,6 +3,7 @@
 import difflib
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from ssl_vit import peers
 
 BUSY = 75  # the exit code after Busy: sysexits.h's EX_TEMPFAIL, for what may be tried again
+# of paths: no right to enter a folder, a link to itself, a name that is too long, a server that is gone
+REFUSED = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE)
 
 
 class UserError(Exception):
@@ -69,12 +72,17 @@ def listed(words: Sequence[str]) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2, or BUSY after Busy.
+    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2, or BUSY after Busy. So
+    does a path that the system refuses, wherever it does.
 
     Of several processes the first that fails speaks for all, and each ends at once: what is left undone may wait for
     one that has gone.
     """
     message = ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a terminal's encoding lacks a letter
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         if peers.strangers():
             raise UserError(peers.introduction())
@@ -87,9 +95,13 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
         code = 141
     except Exception as error:
-        if not peers.several():
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            message = f"error: {error.filename} cannot be used ({error.strerror}): mend that, or name another path."
+            code = 2
+        elif peers.several():
+            message, code = peers.message(error), 1
+        else:
             raise
-        message, code = peers.message(error), 1
     if message and peers.failed_first():
         print(f"\n{message}" if peers.several() else message, file=sys.stderr)  # below the first one's progress bar
     if code in (1, 2, BUSY) and peers.several():
@@ -97,6 +109,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _at_home(argument: str) -> str:
+    """KEY=~/PATH with the home folder: shells replace a ~ at the beginning of a word alone."""
+    key, equals, value = argument.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
 
 
 def say(text: str) -> None:

@@ -60,7 +60,7 @@ def export(
             words += [option, str(value)] if value else []
         name = run.resolve().name if run else Path(weights.parse(source).where).name
         text = model_card.card(name, backbone, to, run, settings, names, licence, shlex.join(words), kind)
-        (folder / "README.md").write_text(text)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return target
 
 
@@ -83,9 +83,9 @@ def write(
             tensors, config = to_hugging_face.convert(backbone, classes)
         folder.mkdir()
         save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
-        (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
+        (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
         processor = to_hugging_face.processor(backbone)
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1), encoding="utf-8")
         return str(config["architectures"][0])
     folder.mkdir()
     if to == "onnx":
@@ -164,7 +164,7 @@ def main() -> None:
 def lines_of(file: Path) -> list[str]:
     """The lines of a text file that are not empty. Raises UserError if it cannot be read."""
     try:
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): pass a text with a class name on every line.") from None
 

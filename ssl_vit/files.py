@@ -98,13 +98,15 @@ class Lock:
             try:
                 self._lock.acquire(timeout=PATIENCE if self.wait else 0)
             except filelock.Timeout:
-                holder = f"process {self.holder.read_text()}" if self.holder.exists() else "another process"
+                holder = (
+                    f"process {self.holder.read_text(encoding='utf-8')}" if self.holder.exists() else "another process"
+                )
                 held = f"{self.file.parent} is being written by {holder}"
                 if not self.wait:
-                    raise Busy(f"{held}: {self.refusal}") from None
+                    raise Busy(f"{held}: {self.refusal}{self._elsewhere(holder)}") from None
                 say(f"{held}: waiting for it.")
                 self._lock.acquire()
-            self.holder.write_text(f"{os.getpid()} on {platform.node()}")
+            self.holder.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
         except OSError as error:
             self._lock.release()
             raise cannot_write(self.file.parent, error, self.remedy) from None
@@ -112,6 +114,10 @@ class Lock:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+
+    def _elsewhere(self, holder: str) -> str:
+        """What else helps if the holder is on another machine: some file systems keep the lock of one that is gone."""
+        return "" if holder.endswith(f" on {platform.node()}") else f" If it is gone, delete {self.file}."
 
 
 def fingerprint(value: object, digits: int = 6) -> str:

@@ -202,7 +202,7 @@ def choose_micro_batch_size(
     if asked != "auto":
         return in_groups(min(asked, local_batch_size), together)
     name = overview.name_of(devices.device)
-    found: list[dict[str, int]] = [json.loads(file.read_text()) for file in path.glob("memory-*.json")]
+    found: list[dict[str, int]] = [json.loads(file.read_text(encoding="utf-8")) for file in path.glob("memory-*.json")]
     limits = [limit[name] for limit in found if name in limit]
     at_most = in_groups(min([devices.images_at_a_time or local_batch_size, *limits, local_batch_size]), together)
     parts = math.ceil(local_batch_size / at_most)

@@ -95,7 +95,7 @@ def _data(run: Path) -> str:
     file = run / "images.json"
     if not file.exists():
         return ""
-    entry = json.loads(file.read_text())
+    entry = json.loads(file.read_text(encoding="utf-8"))
     part = f" of {entry['used_of_split']:,}" if "used_of_split" in entry else ""
     lines = [f"- {entry['title']}: {entry['used']:,} images{part} used, {len(entry['broken'])} broken left out"]
     for key, words in (("formats", "formats"), ("modes", "modes"), ("labels_per_class", "images per class")):
@@ -114,7 +114,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     run that was fine-tuned, told by the name of the training."""
     fine_tuned = run.parent.name == "finetune"
     file = (run.parent.parent if fine_tuned else run) / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     rows = [row for row in rows if row["metric"] == "accuracy"]
     if not fine_tuned:
         return [row for row in rows if not row["protocol"].startswith("finetune")]

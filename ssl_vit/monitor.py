@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import secrets
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ def _id(path: Path) -> str:
     if not file.exists():
         begun = (path / "log.jsonl").exists()
         files.write(file, f"{zlib.crc32(bytes(path.resolve())):x}" if begun else secrets.token_hex(4))
-    return file.read_text()
+    return file.read_text(encoding="utf-8")
 
 
 def plain(settings: dict) -> dict[str, bool | int | float | str]:
@@ -195,7 +196,7 @@ class Monitor:
             unit="step",
             dynamic_ncols=True,
             disable=not accelerator.is_main_process or not total,
-            mininterval=1.0,
+            mininterval=1.0 if sys.stderr.isatty() else 60.0,
         )
 
     def step(self, step: int, scalars: dict[str, Tensor], lr: float, stops: bool = False) -> None:
@@ -278,7 +279,8 @@ class Monitor:
             return
         self.bar.set_postfix_str(
             f"loss {scalars['loss']:.4f}, lr {lr:.2e}, {images:,.0f} images/s, {flops / 1e12:.3g} TFLOP/s, "
-            f"data wait {waited / elapsed:.0%}"
+            f"data wait {waited / elapsed:.0%}",
+            refresh=False,
         )
         if self.accelerator.device.type == "cuda":
             scalars["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

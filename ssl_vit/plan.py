@@ -182,7 +182,7 @@ def products(recipe: recipes.Recipe, gpu: str) -> tuple[system.Precision, float]
 
 def parse(text: str) -> tuple[int, str]:
     """(devices, kind) of such as 8xA100 or H100. Raises UserError with the kinds there are."""
-    found = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
+    found = re.fullmatch(r"(?:(\d+)x)?(.*)", text)
     assert found is not None
     devices, gpu = int(found[1] or 1), found[2]
     if gpu not in GPUS or not devices:

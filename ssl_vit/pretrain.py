@@ -37,6 +37,7 @@ from ssl_vit import (
     objectives,
     optim,
     overview,
+    peers,
     pictures,
     plan,
     system,
@@ -65,9 +66,10 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     stop = system.StopSignal()
     system.prepare(recipe.runtime.num_threads)
     # before the processes form a group: decoding may take longer than a group waits
-    images = data.load(recipe.data, "train")
-    recipe.add_dataset_info(images.info())
+    images, failed = load(recipe)
     accelerator = engine.start(recipe, path)
+    engine.check_none_failed(failed)
+    images = known(images)
     device, processes, first = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     images = images.to(device)
 
@@ -83,9 +85,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     settings = resolved(recipe, images, objective, accelerator, flops_per_image)
     engine.check_same(accelerator, identity(settings))
     if first:
-        run.lock()
-        run.claim(settings, type(recipe.objective))
-        files.write(path / "images.json", json.dumps(images.ledger, indent=1, ensure_ascii=False))
+        run.enter(settings, type(recipe.objective), images.ledger)
     [(finished, begun)] = broadcast_object_list([(run.finished, bool(run.checkpoints())) if first else (False, False)])
     engine.check_shared(accelerator, path)
     if finished:
@@ -131,7 +131,7 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
             except UserError:  # a broken image, a decoding process that died
                 if processes == 1 and step > saver.saved:
                     saver.save(step)
-                    say(f"Saved after step {step} of {total}.")
+                    say(f"Saved after step {step} of {total}; with other images, or this one mended, start a new run.")
                 raise
             optim.freeze(objective, step, frozen)
             scalars = gradients(step, total, chunks)
@@ -185,6 +185,19 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
 def read(recipe: str, settings: list[str], data: str | None) -> recipes.Recipe:
     """The recipe of that name or file with these `key=value`, checked against its objective's own settings too."""
     return recipes.read(recipe, settings, data, lambda name: objectives.find(name).Config)
+
+
+def load(recipe: recipes.Recipe) -> tuple[data.ImageSet | None, UserError | None]:
+    """(the training images, or why there are none). One process raises that; several tell it to each other, as the
+    machines of a group may have different images, and none must wait for one that has gone."""
+    try:
+        images = data.load(recipe.data, "train")
+    except UserError as error:
+        if not peers.several():
+            raise
+        return None, error
+    recipe.add_dataset_info(images.info())
+    return images, None
 
 
 def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:
@@ -294,7 +307,7 @@ def identity(settings: dict) -> dict[str, str]:
     return dict(
         images=settings["images"]["fingerprint"],
         settings=files.fingerprint(own),
-        code=files.fingerprint([torch.__version__, *(file.read_text() for file in code)]),
+        code=files.fingerprint([torch.__version__, *(file.read_text(encoding="utf-8") for file in code)]),
     )
 
 

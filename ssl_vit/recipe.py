@@ -529,7 +529,7 @@ class _Once(yaml.SafeLoader):
 
 def _load(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(), _Once) or {}
+        return yaml.load(path.read_text(encoding="utf-8"), _Once) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not text, or a date that no calendar has
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -27,7 +27,7 @@ def help_text(recipe: recipes.Recipe | None = None) -> str:
 
 def headline(path: Path) -> str:
     """The first line of a recipe's file if it is a comment, else ''."""
-    first = path.read_text().partition("\n")[0]
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ") if first.startswith("#") else ""
 
 

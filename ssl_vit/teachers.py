@@ -59,7 +59,7 @@ def cost(text: str) -> dict[str, float]:
     if not (run / "recipe.yaml").exists():
         return {}
     log = run / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
     settings = recipes.read_settings(run / "recipe.yaml")
     counted: dict[str, float] | None = settings.get("runtime", {}).get("started_from")

@@ -1,5 +1,7 @@
 """A user's mistake: one sentence that names the thing and the remedy, exit code 2, no traceback."""
 
+import errno
+import functools
 import os
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from test_loop import ROOT, environment
 from eval.compare import runs
 from eval.measure import features
 from eval.schedule import trainings
-from ssl_vit import data, engine, errors, pretrain
+from ssl_vit import data, engine, errors, files, pretrain
 from ssl_vit import recipe as recipes
 
 TINY = ["backbone.embed_dim=16", "backbone.depth=1", "backbone.num_heads=2", "monitor.trackers=none"]
@@ -192,6 +194,48 @@ def test_unwritable_cache(run, monkeypatch):
     broken = run("--data", "set", "data.cache_gb=0", "data.img_size=8", "data.skip_broken=true")
     refused(broken, "SSL_VIT_CACHE")
     assert "cache_gb" not in broken[2]  # which would not help
+    monkeypatch.setenv("SSL_VIT_CACHE", "filled")
+    assert run("--data", "set", "--output=out")[0] == 0
+    monkeypatch.setattr(files.Lock, "__enter__", lambda lock: pytest.fail("locked"))  # another's folder
+    assert run("--data", "set", "--output=out")[0] == 0  # which is finished, and only read
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ELOOP, errno.ESTALE])
+def test_a_path_that_the_system_refuses_is_one_sentence(number, capsys):
+    """Such as a folder that may not be entered, wherever it is met first; a disk that fails keeps its traceback."""
+    for refusing in (errno.EIO, number):
+        with pytest.raises(SystemExit if refusing == number else OSError) as ended:
+            errors.run(functools.partial(fail, refusing))
+    assert ended.value.code == 2
+    said = f"error: closed/own cannot be used ({os.strerror(number)}): mend that, or name another path."
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+def fail(number: int) -> int:
+    raise OSError(number, os.strerror(number), "closed/own")
+
+
+def test_a_name_that_is_too_long_is_one_sentence(run):
+    refused(run(f"--output={'a' * 300}"), "a" * 300, "cannot be used (File name too long)")
+
+
+def test_a_link_to_itself_among_the_images_is_no_image(run):
+    save("set/train/{i}.png", count=4)
+    os.symlink("loop", "set/train/loop")
+    code, said, _ = run("--data", "set")
+    assert code == 0 and "4 images" in said
+
+
+def test_a_home_folder_within_a_word_is_that_of_the_user(run, monkeypatch):
+    """No shell replaces it there."""
+    monkeypatch.setenv("HOME", os.getcwd())
+    assert run("--output=~/first")[0] == 0 and Path("first/recipe.yaml").exists() and not Path("~").exists()
+    assert run("backbone.init_from=~/first", "--output=~/second")[0] == 0
+
+
+def test_an_engine_that_lacks_its_library_is_one_sentence(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    refused(run(), "Accelerator() failed: Megatron")
 
 
 @pytest.mark.parametrize("arguments", [["--data", "nobody/nothing"], ["--data", "set", "data.cache_gb=0"]])

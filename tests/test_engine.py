@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from several import Several
 from test_loop import ROOT, SCRIPT, TINY, Started, arguments, launched, log_of, run, steps_done, until
 
-from ssl_vit import checkpoint, engine, errors, gradients, peers, pretrain, shards
+from ssl_vit import checkpoint, data, engine, errors, gradients, peers, pretrain, shards
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.reconstruct import Reconstruct
 
@@ -224,6 +224,21 @@ def test_the_launcher_of_launch_sh_adds_no_stack(settings, code, said, tmp_path)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == code, text
     assert text.count(said) == 1 == text.count("error:") and "Traceback" not in text and "torch" not in text
+
+
+def test_a_process_without_the_images_ends_the_others_too(tmp_path, monkeypatch):
+    """On another machine no launcher would."""
+    load = data.load
+
+    def lacking(config, role, *more, **others):
+        if os.environ.get("RANK") == "1":
+            raise UserError("There is no folder here.")
+        return load(config, role, *more, **others)
+
+    monkeypatch.setattr(data, "load", lacking)
+    several = started(tmp_path, "mae", "ddp", "--output", "run")
+    assert several.wait(90) == [2, 2], several.said
+    assert several.said.count("error: There is no folder here.") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tmp_path, monkeypatch):

@@ -95,6 +95,9 @@ def test_the_holder_of_a_lock_is_named(tmp_path):
         assert held.wait(60)
         with pytest.raises(Busy, match=rf"being written by process {child.pid} on .*: pass another --output"):
             files.Lock(tmp_path / ".lock", wait=False, refusal="pass another --output.").__enter__()
+        (tmp_path / ".lock.holder").write_text("7 on another")
+        with pytest.raises(Busy, match=rf"process 7 on another: .* If it is gone, delete {tmp_path / '.lock'}"):
+            files.Lock(tmp_path / ".lock", wait=False).__enter__()
     finally:
         release.set()
         child.join()

@@ -25,9 +25,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 from tqdm import tqdm
 
+import ssl_vit
 from eval import knn
 from eval.measure import results
-from ssl_vit import checkout, checkpoint, data, errors, gradients, monitor, overview, pretrain, weights
+from ssl_vit import checkout, checkpoint, data, errors, gradients, monitor, overview, pretrain, system, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -672,6 +673,19 @@ def test_launchers_give_the_same_bytes_and_threads(tmp_path):
     assert threads == [len(os.sched_getaffinity(0))] * 2
     plain, other = (tmp_path / n / "backbone" / "model.safetensors" for n in ("plain", "accelerate"))
     assert plain.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("told", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_a_launcher_that_died_while_torch_was_loaded_is_noticed(told, monkeypatch):
+    monkeypatch.setenv(told, "no")
+    assert not system.StopSignal().requested
+    monkeypatch.setattr(ssl_vit, "STARTED", (os.getpid(), os.getppid() + 1))
+    assert system.StopSignal().requested
+    monkeypatch.setattr(ssl_vit, "STARTED", (os.getpid() + 1, os.getppid() + 1))  # forked since
+    assert not system.StopSignal().requested
+    monkeypatch.delenv(told)
+    monkeypatch.setattr(ssl_vit, "STARTED", (os.getpid(), os.getppid() + 1))  # in the background of a closed shell
+    assert not system.StopSignal().requested
 
 
 def test_when_the_launcher_dies_the_process_saves_and_exits(tmp_path):

@@ -102,7 +102,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds rows of several weights, as if their file had been replaced between evaluations: remove "
             "its results.jsonl, and evaluate it again."
         )
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     return Run(folder, read_settings(recipe) if recipe.exists() else {}, lines, rows)
 
 

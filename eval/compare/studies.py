@@ -63,7 +63,7 @@ def read_study(folder: Path) -> StudyResults:
         raise UserError(
             f"{folder} is not a study: {file} is missing. `{shlex.join(commands.typed('study'))} PLAN` creates one."
         )
-    manifest: Manifest = json.loads(file.read_text())
+    manifest: Manifest = json.loads(file.read_text(encoding="utf-8"))
     packed = (folder / "runs").is_dir()
     root = folder.parent.parent  # where the study was started
 

@@ -33,7 +33,7 @@ def read(run: Path, name: str, images: ImageSet) -> tuple[Predictions, dict, str
     about, answers = places(run, name)
     if not about.exists():
         return None
-    said = json.loads(about.read_text())
+    said = json.loads(about.read_text(encoding="utf-8"))
     if said["images"] != images.fingerprint:
         return None
     with np.load(answers) as kept:

@@ -131,7 +131,7 @@ def now() -> str:
 def read(folder: Path) -> list[dict]:
     """The rows of a run directory."""
     file = folder / "results.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def lines(rows: list[dict]) -> str:
@@ -148,7 +148,7 @@ def correct(folder: Path, row: dict) -> np.ndarray:
 def spent(folder: Path) -> dict:
     """The images, FLOPs and seconds of a run's training so far."""
     log = folder / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     last: dict[str, float] = next((line for line in reversed(lines) if "images" in line), {})
     return dict(images=0, flops=0.0, seconds=0.0) | {k: last[k] for k in ("images", "flops", "seconds") if k in last}
 

@@ -126,7 +126,7 @@ def named(label: str, note: str = "") -> Cell:
 
 Block = Heading | Text | Code | Items | Table | Figure | Gallery | Confusion | Thumbnails | Folded
 
-STYLE = (Path(__file__).parent / "page.css").read_text()
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 WIDE = 7  # columns; a table with more may not fit a desktop screen either
 
 

@@ -213,7 +213,7 @@ def _names(eval_set: EvalSet) -> tuple[list[str], list[str] | None]:
         for row in run.rows:
             file = run.folder / row["images"] if "images" in row else None
             if (row["eval_data"], row["split"]) == (eval_set.data, eval_set.split) and file and file.exists():
-                said = json.loads(file.read_text())
+                said = json.loads(file.read_text(encoding="utf-8"))
                 return list(map(str, said["classes"])), said["names"]
     for run in runs:
         classes = run.settings.get("images", {}).get("classes")

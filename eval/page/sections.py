@@ -84,7 +84,7 @@ def difficulty(groups: list[Group]) -> list[Block]:
     ):  # every budget has the same task
         files = [file for run in group.runs if (file := run.folder / "difficulty.json").exists()]
         if files:
-            said = json.loads(files[0].read_text())
+            said = json.loads(files[0].read_text(encoding="utf-8"))
             errors = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
             rows.append((named(group.label), [Cell(text) for text in errors]))
     if not rows:

@@ -218,7 +218,10 @@ def _rate(study: Study, costs: Costs, at_once: int) -> tuple[float, str, float]:
             said, _ = process.communicate()
             if process.returncode:
                 raise UserError(f"The timed steps failed: {said.decode().strip().splitlines()[-1]}")
-        logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in places]
+        logs = [
+            [json.loads(line) for line in (place / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            for place in places
+        ]
         rates = [(log[-1]["flops"] - log[0]["flops"]) / (log[-1]["seconds"] - log[0]["seconds"]) for log in logs]
         size = sum(file.stat().st_size for file in places[0].rglob("*") if file.is_file())
     return sum(rates), f"{at_once} at once, {steps} steps of {trained[0].arm}", float(size)

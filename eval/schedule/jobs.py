@@ -84,7 +84,7 @@ def withdraw(jobs: list[Job]) -> None:
     for job in jobs:
         if job.marks or not job.done:
             continue
-        made = json.loads(job.mark.read_text()).get("images", {})
+        made = json.loads(job.mark.read_text(encoding="utf-8")).get("images", {})
         if not made.items() <= {results.place_of(row): row.get("images") for row in results.read(job.run)}.items():
             say(f"{job.name} is measured again: rows on other images of that name have replaced its own.")
             job.mark.unlink()
@@ -171,7 +171,7 @@ def work(jobs: list[Job], at_once: int, folder: Path, then: Callable[[Path], obj
                     files.write(job.mark, json.dumps(about))
                 busy, job.failed = code == BUSY, code not in (0, BUSY) or (code == 0 and not job.done)
                 then(job.run)
-                last = (_log(folder, job).read_text().strip().splitlines() or [""])[-1]
+                last = (_log(folder, job).read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
                 if busy and not job.later:
                     tell("waits", job, f": {last}")
                 job.later = time.monotonic() + SHOWN if busy else 0.0
@@ -203,7 +203,7 @@ class Times:
 
     def __init__(self, file: Path):
         self.file = file
-        text = file.read_text() if file.exists() else ""
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
         self.lines: list[dict] = [json.loads(line) for line in text.splitlines()]
 
     def add(self, kind: str, seconds: float, at_once: int) -> None:
@@ -249,7 +249,7 @@ def _how_far(job: Job) -> str:
     words = f", {(time.monotonic() - job.started) / 60:.0f} min"
     log = job.run / "log.jsonl"
     if job.marks and log.exists():
-        for line in reversed(log.read_text().splitlines()):
+        for line in reversed(log.read_text(encoding="utf-8").splitlines()):
             try:
                 return f"{words}, step {json.loads(line)['step']:,}"
             except (ValueError, KeyError):  # the line is being written

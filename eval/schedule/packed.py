@@ -96,7 +96,9 @@ def _bring(source: Path, target: Path, beats: Callable[[str, str], bool]) -> boo
         _write(target / file.relative_to(source), narrow(file))
     for file in others:
         named = file.parent.name == "predictions"
-        small = json.dumps(json.loads(file.read_text()) | dict(names=None)) if named else file.read_bytes()
+        small = (
+            json.dumps(json.loads(file.read_text(encoding="utf-8")) | dict(names=None)) if named else file.read_bytes()
+        )
         _write(target / file.relative_to(source), small)
     if taken:
         _write(target / "results.jsonl", results.lines(rows))
@@ -125,7 +127,7 @@ def _counts(file: Path, target: Path, beats: Callable[[str, str], bool]) -> bool
     """Whether there is an outcome outside of the rows that the target lacks, or that replaces the target's."""
     if not file.exists() or not (target / file.name).exists():
         return file.exists()
-    found, known = (json.loads(place.read_text()) for place in (file, target / file.name))
+    found, known = (json.loads(place.read_text(encoding="utf-8")) for place in (file, target / file.name))
     return found != known and beats(_time(found), _time(known))
 
 

@@ -191,7 +191,7 @@ def read(name: str) -> Plan:
     if path is None:
         raise UserError(f"There is no plan {name!r}.{nearest(name, known)} Plans: {', '.join(known)}.")
     try:
-        stated = yaml.safe_load(path.read_text())
+        stated = yaml.safe_load(path.read_text(encoding="utf-8"))
         plan = Plan(name=path.stem, **stated)
     except (yaml.YAMLError, TypeError) as error:
         keys = ", ".join(f.name for f in dataclasses.fields(Plan) if f.name != "name")

@@ -326,14 +326,14 @@ def cached(identity: str, make: Callable[[], dict], announcement: str | None = N
     except RuntimeError:  # a container's user without a home
         raise UserError("There is no home folder to keep what was read in: name a folder in SSL_VIT_CACHE.") from None
     file = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.pt"
-    # the other processes wait here, before any group starts
-    with files.Lock(file.with_suffix(".lock"), remedy=remedy):
-        if not file.exists():
-            if announcement:
-                say(announcement)
-            made = make()
-            with files.writing(file, remedy) as partial, open(partial, "wb") as stream:
-                torch.save(made, stream)
+    if not file.exists():  # else the folder may be another's, and read-only
+        with files.Lock(file.with_suffix(".lock"), remedy=remedy):  # the other processes wait, before any group starts
+            if not file.exists():
+                if announcement:
+                    say(announcement)
+                made = make()
+                with files.writing(file, remedy) as partial, open(partial, "wb") as stream:
+                    torch.save(made, stream)
     try:
         return torch.load(file, mmap=True, weights_only=True)
     except Exception as error:  # torch's readers raise a dozen types for a damaged file

@@ -85,7 +85,7 @@ def walk(root: Path) -> Found:
         for entry in entries:
             if entry.name.startswith("."):
                 found.hidden += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(entry.path)
             else:
                 _add(found, entry)
@@ -93,6 +93,13 @@ def walk(root: Path) -> Found:
         say_once(f"Left out: {len(found.closed):,} folder(s) that may not be read; the first: {found.closed[0]}.")
     found.images.sort(key=lambda file: file.path)
     return found
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _key(folder: str | Path) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def _file(name: str, revision: str | None, file: str) -> Path | None:
 def _shards(name: str, revision: str | None) -> Path | None:
     folder = _file(name, revision, "model.safetensors.index.json")
     if folder is not None:
-        table = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        table = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
         for file in sorted(set(table.values())):
             _file(name, revision, file)
     return folder

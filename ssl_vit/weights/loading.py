@@ -73,7 +73,7 @@ def _of_timm_folder(source: Source, folder: Path, of_run: bool = False) -> Backb
     """The backbone of a run, or of a folder in timm's own format."""
     args = _size(source)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "act_layer" not in config.get("model_args", {}):
             check_activation(config["architecture"], config["pretrained_cfg"], source)
         if (file := folder / "model.safetensors").exists():

@@ -92,7 +92,7 @@ def names(folder: Path) -> list[str]:
 def config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; {} if there is none that can be read."""
     try:
-        found = json.loads((folder / "config.json").read_text())
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -105,7 +105,7 @@ def has_config(folder: Path) -> bool:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}): fetch the folder again.") from None
     return found if isinstance(found, dict) else {}

@@ -44,7 +44,7 @@ def save(backbone: Backbone, folder: Path, classes: list[str] | None = None) -> 
     with files.writing(folder) as partial:
         partial.mkdir()
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def digest(backbone: Backbone) -> str:
