@@ -37,6 +37,7 @@ class ArmEntry(TypedDict):
     budget: float  # the fraction of the study's budgets that it was trained for
     seeds: int  # planned
     like: str | None  # the arm whose settings and tuned choice it took
+    curve: NotRequired[str]  # under which its budgets are fitted with those of other arms; absent: its own name
     finetuned: list[FineTuningEntry]
     runs: list[TrainingEntry]
 

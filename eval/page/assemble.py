@@ -8,7 +8,15 @@ from eval.compare.rule import Verdict
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet
 from eval.compare.studies import StudyResults
-from eval.page import charts, mistakes, sections, segmentation_section, study_sections, verdict_section
+from eval.page import (
+    charts,
+    equal_accuracy_section,
+    mistakes,
+    sections,
+    segmentation_section,
+    study_sections,
+    verdict_section,
+)
 from eval.page.document import (
     Block,
     Figure,
@@ -51,6 +59,8 @@ def report(
             mains.append(main_table(eval_set))
             blocks += [Heading(f"Accuracy{suffix}"), charts.at_a_glance(eval_set), mains[-1]]
         blocks += details(eval_set) + comparisons(eval_set, suffix)
+        if study and eval_set is study.eval_set:
+            blocks += equal_accuracy_section.blocks(study)
         blocks += (
             charts.compute(eval_set, suffix)
             + charts.label_efficiency(eval_set, suffix)

@@ -48,7 +48,8 @@ class Series:
     """Points (x, y), with bounds (low, high) of each y if there are any. Without x it is a dashed horizontal line over
     the whole axis, for a control.
 
-    colour: the index of a colour, or None for a control. Hover texts show `name`.
+    curve: points of a line to draw instead of one from point to point. colour: the index of a colour, or None for a
+    control. Hover texts show `name`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Series:
     y: Sequence[float]
     bounds: Sequence[tuple[float, float]] = field(default_factory=list)
     colour: int | None = None
+    curve: Sequence[tuple[float, float]] = ()
 
 
 @dataclass
@@ -268,10 +270,11 @@ def _series(
         y = scale_y(s.y[0])
         return f"<g>{told(s.y[0], bounds[0])}{_line(left, y, right, y, colour, 1.6, '5 4')}</g>"
     places = [(scale_x(x), scale_y(y)) for x, y in zip(s.x, s.y, strict=True)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    corners = [(scale_x(x), scale_y(y)) for x, y in s.curve] or places
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
     dash = "stroke-dasharray:5 4;" if s.colour is None else ""
     style = f"fill:none;stroke:var(--{colour});stroke-width:{2.2 if marks else 1.4};stroke-linejoin:round;{dash}"
-    line = f'<polyline points="{path}" style="{style}"/>' if len(places) > 1 else ""
+    line = f'<polyline points="{path}" style="{style}"/>' if len(corners) > 1 else ""
     if not marks:
         line = line or _circle(*places[0], 2.5, colour, "ground", 1)  # one value alone
         return f"<g><title>{escape(s.name)}: {number(s.y[-1])} at the end</title>{line}</g>"

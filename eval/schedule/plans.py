@@ -37,8 +37,11 @@ class Arm:
 
     search_space: settings of which tuning chooses one; budget: the fraction of the plan's budgets that it is trained
     for; seeds, evaluators: its own, instead of the plan's. like: an arm whose recipe, settings and tuned choice it
-    takes; its own settings come last, and it is not tuned itself. A setting such as objective.tokenizer={ARM} names the
-    run of an arm above, of the same seed and budget; a budget in FLOPs includes what was spent on that run.
+    takes; its own settings come last, and it is not tuned itself. curve: a name that it shares with other arms, through
+    whose accuracies at all budgets one curve is laid (eval/compare/equal_accuracy.py).
+
+    A setting such as objective.tokenizer={ARM} names the run of an arm above, of the same seed and budget; a budget in
+    FLOPs includes what was spent on that run.
     """
 
     recipe: str = ""
@@ -47,6 +50,7 @@ class Arm:
     search_space: list[str] = field(default_factory=list)
     budget: float = 1.0
     like: str | None = None
+    curve: str | None = None
     seeds: int | None = None
     evaluators: list[list[str]] | None = None
 
@@ -231,6 +235,8 @@ def _arm(name: str, what: dict, path: Path) -> Arm:
     if bool(arm.recipe) == bool(arm.like) or (arm.like and arm.search_space):
         raise UserError(f"The {where} must name a recipe, or an arm that it is like, and then no search_space.")
     arm.budget = _number(arm.budget, f"budget of arm {name!r}", path)
+    if arm.curve is not None:
+        _check(arm, dict(curve=str), where)
     if arm.seeds is not None:
         _check(arm, dict(seeds=int), where)
     if arm.role not in ROLES:

@@ -300,6 +300,8 @@ class Study:
                 finetuned=[_finetuned(line) for line in tuned],
                 runs=[_plain(training) for training in trainings if training.arm == name],
             )
+            if arm.curve is not None:
+                arms[name]["curve"] = arm.curve
         tuning = plan.tuning
         manifest = Manifest(
             plan=plan.name,
