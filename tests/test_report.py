@@ -855,6 +855,39 @@ def test_what_learnt_from_other_labelled_images_is_not_compared(tmp_path):
     assert contrast(by_group, named["mae"], named["dino"]) is None
 
 
+def test_seeds_that_one_of_two_lacks_do_not_keep_the_others_from_being_compared(tmp_path):
+    """Each seed draws its own labels, and so do raw pixels for each seed: a control with two seeds beside six."""
+    few = dict(label_fraction=0.1)
+    runs = [
+        write_run(tmp_path / f"{name}-s{s}", name, share, s, settings(name, s), [dict(KNN, **few, subset_seed=s)])
+        for name, share, seeds in (("mae", 0.5, 6), ("supervised", 0.3, 2))
+        for s in range(seeds)
+    ]
+    pixels = [dict(KNN, **few, pooling="raw 32x32", subset_seed=s, share=0.4 + 0.02 * s) for s in range(6)]
+    runs.append(write_run(tmp_path / "pixels", "pixels", 0.4, measures=pixels, flops=0.0))
+    other = [dict(KNN, **few, subset_seed=7 + seed) for seed in range(2)]
+    runs += [
+        write_run(tmp_path / f"random-s{s}", "random", 0.2, s, settings("random", s), other[s : s + 1], flops=0.0)
+        for s in range(2)
+    ]
+    test = the_test(runs)
+    by_group = test.by_group(Metric("knn-k20", "cls", -1, 0.1))
+    named = {group.label: group for group in by_group}
+    mae, labelled, raw = (by_group[named[name]] for name in ("mae", "supervised", "raw pixels"))
+    found = contrast(by_group, named["mae"], named["supervised"])
+    assert (found.seeds, found.mean) == (2, pytest.approx((mae.at([0, 1]) - 1.0 * labelled.correct).mean()))
+    assert contrast(by_group, named["mae"], named["raw pixels"]).mean == pytest.approx(0.5 - 0.45)
+    assert contrast(by_group, named["supervised"], named["raw pixels"]).mean == pytest.approx(0.3 - 0.41)
+    assert raw.minus(labelled).mean() == pytest.approx(0.41 - 0.3)
+    assert contrast(by_group, named["mae"], named["random init"]) is None
+    *_, table = tables.comparisons(test, "")
+    [(name, cells)] = dict(table.parts)["against random init"]
+    assert (name.note, cells[0].text) == ("no seed in common with the same labels", "not compared")
+    said = summary(test)[1].items[0][1]
+    assert "is not compared with random init at 20.0 % (no seed in common with the same labels)" in said
+    assert "above supervised at 30.0 %" in said
+
+
 def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     runs = many(tmp_path, "mae", 0.5, seeds=1)
     (runs[0] / "difficulty.json").write_text(json.dumps(dict(identity=1.0, mean_patch=0.987, linear=0.123)))

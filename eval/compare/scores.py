@@ -31,7 +31,8 @@ class Scores:
     """The scores of a group by one metric. correct (S, n): in [0, 1], the mean over the label subsets of a seed; of a
     segmentation the pseudo-values of its mIoU (eval.compare.iou).
 
-    files: the predictions of each row. pool: the variance between seeds, pooled over the groups (pool_seeds).
+    files: the predictions of each row. pool: the variance between seeds, pooled over the groups (pool_seeds). drawn: of
+    what has no seeds the scores (n,) by the seed that drew the labelled images.
     """
 
     seeds: list[int | None]
@@ -39,6 +40,7 @@ class Scores:
     rows: list[dict]
     files: list[Path] = field(default_factory=list)
     pool: intervals.Spread | None = None
+    drawn: dict[int | None, np.ndarray] = field(default_factory=dict)
 
     @property
     def estimate(self) -> intervals.Estimate:
@@ -49,24 +51,43 @@ class Scores:
         return [(row["run"], results.row_id(row)) for row in self.rows]
 
     @property
-    def subsets(self) -> set[int | None]:
-        """The seeds that drew the labelled images; None for all images."""
-        return {row["subset_seed"] for row in self.rows}
+    def subsets(self) -> dict[int | None, set[int | None]]:
+        """By seed, the seeds that drew the labelled images; None for all images."""
+        found: dict[int | None, set[int | None]] = {seed: set() for seed in self.seeds}
+        for row in self.rows:
+            found[row["seed"]].add(row["subset_seed"])
+        return found
 
     def at(self, seeds: list[int | None]) -> np.ndarray:
         """The rows of `correct` for these seeds."""
         return self.correct[[self.seeds.index(seed) for seed in seeds]]
 
+    def common(self, other: "Scores") -> list[int | None]:
+        """The seeds that both have, with the same labelled images."""
+        mine, theirs = self.subsets, other.subsets
+        return [seed for seed in self.seeds if seed in theirs and mine[seed] == theirs[seed]]
+
+    def pair(self, other: "Scores") -> tuple[np.ndarray, np.ndarray] | None:
+        """Both (S, n), by the seeds that they have in common; what has no seeds is (1, n). None if there are none, or
+        if the labelled images are others."""
+        if [None] in (self.seeds, other.seeds):
+            mine, theirs = (set().union(*scores.subsets.values()) for scores in (self, other))
+            pair = self._learnt_from(mine & theirs), other._learnt_from(mine & theirs)
+            return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+        common = self.common(other)
+        return (self.at(common), other.at(common)) if common else None
+
     def minus(self, other: "Scores") -> np.ndarray | None:
-        """The difference (S, n), paired by seed; None if they have no seed in common."""
-        pair = self._paired(other)
+        """The difference (S, n) of such a pair, or None."""
+        pair = self.pair(other)
         return None if pair is None else np.subtract(*pair, dtype=np.float64)
 
-    def _paired(self, other: "Scores") -> tuple[np.ndarray, np.ndarray] | None:
-        if [None] in (self.seeds, other.seeds):
-            return self.correct, other.correct
-        common = [seed for seed in self.seeds if seed in other.seeds]
-        return (self.at(common), other.at(common)) if common else None
+    def _learnt_from(self, subsets: set[int | None]) -> np.ndarray | None:
+        """`correct` where these seeds drew the labelled images; None if others did, and it is no mean without them."""
+        if set().union(*self.subsets.values()) == subsets:
+            return self.correct
+        drawn = [self.drawn[seed] for seed in subsets if seed in self.drawn]
+        return np.mean(drawn, axis=0)[None] if drawn else None
 
 
 def pool_seeds(by_group: dict[Group, Scores]) -> None:
@@ -77,16 +98,16 @@ def pool_seeds(by_group: dict[Group, Scores]) -> None:
 
 
 def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> intervals.Estimate | None:
-    """The difference of two groups by one metric, paired by seed; None if they have no seed in common, or learnt from
-    other labelled images."""
+    """The difference of two groups by one metric, paired by seed; None if they have no seed in common at which they
+    learnt from the same labelled images."""
     a, b = by_group[one], by_group[other]
-    pair = a._paired(b)
-    if pair is None or a.subsets != b.subsets:
+    pair = a.pair(b)
+    if pair is None:
         return None
     if [None] in (a.seeds, b.seeds):  # one is constant: the difference has the other's variance
         return intervals.paired(*pair, b.pool if a.seeds == [None] else a.pool)
-    common = [seed for seed in a.seeds if seed in b.seeds]
-    alike = [scores.at(common).mean(1) for scores in by_group.values() if set(common) <= set(scores.seeds)]
+    common = a.common(b)
+    alike = [scores.at(common).mean(1) for scores in by_group.values() if set(common) <= set(a.common(scores))]
     return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))
 
 
@@ -229,6 +250,8 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
         correct = np.stack([np.mean([right for _, right, _ in cell.values()], axis=0) for cell in by_seed.values()])
         rows, _, files = zip(*(measured for cell in by_seed.values() for measured in cell.values()), strict=True)
         scores = Scores(list(by_seed), correct, list(rows), list(files))
+        if scores.seeds == [None]:
+            scores.drawn = {subset: right for subset, (_, right, _) in by_seed[None].items()}
         eval_sets[data, split].scores.setdefault(metric, {})[group] = scores
     for eval_set in eval_sets.values():
         for by_group in eval_set.scores.values():

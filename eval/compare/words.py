@@ -6,6 +6,8 @@ from eval.compare.intervals import OWN, Estimate
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
+UNPAIRED = "no seed in common with the same labels"  # why two groups are not compared
+
 
 def percent(value: float, sign: str = "", digits: int = 1) -> str:
     return f"{100 * value:{sign}.{digits}f}".replace("-", "−")

@@ -6,7 +6,7 @@ from eval.compare.metrics import PRIMARY, Metric
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, contrast
 from eval.compare.studies import StudyResults
-from eval.compare.words import borrowed, labels_in_words, number, percent, with_interval
+from eval.compare.words import UNPAIRED, borrowed, labels_in_words, number, percent, with_interval
 from eval.page import charts
 from eval.page.document import Block, Cell, Folded, Heading, Table, Text, named
 from ssl_vit.errors import listed
@@ -128,12 +128,14 @@ def budgets(study: StudyResults) -> list[Block]:
             head.append((f"against {against}", [number(budget) for budget in spent]))
             for arm, cells in rows.items():
                 for budget, other in zip(spent, beside, strict=True):
-                    group, difference = study.group(arm, budget), None
-                    if group in by_group and other in by_group and arm != control:
-                        difference = contrast(by_group, group, other)
-                        used += [by_group[group], by_group[other]]
-                        found += [difference] if difference else []
-                    cells.append(Cell() if difference is None else _gain(difference))
+                    group = study.group(arm, budget)
+                    if group not in by_group or other not in by_group or arm == control:
+                        cells.append(Cell())
+                        continue
+                    difference = contrast(by_group, group, other)
+                    used += [by_group[group], by_group[other]]
+                    found += [difference] if difference else []
+                    cells.append(_gain(difference) if difference else Cell("not compared", UNPAIRED))
         filled = [(Cell(arm), cells) for arm, cells in rows.items() if any(cell.text for cell in cells)]
         if filled:
             caption = "Difference in points ± half-width of the 95 % interval, by FLOPs of pre-training. "

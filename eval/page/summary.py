@@ -11,7 +11,7 @@ from eval.compare import intervals
 from eval.compare.metrics import Metric, most
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, contrast, ranked
-from eval.compare.words import labels_in_words, percent, with_interval
+from eval.compare.words import UNPAIRED, labels_in_words, percent, with_interval
 from eval.page.document import Block, Items, Text
 from ssl_vit.errors import listed
 
@@ -107,14 +107,14 @@ def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) ->
     """The best recipe compared with the second, the controls and the most frequent class; what is not distinguishable
     from it is listed separately."""
     recipes = ranked(by_group, controls=False)
-    best, clear, unclear = recipes[0], [], []
+    best, clear, unclear, apart = recipes[0], [], [], []
     for other in recipes[1:2] + ranked(by_group, controls=True):
         label = other.label_in(metric).replace("from scratch", "training from scratch")
         name = f"{label} at {percent(by_group[other].estimate.mean)} %"
         estimate = contrast(by_group, best, other)
         if estimate is None:
-            continue  # no seed in common
-        if estimate.excludes_zero:
+            apart.append(name)
+        elif estimate.excludes_zero:
             above = f"{'above' if estimate.mean > 0 else 'below'} {name}"
             if estimate.bounds == (estimate.mean - estimate.half_width, estimate.mean + estimate.half_width):
                 clear.append(f"{percent(abs(estimate.mean))} ± {percent(estimate.half_width)} points {above}")
@@ -124,6 +124,7 @@ def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) ->
             unclear.append(f"{name} (difference {with_interval(estimate, '+')} points)")
     said = [f"is {listed(clear)}"] if clear else []
     said += [f"is not distinguishable from {listed(unclear)}"] if unclear else []
+    said += [f"is not compared with {listed(apart)} ({UNPAIRED})"] if apart else []
     majority = intervals.paired(by_group[best].correct, eval_set.majority.correct, by_group[best].pool)
     if majority.mean <= majority.half_width:
         is_below = majority.mean < -majority.half_width

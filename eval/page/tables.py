@@ -6,7 +6,7 @@ from eval.compare import intervals
 from eval.compare.metrics import Metric
 from eval.compare.runs import Group
 from eval.compare.scores import ACCURACY, EvalSet, Scores, contrast, ranked
-from eval.compare.words import borrowed, labels_in_words, percent, with_interval
+from eval.compare.words import UNPAIRED, borrowed, labels_in_words, percent, with_interval
 from eval.page import charts
 from eval.page.document import (
     Block,
@@ -117,12 +117,15 @@ def comparisons(eval_set: EvalSet, suffix: str) -> list[Block]:
             for group in ranked(by_group, controls=False):
                 estimate = contrast(by_group, group, control)
                 difference = by_group[group].minus(by_group[control])
-                if estimate is not None and difference is not None:
+                if estimate is None or difference is None:
+                    lines.append((named(group.label, UNPAIRED), [Cell("not compared"), *[Cell()] * 4]))
+                else:
                     estimates[group] = estimate
                     lines.append((named(group.label), _compared(estimate, difference)))
                     every.append(estimate)
-            if estimates:
+            if lines:
                 parts.append((f"against {name}", lines))
+            if estimates:
                 svg = charts.against(name, estimates, metric)
                 drawn.append((f"{charts.file_name(eval_set, 'against', metric)}-{charts.slug(name)}", svg))
         if not parts:
@@ -131,7 +134,7 @@ def comparisons(eval_set: EvalSet, suffix: str) -> list[Block]:
         head = [("", ["difference ± 95 %", "bootstrap", "detectable", "seeds for 1 point", "seeds"])]
         blocks += [
             Heading(metric.name, 3),
-            Figure(drawn, "Hollow: not distinguishable from zero. Each chart has its own scale."),
+            *([Figure(drawn, "Hollow: not distinguishable from zero. Each chart has its own scale.")] if drawn else []),
             Table(head, parts, f"In points. {eval_set.floors} {borrowed(every)} {charts.counted(sources)}", sources),
         ]
     return [Heading(f"Against the controls{suffix}"), Text(COMPARED), *blocks] if blocks else []
