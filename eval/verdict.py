@@ -28,9 +28,9 @@ def main() -> None:
     parser.add_argument("study", type=Path, metavar="STUDY", help="a folder that eval/study.py wrote")
     args = parser.parse_args()
     evidence = read(read_study(args.study))
-    runs = [run for group in evidence.study.groups for run in group.runs]
     said = [block for block in blocks(evidence, decide(evidence)) if not isinstance(block, Figure)]
-    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", said + several_origins(runs), Path()))
+    origins = several_origins(evidence.study.groups)
+    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", said + origins, Path()))
 
 
 if __name__ == "__main__":

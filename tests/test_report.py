@@ -57,7 +57,7 @@ def settings(recipe, seed=0, **changes):
     return tree
 
 
-def write_run(folder, recipe, share, seed=0, tree=None, measures=(KNN,), truth=TRUTH, flops=1e12, **keys):
+def write_run(folder, recipe, share, seed=0, tree=None, measures=(KNN,), truth=TRUTH, flops=1e12, images=None, **keys):
     """A run directory with a row for each of the measures, which may bring a share of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     if tree:
@@ -95,8 +95,15 @@ def write_run(folder, recipe, share, seed=0, tree=None, measures=(KNN,), truth=T
         )
         rows.append(row | measure | keys)
         predictions.append(predicted)
-    results.write(folder, rows, predictions, truth)
+    results.write(folder, rows, predictions, truth, images)
     return folder
+
+
+def the_images(fingerprint, classes=tuple("abcdefghij"), names=None):
+    """What stands for the test images in results.write."""
+    return SimpleNamespace(
+        name="cifar10", split="test", fingerprint=fingerprint, classes=classes, names=names and (lambda: names)
+    )
 
 
 def many(folder, recipe, share, seeds=3, **keys):
@@ -424,14 +431,16 @@ def test_all_right_is_no_certainty(tmp_path, monkeypatch):
         ("nothing", "nothing is not a run directory"),
         ("unevaluated", "python eval/knn.py --backbone"),
         ("twice", "mae-s0 and .*again are the same recipe and have the same seed, 0"),
-        ("n", r"mae-s0 and .*short were evaluated on different images of cifar10 \(test; n = 200 and 50\)"),
-        ("labels", "mae-s0 and .*other were evaluated on different images"),
+        ("n", r"mae-s0 and .*short were evaluated on different .*, which differ in number \(200 and 50\): "),
+        ("labels", r"mae-s0 and .*other .* different images of cifar10 \(test\), which differ in labels: "),
+        ("classes", r"mae-s0 and .*other .* which differ in the names of their classes: "),
+        ("files", r"mae-s0 and .*other .* which differ in the names of their files: "),
         ("predictions", r"predictions/.*npz is missing; evaluate .*mae-s0 again"),
         ("measured twice", "has two rows for knn-k20 .*: delete the outdated one"),
     ],
 )
 def test_refusals(case, said, tmp_path, monkeypatch):
-    run = many(tmp_path, "mae", 0.5, seeds=1)[0]
+    run = many(tmp_path, "mae", 0.5, seeds=1, images=the_images("f0", names=["0.png", "1.png"]))[0]
     folders = [run]
     if case == "nothing":
         folders.append(tmp_path / "nothing")
@@ -445,8 +454,11 @@ def test_refusals(case, said, tmp_path, monkeypatch):
         folders.append(write_run(tmp_path / "short", "dino", 0.5, tree=settings("dino"), truth=TRUTH[:50]))
     elif case == "labels":
         folders.append(write_run(tmp_path / "other", "dino", 0.5, tree=settings("dino"), truth=TRUTH[::-1]))
+    elif case in ("classes", "files"):
+        others = the_images("f1", classes=[*"0123456789"]) if case == "classes" else the_images("f1", names=["2.png"])
+        folders.append(write_run(tmp_path / "other", "dino", 0.5, tree=settings("dino"), images=others))
     elif case == "predictions":
-        next((run / "predictions").iterdir()).unlink()
+        next((run / "predictions").glob("*.npz")).unlink()
     else:
         rows = results.read(run)  # as earlier versions left them
         (run / "results.jsonl").write_text(results.lines([*rows, rows[0] | dict(chosen="another learning rate")]))
@@ -562,6 +574,61 @@ def test_the_page_tells_which_commits_trained_the_runs(tmp_path, monkeypatch):
     page, text = write_report(folders, tmp_path / "out", monkeypatch)
     assert "- **aaa**: Runs: mae-s0\n" in text and "- **bbb, from step 50 on aaa**: Runs: mae-s1\n" in text
     assert "2 commits of the code that trained the runs: see" in text and "2 commits of the code that trained" in page
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (dict(), dict(), None),
+        (dict(images=the_images("f0")), dict(images=the_images("f1")), "2 versions of the test images of one name"),
+        # by permuted pixels the same images are others
+        (dict(images=the_images("f0")), dict(images=the_images("f1"), changes=dict(data__permute_pixels=True)), None),
+        (
+            dict(changes=dict(images__fingerprint="f0")),
+            dict(changes=dict(images__fingerprint="f1")),
+            "2 versions of the training images of one name",
+        ),
+        (
+            dict(changes=dict(images__fingerprint="f0")),
+            dict(changes=dict(images__fingerprint="f1", data__subset=0.1)),
+            None,
+        ),
+        (dict(train_n=500), dict(train_n=50_000), "2 numbers of labelled images by the same protocol"),
+    ],
+)
+def test_images_of_one_name_that_are_others_are_named(first, second, said, tmp_path, monkeypatch):
+    folders = many(tmp_path, "mae", 0.6, seeds=1, **first) + many(tmp_path, "dino", 0.5, seeds=1, **second)
+    _, text = write_report(folders, tmp_path / "out", monkeypatch)
+    told = re.findall(r"> \*\*Note:\*\* These rows come from (.*): see", text)
+    assert told == ([said] if said else [])
+
+
+def test_each_recipe_has_the_labelled_images_of_its_own_rows(tmp_path):
+    """In the chart of accuracy by labels, if one learnt from a tenth of 500 images and one from a tenth of 50,000."""
+    runs = []
+    for name, count in (("mae", 500), ("dino", 50_000)):
+        measures = [
+            dict(KNN, train_n=count),
+            dict(KNN, label_fraction=0.1, subset_seed=0, train_n=count // 10, share=0.3),
+        ]
+        runs += many(tmp_path, name, 0.6, seeds=1, measures=measures)
+    _, figure = charts.label_efficiency(the_test(runs), "")
+    shown = re.findall(r"<title>(\w+): ([\d.]+) ± \S+ % at ([\d,]+)</title>", figure.charts[0][1])
+    assert sorted(shown) == [
+        ("dino", "30.0", "5,000"),
+        ("dino", "60.0", "50,000"),
+        ("mae", "30.0", "50"),
+        ("mae", "60.0", "500"),
+    ]
+
+
+def test_seeds_of_an_arm_with_other_settings_are_named(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / f"mae-s{s}", "mae", 0.5, s, settings("mae", s, train__precision=p, objective__tokenizer=t))
+        for s, p, t in ((0, "fp32", "runs/tokenizer-s0"), (1, "bf16", "runs/tokenizer-s1"))
+    ]
+    _, text = study_page(write_study(tmp_path, [("mae", "masking", 1e12, runs)]), monkeypatch)
+    assert "> **Note:** The seeds of mae were trained with different settings: train.precision." in text
 
 
 def test_sections_without_rows_are_left_out(tmp_path, monkeypatch):

@@ -614,14 +614,12 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
     ):
         assert words in answer
     assert "| mae − scratch-long (FT10)" in told and "Check of the instrument" in told
-    assert "rows were made by" not in told
+    assert "rows come from" not in told
     rows = written.parent / "mae-s3/results.jsonl"
     first, rest = rows.read_text().replace('"abc"', '"def"', 1).split("\n", 1)
     rows.write_text(json.dumps(json.loads(first) | dict(precision="bf16")) + "\n" + rest)
     verdict.main()
-    several = (
-        "rows were made by 2 commits of this code and 2 precisions of the evaluated backbones by the same protocol"
-    )
+    several = "rows come from 2 commits of this code and 2 precisions of the evaluated backbones by the same protocol"
     assert several in capsys.readouterr().out
     rows.unlink()
     verdict.main()

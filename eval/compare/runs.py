@@ -5,6 +5,7 @@ groups = group_runs([read_run(Path("runs/mae-digits-s0")), read_run(Path("runs/d
 """
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,9 +168,14 @@ def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:
 
 
 def differing(one: Run, other: Run) -> list[str]:
-    """The settings that define the recipe, by section.key, in which two runs differ; not the seed."""
+    """The settings that define the recipe, by section.key, in which two runs differ; not the seed, nor that of a run
+    from which each learns."""
+
+    def unseeded(value: object) -> object:
+        return re.sub(r"-s\d+\b", "", value) if isinstance(value, str) else value
+
     a, b = _flat(one), _flat(other)
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    return sorted(key for key in a.keys() | b.keys() if unseeded(a.get(key)) != unseeded(b.get(key)))
 
 
 def _key(run: Run, without: tuple[str, ...] = ()) -> str:

@@ -10,6 +10,7 @@ different eval sets are never compared.
 
 import collections
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,7 @@ class EvalSet:
     split: str
     truth: np.ndarray
     first: Run  # the run that `truth` was read from, with which the others must agree
+    images: dict[str, Path] = field(default_factory=dict)  # by fingerprint, the file that names their classes and files
     groups: list[Group] = field(default_factory=list)
     scores: dict[Metric, dict[Group, Scores]] = field(default_factory=dict)
     measured: str = ACCURACY
@@ -229,11 +231,11 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
                 key = row["eval_data"], row["split"]
                 truth, right = _answers(run, row)
                 eval_set = eval_sets.setdefault(key, EvalSet(*key, truth, run, measured=measured))
-                if not np.array_equal(eval_set.truth, truth):
+                if unlike := _unlike(eval_set, truth, run, row):
                     raise UserError(
                         f"{eval_set.first.folder} and {run.folder} were evaluated on different images of "
-                        f"{row['eval_data']} ({row['split']}; n = {len(eval_set.truth)} and {len(truth)}): "
-                        "evaluate both on the same images."
+                        f"{row['eval_data']} ({row['split']}), which differ in {unlike}: evaluate both on the same "
+                        "images."
                     )
                 eval_set.groups += [] if group in eval_set.groups else [group]
                 metric = Metric(row["protocol"], row["pooling"], row["layer"], row["label_fraction"])
@@ -262,6 +264,25 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
             by = eval_set.by_group(eval_set.main[0])
             eval_set.groups.sort(key=lambda g: -by[g].estimate.mean if g in by else 0.0)
     return list(eval_sets.values())
+
+
+def _unlike(eval_set: EvalSet, truth: np.ndarray, run: Run, row: dict) -> str:
+    """In what the images of a row differ from those of an eval set; '' if nothing shows that they are others.
+
+    Of one name and other contents, as their fingerprints say, they may be copies: then the names must agree."""
+    if len(truth) != len(eval_set.truth):
+        return f"number ({len(eval_set.truth):,} and {len(truth):,})"
+    if not np.array_equal(eval_set.truth, truth):
+        return "labels"
+    file = run.folder / row.get("images", "")
+    if not file.is_file() or file.name in eval_set.images:
+        return ""
+    eval_set.images[file.name] = file
+    one, other = (json.loads(path.read_text()) for path in (next(iter(eval_set.images.values())), file))
+    for key, words in (("classes", "the names of their classes"), ("names", "the names of their files")):
+        if one[key] and other[key] and one[key] != other[key]:
+            return words
+    return ""
 
 
 def _answers(run: Run, row: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -50,7 +50,7 @@ def report(
     for eval_set in eval_sets:
         deciding = study_sections.deciding_metrics(study) if study and eval_set is study.eval_set else []
         blocks += summary(eval_set, deciding)
-    blocks += several_origins(runs)
+    blocks += several_origins(groups)
     blocks += study_sections.primary(study) + study_sections.budgets(study) if study else []
     mains = []
     for eval_set in eval_sets:

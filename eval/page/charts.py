@@ -150,19 +150,18 @@ def _series(by_group: dict[Group, Scores], costs: dict[Group, float], metric: Me
 def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
     """Accuracy against the number of labelled training images, where there are rows with fewer than all."""
     every = [row for by_group in eval_set.scores.values() for scores in by_group.values() for row in scores.rows]
-    counts = {row["label_fraction"]: row["train_n"] for row in every if "train_n" in row}
+    known = dict.fromkeys(row["label_fraction"] for row in every if "train_n" in row)
     charts, sources = [], []
-    found = _variants(
-        eval_set, lambda c: c.of_last and c.labels in counts, lambda c: replace(c, labels=eval_set.labels)
-    )
+    found = _variants(eval_set, lambda c: c.of_last and c.labels in known, lambda c: replace(c, labels=eval_set.labels))
     for some in [c for c in found if c in eval_set.primary] or found:
-        metrics = sorted((replace(some, labels=part) for part in counts), key=lambda c: counts[c.labels])
-        if len([c for c in metrics if c in eval_set.scores]) < 2:
+        metrics = [metric for part in known if (metric := replace(some, labels=part)) in eval_set.scores]
+        if len(metrics) < 2:
             continue
         series = []
         for group in eval_set.groups:
-            points = {counts[c.labels]: scores for c in metrics if (scores := eval_set.scores_of(group, c)) is not None}
-            series += [_line(points, group, some)] if points else []
+            of_group = [scores for c in metrics if (scores := eval_set.scores_of(group, c)) is not None]
+            points = {scores.rows[0]["train_n"]: scores for scores in of_group if "train_n" in scores.rows[0]}
+            series += [_line(dict(sorted(points.items())), group, some)] if points else []
             sources += sources_of(points.values())
         svg = plots.lines(series, some.evaluator, f"{some.features}, %", "labelled training images", log=True)
         charts.append((file_name(eval_set, "labels", some), svg))

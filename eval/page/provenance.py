@@ -3,7 +3,7 @@
 import json
 
 from eval.compare.metrics import NAMES
-from eval.compare.runs import Run
+from eval.compare.runs import Group, Run, differing
 from eval.compare.scores import EvalSet
 from eval.page.document import (
     Block,
@@ -13,6 +13,8 @@ from eval.page.document import (
     Text,
 )
 from ssl_vit.checkout import commits, in_words
+from ssl_vit.errors import listed
+from ssl_vit.recipe import short
 
 DEFINITIONS = {
     "knn-k": "k nearest training images by cosine of features centred by the training mean, weights exp(similarity / "
@@ -55,8 +57,13 @@ INTERVALS = (
 )
 
 
-def several_origins(runs: list[Run]) -> list[Block]:
-    """A warning if the rows or their runs come from several versions of code, packages, recipe finetune or sweep."""
+READING = ("permute_pixels", "jpeg_draft", "in_chans", "layout", "pages", "background", "range")  # in data
+
+
+def several_origins(groups: list[Group]) -> list[Block]:
+    """A warning if the rows or their runs come from several versions of code, packages, images, recipe finetune or
+    sweep; and one of seeds of an arm that have different settings."""
+    runs = [run for group in groups for run in group.runs]
     rows = [row for run in runs for row in run.rows]
     recipes = {row.get("settings", {}).get("recipe") for row in rows if row["protocol"].startswith("finetune")}
     swept = [row.get("settings", {}) for row in rows if row["protocol"] in ("linear-sweep", "linear-block")]
@@ -65,6 +72,12 @@ def several_origins(runs: list[Run]) -> list[Block]:
     for row in rows:
         if row.get("precision", "fp32"):  # raw pixels have none
             precisions.setdefault(row["protocol"], set()).add(row.get("precision", "fp32"))
+    trained, tested = _images(runs)
+    numbers: dict[tuple, set[int]] = {}
+    for row in rows:
+        if "train_n" in row:
+            key = row["eval_data"], row["split"], row["protocol"], row["label_fraction"]
+            numbers.setdefault(key, set()).add(row["train_n"])
     several = [
         f"{len(found)} {name}"
         for name, found in (
@@ -86,17 +99,33 @@ def several_origins(runs: list[Run]) -> list[Block]:
             ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
             ("versions of the recipe finetune", recipes),
             ("learning-rate grids of the linear sweep", grids),
+            ("versions of the training images of one name", trained),
+            ("versions of the test images of one name", tested),
+            ("numbers of labelled images by the same protocol", max(numbers.values(), key=len, default=set())),
         )
         if len(found) > 1
     ]
-    if not several:
-        return []
-    return [
-        Text(
-            f"These rows were made by {' and '.join(several)}: see results.jsonl and recipe.yaml of each run.",
-            "warning",
-        )
-    ]
+    words = [f"These rows come from {listed(several)}: see results.jsonl and recipe.yaml of each run."] * bool(several)
+    for group in groups:
+        if keys := sorted({key for run in group.runs[1:] for key in differing(group.runs[0], run)}):
+            words.append(f"The seeds of {group.label} were trained with different settings: {listed(keys)}.")
+    return [Text(text, "warning") for text in words]
+
+
+def _images(runs: list[Run]) -> tuple[set[str], set[str]]:
+    """The fingerprints of the training images and of the test images, of which one name has the most, read alike."""
+    trained: dict[tuple, set[str]] = {("", ""): set()}
+    tested: dict[tuple, set[str]] = {("", ""): set()}
+    for run in runs:
+        data = run.settings.get("data", {})
+        how = json.dumps([data.get(key) or None for key in READING])
+        if "fingerprint" in run.settings.get("images", {}):
+            part = json.dumps([data.get(key) or None for key in ("train_split", "hold_out", "subset", "subset_seed")])
+            trained.setdefault((short(data["name"]), how, part), set()).add(run.settings["images"]["fingerprint"])
+        for row in run.rows:
+            if "images" in row:
+                tested.setdefault((row["eval_data"], row["split"], how), set()).add(row["images"])
+    return max(trained.values(), key=len), max(tested.values(), key=len)
 
 
 def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[Block]:
