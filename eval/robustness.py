@@ -158,6 +158,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, sweeps: list[Swe
                         family=family,
                         severity=severity,
                         parameters=common_corruptions.benchmark(size),
+                        size=list(size),
                         clean=before,
                         **{key: sweep.row["settings"][key] for key in ("rate", "pooling", "blocks")},
                     ),
@@ -172,7 +173,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, sweeps: list[Swe
 def table(clean: list[dict], rows: list[dict], folders: dict[str, Path]) -> str:
     """Accuracy by backbone and labels, on clean images and averaged over each family of corruptions, as Markdown."""
     columns = [(row, "clean") for row in clean] + [(row, row["settings"]["family"]) for row in rows]
-    used = {row["run"]: row["settings"]["parameters"] for row in rows}  # by the size of the images shown
+    used = {row["run"]: "{parameters}, {size[0]}x{size[1]}".format(**row["settings"]) for row in rows}
     found = (
         (
             (results.run_of(row), f"{row['train_n']:,}", used[row["run"]]),

@@ -875,8 +875,8 @@ def test_each_budget_is_compared_with_the_controls_at_that_budget(tmp_path, monk
 def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, monkeypatch):
     measures = [dict(protocol="linear-sweep", pooling="chosen", share=0.6, settings={})]
     for kind, family, share in (("fog", "other", 0.4), ("rain", "other", 0.2), ("hum", "noise", 0.5)):
-        said = dict(kind=kind, family=family, severity=1, parameters="CIFAR-10-C")
-        measures.append(dict(protocol=f"robust-{kind}-1", pooling="chosen", share=share, settings=said))
+        said = dict(kind=kind, family=family, severity=1, parameters="CIFAR-10-C", size=[32, 32])
+        measures.append(dict(protocol=f"robust-{kind}-1-32x32", pooling="chosen", share=share, settings=said))
     arms = [("mae", "masking", None, many(tmp_path, "mae", 0.5, seeds=2, measures=measures))]
     html, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
     section = markdown[markdown.index("## On corrupted images") :]
@@ -896,16 +896,19 @@ def test_recipes_that_differ_in_more_than_two_settings_have_one_name_everywhere(
     assert all(re.fullmatch(r"mae \(\w{6}\)", label) and label == family for label, family in labels), labels
 
 
-def test_corruptions_of_two_benchmarks_stand_in_tables_of_their_own(tmp_path):
-    for name, (benchmark, infix) in dict(small=("CIFAR-10-C", ""), large=("ImageNet-C", "imagenet-")).items():
+def test_corruptions_of_each_image_size_stand_in_a_table_of_their_own(tmp_path):
+    for name, (benchmark, side) in dict(
+        small=("CIFAR-10-C", 32), middle=("CIFAR-10-C", 64), large=("ImageNet-C", 224)
+    ).items():
         measures = [dict(protocol="linear-sweep", pooling="chosen", settings={})]
-        said = dict(kind="fog", family="other", severity=1, parameters=benchmark)
-        measures.append(dict(protocol=f"robust-{infix}fog-1", pooling="chosen", settings=said))
+        said = dict(kind="fog", family="other", severity=1, parameters=benchmark, size=[side, side])
+        measures.append(dict(protocol=f"robust-fog-1-{side}x{side}", pooling="chosen", settings=said))
         many(tmp_path, name, 0.5, seeds=1, measures=measures)
-    test = the_test([tmp_path / "small-s0", tmp_path / "large-s0"])
+    test = the_test([tmp_path / f"{name}-s0" for name in ("small", "middle", "large")])
     blocks = sections.robustness(test, "")
     tables = [block for block in blocks if isinstance(block, document.Table)]
-    assert ["CIFAR-10-C" in table.caption for table in tables] == [True, False]
+    told = [re.search(r"images of (\S+) pixels.* parameters of (\S+),", table.caption).groups() for table in tables]
+    assert told == [("32×32", "CIFAR-10-C"), ("64×64", "CIFAR-10-C"), ("224×224", "ImageNet-C")]
     shown = [[[c.text for c in cells] for _, rows in table.parts for _, cells in rows] for table in tables]
     assert all(len(rows) == 1 and all(rows[0]) for rows in shown), shown
 

@@ -63,11 +63,11 @@ def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsy
             clean = of(rows, "linear-sweep", part)
             for family, kind in kinds:
                 for severity in (1, 3, 5):
-                    row = of(rows, f"robust-{kind}-{severity}", part)
+                    row = of(rows, f"robust-{kind}-{severity}-8x8", part)
                     settings = row["settings"]
                     assert (settings["kind"], settings["family"], settings["severity"]) == (kind, family, severity)
                     assert settings["clean"] == clean["value"]  # the same head
-                    assert settings["parameters"] == "CIFAR-10-C"
+                    assert (settings["parameters"], settings["size"]) == ("CIFAR-10-C", [8, 8])
                     for key in ("layer", "chosen", "n", "split", "eval_data", "train_n", "subset_seed", "run"):
                         assert row[key] == clean[key]
                     assert row["value"] == pytest.approx((predicted(folder, row) == truth(folder, row)).mean())
@@ -76,19 +76,19 @@ def test_rows_of_a_backbone_and_of_pixels(tmp_path, monkeypatch, backbone, capsy
     said = capsys.readouterr().out
     *_, head = (line for line in said.splitlines() if line.startswith("| backbone "))
     assert head.replace(" ", "") == "|backbone|labels|corruptionsof|clean|noise|blur|other|"
-    assert re.search(r"\| pixels-pca64-digits +\| 1,437 +\| CIFAR-10-C +\| \d+\.\d ± \d\.\d \|", said)
-    hard, soft = (np.mean([of(rows, f"robust-{kind}-{s}")["value"] for _, kind in kinds]) for s in (5, 1))
+    assert re.search(r"\| pixels-pca64-digits +\| 1,437 +\| CIFAR-10-C, 8x8 +\| \d+\.\d ± \d\.\d \|", said)
+    hard, soft = (np.mean([of(rows, f"robust-{kind}-{s}-8x8")["value"] for _, kind in kinds]) for s in (5, 1))
     assert 0.1 < hard < soft < of(rows, "linear-sweep")["value"]
 
     # beside the others in what a report reads
     [test] = scores.read_eval_sets(runs.group_runs([runs.read_run(folder) for folder in folders[1:]]))
-    columns = [column for column in test.scores if column.protocol == "robust-jpeg-3"]
+    columns = [column for column in test.scores if column.protocol == "robust-jpeg-3-8x8"]
     assert len(columns) == 2 and not set(columns) & set(test.main)
 
 
-def test_the_two_benchmarks_are_two_protocols():
+def test_each_size_is_a_protocol():
     names = [common_corruptions.protocol("jpeg", 3, size) for size in ((64, 64), (32, 65))]
-    assert names == ["robust-jpeg-3", "robust-imagenet-jpeg-3"]
+    assert names == ["robust-jpeg-3-64x64", "robust-jpeg-3-32x65"]
 
 
 def test_images_left_as_they_are_get_the_sweeps_predictions(tmp_path, monkeypatch, backbone):  # noqa: F811
@@ -99,7 +99,7 @@ def test_images_left_as_they_are_get_the_sweeps_predictions(tmp_path, monkeypatc
     for folder in (tmp_path / "runs").iterdir():
         rows = results.read(folder)
         for part in (1.0, "20 per class"):
-            answers = [predicted(folder, of(rows, p, part)) for p in ("linear-sweep", "robust-contrast-5")]
+            answers = [predicted(folder, of(rows, p, part)) for p in ("linear-sweep", "robust-contrast-5-8x8")]
             assert (answers[0] == answers[1]).mean() > 0.99  # features are computed anew: a near tie may fall otherwise
 
 
@@ -120,7 +120,7 @@ def test_the_head_is_fitted_on_the_labelled_images_and_gives_their_probabilities
     assert np.array_equal((255 * pixels).round(), train.images.flatten(1).numpy())
     assert np.array_equal(labels, train.labels.numpy())
     rows = results.read(tmp_path / "runs/pixels-digits")
-    row = of(rows, "robust-contrast-5", "20 per class")
+    row = of(rows, "robust-contrast-5-8x8", "20 per class")
     with np.load(tmp_path / "runs/pixels-digits" / row["predictions"]) as stored:
         right = stored["predicted"] == stored["true"]
         assert np.array_equal(stored["p_predicted"][right], stored["p_true"][right])

@@ -54,8 +54,9 @@ def benchmark(size: Sequence[int]) -> str:
 
 
 def protocol(kind: str, severity: int, size: Sequence[int]) -> str:
-    """The name of a measurement on images of this size (H, W): the two benchmarks are no one protocol."""
-    return f"robust-{'' if benchmark(size) == 'CIFAR-10-C' else 'imagenet-'}{kind}-{severity}"
+    """The name of a measurement on images of this size (H, W): radii are in pixels, so that each size is a test of its
+    own."""
+    return f"robust-{kind}-{severity}-{size[0]}x{size[1]}"
 
 
 def corrupt(images: Tensor, kind: str, severity: int, index: Tensor) -> Tensor:
