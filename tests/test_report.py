@@ -785,11 +785,31 @@ def test_a_study_names_its_arms_and_budgets(tmp_path, monkeypatch):
     shown = [words.partition(":")[0] for _, words in gallery.gallery(study.groups)[-1].pictures]
     assert shown == ["blurred", "clear (2·10¹² FLOPs)"]
     clear = [g for g in study.groups if g.family == "clear"]
-    assert [g.superseded for g in clear] == [True, False] and len({g.colour for g in clear}) == 1
+    assert [[other.label for other in g.larger] for g in clear] == [["clear (2·10¹² FLOPs)"], []] and len(
+        {g.colour for g in clear}
+    ) == 1
     [test] = study.eval_sets
     assert [g.label for g in ranked(test.by_group(test.main[0]), controls=False)] == [
         "clear (2·10¹² FLOPs)",
         "blurred",
+    ]
+
+
+def test_a_larger_budget_takes_the_place_of_a_smaller_one_where_it_was_measured(tmp_path, monkeypatch):
+    """Here by k-NN, and not yet by linear probe."""
+    linear = dict(protocol="linear-sweep", pooling="chosen")
+    arms = []
+    for budget, measures in ((1e12, [KNN, linear]), (1e13, [KNN])):
+        for name, share in (("mae", 0.6), ("beit", 0.4)):
+            changes = dict(train__flops=budget)
+            folder = tmp_path / f"{budget:g}"
+            runs = many(folder, name, share, 2, flops=budget, measures=measures, changes=changes)
+            arms.append((name, "noise", budget, runs))
+    _, text = study_page(write_study(tmp_path, arms), monkeypatch)
+    [lead] = [line for line in text.splitlines() if line.startswith("On cifar10")]
+    assert re.findall(r"(\S+) \((\S+) FLOPs\) ranks first by (\S+)", lead) == [
+        ("mae", "10¹²", "linear"),
+        ("mae", "10¹³", "k-NN"),
     ]
 
 

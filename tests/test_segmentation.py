@@ -32,6 +32,7 @@ from eval.compare.metrics import Metric
 from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
 from eval.measure import attention_masks, dense, dense_sets, dense_tuning, features, results
+from eval.page import segmentation_section
 from ssl_vit import data, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import EvaBackbone
@@ -415,6 +416,13 @@ def test_other_classes_are_another_measurement(tmp_path, monkeypatch):
         ("segmentation-linear", 3),
         ("segmentation-knn-k20", 3),
     ]
+    tests = read_eval_sets(group_runs([read_run(tmp_path / "runs/pixels-scenes")]), "mIoU")
+    assert [(test.without, row["classes"], len(test.main)) for test, row in zip(tests, rows[::2], strict=True)] == [
+        ("without class 7", 2, 2),
+        ("", 3, 2),
+    ]
+    titles = [segmentation_section.blocks(test)[0][0].text for test in tests]
+    assert [title.partition(" (")[2] for title in titles] == ["test, without class 7)", "test)"]
     named = [
         Metric(f"segmentation-linear-11x15-ignoring-{left}", "patches", -1, 1.0).evaluator for left in ("7", "0-7")
     ]

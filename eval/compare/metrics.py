@@ -62,14 +62,23 @@ class Metric:
     def evaluator(self) -> str:
         if knn := re.fullmatch(r"knn(-uncentred)?-k(\d+)", self.protocol):
             return f"k-NN{', uncentred' if knn[1] else ''} (k = {knn[2]})"
-        if part := re.fullmatch(r"(segmentation-.+|attention-masks)-ignoring-([\d-]+)", self.protocol):
-            classes = f"{'class' if part[2].isdigit() else 'classes'} {part[2].replace('-', ', ')}"
-            return f"{replace(self, protocol=part[1]).evaluator}, without {classes}"
+        if self.without:
+            whole = replace(self, protocol=re.sub(r"-ignoring-[\d-]+$", "", self.protocol))
+            return f"{whole.evaluator}, {self.without}"
         if sized := re.fullmatch(r"(segmentation-.+|attention-masks)-(\d+x\d+)", self.protocol):
             return f"{replace(self, protocol=sized[1]).evaluator}, images of {sized[2]}"
         if other := re.fullmatch(r"((?:segmentation-)?finetune|linear-mae|linear-dino)-(.+)", self.protocol):
             return f"{NAMES[other[1]]} ({other[2]})"
         return NAMES.get(self.protocol, self.protocol)
+
+    @property
+    def without(self) -> str:
+        """The classes whose pixels do not count, as "without classes 3, 11"; '' if all do."""
+        found = re.fullmatch(r"(?:segmentation-.+|attention-masks)-ignoring-([\d-]+)", self.protocol)
+        if not found:
+            return ""
+        classes = found[1].split("-")
+        return f"without class{'es' * (len(classes) > 1)} {', '.join(classes)}"
 
     @property
     def features(self) -> str:

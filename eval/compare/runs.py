@@ -7,7 +7,8 @@ groups = group_runs([read_run(Path("runs/mae-digits-s0")), read_run(Path("runs/d
 import json
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class Group:
     label: str = ""
     family: str = ""  # the label without the budget
     role: str = ""  # of its arm in a study (eval/schedule/plans.py)
-    superseded: bool = False  # whether the study also has it with a larger budget, which is the one that counts
+    larger: list["Group"] = field(default_factory=list)  # the same arm of a study with larger budgets
     control: bool = False
     colour: int | None = None
 
@@ -132,6 +133,7 @@ def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list
         groups.append(Group(members[0].rows[0]["recipe"] or members[0].folder.name, members))
     _name(groups)
     _name(groups, BUDGET)
+    spent: dict[Group, tuple[str, float]] = {}  # the arm and budget of those that have several budgets
     for name, arm in (arms or {}).items():
         budgets = {training["budget"] for training in arm["runs"] if training["budget"] is not None}
         for training in arm["runs"]:
@@ -141,8 +143,10 @@ def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list
                     if group.recipe != "random":
                         group.family = group.label = name
                         if len(budgets) > 1 and training["budget"] is not None:
-                            group.superseded = training["budget"] < max(budgets)
                             group.label += f" ({number(training['budget'])} FLOPs)"
+                            spent[group] = name, training["budget"]
+    for group, (name, budget) in spent.items():
+        group.larger = [other for other, (arm, more) in spent.items() if arm == name and more > budget]
     trained = [g for g in groups if not (g.pixels or g.recipe == "random" or g.role in CONTROLS)]
     unlabelled = [group for group in trained if not group.labelled]
     for group in groups:  # where all learn from labels, they are what is compared: backbones, or ways to use labels
@@ -152,6 +156,12 @@ def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list
         if not group.control:
             group.colour = families.index(group.family if arms else group.label)
     return groups
+
+
+def foremost(groups: Iterable[Group]) -> list[Group]:
+    """Of each arm of a study those with the largest budget, of all that are among these groups."""
+    there = list(groups)
+    return [group for group in there if not any(other in there for other in group.larger)]
 
 
 def _flat(run: Run, without: tuple[str, ...] = ()) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 
 from eval.compare import intervals, iou
 from eval.compare.metrics import MAIN, POOLINGS, PRIMARY, Metric, most
-from eval.compare.runs import Group, Run
+from eval.compare.runs import Group, Run, foremost
 from eval.compare.words import floors
 from eval.measure import results
 from ssl_vit.errors import UserError
@@ -128,6 +128,7 @@ class EvalSet:
     groups: list[Group] = field(default_factory=list)
     scores: dict[Metric, dict[Group, Scores]] = field(default_factory=dict)
     measured: str = ACCURACY
+    without: str = ""  # the classes whose pixels do not count (Metric.without)
     place: str = ""  # the prefix of its charts' names, if there are several eval sets
 
     def metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
@@ -228,9 +229,11 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
     for group in groups:
         for run in group.runs:
             for row in (row for row in run.rows if row["metric"] == measured):
-                key = row["eval_data"], row["split"]
+                metric = Metric(row["protocol"], row["pooling"], row["layer"], row["label_fraction"])
+                key = row["eval_data"], row["split"], metric.without
                 truth, right = _answers(run, row)
-                eval_set = eval_sets.setdefault(key, EvalSet(*key, truth, run, measured=measured))
+                new = EvalSet(row["eval_data"], row["split"], truth, run, measured=measured, without=metric.without)
+                eval_set = eval_sets.setdefault(key, new)
                 if unlike := _unlike(eval_set, truth, run, row):
                     raise UserError(
                         f"{eval_set.first.folder} and {run.folder} were evaluated on different images of "
@@ -238,7 +241,6 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
                         "images."
                     )
                 eval_set.groups += [] if group in eval_set.groups else [group]
-                metric = Metric(row["protocol"], row["pooling"], row["layer"], row["label_fraction"])
                 cell = cells[(*key, metric, group)].setdefault(run.seed, {})
                 if row["subset_seed"] in cell:
                     twice = results.row_id(cell[row["subset_seed"]][0]), results.row_id(row)
@@ -248,13 +250,13 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
                     )
                 file = run.folder / row["predictions"]
                 cell[row["subset_seed"]] = row, right, file
-    for (data, split, metric, group), by_seed in cells.items():
+    for (data, split, without, metric, group), by_seed in cells.items():
         correct = np.stack([np.mean([right for _, right, _ in cell.values()], axis=0) for cell in by_seed.values()])
         rows, _, files = zip(*(measured for cell in by_seed.values() for measured in cell.values()), strict=True)
         scores = Scores(list(by_seed), correct, list(rows), list(files))
         if scores.seeds == [None]:
             scores.drawn = {subset: right for subset, (_, right, _) in by_seed[None].items()}
-        eval_sets[data, split].scores.setdefault(metric, {})[group] = scores
+        eval_sets[data, split, without].scores.setdefault(metric, {})[group] = scores
     for eval_set in eval_sets.values():
         for by_group in eval_set.scores.values():
             pool_seeds(by_group)
@@ -299,10 +301,10 @@ def _answers(run: Run, row: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ranked(by_group: dict[Group, Scores], controls: bool) -> list[Group]:
-    """The controls, or the other groups, best first; in a study, only those with the largest budget."""
-    return sorted(
-        (g for g in by_group if g.control == controls and not g.superseded), key=lambda g: -by_group[g].estimate.mean
-    )
+    """The controls, or the other groups, best first; of a study's arm with several budgets, the largest that was
+    measured by this metric."""
+    found = [group for group in foremost(by_group) if group.control == controls]
+    return sorted(found, key=lambda group: -by_group[group].estimate.mean)
 
 
 def spent_on(scores: Scores, key: str) -> float | None:

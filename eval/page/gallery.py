@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eval.compare.runs import Group
+from eval.compare.runs import Group, foremost
 from eval.page.document import (
     Block,
     Gallery,
@@ -22,9 +22,10 @@ PICTURES = dict(
 
 def gallery(groups: list[Group]) -> list[Block]:
     """The pictures of each recipe's first seed, grouped by kind; of a study's arm, those with the largest budget."""
+    found = {group: sorted((group.runs[0].folder / "pictures").glob("*.png")) for group in groups}
     kinds: dict[str, list[tuple[Path, str]]] = {}
-    for group in sorted((g for g in groups if not g.superseded), key=lambda g: (g.control, g.label)):
-        for file in sorted((group.runs[0].folder / "pictures").glob("*.png")):
+    for group in sorted(foremost(group for group in groups if found[group]), key=lambda g: (g.control, g.label)):
+        for file in found[group]:
             kind, task = _shows(file.stem)
             kinds.setdefault(kind, []).append((file, f"{group.label}{task}: {kind}"))
     blocks: list[Block] = [Heading("Pictures"), Text("From the first seed of each recipe.")] if kinds else []

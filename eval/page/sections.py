@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from eval.compare.metrics import Metric, most
-from eval.compare.runs import Group
+from eval.compare.runs import Group, foremost
 from eval.compare.scores import EvalSet, Scores, pool_seeds
 from eval.compare.words import borrowed, labels_in_words, percent, with_interval
 from eval.page import charts
@@ -79,15 +79,13 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
 
 def difficulty(groups: list[Group]) -> list[Block]:
     """How hard the tasks are, for the runs that eval/difficulty.py has measured."""
+    found = {group: [run.folder / "difficulty.json" for run in group.runs] for group in groups}
+    found = {group: there for group, files in found.items() if (there := [file for file in files if file.exists()])}
     rows = []
-    for group in sorted(
-        (g for g in groups if not g.superseded), key=lambda g: g.label
-    ):  # every budget has the same task
-        files = [file for run in group.runs if (file := run.folder / "difficulty.json").exists()]
-        if files:
-            said = json.loads(files[0].read_text(encoding="utf-8"))
-            errors = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
-            rows.append((named(group.label), [Cell(text) for text in errors]))
+    for group in sorted(foremost(found), key=lambda group: group.label):  # every budget has the same task
+        said = json.loads(found[group][0].read_text(encoding="utf-8"))
+        errors = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
+        rows.append((named(group.label), [Cell(text) for text in errors]))
     if not rows:
         return []
     caption = (

@@ -75,11 +75,12 @@ def _highest(by: dict[Metric, dict[Group, Scores]]) -> str:
 
 def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
     """Whether the evaluators rank the recipes alike; pairs that two of them distinguish in opposite order."""
-    first = ranked(next(iter(by.values())), controls=False)
-    common = [group for group in first if all(group in by_group for by_group in by.values())]
-    if len(by) < 2 or len(common) < 2:
+    rankings = {metric: ranked(by_group, controls=False) for metric, by_group in by.items()}
+    first, *others = rankings.values()
+    common = [group for group in first if all(group in ranking for ranking in others)]
+    if not others or len(common) < 2:
         return ""
-    orders = {metric: [g for g in ranked(by_group, controls=False) if g in common] for metric, by_group in by.items()}
+    orders = {metric: [group for group in ranking if group in common] for metric, ranking in rankings.items()}
     if len({tuple(map(id, order)) for order in orders.values()}) == 1:
         return "The evaluators rank the recipes alike. "
     if len({id(order[0]) for order in orders.values()}) > 1:
