@@ -189,3 +189,20 @@ def test_near_the_ends_it_is_wilson_s_interval(right, n):
 def test_in_the_middle_the_bounds_are_the_half_width_away():
     found = interval(np.random.default_rng(0).random((3, 200)) < 0.6)
     assert found.bounds == (found.mean - found.half_width, found.mean + found.half_width)
+
+
+def test_what_may_be_negative_for_an_image_is_no_difference():
+    """Pseudo-values of an mIoU near 0: their mean is none below it, and its interval ends there."""
+    values = np.array([[-0.02, 0.05, 0.0, 0.01, -0.01, 0.03]])
+    low, high = interval(values).bounds
+    assert low >= 0 and high > 0.01
+    assert interval(values, least=-1.0).bounds[0] < 0 and paired(values, 0 * values).bounds[0] < 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_image_tells_no_two_apart():
+    right, wrong = np.ones((3, 1)), np.zeros((3, 1))
+    assert interval(right).bounds == pytest.approx(stats.binomtest(1, 1).proportion_ci(method="wilson"))
+    assert not paired(right, wrong).excludes_zero and paired(right, wrong).bounds == pytest.approx(
+        (-0.96, 1.0), abs=1e-4
+    )

@@ -45,7 +45,7 @@ class Contrast:
         """With this contrast's own variance over seeds. Raises ValueError if it was not measured."""
         if self.difference is None:
             raise ValueError(f"{self.arm} − {self.than} by {self.metric} was not measured")
-        return intervals.interval(self.difference)
+        return intervals.interval(self.difference, least=-1.0)
 
     @property
     def by_seed(self) -> list[float]:

@@ -35,7 +35,6 @@ images are classified correctly, an accuracy has Wilson's interval: the p with (
 1.96² · SE² · p(1 - p) / mean(1 - mean), clipped to [0, 1]. A difference is clipped to [-1, 1].
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -158,17 +157,19 @@ class Estimate:
         return high
 
 
-def interval(correct: np.ndarray, pool: Spread | None = None) -> Estimate:
-    """The mean of correct (S, n), or of a difference of two. pool: the arms' spread, borrowed by 2 to OWN - 1 seeds."""
+def interval(correct: np.ndarray, pool: Spread | None = None, least: float = 0.0) -> Estimate:
+    """The mean of correct (S, n), or of a difference of two, of which the least is -1. pool: the arms' spread, borrowed
+    by 2 to OWN - 1 seeds. Of one image nothing is known of the variance: it counts as 1, so that no interval of a
+    difference excludes zero."""
     correct = np.asarray(correct, dtype=np.float64)
     seeds, images = correct.shape
     mean, by_seed, by_image = correct.mean(), correct.mean(1), correct.mean(0)
-    variance = by_image.var(ddof=1)
+    variance = by_image.var(ddof=1) if images > 1 else 1.0
     of_seeds, residual, freedom, pooled = 0.0, 0.0, seeds - 1, 0
     if seeds > 1:
         of_seeds = by_seed.var(ddof=1)
         left = correct - by_seed[:, None] - by_image + mean
-        residual = (left**2).sum() / ((seeds - 1) * (images - 1))
+        residual = (left**2).sum() / ((seeds - 1) * max(1, images - 1))
         if pool is not None and seeds < OWN and pool.freedom > freedom:
             of_seeds, freedom, pooled = max(of_seeds, pool.variance), pool.freedom, pool.arms
     limit = max(0.0, variance - residual / seeds)
@@ -181,7 +182,7 @@ def interval(correct: np.ndarray, pool: Spread | None = None) -> Estimate:
         se_limit=math.sqrt(limit / images),
         freedom=freedom,
         pooled=pooled,
-        least=-1.0 if correct.min() < 0 else 0.0,
+        least=least,
     )
 
 
@@ -190,7 +191,7 @@ def paired(a: np.ndarray, b: np.ndarray, pool: Spread | None = None) -> Estimate
 
     pool: spread_of_differences, or the spread of the arms if b is such a control.
     """
-    return dataclasses.replace(interval(np.subtract(a, b, dtype=np.float64), pool), least=-1.0)
+    return interval(np.subtract(a, b, dtype=np.float64), pool, least=-1.0)
 
 
 def spread(arms: Iterable[np.ndarray]) -> Spread | None:
