@@ -77,6 +77,23 @@ def test_a_shorter_training_from_scratch_may_be_advised():
     assert advice.advise(ways).sentence.startswith("Train the architecture of s from scratch, for the FLOPs of")
 
 
+def test_weights_that_are_better_than_training_from_scratch_are_named_though_the_best_are_not():
+    """The best differ from it on many images, and by so wide an interval; others on few."""
+    image = np.arange(1000)
+    scratch, best, other = image < 500, (image >= 300) & (image < 839), image < 535
+    ways = [
+        Way(name, how, {1000: Measured(right.astype(float), flops, 10.0)})
+        for name, how, right, flops in (
+            ("vit", SCRATCH, scratch, 1e10),
+            ("a", TUNED, best, 1e12),
+            ("w", TUNED, other, 1e12),
+        )
+    ]
+    found = advice.advise(ways)
+    assert found.chosen.how == SCRATCH
+    assert found.sentence.endswith(", and w, fine-tuned, is 3.5 ± 1.3 points above that, at 10¹² FLOPs.")
+
+
 def test_rows_of_other_calls_are_not_read(run, tmp_path, monkeypatch):
     """More labels were measured before, and other subsets of as many."""
     rows = [

@@ -33,7 +33,7 @@ class Measured:
         return intervals.interval(self.correct[None])
 
 
-@dataclass
+@dataclass(eq=False)
 class Way:
     """name: the backbone, or those whose shape was trained from scratch; how: FROZEN, TUNED, SCRATCH, or LONGER, for
     the FLOPs of the pre-training on top. by_labels: what was measured, by the number of labelled images."""
@@ -111,10 +111,8 @@ class Advice:
         told = f"with {labels:,} labelled images it is right on {reached} of {len(most.correct):,} test images"
         if self.chosen.from_scratch:
             longer = ", for the FLOPs of the pre-training too" if self.chosen.how == LONGER else ""
-            return (
-                f"Train the architecture of {self.chosen.name} from scratch{longer}: {told} at {cost}, and no "
-                "pre-trained weights are distinguishably better."
-            )
+            do = f"Train the architecture of {self.chosen.name} from scratch{longer}"
+            return f"{do}: {told} at {cost}, and {self._better}."
         do = {
             FROZEN: f"Keep {self.chosen.name} frozen and train a linear classifier on its features",
             TUNED: f"Fine-tune {self.chosen.name}",
@@ -125,6 +123,21 @@ class Advice:
         if abs(mean) <= half:
             return f"{do}: {told}, not distinguishable from training from scratch ({against}), at {cost}."
         return f"{do}: {told}, {against}, at {cost}."
+
+    @property
+    def _better(self) -> str:
+        """What pre-trained weights are better than the way advised: there may be some, though the best are not, as the
+        interval of another difference is another."""
+        gains = {way: self.gain(way, self.chosen) for way in self.ways if not way.from_scratch}
+        better = [way for way, (mean, half) in gains.items() if mean > half]
+        if not better:
+            return "no pre-trained weights are distinguishably better"
+        best = max(better, key=lambda way: gains[way])
+        mean, half = gains[best]
+        return (
+            f"{best.name}, {best.how}, is {percent(mean)} ± {percent(half)} points above that, at "
+            f"{number(best.most.flops, power=True)} FLOPs"
+        )
 
 
 def advise(ways: list[Way]) -> Advice:
