@@ -361,6 +361,32 @@ def test_the_lead_covers_every_evaluator_and_says_where_they_disagree(tmp_path):
     assert "no two of them distinguish a pair of recipes in opposite order" in lead
 
 
+def test_what_is_level_or_alone_does_not_rank_first_by_itself(tmp_path):
+    tuned = dict(protocol="finetune", pooling="mean", share=0.9)
+    level = [write_run(tmp_path / name, name, 0.5, tree=settings(name)) for name in ("dino", "mae")]
+    assert ", dino and mae are level and rank first by k-NN" in summary(the_test(level))[0].text
+    write_run(tmp_path / "mae", "mae", 0.6, tree=settings("mae"), measures=[KNN, tuned])
+    lead = summary(the_test(level))[0].text
+    assert re.search(
+        r", mae ranks first by k-NN .*; mae reaches 90\.0 ± \S+ % by fine-tuning, mean of patches\. ", lead
+    )
+
+
+def test_where_no_part_of_the_labels_is_common_to_all_it_is_said(tmp_path):
+    few = dict(KNN, label_fraction=0.1, subset_seed=0)
+    runs = many(tmp_path, "mae", 0.5, measures=[KNN]) + many(tmp_path, "dino", 0.5, measures=[few])
+    assert [block.text for block in summary(the_test(runs))[1:]] == [
+        "The tables show results with all labels, which dino lacks: no part of the labels is common to all recipes."
+    ]
+
+
+def test_a_rate_of_fine_tuning_at_which_it_diverged_is_shown(tmp_path):
+    tried = dict(settings=dict(tried={"0.001": 0.5, "0.004": None}))
+    test = the_test(many(tmp_path, "mae", 0.5, measures=[dict(protocol="finetune", pooling="mean", **tried)]))
+    [folded] = sections.rates(test)
+    assert folded.blocks[0].parts[0][1][0][1][0].text == "0.001: 50.0, 0.004: diverged"
+
+
 def test_what_is_below_the_most_frequent_class_is_said_to_be(tmp_path):
     """Of 22 unbalanced classes, above raw pixels and below always predicting the most frequent."""
     truth = np.where(np.arange(N) < 150, 0, 1 + np.arange(N) % 21)
@@ -691,6 +717,13 @@ def test_labels_do_not_overlap_and_stay_near():
     assert low == pytest.approx([8, 24, 40])
     high = plots._spread([299, 290], [16] * 2, 0, 300)
     assert sorted(high) == pytest.approx([276, 292]) and high[0] > high[1]
+
+
+def test_chance_of_thousands_of_classes_is_not_zero():
+    assert words.floors(5000, 1 / 5000).startswith("Chance is 0.02 % (5,000 classes); ")
+    assert words.floors(21841, 0.00012).startswith("Chance is 0.0046 % (21,841 classes); ")
+    assert words.floors(21841, 0.00012).endswith(" gives 0.012 %.")
+    assert words.floors(1000, 0.001).endswith(" gives 0.1 %.")
 
 
 def test_ticks_and_numbers():

@@ -43,9 +43,14 @@ def labels_in_words(part: float | str) -> str:
 def floors(classes: int, majority: float) -> str:
     """The accuracies that need no look at the image."""
     return (
-        f"Chance is {percent(1 / classes)} % ({classes:,} classes); always predicting the most frequent class gives "
-        f"{percent(majority)} %."
+        f"Chance is {rate(1 / classes)} % ({classes:,} classes); always predicting the most frequent class gives "
+        f"{rate(majority)} %."
     )
+
+
+def rate(value: float) -> str:
+    """In percent, to two digits below 0.1: chance of thousands of classes is not 0.0."""
+    return percent(value) if value == 0 or value >= 1e-3 else f"{100 * value:.2g}"
 
 
 def borrowed(estimates: Iterable[Estimate]) -> str:

@@ -109,7 +109,8 @@ def rates(eval_set: EvalSet) -> list[Block]:
             for row in scores.rows:
                 tried = row.get("settings", {}).get("tried", {})
                 if tried:
-                    words = ", ".join(f"{rate}: {percent(accuracy)}" for rate, accuracy in tried.items())
+                    told = {rate: "diverged" if found is None else percent(found) for rate, found in tried.items()}
+                    words = ", ".join(f"{rate}: {accuracy}" for rate, accuracy in told.items())
                     about = f"{group.label_in(metric)} ({metric.evaluator}, {labels_in_words(metric.labels)})"
                     lines.append((named(about, f"seed {row['seed']}"), [Cell(words)]))
     if not lines:

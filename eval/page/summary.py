@@ -11,7 +11,7 @@ from eval.compare import intervals
 from eval.compare.metrics import Metric, most
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, contrast, ranked
-from eval.compare.words import UNPAIRED, labels_in_words, percent, with_interval
+from eval.compare.words import UNPAIRED, labels_in_words, percent, rate, with_interval
 from eval.page.document import Block, Items, Text
 from ssl_vit.errors import listed
 
@@ -39,10 +39,13 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
         blocks.append(Text(f"{where}{_highest(by)}. {_agreement(by)}{eval_set.floors}", "lead"))
         beside = [(f"By {means(metric)}", _beside(eval_set, by_group, metric)) for metric, by_group in by.items()]
         blocks += [Items(said)] if (said := [(term, words) for term, words in beside if words]) else []
-    more = [g.label for g in eval_set.groups if not g.control and most(eval_set.parts(g)) != eval_set.labels]
-    if more:
-        words = f"The tables show results with {labels_in_words(eval_set.labels)}, which all recipes have"
-        blocks.append(Text(f"{words}; there are results with more labels for {listed(more)}."))
+    recipes = [group for group in eval_set.groups if not group.control]
+    shown = f"The tables show results with {labels_in_words(eval_set.labels)}"
+    if lacking := [group.label for group in recipes if eval_set.labels not in eval_set.parts(group)]:
+        words = f"{shown}, which {listed(lacking)} lack{'s' * (len(lacking) == 1)}"
+        blocks.append(Text(f"{words}: no part of the labels is common to all recipes."))
+    elif more := [group.label for group in recipes if most(eval_set.parts(group)) != eval_set.labels]:
+        blocks.append(Text(f"{shown}, which all recipes have; there are results with more labels for {listed(more)}."))
     single = [
         g.label if len(g.runs) == 1 else f"{g.label} by {means(metric)}"
         for metric, found in by.items()
@@ -62,15 +65,23 @@ def means(metric: Metric) -> str:
 
 def _highest(by: dict[Metric, dict[Group, Scores]]) -> str:
     """ "mae ranks first by k-NN, with 57.2 ± 3.1 %, and by fine-tuning, with …; dino ranks first by …"."""
-    reached: dict[Group, list[str]] = {}
-    several = any(len(ranked(by_group, controls=False)) > 1 for by_group in by.values())
+    reached: dict[str, list[str]] = {}
     for metric, by_group in by.items():
-        best = ranked(by_group, controls=False)[0]
-        accuracy = f"{with_interval(by_group[best].estimate)} %"
-        words = f"by {means(metric)}, with {accuracy}" if several else f"{accuracy} by {means(metric)}"
-        reached.setdefault(best, []).append(words)
-    verb = "ranks first" if several else "reaches"
-    return "; ".join(f"{group.label} {verb} {listed(words)}" for group, words in reached.items())
+        first = _first(by_group)
+        names = listed([group.label for group in first])
+        accuracy = f"{listed(list(dict.fromkeys(with_interval(by_group[group].estimate) for group in first)))} %"
+        if len(ranked(by_group, controls=False)) == 1:
+            reached.setdefault(f"{names} reaches", []).append(f"{accuracy} by {means(metric)}")
+        else:
+            verb = "ranks first" if len(first) == 1 else "are level and rank first"
+            reached.setdefault(f"{names} {verb}", []).append(f"by {means(metric)}, with {accuracy}")
+    return "; ".join(f"{said} {listed(words)}" for said, words in reached.items())
+
+
+def _first(by_group: dict[Group, Scores]) -> list[Group]:
+    """The recipe with the highest mean, or all that have it."""
+    ranking = ranked(by_group, controls=False)
+    return [group for group in ranking if by_group[group].estimate.mean == by_group[ranking[0]].estimate.mean]
 
 
 def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
@@ -83,7 +94,7 @@ def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
     orders = {metric: [group for group in ranking if group in common] for metric, ranking in rankings.items()}
     if len({tuple(map(id, order)) for order in orders.values()}) == 1:
         return "The evaluators rank the recipes alike. "
-    if len({id(order[0]) for order in orders.values()}) > 1:
+    if not set.intersection(*(set(_first({g: by[metric][g] for g in order})) for metric, order in orders.items())):
         words = "The evaluators disagree about the best recipe"
     else:
         words = "The evaluators agree on the best recipe, and disagree about the order of the others"
@@ -129,7 +140,7 @@ def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) ->
     majority = intervals.paired(by_group[best].correct, eval_set.majority.correct, by_group[best].pool)
     if majority.mean <= majority.half_width:
         is_below = majority.mean < -majority.half_width
-        naming = f"always predicting the most frequent class ({percent(eval_set.majority.estimate.mean)} %)"
+        naming = f"always predicting the most frequent class ({rate(eval_set.majority.estimate.mean)} %)"
         said.append(f"is {'below' if is_below else 'not distinguishable from'} {naming}")
     if eval_set.unbalanced:
         said.append(f"has a balanced accuracy of {percent(eval_set.balanced(by_group[best]))} %")

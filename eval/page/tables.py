@@ -6,7 +6,7 @@ from eval.compare import intervals
 from eval.compare.metrics import Metric
 from eval.compare.runs import Group
 from eval.compare.scores import ACCURACY, EvalSet, Scores, contrast, ranked
-from eval.compare.words import UNPAIRED, borrowed, labels_in_words, percent, with_interval
+from eval.compare.words import UNPAIRED, borrowed, labels_in_words, percent, rate, with_interval
 from eval.page import charts
 from eval.page.document import (
     Block,
@@ -77,7 +77,7 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
             head.append((metric.evaluator, []))
         head[-1][1].append(metric.features)
     if eval_set.measured == ACCURACY:
-        majority = [Cell(percent(eval_set.majority.estimate.mean))] * len(metrics) + [Cell("0")] * (3 if extra else 0)
+        majority = [Cell(rate(eval_set.majority.estimate.mean))] * len(metrics) + [Cell("0")] * (3 if extra else 0)
         parts[True].append((Cell("most frequent class", "always predicted"), majority))
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
     caption = f"{caption} {eval_set.floors} {borrowed(scores.estimate for scores in used)}".strip()
