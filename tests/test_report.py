@@ -726,6 +726,33 @@ def test_chance_of_thousands_of_classes_is_not_zero():
     assert words.floors(1000, 0.001).endswith(" gives 0.1 %.")
 
 
+def test_names_of_many_series_stay_in_the_chart():
+    series = [plots.Series(f"arm {i}", [1e12 * (i + 1)], [0.3 + 0.01 * i], colour=i) for i in range(22)]
+    svg = plots.lines(series, "T", "s", "FLOPs", log=True)
+    height = float(re.search(r'viewBox="-8 -8 \S+ (\S+)"', svg)[1]) - 16
+    places = [float(y) for y in re.findall(r'<text x="[^"]*" y="([^"]*)"[^>]*>arm ', svg)]
+    assert len(places) == 22 and max(places) < height - 28 and np.diff(sorted(places)).min() >= 15.9
+
+
+def test_ticks_are_at_regular_steps():
+    def shown(values, wide):
+        return [text for _, text in plots._apart([(wide * i, f"{v:g}") for i, v in enumerate(values)])]
+
+    assert shown([0, 20, 40, 60, 80, 100], 40) == ["0", "20", "40", "60", "80", "100"]
+    assert shown([0, 20, 40, 60, 80, 100], 22) == ["0", "40", "80"]
+    powers = [(20 * i, words.number(v)) for i, v in enumerate(plots.log_ticks(5, 1000))]
+    first, period = 1, 3  # 10, of 5, 10, 20, 50, …
+    assert [text for _, text in plots._apart(powers, first, period)] == ["10", "100", "1,000"]
+
+
+def test_long_titles_are_in_several_lines():
+    name = "vit_small_patch16_224.dino (objective.mask_ratio=0.5)"
+    svg = plots.lines([plots.Series("seed 0", [1, 2], [0.1, 0.2])], name, "s", "step", marks=False, width=plots.SMALL)
+    titles = re.findall(r"font-weight:700;\">([^<]*)<", svg)
+    assert " ".join(titles) == name and max(map(len, titles)) * 16 * 0.6 <= plots.SMALL + 8
+    assert f'<g transform="translate(0 {20 * (len(titles) - 1)})">' in svg
+
+
 def test_ticks_and_numbers():
     assert plots.ticks(0.31, 0.58) == pytest.approx([0.3, 0.4, 0.5, 0.6])
     assert plots.ticks(-0.12, 0.04) == pytest.approx([-0.15, -0.1, -0.05, 0, 0.05])
@@ -766,6 +793,15 @@ def test_the_curve_of_a_long_log_is_thinned(tmp_path):
     [(name, svg)] = figure.charts
     [path] = re.findall(r'<polyline points="([^"]+)"', svg)
     assert name == "loss-mae" and len(path.split()) == 300 and "seed 0: 2·10⁻⁴ at the end" in svg
+
+
+def test_values_that_are_not_finite_are_left_out_of_curves(tmp_path):
+    run = many(tmp_path, "mae", 0.5, seeds=1)[0]
+    lines = [dict(step=s, loss=loss) for s, loss in enumerate((float("inf"), 0.5, 0.25, float("nan")))]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, figure = charts.curves(groups_of([run]))
+    [(_, svg)] = figure.charts
+    assert "seed 0: 0.25 at the end" in svg and "nan" not in svg and "left out" in figure.caption
 
 
 # -- of a study -------------------------------------------------------------------------------------------------------
@@ -1109,7 +1145,12 @@ def test_confusion_and_calibration_against_references():
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 5, (2, 300))
     answers = mistakes.Answers(predicted, true, np.arange(300), None, None)
-    assert np.array_equal(mistakes.confusion(answers, 5), metrics.confusion_matrix(true, predicted))
+    counts = metrics.confusion_matrix(true, predicted)
+    assert np.array_equal(mistakes.confusion(answers, 5), counts)
+    np.fill_diagonal(counts, 0)
+    pairs = mistakes.confused(answers, 5)
+    assert [count for _, _, count in pairs] == sorted(counts.flat, reverse=True)[: mistakes.CONFUSED]
+    assert all(counts[true, predicted] == count for true, predicted, count in pairs)
     # bins of tenths: (0.1, 0.2] holds .15 right and .2 wrong; (0.9, 1] holds .95 and 1.0, both right
     confidence, right = np.array([0.15, 0.2, 0.95, 1.0]), np.array([True, False, True, True])
     error, bins = mistakes.calibration(confidence, right, bins=10)
@@ -1289,6 +1330,11 @@ def test_names_that_differ_at_their_end_differ_on_charts():
     cut = [tuple(plots._split(name)) for name in names]
     assert len(set(cut)) == len(names) and cut[0] == ("mae", "(mask_ratio=0.6)")
     assert all(len(part) <= 22 for parts in cut for part in parts)
+    alike = [f"fine-tuned: vit_{size}_patch16_224.dino" for size in ("small", "base", "large")]
+    assert len({tuple(plots._split(name)) for name in alike}) == 1
+    found = plots._labels([*alike, "fine-tuned: mae"])
+    assert ["".join(lines).replace(": ", ":").replace(":", ": ") for lines in found] == [*alike, "fine-tuned: mae"]
+    assert all(len(line) <= 22 for lines in found for line in lines)
 
 
 def test_recipes_without_a_common_seed_are_not_marked_alike(tmp_path):

@@ -4,6 +4,7 @@ from eval.page import charts
 charts.compute(eval_set, "")     # blocks of eval.page.document, for an EvalSet of eval.compare.scores
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -222,7 +223,8 @@ def curves(groups: list[Group]) -> list[Block]:
         for group in sorted(groups, key=lambda g: (g.control, g.label)):
             charts += [(f"{key}-{slug(group.label)}", svg) for key in keys if (svg := _curve(group, key, keys[key]))]
         if charts:
-            blocks.append(Figure(charts, f"{caption} From log.jsonl of each run, with one line per seed.", small=True))
+            words = "From log.jsonl of each run, with one line per seed; values that are not finite are left out."
+            blocks.append(Figure(charts, f"{caption} {words}", small=True))
     return [Heading("While training"), *blocks] if blocks else []
 
 
@@ -230,7 +232,7 @@ def _curve(group: Group, key: str, words: str) -> str:
     """The SVG of the values that a group's runs logged under this key; '' if there are none."""
     series = []
     for run in group.runs:
-        points = _thinned([(line["step"], line[key]) for line in run.log if key in line])
+        points = _thinned([(line["step"], line[key]) for line in run.log if math.isfinite(line.get(key, math.nan))])
         if points:
             steps, values = zip(*points, strict=True)
             series.append(plots.Series(f"seed {run.seed}", steps, values, colour=group.colour))
@@ -251,8 +253,8 @@ def sources_of(by_group: Iterable[Scores]) -> list[tuple[str, str]]:
 
 
 def counted(sources: list[tuple[str, str]]) -> str:
-    runs = len({run for run, _ in sources})
-    return f"{len(set(sources))} rows of {runs} runs."
+    rows, runs = len(set(sources)), len({run for run, _ in sources})
+    return f"{rows} row{'s' * (rows > 1)} of {runs} run{'s' * (runs > 1)}."
 
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")

@@ -289,7 +289,7 @@ def _rows(sources: list[tuple[str, str]]) -> str:
         of_run.setdefault(run, []).append(row)
     lines = "".join(f"<li>{escape(run)}: <code>{escape(' '.join(ids))}</code></li>" for run, ids in of_run.items())
     count = sum(map(len, of_run.values()))
-    return f"<details><summary>The {count} rows behind it, by run</summary><ul>{lines}</ul></details>"
+    return f"<details><summary>The {count} row{'s' * (count > 1)} behind it, by run</summary><ul>{lines}</ul></details>"
 
 
 def _html_confusion(block: Confusion) -> str:

@@ -116,8 +116,9 @@ def _duplicates(pairs: list[tuple[int, int, float]], least: float, found: Findin
         return [Text(f"No two images have a similarity of {least:g} or more; the closest pair has {closest:.2f}.")]
     at_least = "At least " if found.has_more(least) else ""
     words = (
-        f"{at_least}{len(pairs):,} pairs have a similarity of {least:g} or more. Look at them before you split the "
-        "images. A backbone that was trained little finds many images alike: raise --duplicates then."
+        f"{at_least}{len(pairs):,} pair{'s have' if len(pairs) > 1 else ' has'} a similarity of {least:g} or more. "
+        "Look before you split the images. A backbone that was trained little finds many images alike: raise "
+        "--duplicates then."
     )
     made: list[Block] = [Text(words)]
     for i, j, s in pairs[:PAIRS]:

@@ -73,9 +73,19 @@ def read_answers(files: list[Path]) -> Answers:
 
 
 def confusion(answers: Answers, classes: int) -> np.ndarray:
-    """Counts (true, predicted)."""
+    """Counts (true, predicted). Of many classes they would not fit into memory: see `confused`."""
     cells = answers.true.astype(np.int64) * classes + answers.predicted
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def confused(answers: Answers, classes: int) -> list[tuple[int, int, int]]:
+    """(true, predicted, count) of the pairs of classes that are confused most often, the most frequent first."""
+    wrong = ~answers.right
+    cells, counts = np.unique(
+        answers.true[wrong].astype(np.int64) * classes + answers.predicted[wrong], return_counts=True
+    )
+    most = np.argsort(-counts, kind="stable")[:CONFUSED]
+    return [(*divmod(int(cells[i]), classes), int(counts[i])) for i in most]
 
 
 def calibration(
@@ -130,10 +140,9 @@ def _group(
     images: "_Images",
 ) -> Folded:
     answers = read_answers(scores.files)
-    counts = confusion(answers, max(len(names), int(max(answers.predicted.max(), answers.true.max())) + 1))
-    blocks: list[Block] = [_classes(counts, names, len(scores.files))]
+    blocks: list[Block] = [_classes(answers, names, len(scores.files))]
     if len(names) > MATRIX:
-        blocks += _pairs(counts, names)
+        blocks += _pairs(answers, names)
     summary = f"{group.label_in(metric)}: balanced accuracy {percent(eval_set.balanced(scores))} %"
     if answers.p is not None:
         error, bins = calibration(answers.p, answers.right)
@@ -145,14 +154,15 @@ def _group(
     return Folded(summary, blocks)
 
 
-def _classes(counts: np.ndarray, names: list[str], rows: int) -> Block:
+def _classes(answers: Answers, names: list[str], rows: int) -> Block:
     """The confusion matrix; with many classes, the accuracy of each class, or of the lowest and the highest."""
-    totals, right = counts.sum(1), counts.diagonal()
-    accuracies = np.divide(right, totals, out=np.full(len(counts), np.nan), where=totals > 0)
+    totals = np.bincount(answers.true, minlength=len(names))
     images = totals // rows
     if len(names) <= MATRIX:
         words = "The percentage of the images of each class (row) that were predicted as each class (column)."
-        return Confusion(names, counts, images.tolist(), words)
+        return Confusion(names, confusion(answers, len(names)), images.tolist(), words)
+    right = np.bincount(answers.true[answers.right], minlength=len(names))
+    accuracies = np.divide(right, totals, out=np.full(len(names), np.nan), where=totals > 0)
     there = [int(c) for c in np.argsort(accuracies, kind="stable") if totals[c]]
     caption = "The accuracy on the images of each class, lowest first."
     if len(there) > LISTED:
@@ -163,15 +173,12 @@ def _classes(counts: np.ndarray, names: list[str], rows: int) -> Block:
     return Table([("", ["accuracy, %", "images"])], [("", lines)], caption)
 
 
-def _pairs(counts: np.ndarray, names: list[str]) -> list[Block]:
+def _pairs(answers: Answers, names: list[str]) -> list[Block]:
     """The pairs of classes most often confused."""
-    wrong = counts - np.diag(counts.diagonal())
-    order = [i for i in np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED] if wrong.flat[i]]
     lines = []
-    for true, predicted in (divmod(int(i), len(counts)) for i in order):
-        fraction = wrong[true, predicted] / counts[true].sum()
-        cells = [Cell(names[predicted]), Cell(percent(fraction)), Cell(f"{wrong[true, predicted]:,}")]
-        lines.append((Cell(names[true]), cells))
+    for true, predicted, count in confused(answers, len(names)):
+        fraction = count / (answers.true == true).sum()
+        lines.append((Cell(names[true]), [Cell(names[predicted]), Cell(percent(fraction)), Cell(f"{count:,}")]))
     caption = "The most frequent confusions: the percentage of the true class's images, and the count over all seeds."
     return [Table([("", ["predicted as", "%", "count"])], [("", lines)], caption)] if lines else []
 

@@ -8,6 +8,7 @@ A chart is self-contained, as a file or within a page. It follows the reader's l
 each mark shows its values on hover. Values are fractions and are shown in %.
 """
 
+import itertools
 import math
 import re
 import textwrap
@@ -23,6 +24,7 @@ from eval.compare.words import between, number, percent
 WIDTH = 400  # units; text is then at least 11 px high on a phone 360 px wide
 SMALL = 300  # the width of a chart that is one of many
 TEXT, MINOR = 14, 13  # font sizes
+CUT = 22  # letters of a line of a name
 LETTER, BOLD = 0.53, 0.65  # mean width of a letter, relative to the font size
 LIGHT = ("#0b6fb3", "#cf4f05", "#008060", "#b0508c", "#5a4fc0", "#9a6b00", "#2b8fa8", "#a33b3b")
 DARK = ("#5cb3f0", "#ff8f52", "#35c79e", "#ec9dc9", "#a9a0ff", "#e8b53c", "#66cde3", "#ff8a8a")
@@ -87,10 +89,11 @@ def lines(
     width: int = WIDTH,
 ) -> str:
     """A chart of series over one axis. marks: draw points, and a name at each end; otherwise thin curves alone."""
-    ends = [_split(s.name) for s in series] if marks else []
+    ends = _labels([s.name for s in series]) if marks else []
     right = 22 + max((_length(end, BOLD) for end in ends), default=-12)
-    left, top, height = 46, 62, 300 if width == WIDTH else 230
-    bottom = height - 46
+    left, top, tall = 46, 62, 16 * sum(map(len, ends))
+    bottom = max(254 if width == WIDTH else 184, top - 12 + tall)
+    height = bottom + 46
     places_x = {x for s in series for x in s.x}
     scale_x, x_ticks = _axis(list(places_x), left + 8, width - right, log)
     x_ticks = list(places_x) if len(places_x) == 1 else x_ticks
@@ -104,7 +107,10 @@ def lines(
         y = scale_y(tick)
         parts.append(_line(left, y, width - right + 8, y, "rule"))
         parts.append(_text(left - 8, y + 4.5, f"{100 * tick:g}" if percent else f"{tick:g}", "soft", MINOR, "end"))
-    for tick, label in _apart([(scale_x(t), _tick_label(t, log, max(x_ticks))) for t in x_ticks]):
+    decades = [i for i, tick in enumerate(x_ticks) if log and math.log10(tick).is_integer()]
+    period = decades[1] - decades[0] if len(decades) > 1 else 1
+    first = decades[0] if decades else x_ticks.index(0) if 0 in x_ticks else 0
+    for tick, label in _apart([(scale_x(t), _tick_label(t, log, max(x_ticks))) for t in x_ticks], first, period):
         parts.append(_line(tick, bottom, tick, bottom + 4, "soft"))
         parts.append(_text(tick, bottom + 18, label, "soft", MINOR, "middle"))
     parts.append(_line(left, bottom, width - right + 8, bottom, "soft"))
@@ -130,8 +136,9 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: 
     """A chart with a row for each value and its interval. zero: values are differences, hollow if not distinguishable
     from zero. brief: the numbers beside them are the values alone."""
     letters = int(WIDTH / (MINOR * BOLD))
-    names = [textwrap.wrap(row.name, letters) if row.value is None else _split(row.name) for row in rows]
     measured = [row for row in rows if row.value is not None]
+    labels = iter(_labels([row.name for row in measured]))
+    names = [textwrap.wrap(row.name, letters) if row.value is None else next(labels) for row in rows]
     sign = "+" if zero else ""
     told = [between(row.value, *row.bounds, sign) for row in rows if row.value is not None]
     numbers = [percent(row.value, sign) for row in rows if row.value is not None] if brief else told
@@ -140,7 +147,8 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: 
     ends = [end for row in measured for end in (*row.bounds, *row.points, *row.thresholds)] + ([0.0] if zero else [])
     top, height = 56, 56 + sum(12 + 16 * len(name) for name in names) + 30
     scale, ticks = _axis(ends, left + 8, WIDTH - right - 8, False, *((None,) if zero else (0.0, 1.0)))
-    places = _apart([(scale(t), f"{100 * t:g}".replace("-", "−")) for t in ticks])
+    first = ticks.index(0) if 0 in ticks else 0
+    places = _apart([(scale(t), f"{100 * t:g}".replace("-", "−")) for t in ticks], first)
     parts = [_line(x, top, x, height - 26, "rule") for x, _ in places]
     parts += [_text(x, height - 8, label, "soft", MINOR, "middle") for x, label in places]
     if zero:
@@ -235,13 +243,16 @@ def _axis(
     return lambda v: start + (end - start) * (v - low) / (high - low), marks
 
 
-def _apart(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Those of the labels (position of the middle, text) that do not overlap the one before."""
-    kept: list[tuple[float, str]] = []
-    for place, text in sorted(labels):
-        if not kept or place - kept[-1][0] > (len(text) + len(kept[-1][1])) / 2 * MINOR * 0.56 + 10:
-            kept.append((place, text))
-    return kept
+def _apart(labels: list[tuple[float, str]], first: int = 0, period: int = 1) -> list[tuple[float, str]]:
+    """Of the labels (position of the middle, text), in order, as many as do not overlap: all, or every second, third, …
+    to either side of the first; with a period every so many, and twice and three times as many."""
+    for step in (1, *range(period, len(labels), period)):
+        kept = labels[first % step :: step]
+        widths = [len(text) * MINOR * 0.56 + 10 for _, text in kept]
+        gaps = [right[0] - left[0] for left, right in itertools.pairwise(kept)]
+        if all(gap > sum(pair) / 2 for gap, pair in zip(gaps, itertools.pairwise(widths), strict=True)):
+            return kept
+    return labels[first : first + 1]
 
 
 def _spread(targets: list[float], heights: list[float], low: float, high: float) -> list[float]:
@@ -287,13 +298,20 @@ def _series(
 
 
 def _svg(width: int, height: float, title: str, subtitle: str, parts: list[str]) -> str:
-    head = _text(0, 16, title, "ink", 16, weight=700) + _text(0, 36, subtitle, "soft", MINOR)
+    """The parts under a title and a subtitle of a line each; what such a line does not hold moves them down."""
+    titles = textwrap.wrap(title, int(width / (16 * BOLD * 0.94)))
+    below = textwrap.wrap(subtitle, int(width / (MINOR * LETTER * 0.94)))
+    head = [_text(0, 16 + 20 * i, line, "ink", 16, weight=700) for i, line in enumerate(titles)]
+    more = 20 * (len(titles) - 1)
+    head += [_text(0, 36 + more + 17 * i, line, "soft", MINOR) for i, line in enumerate(below)]
+    more += 17 * (len(below) - 1)
+    body = "".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="-8 -8 {width + 16} {height + 16:g}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="-8 -8 {width + 16} {height + more + 16:g}" '
         f'role="img" aria-label="{escape(f"{title}: {subtitle}")}"><style>{STYLE}</style>'
-        f'<rect x="-8" y="-8" width="{width + 16}" height="{height + 16:g}" style="fill:var(--ground)"/>'
-        + head
-        + "".join(parts)
+        f'<rect x="-8" y="-8" width="{width + 16}" height="{height + more + 16:g}" style="fill:var(--ground)"/>'
+        + "".join(head)
+        + (f'<g transform="translate(0 {more})">{body}</g>' if more else body)
         + "</svg>"
     )
 
@@ -329,6 +347,13 @@ def _colour(mark: Series | Dot) -> str:
     return "control" if mark.colour is None else f"c{mark.colour % len(LIGHT)}"
 
 
+def _labels(names: list[str]) -> list[list[str]]:
+    """The names in one chart, each in lines of at most 22 letters; those that would be cut alike are whole."""
+    cut = {name: _split(name) for name in names}
+    lines = list(cut.values())
+    return [textwrap.wrap(name, CUT) if lines.count(cut[name]) > 1 else cut[name] for name in names]
+
+
 def _split(name: str) -> list[str]:
     """A name in one line, or in two if it has a part in brackets, each of at most 22 letters. Names mostly differ at
     their ends, which stay; of settings the sections are left out."""
@@ -336,7 +361,7 @@ def _split(name: str) -> list[str]:
     return [_cut(part) for part in ([head, f"({rest}"] if bracket else [head])]
 
 
-def _cut(text: str, most: int = 22) -> str:
+def _cut(text: str, most: int = CUT) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 3]}…{text[-(most // 2 + 2) :]}"
 
 
