@@ -21,7 +21,7 @@ from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import contrast, ranked, read_eval_sets
 from eval.compare.studies import read_study
 from eval.measure import results
-from eval.page import charts, document, gallery, mistakes, plots, sections, tables
+from eval.page import charts, document, gallery, mistakes, plots, provenance, sections, tables
 from eval.page.summary import summary
 from ssl_vit.errors import UserError
 
@@ -162,10 +162,13 @@ def test_labels_tell_what_differs_where_a_recipe_is_there_twice(tmp_path):
         "mae (objective.mask_ratio=0.9)",
     ]
 
-    # of three settings a hash remains
+    # of three settings a hash remains, which the page explains; what states none of what the others do is the default
     changes = dict(objective__a=1, objective__b=2, objective__c=3)
     far = write_run(tmp_path / "e", "mae", 0.5, tree=settings("mae", **changes))
-    assert re.fullmatch(r"mae \([0-9a-f]{6}\)", groups_of([one, far])[1].label)
+    groups = groups_of([one, far])
+    assert groups[0].label == "mae (default)" and re.fullmatch(r"mae \([0-9a-f]{6}\)", groups[1].label)
+    items = [block.items for block in provenance.provenance(groups, [], "") if isinstance(block, document.Items)]
+    assert items[0] == [(groups[1].label, "objective.a=1, objective.b=2, objective.c=3")]
 
     foreign = [write_run(tmp_path / name, None, 0.5) for name in ("vit-x", "vit-y")]
     assert [g.label for g in groups_of(foreign)] == ["vit-x", "vit-y"]
@@ -1063,6 +1066,12 @@ def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     assert "3 trials at 1e+09 FLOPs and seed 100" in markdown and "short those of mae" in markdown
     places = [html.index(words) for words in ("optim.lr=1<", "25.0 (chosen)", "failed", "optim.lr=0.5", "20.0")]
     assert places == sorted(places) and html.count("(chosen)") == 1 and "a=1" not in html
+    # an arm that states the rate itself: a trial's own comes after it
+    said["trials"]["mae"] = [dict(trial, settings=["optim.lr=1", *trial["settings"]]) for trial in trials]
+    said["arms"]["mae"]["runs"][0]["settings"] = ["optim.lr=1", "a=1", "optim.lr=2"]
+    (study / "study.json").write_text(json.dumps(said))
+    html, _ = study_page(study, monkeypatch)
+    assert html.count("(chosen)") == 1 and "failed (chosen)" in html
 
 
 def test_charts_of_an_earlier_report_go(tmp_path, monkeypatch):
@@ -1322,6 +1331,21 @@ def test_every_chart_has_a_file_of_its_own():
     names = [f"mae (10{power} FLOPs)" for power in ("¹²", "¹³", "¹⁴")]
     assert len(set(map(charts.slug, names))) == 3 and charts.slug(names[0]) == "mae-1012-flops"
     assert charts.slug("图像 a/b") == "图像-a-b" != charts.slug("画像 a/b")
+    assert document.distinct(["a", "b", "a", "a-2", "a"]) == ["a", "b", "a-2", "a-2-2", "a-3"]
+
+
+def test_names_that_differ_in_signs_alone_have_charts_and_sections_of_their_own(tmp_path, monkeypatch):
+    runs = [tmp_path / name for name in ("vit-96x6", "vit_96x6")]
+    for run in runs:
+        for data in ("图", "圖", "a b", "a-b"):
+            write_run(run, run.name, 0.5, tree=settings(run.name), eval_data=data)
+    page, text = write_report(runs, tmp_path / "out", monkeypatch)
+    files = {file.stem for file in (tmp_path / "out").glob("*.svg")}
+    drawn = re.findall(r"^!\[.*\]\((.*)\.svg\)$", text, re.M)
+    assert {"loss-vit-96x6", "loss-vit-96x6-2"} <= files == set(drawn) and len(drawn) == len(files)
+    anchors = re.findall(r'id="([^"]*)"', page)
+    assert len(set(anchors)) == len(anchors) == page.count("<h2") and "accuracy-图-test" in anchors
+    assert re.findall(r'href="#([^"]*)"', page) == anchors
 
 
 def test_names_that_differ_at_their_end_differ_on_charts():

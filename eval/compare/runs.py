@@ -53,6 +53,7 @@ class Group:
     larger: list["Group"] = field(default_factory=list)  # the same arm of a study with larger budgets
     control: bool = False
     colour: int | None = None
+    codes: dict[str, str] = field(default_factory=dict)  # of names that hold a hash, the settings that it stands for
 
     @property
     def pixels(self) -> bool:
@@ -202,7 +203,10 @@ def _name(groups: list[Group], without: tuple[str, ...] = ()) -> None:
         others = [g for g in alike if _key(g.runs[0], without) != key]
         name = NAMES.get(group.recipe, group.recipe) + (f" from {group.start}" if group.start else "")
         if others:
-            name += f" ({_difference(group, others, without) or key})"
+            difference = _difference(group, others, without)
+            name += f" ({difference or key})"
+            if not difference:
+                group.codes[name] = _differences(group, others, without)
         if without:  # one by itself has one name everywhere
             group.family = name if any(g is not group and g not in others for g in alike) else group.label
         else:
@@ -214,7 +218,7 @@ def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> 
     mine, theirs = _flat(group.runs[0], without), [_flat(g.runs[0], without) for g in others]
     keys = [k for k in mine if any(other.get(k) != mine[k] for other in theirs)]
     if not keys:
-        return group.runs[0].folder.name
+        return "default"
     budget = [k for k in BUDGET if k in keys]
     if set(keys) <= set(BUDGET):
         spent = [number(g.mean("train_flops")) for g in (group, *others)]
@@ -222,5 +226,17 @@ def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> 
     for shown in (["recipe"], ["data.name"], [k for k in keys if k not in BUDGET] + budget[:1]):
         unique = not any(all(other.get(k) == mine[k] for k in shown) for other in theirs)
         if unique and len(shown) <= 2:
-            return ", ".join(f"{k}={mine[k]:g}" if type(mine[k]) is float else f"{k}={mine[k]}" for k in shown)
+            return ", ".join(_stated(k, mine) for k in shown)
     return ""
+
+
+def _differences(group: Group, others: list[Group], without: tuple[str, ...]) -> str:
+    """All settings in which a group differs from any other of its recipe."""
+    mine, theirs = _flat(group.runs[0], without), [_flat(g.runs[0], without) for g in others]
+    keys = sorted({k for other in theirs for k in mine.keys() | other.keys() if other.get(k) != mine.get(k)})
+    return ", ".join(_stated(k, mine) for k in keys)
+
+
+def _stated(key: str, settings: dict) -> str:
+    value = settings.get(key)
+    return f"{key}={value:g}" if type(value) is float else f"{key}={'null' if value is None else value}"

@@ -22,6 +22,7 @@ from eval.page.document import (
     Figure,
     Heading,
     Table,
+    distinct,
 )
 from eval.page.gallery import gallery
 from eval.page.provenance import provenance, several_origins
@@ -39,7 +40,6 @@ def report(
 ) -> tuple[str, list[Block], list[Table]]:
     """Title, content, and the main tables. dense: those measured by masks; study: whose arms the runs are; decided: its
     verdict, and what that is of, if it decides. While anything lacks for a verdict, no accuracy is shown."""
-    runs = [run for group in groups for run in group.runs]
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in [*eval_sets, *dense]))
     names = names or (study.manifest["data"] if study else "")
@@ -71,7 +71,11 @@ def report(
         found, main = segmentation_section.blocks(eval_set)
         blocks, mains = blocks + found, [*mains, main]
     blocks += sections.difficulty(groups) + (study_sections.trials(study) if study else [])
-    blocks += charts.curves(groups) + gallery(groups) + provenance(runs, [*eval_sets, *dense], command)
+    blocks += charts.curves(groups) + gallery(groups) + provenance(groups, [*eval_sets, *dense], command)
+    figures = [block for block in blocks if isinstance(block, Figure)]
+    names_of_files = iter(distinct([name for figure in figures for name, _ in figure.charts]))
+    for figure in figures:
+        figure.charts = [(next(names_of_files), svg) for _, svg in figure.charts]
     kind = "arm" if study else "recipe"
     what = f"{recipes} {kind}{'s' * (recipes > 1)} compared" if recipes else "Controls"
     return f"{what} on {names}", blocks, mains

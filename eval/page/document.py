@@ -9,6 +9,7 @@ text. Markdown leaves out the collapsible parts, and links to the charts as file
 
 import base64
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -133,8 +134,11 @@ WIDE = 7  # columns; a table with more may not fit a desktop screen either
 def html(title: str, blocks: Sequence[Block]) -> str:
     """One self-contained page."""
     sections = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
-    links = "".join(f'<a href="#{_anchor(text)}">{escape(text)}</a>' for text in sections)
+    anchors = distinct([re.sub(r"[\W_]+", "-", text.lower()).strip("-") for text in sections])
+    links = "".join(f'<a href="#{a}">{escape(text)}</a>' for a, text in zip(anchors, sections, strict=True))
     body = "\n".join(map(_html, blocks))
+    for anchor in anchors:
+        body = body.replace("<h2>", f'<h2 id="{anchor}">', 1)
     lead, cut, rest = body.partition("<h2")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -142,6 +146,15 @@ def html(title: str, blocks: Sequence[Block]) -> str:
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n<h1>{escape(title)}</h1>\n"
         f"{lead}<nav>{links}</nav>\n{cut}{rest}\n</main></body></html>\n"
     )
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with numbers where one comes again: a, b, a-2."""
+    found: list[str] = []
+    for name in names:
+        others = (f"{name}-{i}" for i in itertools.count(2))
+        found.append(name if name not in found else next(other for other in others if other not in found))
+    return found
 
 
 def markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
@@ -219,7 +232,7 @@ def _markdown(block: Block, folder: Path) -> str:
 def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f'<h{level} id="{_anchor(text)}">{escape(text)}</h{level}>'
+            return f"<h{level}>{escape(text)}</h{level}>"
         case Text(text, kind):
             return f'<p class="{kind}">{_unbroken(text)}</p>' if kind else f"<p>{_unbroken(text)}</p>"
         case Code(text):
@@ -332,7 +345,3 @@ def _webp(image: Image.Image, words: str) -> str:
     image.save(small, "WEBP", quality=75)  # a fifth of a PNG's bytes
     data = base64.b64encode(small.getvalue()).decode()
     return f'<img src="data:image/webp;base64,{data}" alt="{escape(words)}">'
-
-
-def _anchor(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -128,8 +128,10 @@ def _images(runs: list[Run]) -> tuple[set[str], set[str]]:
     return max(trained.values(), key=len), max(tested.values(), key=len)
 
 
-def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[Block]:
-    """How to reproduce the page, what the protocols are, and which code made the rows."""
+def provenance(groups: list[Group], eval_sets: list[EvalSet], command: str) -> list[Block]:
+    """How to reproduce the page, what names and protocols stand for, and which code made the rows."""
+    runs = [run for group in groups for run in group.runs]
+    codes = {name: words for g in groups for name, words in g.codes.items() if name in (g.label, g.family)}
     protocols = {metric.protocol for eval_set in eval_sets for metric in eval_set.scores}
     # a protocol is defined by the longest of these names that it starts with
     used = {max((start for start in DEFINITIONS if p.startswith(start)), key=len, default=None) for p in protocols}
@@ -158,6 +160,7 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
             "lists the rows behind each table and chart under it. An accuracy is the fraction of test images "
             "whose class was predicted correctly."
         ),
+        *(_named_by_code(codes) if codes else []),
         Heading("The protocols", 3),
         Items(definitions),
         Heading("The intervals", 3),
@@ -166,6 +169,11 @@ def provenance(runs: list[Run], eval_sets: list[EvalSet], command: str) -> list[
         Items([(commit, f"{versions}. Runs: {', '.join(sorted(runs))}") for (commit, versions), runs in made.items()]),
         *(_trainings(trained) if trained else []),
     ]
+
+
+def _named_by_code(codes: dict[str, str]) -> list[Block]:
+    """codes: the settings of recipes by names that hold a hash of them."""
+    return [Heading("The recipes that a code names", 3), Items(list(codes.items()))]
 
 
 def _trainings(trained: dict[str, set[str]]) -> list[Block]:

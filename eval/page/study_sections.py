@@ -160,13 +160,15 @@ def trials(study: StudyResults) -> list[Block]:
     counts = sorted({min(map(len, trials_of.values())), max(map(len, trials_of.values()))})
     parts = []
     for arm, tried in trials_of.items():
-        common = set.intersection(*(set(trial["settings"]) for trial in tried))
-        used = study.manifest["arms"][arm]["runs"][0]["settings"]
+        settings = [_last(trial["settings"]) for trial in tried]
+        keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
+        used = _last(study.manifest["arms"][arm]["runs"][0]["settings"])
         rows = []
-        for trial in tried:
-            own = [text for text in trial["settings"] if text not in common]
+        for trial, stated in zip(tried, settings, strict=True):
+            own = " ".join(f"{key}={stated[key]}" for key in keys if key in stated)
             accuracy = "failed" if trial["accuracy"] is None else percent(trial["accuracy"])
-            rows.append((Cell(" ".join(own)), [Cell(accuracy + " (chosen)" * (set(own) <= set(used)))]))
+            chosen = all(stated.get(key) == used.get(key) for key in keys)
+            rows.append((Cell(own), [Cell(accuracy + " (chosen)" * chosen)]))
         parts.append((arm, rows))
     like = [f"{name} those of {arm['like']}" for name, arm in study.manifest["arms"].items() if arm["like"]]
     words = (
@@ -180,3 +182,8 @@ def trials(study: StudyResults) -> list[Block]:
         words += f" An arm may take another's: {listed(like)}."
     table = Table([("", ["accuracy, %"])], parts, "On held-out training images, in the order of the trials.")
     return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]
+
+
+def _last(settings: list[str]) -> dict[str, str]:
+    """Settings by key; of one that is stated twice the last counts, as on a command line."""
+    return {key: value for key, _, value in (text.partition("=") for text in settings)}
