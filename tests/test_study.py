@@ -284,7 +284,7 @@ def deciding():
     ("narrowed", "settings", "decides", "words"),
     [
         ((2, None, "linear_probe", False), ["runtime.compile=false"], True, ["evaluators=linear_probe"]),
-        ((5, None, None, False), [], False, []),  # more seeds than were planned are as bad as fewer
+        ((5, None, None, False), [], False, ["seeds=5"]),  # more seeds than were planned are as bad as fewer
         ((1, None, None, False), [], False, ["seeds=1"]),
         ((None, None, None, False), ["train.flops=2e9"], True, []),
         ((None, None, None, False), ["train.flops=1e9"], False, []),  # not the one that decides
@@ -305,6 +305,12 @@ def test_a_part_of_a_plan_decides_nothing(narrowed, settings, decides, words, tm
     assert plan.narrow(*narrowed) == words
     plan.spend(settings)
     assert plan.decides is decides
+
+
+def test_more_seeds_extend_a_study_that_decides_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_plan(tmp_path)
+    assert plans.read("tiny.yaml").narrow(9, None, None, False) == []
 
 
 def test_without_budgets_another_length_decides_nothing(tmp_path, monkeypatch):

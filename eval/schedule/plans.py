@@ -145,9 +145,9 @@ class Plan:
                     own.evaluators = [line for line in own.evaluators if line[0] in asked]
             changed.append(f"evaluators={','.join(sorted(asked))}")
         if seeds is not None and seeds != self.seeds:
+            if self.decides or any(self.seeds_of(arm) > seeds for arm in self.arms):
+                changed.append(f"seeds={seeds}")  # more of them extend a study, but not one that decides
             self.decides = False
-            if any(self.seeds_of(arm) > seeds for arm in self.arms):
-                changed.append(f"seeds={seeds}")
             self.seeds = seeds
             for arm in self.arms.values():
                 arm.seeds = None
