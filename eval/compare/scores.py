@@ -280,7 +280,7 @@ def _unlike(eval_set: EvalSet, truth: np.ndarray, run: Run, row: dict) -> str:
     if not file.is_file() or file.name in eval_set.images:
         return ""
     eval_set.images[file.name] = file
-    one, other = (json.loads(path.read_text()) for path in (next(iter(eval_set.images.values())), file))
+    one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (next(iter(eval_set.images.values())), file))
     for key, words in (("classes", "the names of their classes"), ("names", "the names of their files")):
         if one[key] and other[key] and one[key] != other[key]:
             return words

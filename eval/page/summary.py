@@ -35,7 +35,8 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
         counts = sorted({len(scores.seeds) for found in by.values() for g, scores in found.items() if not g.control})
         seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
         seeds += " per arm" if metrics else " per recipe"
-        where = f"On {eval_set.data} ({eval_set.split}, {len(eval_set.truth):,} images; {seeds}), "
+        images = f"{len(eval_set.truth):,} image{'s' * (len(eval_set.truth) > 1)}"
+        where = f"On {eval_set.data} ({eval_set.split}, {images}; {seeds}), "
         blocks.append(Text(f"{where}{_highest(by)}. {_agreement(by)}{eval_set.floors}", "lead"))
         beside = [(f"By {means(metric)}", _beside(eval_set, by_group, metric)) for metric, by_group in by.items()]
         blocks += [Items(said)] if (said := [(term, words) for term, words in beside if words]) else []
