@@ -183,7 +183,7 @@ def differing(one: Run, other: Run) -> list[str]:
     from which each learns."""
 
     def unseeded(value: object) -> object:
-        return re.sub(r"-s\d+\b", "", value) if isinstance(value, str) else value
+        return re.sub(r"-s\d+(?=/|,|$)", "", value) if isinstance(value, str) and "/" in value else value
 
     a, b = _flat(one), _flat(other)
     return sorted(key for key in a.keys() | b.keys() if unseeded(a.get(key)) != unseeded(b.get(key)))

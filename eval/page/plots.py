@@ -299,8 +299,8 @@ def _series(
 
 def _svg(width: int, height: float, title: str, subtitle: str, parts: list[str]) -> str:
     """The parts under a title and a subtitle of a line each; what such a line does not hold moves them down."""
-    titles = textwrap.wrap(title, int(width / (16 * BOLD * 0.94)))
-    below = textwrap.wrap(subtitle, int(width / (MINOR * LETTER * 0.94)))
+    titles = textwrap.wrap(title, int(width / (16 * BOLD * 0.94))) or [""]
+    below = textwrap.wrap(subtitle, int(width / (MINOR * LETTER * 0.94))) or [""]
     head = [_text(0, 16 + 20 * i, line, "ink", 16, weight=700) for i, line in enumerate(titles)]
     more = 20 * (len(titles) - 1)
     head += [_text(0, 36 + more + 17 * i, line, "soft", MINOR) for i, line in enumerate(below)]
