@@ -79,6 +79,13 @@ def manifest(arms, roles, **changes):
     return whole | dict(trials={}) | changes
 
 
+def row_of(arm):
+    """What a row of this arm says of its training and its images, and not what was measured."""
+    spent = 0 if arm == "random" else U * (0.39 if arm == "less" else 1)
+    images = 0 if arm == "random" else 400_000 if arm == "less" else 1_050_000
+    return dict(train_flops=float(spent), images_seen=images, eval_data="cifar10", split="test")
+
+
 def made(change=None, spread=None, without=(), gone=None, roles=ROLES, extra=None, **changes):
     """The evidence of a study without noise, so that a difference's bounds are its value, except where `spread` says.
 
@@ -89,7 +96,10 @@ def made(change=None, spread=None, without=(), gone=None, roles=ROLES, extra=Non
     arms = {arm: [protocol for of, protocol in points if of == arm] for arm in dict.fromkeys(of for of, _ in points)}
     told = manifest(arms, roles, **changes)
     eval_set = EvalSet("cifar10", "test", np.zeros(N, int), None)
-    groups = {arm: Group(arm, [Run(ROOT / t["runs"][0]["run"], {}, [], [])]) for arm, t in told["arms"].items()}
+    of_run = dict(train=dict(seed=0, batch_size=256), data={}, images=dict(count=50_000, fingerprint="0123"))
+    groups = {
+        arm: Group(arm, [Run(ROOT / t["runs"][0]["run"], of_run, [], [row_of(arm)])]) for arm, t in told["arms"].items()
+    }
     for arm in told["arms"].values():
         for training in arm["runs"]:
             training["run"] = str(ROOT / training["run"])
@@ -399,16 +409,25 @@ def tuned_rows():
     return give
 
 
+CHOSEN = dict(lr=1e-3, lr_of="runs/a-s100", recipe="r")  # what a row says of its rate
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ([dict(lr=1e-3, lr_of="a", recipe="r")] * 6, None),
+        ([CHOSEN] * 6, None),
         (
-            [dict(lr=1e-3, lr_of="a", recipe="r")] * 5 + [dict(lr=2e-3, lr_of="b", recipe="r")],
-            "different learning rates: mae-s0 has 0.001, as chosen for a and mae-s5 has 0.002, as chosen for b",
+            [CHOSEN] * 5 + [CHOSEN | dict(lr=2e-3, lr_of="runs/b-s100")],
+            "different learning rates: mae-s0 has 0.001, as chosen for runs/a-s100 and mae-s5 has 0.002, as chosen for "
+            "runs/b-s100",
         ),
-        ([dict(lr=1e-3, lr_of="a", recipe="r")] * 5 + [dict(lr=1e-3, tried={"1e-3": 0.5})], "chosen at a seed that"),
-        ([dict(lr=1e-3, lr_of="a", recipe="r")] * 5 + [dict(lr=1e-3, lr_of="a", recipe="s")], "different versions of"),
+        (
+            [CHOSEN] * 5 + [dict(lr=1e-3, tried={"1e-3": 0.5}, recipe="r")],
+            "rate of mae-s5 .* not chosen at the seed of",
+        ),
+        ([CHOSEN | dict(lr_of="runs/mae-s0")] * 6, "rate of mae-s0 .* not chosen at the seed of the trials, 100"),
+        ([dict(lr=0.0123, recipe="r")] * 6, "rate of mae-s0 .* not chosen at the seed of the trials, 100"),  # by hand
+        ([CHOSEN] * 5 + [CHOSEN | dict(recipe="s")], "different versions of"),
     ],
 )
 def test_a_fine_tuning_that_is_not_the_study_s_decides_nothing(settings, said, tuned_rows):
@@ -422,7 +441,7 @@ def test_a_fine_tuning_that_is_not_the_study_s_decides_nothing(settings, said, t
 
 
 def test_the_page_says_which_rates_were_chosen(tuned_rows):
-    study = tuned_rows("mae", [dict(lr=1e-3, lr_of="a")] * 6)
+    study = tuned_rows("mae", [CHOSEN] * 6)
     study.manifest["trials"] = {}
     [words] = list(verdict_section._chosen(evidence.read(study)))
     assert words == "Learning rates of fine-tuning, chosen in the same way: mae 0.001."
@@ -435,6 +454,65 @@ def test_seeds_of_an_arm_have_one_recipe(written):
     tree["train"]["batch_size"] = 7
     file.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match=r"mae-s2 and .*mae-s3 are seeds of mae with .*\(train.batch_size\): train"):
+        evidence.read(read_study(written))
+
+
+def rewrite(run, **changes):
+    """Change keys of all rows of a run."""
+    (run / "results.jsonl").write_text(results.lines([row | changes for row in results.read(run)]))
+
+
+@pytest.mark.parametrize("alike", ["fingerprint", "count"])
+def test_all_runs_are_trained_on_the_same_images(alike, written):
+    """Other than the permuted ones, whose fingerprint is their own."""
+
+    def trained_on(name, **images):
+        file = written.parent / name / "recipe.yaml"
+        tree = yaml.safe_load(file.read_text())
+        tree["images"] |= images
+        file.write_text(yaml.safe_dump(tree))
+
+    for seed in range(2):
+        trained_on(f"permuted-s{seed}", fingerprint="of the permuted")
+    evidence.read(read_study(written))
+    other = dict(fingerprint="4567") if alike == "fingerprint" else dict(count=45_000)
+    for name in [f"noise-s{seed}" for seed in range(SEEDS)]:  # an arm as a whole
+        trained_on(name, **other)
+    with pytest.raises(UserError, match=r"mae-s0 and .*noise-s0 were trained on different images.*: train all runs"):
+        evidence.read(read_study(written))
+
+
+def test_all_runs_are_evaluated_on_the_same_images(written):
+    """Whose classes alone do not tell them apart."""
+    for run in written.parent.glob("*-s?"):
+        rewrite(
+            run, images="predictions/images-permuted.json" if "permuted" in run.name else "predictions/images-1.json"
+        )
+    evidence.read(read_study(written))
+    rewrite(written.parent / "mae-s3", images="predictions/images-2.json")
+    with pytest.raises(UserError, match=r"mae-s0 and .*mae-s3 were evaluated on different images.*: evaluate all runs"):
+        evidence.read(read_study(written))
+
+
+@pytest.mark.parametrize(("of_budget", "accepted"), [(1.009, True), (0.991, True), (1.011, False), (0.989, False)])
+def test_compute_is_that_of_the_plan(of_budget, accepted, written):
+    rewrite(written.parent / "less-s3", train_flops=of_budget * 0.39 * U)
+    if accepted:
+        evidence.read(read_study(written))
+    else:
+        with pytest.raises(
+            UserError, match=r"less-s3 has rows of 2.\d+e\+13 training FLOPs.* planned for 2.34e\+13: delete"
+        ):
+            evidence.read(read_study(written))
+
+
+def test_compute_is_in_whole_steps(written):
+    """Of a short training one step is more than a hundredth."""
+    image = U / (20 * 256)  # FLOPs, so that U is 20 steps of 256
+    rewrite(written.parent / "mae-s3", images_seen=21 * 256, train_flops=21 * 256 * image)
+    evidence.read(read_study(written))
+    rewrite(written.parent / "mae-s3", images_seen=22 * 256, train_flops=22 * 256 * image)
+    with pytest.raises(UserError, match="mae-s3 has rows of 6.6e"):
         evidence.read(read_study(written))
 
 
@@ -543,8 +621,9 @@ def write_run(folder, arm, seed, points):
     tree = dict(
         recipe=arm,
         objective=dict(name="reconstruct"),
-        train=dict(seed=seed, flops=U, steps=10 if trained else 0),
-        data=dict(name="cifar10", img_size=[32, 32], in_chans=3, mean=[0.5] * 3, std=[0.2] * 3),
+        train=dict(seed=seed, flops=U, steps=10 if trained else 0, batch_size=256),
+        data=dict(name="cifar10", img_size=[32, 32], in_chans=3, mean=[0.5] * 3, std=[0.2] * 3)
+        | dict(permute_pixels=arm == "permuted"),
         backbone=dict(name="vit_tiny", embed_dim=96, depth=4, num_heads=3, patch_size=4, pos_embed="sincos"),
         images=dict(count=50_000, fingerprint="0123"),
     )
@@ -556,14 +635,13 @@ def write_run(folder, arm, seed, points):
         )
         predictions.append(np.where(hard.argsort().argsort() < round(value * N / 100), truth, (truth + 1) % 10))
         rows.append(
-            dict(
+            row_of(arm)
+            | dict(
                 run=folder.name,
                 recipe=arm,
                 objective="reconstruct",
                 backbone="vit_tiny",
                 data="cifar10",
-                eval_data="cifar10",
-                split="test",
                 protocol="linear-sweep" if protocol == "LP" else protocol,
                 pooling="chosen" if protocol == "LP" else "mean",
                 layer=-1,
@@ -575,8 +653,6 @@ def write_run(folder, arm, seed, points):
                 n=N,
                 metric="accuracy",
                 value=value / 100,
-                images_seen=1_050_000 if trained else 0,
-                train_flops=U if trained else 0.0,
                 versions={},
                 commit="abc",
             )
@@ -610,7 +686,7 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
         "a ViT of 0.45 M parameters",
         "one data set, cifar10, 50,000 images of 32×32 px, 48 values a token",
         "6·10¹³ FLOPs",
-        "epochs seen: mae 21, less 21, noise 21, autoencoder 21",
+        "epochs seen: mae 21, less 8.0, noise 21, autoencoder 21",
     ):
         assert words in answer
     assert "| mae − scratch-long (FT10)" in told and "Check of the instrument" in told

@@ -10,12 +10,13 @@ and only what the plan asks for counts: rows of other seeds, or of another fine-
 import functools
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from eval.compare import intervals
 from eval.compare.metrics import Metric
-from eval.compare.runs import Group, differing
+from eval.compare.runs import Group, Run, differing
 from eval.compare.scores import Scores
 from eval.compare.studies import StudyResults
 from ssl_vit.errors import UserError, listed
@@ -28,6 +29,7 @@ NEEDED = ("masking", "noise", "autoencoder", "scratch")  # roles of which a plan
 CHECKS = ("positive-check", "negative-check")
 NOISE = "objective.noise_sigma"
 AUGMENTATIONS = (NOISE, "objective.patch_drop_rate")  # settings of a fine-tuning that corrupt its images
+TOLERANCE = 0.01  # of an arm's budget, by which the compute of its runs may be off; whole steps may be off by one
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ class Evidence:
         """The runs of an arm, if they were evaluated."""
         return self.study.group(arm, self.budget)
 
+    def runs(self, arm: str) -> list[Run]:
+        """The seeds of an arm that were evaluated."""
+        group = self.group(arm)
+        return group.runs if group else []
+
     def _linear(self, role: str) -> Scores | None:
         eval_set, group = self.study.eval_set, self.group(self.arms[role])
         return eval_set.scores.get(LINEAR, {}).get(group) if eval_set and group else None
@@ -157,7 +164,8 @@ def _contrast(
 
 
 def read(study: StudyResults) -> Evidence:
-    """The evidence of a study. Raises UserError if it decides nothing, or if settings were chosen at deciding seeds."""
+    """The evidence of a study. Raises UserError if it decides nothing, if settings were chosen at deciding seeds, or if
+    its runs differ in what they must have alike."""
     manifest = study.manifest
     if not manifest["decides"]:
         raise UserError(
@@ -179,6 +187,8 @@ def read(study: StudyResults) -> Evidence:
             )
     evidence = Evidence(study)
     _one_recipe(evidence)
+    _same_images(evidence)
+    _equal_compute(evidence)
     _one_choice(evidence)
     return evidence
 
@@ -186,9 +196,7 @@ def read(study: StudyResults) -> Evidence:
 def _one_recipe(evidence: Evidence) -> None:
     """Raises UserError if the seeds of an arm were trained with other settings."""
     for arm in evidence.manifest["arms"]:
-        group = evidence.group(arm)
-        runs = group.runs if group else []
-        for first, run in itertools.pairwise(runs):
+        for first, run in itertools.pairwise(evidence.runs(arm)):
             if keys := differing(first, run):
                 raise UserError(
                     f"{first.folder} and {run.folder} are seeds of {arm} with different settings ({', '.join(keys)}): "
@@ -196,9 +204,49 @@ def _one_recipe(evidence: Evidence) -> None:
                 )
 
 
+def _same_images(evidence: Evidence) -> None:
+    """Raises UserError if runs were trained or evaluated on different images. With permuted pixels the same images have
+    another fingerprint, so runs on them are compared among themselves."""
+    eval_set = evidence.study.eval_set
+    trained: dict[tuple, Path] = {}  # a run on each set of images
+    tested: dict[tuple, Path] = {}
+    for run in (run for arm in evidence.manifest["arms"] for run in evidence.runs(arm)):
+        permuted = run.settings["data"].get("permute_pixels", False)
+        trained.setdefault(
+            (permuted, run.settings["images"]["fingerprint"], run.settings["images"]["count"]), run.folder
+        )
+        for row in run.rows:
+            if eval_set and (row["eval_data"], row["split"]) == (eval_set.data, eval_set.split):
+                tested.setdefault((permuted, row.get("images")), run.folder)
+    for what, again, found in (("trained", "train", trained), ("evaluated", "evaluate", tested)):
+        for permuted in (False, True):
+            folders = [str(folder) for kind, folder in found.items() if kind[0] == permuted]
+            if len(folders) > 1:
+                raise UserError(
+                    f"{listed(folders)} were {what} on different images, which cannot be compared: {again} all runs "
+                    "of the study on the same images."
+                )
+
+
+def _equal_compute(evidence: Evidence) -> None:
+    """Raises UserError if the compute of a run is not its arm's share of the budget."""
+    for arm, entry in evidence.manifest["arms"].items():
+        planned = {Path(t["run"]): t["budget"] for t in entry["runs"] if t["steps"] != 0 and t["budget"] is not None}
+        for run in (run for run in evidence.runs(arm) if run.folder in planned):
+            budget, row = planned[run.folder], run.rows[0]
+            step = row["train_flops"] / row["images_seen"] * run.settings["train"]["batch_size"]
+            for spent in {row["train_flops"] for row in run.rows}:
+                if abs(spent - budget) > max(TOLERANCE * budget, step):
+                    raise UserError(
+                        f"{run.folder} has rows of {spent:.3g} training FLOPs, and {arm} is planned for {budget:.3g}: "
+                        "delete the run, in runs/ and in packed results alike, and run the study again."
+                    )
+
+
 def _one_choice(evidence: Evidence) -> None:
     """Raises UserError if fine-tunings of one arm have different learning rates, or rates chosen where they decide, or
     if their recipes differ. All seeds take what was chosen once, at the seed of the trials."""
+    tuning = evidence.manifest["tuning"]
     recipes: dict[str | None, str] = {}
     for name, scores in evidence.fine_tunings():
         rows = [row for row in scores.rows if row["seed"] in evidence.seeds]
@@ -207,13 +255,13 @@ def _one_choice(evidence: Evidence) -> None:
             said = row["settings"]
             recipes.setdefault(said.get("recipe"), row["run"])
             chosen.setdefault((said.get("lr"), said.get("lr_of")), row["run"])
-            if "tried" in said and evidence.manifest["tuning"]:
+            if tuning and not said.get("lr_of", "").endswith(f"-s{tuning['seed']}"):
                 raise UserError(
-                    f"The learning rate of {row['run']} ({name}) was chosen at a seed that decides, by a fine-tuning "
-                    "that is not the study's: delete its row, and its mark in the folder done, in runs/ and in packed "
-                    "results alike, and run the study again."
+                    f"The learning rate of {row['run']} ({name}) was not chosen at the seed of the trials, "
+                    f"{tuning['seed']}, so that fine-tuning is not the study's: delete its row, and its mark in the "
+                    "folder done, in runs/ and in packed results alike, and run the study again."
                 )
-        if evidence.manifest["tuning"] and len(chosen) > 1:
+        if tuning and len(chosen) > 1:
             words = [f"{run} has {lr:g}, as chosen for {of}" for (lr, of), run in chosen.items()]
             raise UserError(f"The seeds of {name} were fine-tuned at different learning rates: {listed(words)}.")
     if len(recipes) > 1:
