@@ -31,6 +31,7 @@ from eval.schedule.jobs import Job, needed, withdraw, work
 from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study
 from ssl_vit import commands, data, errors, files, system
+from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 
@@ -100,7 +101,8 @@ def main() -> int:
 
 
 def check_images(study: Study) -> None:
-    """Read the images to evaluate on before anything is trained. Raises UserError if needed labels are missing."""
+    """Read the images to evaluate on before anything is trained. Raises UserError if needed labels are missing, or if a
+    study that decides has runs on other images."""
     plan, config = study.plan, study.evaluated()
     if any(line[0] in plans.OF_LABELS for arm in plan.arms for line in plan.evaluators_of(arm)):
         classes, which = None, ""
@@ -112,9 +114,25 @@ def check_images(study: Study) -> None:
                     "column of another name holds them, set data.label_column=COLUMN; for a look at unlabelled images "
                     "there is eval/embed.py."
                 )
+            if role == "train" and plan.decides:
+                refuse_other_images(study, images.fingerprint)
             classes, which = images.classes, " to report on"
     elif plan.eval_data:
         data.load(config, "report")
+
+
+def refuse_other_images(study: Study, fingerprint: str) -> None:
+    """Raises UserError if a run was trained on images with another fingerprint, so that no verdict would follow.
+    Permuted pixels have their own."""
+    for training in study.trainings():
+        file = training.run / "recipe.yaml"
+        settings = recipes.read_settings(file) if file.exists() else {}
+        if settings and not settings["data"]["permute_pixels"] and settings["images"]["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{training.run} was trained on other images than those of --data (their fingerprints are "
+                f"{settings['images']['fingerprint']} and {fingerprint}), and a verdict needs the same for all runs: "
+                "name those, or start in an empty folder with other --results."
+            )
 
 
 def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None = None) -> int:

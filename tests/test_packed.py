@@ -241,3 +241,15 @@ def test_rows_of_two_trainings_of_one_name_are_not_mixed(way, machines):
         kept.add(two) if way == "add" else kept.restore(two.parent)
     assert sorted((file, file.read_bytes()) for file in kept.folder.rglob("*.*")) == before
     assert len(results.read(two)) == 1
+
+
+@pytest.mark.parametrize("way", ["add", "restore"])
+def test_rows_of_trainings_on_different_images_are_not_mixed(way, machines):
+    """Whose files lie in another order, such as those of another download, so that seeds draw other labels."""
+    one, two, kept = machines
+    for run, found in ((one, "0123"), (two, "4567")):
+        measure(run, protocol="knn")
+        (run / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe="mae", images=dict(fingerprint=found))))
+    kept.add(one)
+    with pytest.raises(UserError, match=r"two/run and .*kept/runs/run are runs of one name .*\(images.fingerprint\)"):
+        kept.add(two) if way == "add" else kept.restore(two.parent)

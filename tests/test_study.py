@@ -406,6 +406,36 @@ def test_packed_results_are_of_the_same_images_wherever_these_are(tmp_path, monk
         Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
 
 
+def test_a_study_that_decides_does_not_go_on_with_other_images(tmp_path, monkeypatch, colours):
+    """Of the same name, size and number: before anything is trained on them."""
+    monkeypatch.chdir(tmp_path)
+    untrained = ["train.flops=null", "train.steps=0"]
+    permuted = dict(like="mae", role="negative-check", settings=[*untrained, "data.permute_pixels=true"])
+    write_plan(
+        tmp_path,
+        arms=deciding() | dict(permuted=permuted),
+        settings=["backbone.patch_size=4"],
+        budgets=[1e9],
+        decides=True,
+        controls=[],
+        evaluators=[LP10],
+    )
+    made = Study(plans.read("tiny.yaml"), colours, [], [], 1)
+    for training in made.trainings():
+        if training.steps == 0:
+            assert pretrain.pretrain(pretrain.read("mae", list(training.settings), colours), training.run) == 0
+    study.check_images(made)
+    shutil.copytree(colours, "other/colours")
+    Image.new("RGB", (32, 32)).save("other/colours/train/a/2.png")
+    shutil.move("runs", "kept/runs")
+    for run in (tmp_path / "kept/runs").iterdir():
+        Packed(tmp_path / "packed").add(run)
+    Packed(tmp_path / "packed").restore(tmp_path / "runs")
+    elsewhere = Study(plans.read("tiny.yaml"), "other/colours", [], [], 1)
+    with pytest.raises(UserError, match=r"runs/mae-colours-\w+-s0 was trained on other images than those of --data"):
+        study.check_images(elsewhere)
+
+
 @pytest.mark.parametrize("key", ["optim.clip_grad=1.5", "backbone.init_values=0.1", "optim.weight_decay_end=0.1"])
 def test_a_recipe_that_lost_a_setting_is_another(key, tmp_path, monkeypatch):
     """The old run would count as one of the new recipe: the name of a run tells settings of the command line alone."""

@@ -68,8 +68,8 @@ class Packed:
 
 
 def _check_same(run: Path, packed: Path) -> None:
-    """Raises UserError if these are two trainings of one name, as after a change of a recipe: rows of both would count
-    as those of one."""
+    """Raises UserError if these are two trainings of one name, as after a change of a recipe, or on other images: rows
+    of both would count as those of one."""
     files = run / "recipe.yaml", packed / "recipe.yaml"
     if not all(file.exists() for file in files):
         return
@@ -77,6 +77,7 @@ def _check_same(run: Path, packed: Path) -> None:
     free = (*recipes.MAY_CHANGE, "resolved", "images")
     keys = [key for key in one.keys() & other.keys() if one[key] != other[key]]
     keys = sorted(key for key in keys if key.partition(".")[0] not in free and key != "data.name")
+    keys += [key for key in ["images.fingerprint"] if one.get(key) != other.get(key)]
     if keys:
         raise UserError(
             f"{run} and {packed} are runs of one name with different settings ({', '.join(keys)}), and their rows must "
