@@ -23,6 +23,7 @@ been judged is not tried again.
 """
 
 import dataclasses
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from eval.measure import cli, features, kept_trials, rates, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
-from ssl_vit import data, engine, errors, flops, pretrain, subsets, weights
+from ssl_vit import data, engine, errors, files, flops, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import EvaBackbone, LocalBackbone, TokenBackbone
 from ssl_vit.checkout import COMMIT
@@ -97,7 +98,12 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
             own.append(f"optim.lr={best}")
         recipe = make_recipe(source, images_of(source, request), own)
         path = place(source, recipe, train)
-        tune(recipe, path)
+        try:
+            tune(recipe, path)
+        except Diverged as error:
+            if request.state.is_main_process:
+                files.write(source.folder / "diverged" / f"{schedule.protocol}.json", json.dumps(dict(said=str(error))))
+            raise
         answer, judging = predict(path, test, request.state)
         spent += trained(path) + judging
         row = cli.row(source, test) | keys | answer.metrics(truth)

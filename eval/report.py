@@ -66,7 +66,7 @@ def main() -> None:
     files.write(args.output / "report.md", markdown(title, blocks, args.output))
     files.write(args.output / "report.html", html(title, blocks))
     # one look: a study that decides shows no accuracy before every planned run is measured
-    early = decided and decided[1].lacking
+    early = decided and decided[1].incomplete
     files.write(args.output / "report.csv", tidy([] if early else [*eval_sets, *dense]))
     for name in set(earlier) - set(drawn):  # of an earlier report there
         (args.output / f"{name}.svg").unlink(missing_ok=True)

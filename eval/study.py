@@ -16,6 +16,7 @@ are lost: finished evaluations are kept, and a pre-training is repeated only if 
 """
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 
 import torch
 
+from eval.compare.evidence import diverged
 from eval.schedule import plans
 from eval.schedule.cost import estimate
 from eval.schedule.jobs import Job, needed, withdraw, work
@@ -163,11 +165,16 @@ def run(study: Study, at_once: int, accept_failed: bool, packed: Packed | None =
     files.write(study.folder / "study.json", manifest)
     if packed:
         packed.describe(manifest)
+    if study.plan.decides and (ended := diverged(json.loads(manifest))):
+        say(f"Undecided: {ended}.")
+        return 1
     everything = needed(study.jobs(trainings))
     failed = work(everything, at_once, study.folder, keep)
     folders = [training.run for training in trainings] + list(study.controls().values())
     code = 1 if failed else 0
-    if failed and study.plan.decides:
+    if failed and study.plan.decides and (ended := diverged(json.loads(manifest))):
+        say(f"Undecided: {ended}.")
+    elif failed and study.plan.decides:
         say("No report: a study with a verdict shows no contrast before all of its runs are measured.")
     elif any((folder / "results.jsonl").exists() for folder in folders):
         report = [

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -223,14 +224,20 @@ class Monitor:
             first = self.accelerator.gather(first.to(self.accelerator.device)[None]).min()
         self.losses.clear()
         if first < 2**62:
-            raise Diverged(f"The loss of step {int(first)} is not a finite number; {self.intact}. {REMEDY}")
+            self.diverge(f"The loss of step {int(first)} is not a finite number")
 
     def check(self, done: int) -> None:
         """Raises Diverged if a loss so far, or a weight after `done` steps, is not a finite number."""
         self.check_finite()
         norms = torch.stack(torch._foreach_norm(list(self.objective.parameters())))
         if not norms.isfinite().all():
-            raise Diverged(f"The weights after step {done} are not finite numbers; {self.intact}. {REMEDY}")
+            self.diverge(f"The weights after step {done} are not finite numbers")
+
+    def diverge(self, how: str) -> NoReturn:
+        """Raise Diverged, and leave a note of it in the run, since to a study with a verdict it is an outcome."""
+        if self.accelerator.is_main_process:
+            files.write(self.run.path / "diverged" / "training.json", json.dumps(dict(said=how)))
+        raise Diverged(f"{how}; {self.intact}. {REMEDY}")
 
     @property
     def intact(self) -> str:

@@ -263,7 +263,7 @@ def test_the_rates_go_on_until_the_best_is_between_two_others(best, tried, tune,
     assert row["settings"]["validation"] == max(row["settings"]["tried"].values()) == 1.0
 
 
-def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, monkeypatch, capsys):
+def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, tmp_path, monkeypatch, capsys):
     train = finetune.tune
     least = [4e-3]
 
@@ -281,6 +281,11 @@ def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, monkeypatch, 
     least[0] = 0.0
     with pytest.raises(UserError, match="Training diverged at every learning rate from 0.0012 on"):
         tune("--lr", "1.2e-3", "3e-3", "train.steps=1")
+    assert not (tmp_path / "runs/mae/diverged").exists()  # of trials
+    with pytest.raises(errors.Diverged):
+        tune("--lr", "1e-3", "2e-3", "--lr-of", "runs/mae", "train.steps=1")
+    [noted] = (tmp_path / "runs/mae/diverged").iterdir()
+    assert noted.stem == row["protocol"]
 
 
 @pytest.fixture

@@ -457,6 +457,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert "loss of step 6 is not a finite number; the checkpoint of step 4 is intact" in started.said
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == "step-00000004.pt"
+    noted = json.loads((tmp_path / "run/diverged/training.json").read_text())
+    assert noted == dict(said="The loss of step 6 is not a finite number")
     assert set(torch.load(saved, weights_only=True)) == {"objective", "optimizer"}
 
     monkeypatch.setattr(Reconstruct, "forward", forward)

@@ -243,6 +243,14 @@ def test_rows_of_two_trainings_of_one_name_are_not_mixed(way, machines):
     assert len(results.read(two)) == 1
 
 
+def test_what_diverged_is_kept_and_restored(machines):
+    one, two, kept = machines
+    (one / "diverged").mkdir(parents=True)
+    (one / "diverged/training.json").write_text("{}")
+    kept.add(one)
+    assert kept.restore(two.parent) == [two] and (two / "diverged/training.json").exists()
+
+
 @pytest.mark.parametrize("way", ["add", "restore"])
 def test_rows_of_trainings_on_different_images_are_not_mixed(way, machines):
     """Whose files lie in another order, such as those of another download, so that seeds draw other labels."""

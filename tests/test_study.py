@@ -509,6 +509,25 @@ def test_failed_trials_are_not_passed_over_in_silence(tmp_path, monkeypatch, cap
     assert made.chosen["mae"] == ["optim.lr=0.0015"]
 
 
+def test_a_study_of_which_a_run_diverged_ends(tmp_path, monkeypatch, capsys):
+    """What is left is not trained, nor that run again."""
+    monkeypatch.chdir(tmp_path)
+    made = a_study(tmp_path, arms=deciding(), budgets=[1e9], seeds=2, decides=True, evaluators=[LP10])
+
+    def diverge(jobs, *others):
+        first = next(job for job in jobs if job.marks)
+        files.write(first.run / "diverged/training.json", "{}")
+        return [first]
+
+    monkeypatch.setattr(study, "work", diverge)
+    assert study.run(made, 1, False) == 1
+    monkeypatch.setattr(study, "work", lambda *others: pytest.fail("it goes on"))
+    assert study.run(made, 1, False) == 1
+    said = capsys.readouterr().out
+    assert said.count("Undecided: mae, seed 0, diverged; by the rule this plan ends here.\n") == 2
+    assert "No report" not in said
+
+
 def accuracies(monkeypatch, of_rate):
     """Trials reach this accuracy, by their learning rate, once they were asked for."""
     asked = set()

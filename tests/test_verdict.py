@@ -705,6 +705,35 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
     assert read_study(written).manifest["decides"]
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["noise-s3/diverged/training"], "noise, seed 3, diverged; by the rule this plan ends here."),
+        (
+            ["mae-s0/diverged/finetune", f"random-s5/diverged/{LONG}"],
+            f"mae by finetune, seed 0, and random by {LONG}, seed 5, diverged; by the rule this plan ends here.",
+        ),
+        (["noise-s100/diverged/training"], ""),  # a trial
+        (["autoencoder-s0/diverged/finetune-of-another-study"], ""),
+    ],
+)
+@pytest.mark.parametrize("lacking", [False, True])
+def test_a_plan_of_which_a_run_diverged_is_undecided(names, words, lacking, written, monkeypatch, capsys):
+    for name in names:
+        (written.parent / name).parent.mkdir(parents=True)
+        (written.parent / f"{name}.json").write_text("{}")
+    if lacking:
+        (written.parent / "noise-s3/results.jsonl").unlink()
+    monkeypatch.setattr(sys, "argv", ["verdict.py", str(written)])
+    verdict.main()
+    _, answer, *more = capsys.readouterr().out.split("\n\n")
+    if words:
+        assert answer.startswith("Undecided (a ViT") and answer.strip().endswith(f"): {words}") and not more
+        assert not re.search(r"\d ± \d|[+−]\d", answer)
+    else:
+        assert answer.startswith("Not decided" if lacking else "MAE pre-trains: YES")
+
+
 def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, capsys):
     """One look, for the report as for the verdict, which is found once for all parts of the page."""
     claims, calls = rule._claims, []

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.compare import intervals
+from eval.compare.manifest import Manifest
 from eval.compare.metrics import Metric
 from eval.compare.runs import Group, Run, differing
 from eval.compare.scores import Scores
@@ -140,6 +141,18 @@ class Evidence:
     def _reached(self, arm: str, protocol: str) -> Scores | None:
         eval_set = self.study.eval_set
         return eval_set.reached(self.group(arm), protocol, LABELS) if eval_set else None
+
+
+def diverged(manifest: Manifest) -> str:
+    """Which runs of the study's own seeds diverged, as a clause; "" if none did. The plan then ends undecided."""
+    found = []
+    for arm, entry in manifest["arms"].items():
+        trainings = ["training", *(tuned["protocol"] for tuned in entry["finetuned"])] if entry["role"] else []
+        for run in entry["runs"]:
+            for name in trainings:
+                if (Path(run["run"]) / "diverged" / f"{name}.json").exists():
+                    found.append(f"{arm}{'' if name == 'training' else f' by {name}'}, seed {run['seed']},")
+    return f"{' and '.join(found)} diverged; by the rule this plan ends here" if found else ""
 
 
 def _level(corruption: str, value: float | list[float]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eval.compare import power
-from eval.compare.evidence import CHECKS, LP10, NOISE, Contrast, Evidence
+from eval.compare.evidence import CHECKS, LP10, NOISE, Contrast, Evidence, diverged
 from eval.compare.intervals import Estimate
 from eval.compare.power import ALPHA
 
@@ -87,7 +87,8 @@ class Check:
 
 @dataclass
 class Verdict:
-    """lacking: what is not measured yet, without which nothing is decided and no contrast is shown.
+    """lacking: what is not measured yet, without which nothing is decided and no contrast is shown. diverged: which run
+    diverged, so that it never will be, and all stays undecided.
 
     claims: C1, C2, C4a, C4b. noise: C3, by linear probe; noise_tuned: the same by fine-tuning, which is secondary, and
     noise_per_image: against MAE that saw as many images; each None if the plan does not have it. instrument: MAE over
@@ -101,6 +102,12 @@ class Verdict:
     noise_per_image: Size | None = None
     instrument: Contrast | None = None
     lacking: list[str] = field(default_factory=list)
+    diverged: str = ""
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether there is no contrast to show."""
+        return bool(self.lacking or self.diverged)
 
     @property
     def failed(self) -> list[Check]:
@@ -150,7 +157,7 @@ def could_tell(instrument: Estimate) -> np.ndarray:
 
 
 def decide(evidence: Evidence) -> Verdict:
-    """The verdict of a study: nothing before all planned seeds are measured, then once."""
+    """The verdict of a study: nothing before all planned seeds are measured, then once; undecided once one diverged."""
     claims = _claims(evidence)
     positive, negative = (_check(evidence, role) for role in CHECKS)
     noise, instrument = evidence.probe("noise", "masking"), evidence.probe("masking", "autoencoder")
@@ -164,6 +171,8 @@ def decide(evidence: Evidence) -> Verdict:
     asked = [c for answer in claims.values() for c in answer.conditions] + [noise, instrument]
     beside = (tuned, tuned_instrument, per_image, positive.contrast, negative.contrast)
     asked += [contrast for contrast in beside if contrast is not None]
+    if gone := diverged(evidence.manifest):
+        return Verdict(claims, [positive, negative], Size(UNSIZED, noise), diverged=gone)
     lacking = list(dict.fromkeys(words for contrast in asked for words in contrast.lacking))
     if lacking:
         for answer in claims.values():

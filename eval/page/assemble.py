@@ -39,12 +39,12 @@ def report(
     decided: tuple[Evidence, Verdict] | None = None,
 ) -> tuple[str, list[Block], list[Table]]:
     """Title, content, and the main tables. dense: those measured by masks; study: whose arms the runs are; decided: its
-    verdict, and what that is of, if it decides. While anything lacks for a verdict, no accuracy is shown."""
+    verdict, and what that is of, if it decides. While that is incomplete, no accuracy is shown."""
     recipes = len({group.family for group in groups if not group.control})
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in [*eval_sets, *dense]))
     names = names or (study.manifest["data"] if study else "")
     blocks: list[Block] = verdict_section.blocks(*decided) if decided else []
-    if study and decided and decided[1].lacking:
+    if study and decided and decided[1].incomplete:
         study, eval_sets, dense = replace(study, eval_sets=[]), [], []
     blocks += [Heading("All arms")] if blocks else []
     for eval_set in eval_sets:

@@ -23,7 +23,7 @@ PUBLISHED = (
 def blocks(evidence: Evidence, verdict: Verdict) -> list[Block]:
     """The sections of a page on the verdict from this evidence; the first sentence of the first block is the answer."""
     found: list[Block] = [Text(sentence(verdict, scope(evidence)), "lead")]
-    if verdict.lacking:
+    if verdict.incomplete:
         return found
     found += [Text(words) for words in (*_chosen(evidence), *_undecided(verdict), *_instrument(verdict))]
     found += [Heading("Each condition against its thresholds"), forest(verdict), table(verdict), Text(PUBLISHED)]
@@ -33,6 +33,8 @@ def blocks(evidence: Evidence, verdict: Verdict) -> list[Block]:
 def sentence(verdict: Verdict, about: Scope | None) -> str:
     """The answer to the study's question, with its scope."""
     where = f" ({_scope(about)})" if about else ""
+    if verdict.diverged:
+        return f"Undecided{where}: {verdict.diverged}."
     if verdict.lacking:
         named = verdict.lacking[:SHOWN]
         more = len(verdict.lacking) - len(named)

@@ -7,10 +7,10 @@
 Several machines may take turns: each has its own rows of a run, and none is lost. Of two rows of one identity the one
 that was measured later counts; this machine's, if they do not tell.
 
-In DIR/runs/RUN are recipe.yaml, results.jsonl, difficulty.json, the marks of the evaluations that are done, the
-predictions (10,000 of ten classes take 11 kB a row instead of 63), and the trials of fine-tuning, so that a choice of a
-learning rate goes on. Left out are the probabilities, and with them what a report says of calibration, and the names of
-image files.
+In DIR/runs/RUN are recipe.yaml, results.jsonl, difficulty.json, the marks of the evaluations that are done, notes of
+what diverged, the predictions (10,000 of ten classes take 11 kB a row instead of 63), and the trials of fine-tuning, so
+that a choice of a learning rate goes on. Left out are the probabilities, and with them what a report says of
+calibration, and the names of image files.
 """
 
 import io
@@ -89,7 +89,7 @@ def _bring(source: Path, target: Path, beats: Callable[[str, str], bool]) -> boo
     """Give the target what it lacks and what the source has newer; returns whether that is anything. Marks come last,
     so that what is marked as done is there, whenever this stops. beats: as in `merged`."""
     rows, taken = merged(results.read(target), results.read(source), beats)
-    others = _lacking(source, target, "recipe.yaml", "predictions/images-*.json")
+    others = _lacking(source, target, "recipe.yaml", "predictions/images-*.json", "diverged/*.json")
     others += [source / "difficulty.json"] if _counts(source / "difficulty.json", target, beats) else []
     trials, done = _lacking(source, target, "trials/*.json"), _lacking(source, target, "done/*.json")
     marks, answers = trials + done, [kept_trials.places(source, about.stem)[1] for about in trials]
