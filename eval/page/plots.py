@@ -134,7 +134,7 @@ def lines(
 
 def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: bool = False) -> str:
     """A chart with a row for each value and its interval. zero: values are differences, hollow if not distinguishable
-    from zero. brief: the numbers beside them are the values alone."""
+    from zero. brief: the numbers beside them are the values alone, and these are upright strokes, which hide no bar."""
     letters = int(WIDTH / (MINOR * BOLD))
     measured = [row for row in rows if row.value is not None]
     labels = iter(_labels([row.name for row in measured]))
@@ -175,12 +175,12 @@ def dots(rows: list[Dot], title: str, subtitle: str, zero: bool = False, brief: 
             for point in row.points:
                 parts.append(_circle(scale(point), middle + 8, 2, "soft", "ground", 0.6))
             fill = "ground" if zero and row.bounds[0] <= 0 <= row.bounds[1] else colour
-            parts.append(
-                f"<g><title>{escape(row.name)}: {hover}</title>"
-                + _line(low, middle, high, middle, colour, 3, round=True)
-                + _circle(scale(row.value), middle, 5.5, fill, colour, 2)
-                + "</g>"
+            x = scale(row.value)
+            bar = _line(low, middle, high, middle, colour, 3, round=not brief)
+            mean = (
+                _line(x, middle - 6, x, middle + 6, colour, 1.6) if brief else _circle(x, middle, 5.5, fill, colour, 2)
             )
+            parts.append(f"<g><title>{escape(row.name)}: {hover}</title>{bar}{mean}</g>")
             parts.append(_text(WIDTH, middle + 4.5, words, "ink", MINOR, "end"))
         y += tall
     return _svg(WIDTH, height, title, subtitle, parts)
