@@ -219,7 +219,7 @@ def test_without_a_fine_tuned_autoencoder_noise_is_not_called_equivalent_by_fine
 
 @pytest.mark.parametrize(
     ("per_image", "words"),
-    [(-1.4, "per FLOP, not per image"), (3, "per FLOP, not per image"), (-1.6, "per FLOP, and per image")],
+    [(-1.4, "per FLOP, not per image"), (3, "per FLOP, not per image"), (-1.6, "per FLOP and per image")],
 )
 def test_the_equal_images_contrast_says_what_is_worse(per_image, words):
     found = decided({("noise", "LP"): 45, ("less", "LP"): 45 - per_image})
@@ -248,7 +248,72 @@ def test_what_is_too_noisy_is_undecided_and_says_what_power_there_was():
     assert words.startswith("C2 is not shown.") and "noise − scratch-long by FT10: in it alone" in words
     both = decided(spread={("noise", PLAIN): 9.0, ("noise", "LP"): 30.0})
     assert said(both, "C2") == rule.OPEN
-    assert both.noise.said == rule.UNSIZED and any("C3 is undecided" in t for t in verdict_section._undecided(both))
+    assert both.noise.said == rule.UNSIZED
+    [words] = [text for text in verdict_section._undecided(both) if "C3" in text]
+    assert re.fullmatch(
+        r"The size of C3 is open: its 95 % interval, −\S+ to \+\S+ points, contains −1.5 and \+1.5.", words
+    )
+
+
+def test_a_size_that_the_instrument_alone_leaves_open_says_so():
+    """Its interval is between the thresholds."""
+    [words] = verdict_section._undecided(decided({("autoencoder", "LP"): 48, ("noise", "LP"): 50.4}))
+    assert words == (
+        "The size of C3 is open: its 95 % interval, +0.40 to +0.40 points, is within ± 1.5, but MAE is not shown to be "
+        "3 points above the autoencoder, so that scores as close as these need not say much."
+    )
+    [words] = verdict_section._undecided(decided({("noise", "LP"): 51}, spread={("noise", "LP"): 1.0}))
+    assert words.endswith("contains +1.5.")  # although MAE is far above the autoencoder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({("random", PLAIN): 59}, "MAE pre-trains: yes, but by less than 1.5 points over training from scratch;"),
+        (
+            {("random", LONG): 59, ("random", "LP"): 49},
+            "MAE pre-trains: yes, but by less than 1.5 points over training from scratch with as much compute and "
+            "random features by linear probe;",
+        ),
+        (
+            {("random", LONG): 60},
+            "MAE pre-trains: NO (features yes), as the gain over training from scratch with as much compute is below "
+            "1.5 points;",
+        ),
+        (
+            {("random", "LP"): 51},
+            "MAE pre-trains: NO, as the gain over random features by linear probe is below 1.5 points;",
+        ),
+        # a claim of one condition names it itself
+        ({("autoencoder", "LP"): 49}, "autoencoding: yes, but by less than 1.5 points; denoising"),
+        ({("autoencoder", "LP"): 51}, "autoencoding: NO; denoising"),
+    ],
+)
+def test_a_gain_that_is_small_says_over_what(change, words):
+    assert words in verdict_section.sentence(decided(change), None)
+
+
+@pytest.mark.parametrize(
+    ("points", "text"),
+    [
+        (2, "+2.00"),
+        (-1.234, "−1.23"),
+        (1.4999, "+1.4999"),
+        (1.499996, "+1.499996"),
+        (1.5, "+1.50"),
+        (1.5 + 1e-9, "+1.50"),  # an error of rounding
+        (-1.5001, "−1.5001"),
+        (3.004, "+3.004"),
+        (4.998, "+4.998"),
+        (5, "+5.00"),
+        (0.003, "+0.003"),
+        (-1e-5, "−0.00001"),
+        (0, "0.00"),
+        (-1e-12, "0.00"),
+    ],
+)
+def test_points_tell_on_which_side_of_a_threshold_they_are(points, text):
+    assert verdict_section._points(points / 100) == text
 
 
 def level_of(target, sd):
@@ -335,6 +400,7 @@ def test_a_plan_without_checks_says_so():
     [
         ({("mae", "LP"): [5]}, "mae by LP10, seed 5"),
         ({("noise", PLAIN): [0, 3]}, "noise by FT10, seeds 0 and 3"),
+        ({("noise", PLAIN): [0, 1, 3]}, "noise by FT10, seeds 0, 1 and 3"),
         ({("random", LONG): [2]}, "scratch-long by FT10, seed 2"),
         ({("less", "LP"): [1]}, "less by LP10, seed 1"),
         ({("permuted", "LP"): [1]}, "permuted by LP10, seed 1"),
@@ -345,7 +411,13 @@ def test_nothing_is_decided_before_all_is_measured(gone, words):
     assert words in found.lacking
     assert {answer.said for answer in found.claims.values()} == {found.noise.said} == {rule.LACKING}
     told = verdict_section.sentence(found, None)
-    assert told.startswith("Not decided") and words in told
+    assert told == f"Not decided: {words} {'are' if 'seeds' in words else 'is'} not measured yet."
+
+
+def test_what_lacks_is_named_apart():
+    found = decided(gone={("noise", PLAIN): [0, 3], ("permuted", "LP"): [1]})
+    told = verdict_section.sentence(found, None)
+    assert told == "Not decided: noise by FT10, seeds 0 and 3; permuted by LP10, seed 1 are not measured yet."
 
 
 def test_what_the_plan_does_not_have_is_out_of_reach():
@@ -371,6 +443,8 @@ def test_the_page_says_which_settings_the_trials_chose(monkeypatch):
     found = made(trials=dict(noise=trials))
     for training in found.manifest["arms"]["noise"]["runs"]:
         training["settings"] = ["views.scale=[0.2,1]", "optim.lr=0.1", "objective.noise_pca_dim=16"]
+    [noise] = [group for group in found.study.groups if group.recipe == "noise"]
+    noise.runs[0].settings["objective"] = dict(noise_sigma=[0.0, 1.4142], noise_pca_dim=16)
     monkeypatch.setattr(verdict_section, "scope", lambda evidence: None)
     words = [
         block.text for block in verdict_section.blocks(found, rule.decide(found)) if isinstance(block, document.Text)
@@ -378,6 +452,13 @@ def test_the_page_says_which_settings_the_trials_chose(monkeypatch):
     assert (
         "Chosen by trials at other seeds, on held-out training images: noise with objective.noise_pca_dim=16." in words
     )
+    assert (
+        "The noise is Gaussian, σ ≤ 1.41, in the first 16 principal components of a patch. So C4a is about noise "
+        "together with what projecting the input onto them removes, and C4b compares it with noise on pixels. It is "
+        "l-DAE's noise, not all of l-DAE." in words
+    )
+    noise.runs[0].settings["objective"] = dict(noise_sigma=[0.0, 0.7071], noise_pca_dim=None)
+    assert list(verdict_section._noise(found)) == ["The noise is Gaussian, σ ≤ 0.707, on the pixels."]
 
 
 def test_an_arm_is_never_chosen_where_it_decides(tmp_path):
@@ -596,12 +677,18 @@ def test_the_chart_has_each_condition_with_its_seeds_and_thresholds():
     found = decided()
     [(name, svg)] = verdict_section.forest(found).charts
     rows = sum(len(answer.conditions) for answer in found.claims.values()) + 3 + 1  # C3's three, the instrument
-    assert name == "verdict" and svg.count('r="5.5"') == rows == 12
+    assert name == "verdict" and svg.count("<g><title>") == rows == 12
+    assert "one-sided, each at 95 %" in verdict_section.forest(found).caption
     assert svg.count('r="2"') == rows * SEEDS
     assert svg.count("stroke-dasharray:3 2") == 2 * (rows - 1) + 1
     table = verdict_section.table(found)
     assert sum(len(of) for _, of in table.parts) == rows
     assert [cells[-1].text for _, cells in table.parts[0][1]] == ["holds"] * 3
+    assert "cannot be EQUIVALENT" not in table.caption
+    bare = verdict_section.table(decided(without=[("autoencoder", PLAIN)]))
+    assert "By FT10, C3 cannot be EQUIVALENT: the autoencoder is not fine-tuned" in bare.caption
+    denied = decided({("random", LONG): 60})
+    assert "C1 MAE pre-trains: NO (features yes)" in verdict_section.forest(denied).charts[0][1]
 
 
 def test_no_heading_of_the_chart_is_cut_off():
@@ -620,7 +707,7 @@ def write_run(folder, arm, seed, points):
     trained = arm != "random"
     tree = dict(
         recipe=arm,
-        objective=dict(name="reconstruct"),
+        objective=dict(name="reconstruct", noise_sigma=[0.0, 1.4142], noise_pca_dim=None),
         train=dict(seed=seed, flops=U, steps=10 if trained else 0, batch_size=256),
         data=dict(name="cifar10", img_size=[32, 32], in_chans=3, mean=[0.5] * 3, std=[0.2] * 3)
         | dict(permute_pixels=arm == "permuted"),
@@ -681,10 +768,11 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
     told = capsys.readouterr().out
     title, answer = told.split("\n\n")[:2]
     assert title == "# Can denoising objectives pre-train ViTs?"
-    assert answer.startswith("MAE pre-trains: YES; noise pre-trains: YES; noise against MAE: EQUIVALENT (+0.00, 95 % ")
+    assert answer.startswith("MAE pre-trains: YES; noise pre-trains: YES; noise against MAE: EQUIVALENT (0.00, 95 % ")
     for words in (
         "a ViT of 0.45 M parameters",
-        "one data set, cifar10, 50,000 images of 32×32 px, 48 values a token",
+        "one data set, cifar10, 50,000 training and 1,000 test images of 32×32 px, 48 values a token",
+        "10 % of the labels; 6 seeds;",
         "6·10¹³ FLOPs",
         "epochs seen: mae 21, less 8.0, noise 21, autoencoder 21",
     ):

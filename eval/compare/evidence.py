@@ -103,7 +103,7 @@ class Evidence:
                 corruption = next((key for key in AUGMENTATIONS if key in entry["changed"]), None)
                 name = "scratch-long" if extra else "scratch"
                 if corruption:
-                    name += f" ({_level(corruption, entry['changed'][corruption])})"
+                    name += f" ({level(corruption, entry['changed'][corruption])})"
                 scores = self._reached(arm, entry["protocol"])
                 found.append(FromScratch(name, bool(extra), corruption, scores))
         return found
@@ -155,7 +155,7 @@ def diverged(manifest: Manifest) -> str:
     return f"{' and '.join(found)} diverged; by the rule this plan ends here" if found else ""
 
 
-def _level(corruption: str, value: float | list[float]) -> str:
+def level(corruption: str, value: float | list[float]) -> str:
     """A corruption in words: the range of the noise's standard deviation, or the share of dropped patches."""
     if corruption != NOISE:
         return f"{value} dropped"

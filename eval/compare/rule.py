@@ -23,7 +23,7 @@ from eval.compare.power import ALPHA
 
 MARGIN = 0.015  # a smaller gain is of no interest: 30 % of MAE's lead over autoencoding at 1e13 FLOPs (docs/log.md)
 CLEAR = 0.03  # by which MAE must be above the autoencoder, or the probe could not tell objectives apart
-CHECK = 0.05  # by which supervised pre-training must be above random features
+CHECK = 0.05  # by which supervised pre-training must at least be above random features
 YES, SMALL, NO = "YES", "yes, but by less than 1.5 points", "NO"
 FEATURES, OPEN = "features yes, pre-training not shown", "undecided"
 LACKING, OUT = "not decided", "out of reach of this plan"
@@ -36,7 +36,7 @@ CLAIMS = dict(
     C4b="denoising is worth more than noise as augmentation",
 )
 ASKED = {  # of a check's arm, against another role, by the mean over its seeds: two seeds have no useful interval
-    "positive-check": ("supervised pre-training", "5 points above random features", "scratch"),
+    "positive-check": ("supervised pre-training", "at least 5 points above random features", "scratch"),
     "negative-check": ("MAE on permuted pixels", "below MAE", "masking"),
 }
 
@@ -63,10 +63,14 @@ class Answer:
 
 @dataclass
 class Size:
-    """How two arms compare: BETTER, WORSE, EQUIVALENT or UNSIZED, by the 95 % interval of their difference."""
+    """How two arms compare: BETTER, WORSE, EQUIVALENT or UNSIZED, by the 95 % interval of their difference.
+
+    instrument: MAE over the autoencoder by the same metric; None if the plan does not have it: never EQUIVALENT then.
+    """
 
     said: str
     contrast: Contrast
+    instrument: Contrast | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -192,9 +196,8 @@ def decide(evidence: Evidence) -> Verdict:
 
 
 def _size(contrast: Contrast, instrument: Contrast | None) -> Size:
-    """Of a contrast; without an instrument it is never EQUIVALENT."""
     clear = np.asarray(False) if instrument is None else could_tell(instrument.estimate)
-    return Size(str(size(contrast.estimate, clear)), contrast)
+    return Size(str(size(contrast.estimate, clear)), contrast, instrument)
 
 
 def _claims(evidence: Evidence) -> dict[str, Answer]:

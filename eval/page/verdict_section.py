@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 
 from eval.compare import rule
-from eval.compare.evidence import FT10, LP10, METRICS, Contrast, Evidence
+from eval.compare.evidence import FT10, LABELS, LP10, METRICS, NOISE, Contrast, Evidence, level
 from eval.compare.rule import ALPHA, CLAIMS, MARGIN, Answer, Size, Verdict
 from eval.compare.scope import Scope, scope
-from eval.compare.words import number, percent
+from eval.compare.words import labels_in_words, number, percent
 from eval.page import plots
 from eval.page.document import Block, Cell, Figure, Heading, Table, Text
 from ssl_vit.errors import listed
 
 BRIEF = {rule.SMALL: "yes, but small", rule.FEATURES: "features yes"}
+OPPONENTS = {"scratch": "training from scratch", "scratch-long": "training from scratch with as much compute"}
+THRESHOLDS = (0.0, MARGIN, -MARGIN, rule.CLEAR, rule.CHECK)
 SHOWN = 6  # things that lack are named, and the others counted
 PUBLISHED = (
     "Published orderings, to compare with and no part of the rule: noise is 11.0 points below MAE in UMD (arXiv "
@@ -25,7 +27,8 @@ def blocks(evidence: Evidence, verdict: Verdict) -> list[Block]:
     found: list[Block] = [Text(sentence(verdict, scope(evidence)), "lead")]
     if verdict.incomplete:
         return found
-    found += [Text(words) for words in (*_chosen(evidence), *_undecided(verdict), *_instrument(verdict))]
+    paragraphs = (*_chosen(evidence), *_noise(evidence), *_undecided(verdict), *_instrument(verdict))
+    found += [Text(words) for words in paragraphs]
     found += [Heading("Each condition against its thresholds"), forest(verdict), table(verdict), Text(PUBLISHED)]
     return found
 
@@ -39,8 +42,9 @@ def sentence(verdict: Verdict, about: Scope | None) -> str:
         named = verdict.lacking[:SHOWN]
         more = len(verdict.lacking) - len(named)
         named += [f"{more} more"] if more else []
-        return f"Not decided{where}: {listed(named)} {'is' if len(verdict.lacking) == 1 else 'are'} not measured yet."
-    said = [f"{CLAIMS[claim]}: {_said(answer)}" for claim, answer in verdict.claims.items()]
+        one = len(verdict.lacking) == 1 and ", seed " in verdict.lacking[0]
+        return f"Not decided{where}: {'; '.join(named)} {'is' if one else 'are'} not measured yet."
+    said = [f"{CLAIMS[claim]}: {_said(answer)}{_over(answer)}" for claim, answer in verdict.claims.items()]
     said.insert(2, f"{CLAIMS['C3']}: {_against(verdict)}")
     words = "; ".join(said)
     answer = f"{words[0].upper()}{words[1:]}{where}."
@@ -56,6 +60,17 @@ def _said(answer: Answer) -> str:
     return f"{answer.said} (features yes)" if answer.said == rule.NO and answer.features else answer.said
 
 
+def _over(answer: Answer) -> str:
+    """Over what the gain is small, or too small, where a claim has several conditions; or ""."""
+    small = [c for c in answer.conditions if answer.said in (rule.SMALL, rule.NO) and answer.bounds(c)[1] < MARGIN]
+    if not small or len(answer.conditions) == 1:
+        return ""
+    others = listed(
+        ["random features by linear probe" if c.metric == LP10 else OPPONENTS.get(c.than, c.than) for c in small]
+    )
+    return f" over {others}" if answer.said == rule.SMALL else f", as the gain over {others} is below 1.5 points"
+
+
 def _against(verdict: Verdict) -> str:
     """How noise compares with MAE, at equal FLOPs and at equal images."""
     words = f"{verdict.noise.said} ({_interval(verdict.noise)} points by linear probe)"
@@ -64,9 +79,9 @@ def _against(verdict: Verdict) -> str:
         return words
     low, high = each.bounds
     per_image = (
-        "not per image" if low > -MARGIN else "and per image" if high < -MARGIN else "per image the size is open"
+        ", not per image" if low > -MARGIN else " and per image" if high < -MARGIN else "; per image the size is open"
     )
-    return f"{words}, per FLOP, {per_image} ({_interval(each)})"
+    return f"{words}, per FLOP{per_image} ({_interval(each)})"
 
 
 def _interval(size: Size) -> str:
@@ -78,8 +93,14 @@ def _between(bounds: tuple[float, float]) -> str:
 
 
 def _points(value: float) -> str:
-    """A difference in points, in as many digits as it takes to tell it from a threshold."""
-    return percent(value, "+", 2)
+    """A difference in points, in as many digits as it takes to tell it from each threshold, and in two at least."""
+    value = round(value, 9)  # below are errors of rounding
+
+    def sides(of: float) -> list[int]:
+        return [(of > threshold) - (of < threshold) for threshold in THRESHOLDS]
+
+    digits = next(digits for digits in range(2, 8) if sides(round(value, digits + 2)) == sides(value))
+    return percent(value, "+", digits) if value else "0.00"
 
 
 def _scope(about: Scope) -> str:
@@ -87,8 +108,9 @@ def _scope(about: Scope) -> str:
     height, width = about.size
     spent = f"{number(about.budget)} FLOPs of pre-training, " if about.budget else ""
     return (
-        f"a ViT of {about.parameters / 1e6:.2f} M parameters; one data set, {about.data}, {about.images:,} images of "
-        f"{height}×{width} px, {about.values} values a token; {spent}epochs seen: {', '.join(epochs)}"
+        f"a ViT of {about.parameters / 1e6:.2f} M parameters; one data set, {about.data}, {about.images:,} training "
+        f"and {about.tests:,} test images of {height}×{width} px, {about.values} values a token; "
+        f"{labels_in_words(LABELS)}; {about.seeds} seeds; {spent}epochs seen: {', '.join(epochs)}"
     )
 
 
@@ -109,6 +131,20 @@ def _chosen(evidence: Evidence) -> Iterator[str]:
         yield f"Learning rates of fine-tuning, chosen in the same way: {', '.join(rates)}."
 
 
+def _noise(evidence: Evidence) -> Iterator[str]:
+    """Which noise it is that the claims are about, and what follows from that."""
+    settings = evidence.runs(evidence.arms["noise"])[0].settings["objective"]
+    words = f"The noise is Gaussian, {level(NOISE, settings['noise_sigma'])}, "
+    if settings["noise_pca_dim"]:
+        yield (
+            f"{words}in the first {settings['noise_pca_dim']} principal components of a patch. So C4a is about noise "
+            "together with what projecting the input onto them removes, and C4b compares it with noise on pixels. It "
+            "is l-DAE's noise, not all of l-DAE."
+        )
+    else:
+        yield f"{words}on the pixels."
+
+
 def _undecided(verdict: Verdict) -> Iterator[str]:
     """The power that there was, of each answer that is open."""
     for claim, answer in verdict.claims.items():
@@ -122,12 +158,15 @@ def _undecided(verdict: Verdict) -> Iterator[str]:
                 f"{percent(least)} points would have been found with a power of 80 %."
             )
     if verdict.noise.said == rule.UNSIZED and verdict.instrument:
-        estimate = verdict.noise.contrast.estimate
-        half = estimate.half_width_at(1 - ALPHA)
-        words = f"C3 is undecided: its interval is ± {percent(half)} points, against thresholds of ± {percent(MARGIN)}."
-        if not rule.could_tell(verdict.instrument.estimate):
-            words += " MAE is not shown to be 3 points above the autoencoder, so that equal scores need not say much."
-        yield words
+        low, high = verdict.noise.bounds
+        words = f"The size of C3 is open: its 95 % interval, {_between((low, high))} points,"
+        if reached := [percent(threshold, "+") for threshold in (-MARGIN, MARGIN) if low <= threshold <= high]:
+            yield f"{words} contains {listed(reached)}."
+        else:
+            yield (
+                f"{words} is within ± {percent(MARGIN)}, but MAE is not shown to be {percent(rule.CLEAR, digits=0)} "
+                "points above the autoencoder, so that scores as close as these need not say much."
+            )
 
 
 def _instrument(verdict: Verdict) -> Iterator[str]:
@@ -155,8 +194,7 @@ def forest(verdict: Verdict) -> Figure:
     """A chart with a row for each condition: its interval, its thresholds, and its seeds as points."""
     rows = []
     for claim, answer in verdict.claims.items():
-        said = BRIEF.get(answer.said, answer.said)
-        rows.append(plots.Dot(f"{claim} {CLAIMS[claim]}: {said}"))
+        rows.append(plots.Dot(f"{claim} {CLAIMS[claim]}: {BRIEF.get(answer.said, _said(answer))}"))
         for contrast in answer.conditions:
             rows.append(_dot(contrast, contrast.metric, answer.bounds(contrast), (0.0, MARGIN)))
         if claim == "C2":
@@ -169,9 +207,10 @@ def forest(verdict: Verdict) -> Figure:
         rows.append(_dot(verdict.instrument, LP10, _one_sided(verdict.instrument), (rule.CLEAR,)))
     svg = plots.dots(rows, "The verdict", "difference in points", zero=True, brief=True)
     caption = (
-        "Differences of two arms. Small points: each seed. Dashed: thresholds. C1, C2 and C4 are a YES if all left "
-        "ends are above 0, and a NO if one right end is below 1.5; the bar of C3 is its 95 % interval. Filled: the bar "
-        f"does not reach 0. {FT10}: {METRICS[FT10]}; {LP10}: {METRICS[LP10]}."
+        "Differences of two arms. Upright: the mean. Small points: each seed. Dashed: thresholds. C1, C2 and C4 are a "
+        "YES if all left ends are above 0, a NO if one right end is below 1.5, and “yes, but small” if both are so; "
+        "the bar of C3 is its 95 % interval; the ends of the last bar are one-sided, each at 95 %, and the left one "
+        f"counts. {FT10}: {METRICS[FT10]}; {LP10}: {METRICS[LP10]}."
     )
     return Figure([("verdict", svg)], caption)
 
@@ -203,9 +242,14 @@ def table(verdict: Verdict) -> Table:
         )
     caption = (
         "In points. Bounds of C1, C2 and C4: one-sided, the lower at 95 % after Holm's procedure over the claims, the "
-        "upper at 95 % for all conditions of its claim together; of C3: the 95 % interval. “Found from”: the true gain "
-        "that would have been found with a power of 80 %."
+        "upper at 95 % for all conditions of its claim together; of C3: the 95 % interval; of the instrument: "
+        "one-sided, each at 95 %. “Found from”: the true gain that would have been found with a power of 80 %."
     )
+    if verdict.noise_tuned and verdict.noise_tuned.instrument is None:
+        caption += (
+            f" By {FT10}, C3 cannot be EQUIVALENT: the autoencoder is not fine-tuned, and nothing else would show that "
+            f"{FT10} could tell objectives apart."
+        )
     return Table([("", ["difference", "bounds", "seeds", "found from", "condition"])], parts, caption)
 
 
