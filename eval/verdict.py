@@ -16,7 +16,7 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 from eval.compare.evidence import read
 from eval.compare.rule import decide
 from eval.compare.studies import read_study
-from eval.page.document import Figure, markdown
+from eval.page.document import Block, Figure, Heading, markdown
 from eval.page.provenance import several_origins
 from eval.page.verdict_section import blocks
 from ssl_vit import errors
@@ -28,9 +28,10 @@ def main() -> None:
     parser.add_argument("study", type=Path, metavar="STUDY", help="a folder that eval/study.py wrote")
     args = parser.parse_args()
     evidence = read(read_study(args.study))
-    said = [block for block in blocks(evidence, decide(evidence)) if not isinstance(block, Figure)]
-    origins = several_origins(evidence.study.groups)
-    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", said + origins, Path()))
+    said: list[Block] = [block for block in blocks(evidence, decide(evidence)) if not isinstance(block, Figure)]
+    place = next((at for at, block in enumerate(said) if isinstance(block, Heading)), len(said))
+    said[place:place] = several_origins(evidence.study.groups)
+    sys.stdout.write(markdown("Can denoising objectives pre-train ViTs?", said, Path()))
 
 
 if __name__ == "__main__":

@@ -1063,7 +1063,7 @@ def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     (study / "study.json").write_text(json.dumps(said))
     html, markdown = study_page(study, monkeypatch)
     assert "0.987" in markdown and "0.123" in markdown and "## How the arms were tuned" in markdown
-    assert "3 trials at 1e+09 FLOPs and seed 100" in markdown and "short those of mae" in markdown
+    assert "3 trials at 10⁹ FLOPs and seed 100" in markdown and "short those of mae" in markdown
     places = [html.index(words) for words in ("optim.lr=1<", "25.0 (chosen)", "failed", "optim.lr=0.5", "20.0")]
     assert places == sorted(places) and html.count("(chosen)") == 1 and "a=1" not in html
     # an arm that states the rate itself: a trial's own comes after it
@@ -1232,7 +1232,9 @@ def test_rows_without_probabilities_still_have_their_confusion(tmp_path):
     [folded] = [block for block in blocks if isinstance(block, document.Folded)]
     [matrix] = folded.blocks
     assert matrix.counts.sum() == 3 * N and matrix.images == [20] * 10
-    assert any("made before evaluators stored" in getattr(block, "text", "") for block in blocks)
+    assert any(
+        "Packed results leave them out, and rows of old have none." in getattr(block, "text", "") for block in blocks
+    )
 
 
 def test_of_many_classes_the_pairs_confused_most_are_listed(tmp_path):
@@ -1263,6 +1265,7 @@ def test_fine_tuning_is_not_free(tmp_path):
     tuned = dict(figure.charts)["cifar10-train-flops-finetune-mean-1"]
     assert "at 4·10¹²" in tuned and re.search(r"from scratch: [^<]* at 3·10¹²", tuned)
     assert "FLOPs of pre-training and fine-tuning" in tuned
+    assert "as much as the others during it, unless it is given more FLOPs." in table.caption
     assert "at 10¹²" in dict(figure.charts)["cifar10-train-flops-knn-k20-cls-1"]
 
 

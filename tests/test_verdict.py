@@ -784,7 +784,8 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
     rows.write_text(json.dumps(json.loads(first) | dict(precision="bf16")) + "\n" + rest)
     verdict.main()
     several = "rows come from 2 commits of this code and 2 precisions of the evaluated backbones by the same protocol"
-    assert several in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert several in told and told.index(several) < told.index("## Each condition") < told.index("Published orderings")
     rows.unlink()
     verdict.main()
     told = capsys.readouterr().out
@@ -830,10 +831,14 @@ def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, 
     report.main()
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
     assert "MAE pre-trains: YES" in page and "## Accuracy" in page and table.count("\n") > 20
+    assert "; 6 seeds per arm, supervised 2, permuted 2), " in page
     assert len(calls) == 1
     (written.parent / "mae-s3/results.jsonl").unlink()
     report.main()
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
     assert "Not decided (a ViT" in page and "mae by FT10, seed 3" in page and not re.search(r"\d ± \d", page)
+    assert page.startswith("# Not decided: plan on cifar10\n")
+    for heading in ("All arms", "The protocols", "Accuracy"):  # of nothing
+        assert f"# {heading}\n" not in page
     assert table.count("\n") == 1  # the names of the columns
     assert " ± " not in capsys.readouterr().out.split("Written: ")[1]

@@ -44,9 +44,11 @@ def report(
     names = ", ".join(dict.fromkeys(eval_set.data for eval_set in [*eval_sets, *dense]))
     names = names or (study.manifest["data"] if study else "")
     blocks: list[Block] = verdict_section.blocks(*decided) if decided else []
-    if study and decided and decided[1].incomplete:
+    incomplete = decided is not None and decided[1].incomplete
+    if study and incomplete:
         study, eval_sets, dense = replace(study, eval_sets=[]), [], []
-    blocks += [Heading("All arms")] if blocks else []
+    elif blocks:
+        blocks.append(Heading("All arms"))
     for eval_set in eval_sets:
         deciding = study_sections.deciding_metrics(study) if study and eval_set is study.eval_set else []
         blocks += summary(eval_set, deciding)
@@ -78,6 +80,8 @@ def report(
         figure.charts = [(next(names_of_files), svg) for _, svg in figure.charts]
     kind = "arm" if study else "recipe"
     what = f"{recipes} {kind}{'s' * (recipes > 1)} compared" if recipes else "Controls"
+    if study and incomplete:
+        what = f"Not decided: {study.manifest['plan']}"
     return f"{what} on {names}", blocks, mains
 
 

@@ -112,10 +112,10 @@ def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
     lacking = any(spent_on(scores, "eval_images") is None for scores in used)
     caption = (
         "The cost of one seed. Pre-training and evaluation are listed separately: training from scratch costs nothing "
-        "before fine-tuning, and as much as the others during it. The FLOPs of an evaluation are those of computing "
-        "features or of training with labels, including the choice of settings, unless it was made for another run; "
-        "its images are those passed through the backbone. Seconds depend on the machine, and do "
-        "not include features that were computed earlier."
+        "before fine-tuning, and as much as the others during it, unless it is given more FLOPs. The FLOPs of an "
+        "evaluation are those of computing features or of training with labels, including the choice of settings, "
+        "unless it was made for another run; its images are those passed through the backbone. Seconds depend on the "
+        "machine, and do not include features that were computed earlier."
     )
     caption += " Empty: not recorded in the rows, or not measured." if lacking else ""
     return Table(head, filled, caption, sources_of(used))

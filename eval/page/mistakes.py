@@ -125,8 +125,8 @@ def by_class(eval_set: EvalSet, suffix: str) -> list[Block]:
 
 
 _OLD = (
-    "Calibration and the most confident mistakes are not shown: these rows were made before evaluators stored "
-    "probabilities. Evaluate again to see them."
+    "Calibration and the most confident mistakes are not shown: no probabilities are stored with these rows. Packed "
+    "results leave them out, and rows of old have none. Evaluate again to see them."
 )
 
 

@@ -161,8 +161,7 @@ def provenance(groups: list[Group], eval_sets: list[EvalSet], command: str) -> l
             "whose class was predicted correctly."
         ),
         *(_named_by_code(codes) if codes else []),
-        Heading("The protocols", 3),
-        Items(definitions),
+        *(_protocols(definitions) if definitions else []),
         Heading("The intervals", 3),
         Text(INTERVALS),
         Heading("The code behind the rows", 3),
@@ -174,6 +173,10 @@ def provenance(groups: list[Group], eval_sets: list[EvalSet], command: str) -> l
 def _named_by_code(codes: dict[str, str]) -> list[Block]:
     """codes: the settings of recipes by names that hold a hash of them."""
     return [Heading("The recipes that a code names", 3), Items(list(codes.items()))]
+
+
+def _protocols(definitions: list[tuple[str, str]]) -> list[Block]:
+    return [Heading("The protocols", 3), Items(definitions)]
 
 
 def _trainings(trained: dict[str, set[str]]) -> list[Block]:

@@ -173,7 +173,7 @@ def trials(study: StudyResults) -> list[Block]:
     like = [f"{name} those of {arm['like']}" for name, arm in study.manifest["arms"].items() if arm["like"]]
     words = (
         f"Each arm was tuned by {' to '.join(map(str, counts))} trial{'s' * (counts[-1] > 1)} at "
-        f"{tuning['flops']:.3g} FLOPs and seed {tuning['seed']}, trained on nine tenths of the training images and "
+        f"{number(tuning['flops'])} FLOPs and seed {tuning['seed']}, trained on nine tenths of the training images and "
         f"scored on the last tenth by {' '.join(tuning['judge'])}: first each setting at the recipe's learning rate, "
         "then the best of them at twice and half that rate, and on by factors of two until the best lay between two "
         "others. The arm is then trained with the best settings."

@@ -35,6 +35,10 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
         counts = sorted({len(scores.seeds) for found in by.values() for g, scores in found.items() if not g.control})
         seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
         seeds += " per arm" if metrics else " per recipe"
+        controls = {
+            g.label: len(s.seeds) for found in by.values() for g, s in found.items() if g.control and not g.pixels
+        }
+        seeds += "".join(f", {label} {count}" for label, count in controls.items() if count < counts[0])
         images = f"{len(eval_set.truth):,} image{'s' * (len(eval_set.truth) > 1)}"
         where = f"On {eval_set.data} ({eval_set.split}, {images}; {seeds}), "
         blocks.append(Text(f"{where}{_highest(by)}. {_agreement(by)}{eval_set.floors}", "lead"))
