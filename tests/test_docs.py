@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 from test_loop import ROOT
 
+from eval.compare.evidence import read
+from eval.compare.rule import decide
+from eval.compare.scope import scope
+from eval.compare.studies import read_study
+from eval.page.verdict_section import sentence
 from eval.schedule import plans
 from ssl_vit import commands, objectives, pretrain
 from ssl_vit import recipe as recipes
@@ -218,6 +223,19 @@ def test_every_file_of_the_documents_exists():
     named = {(name, str(p.relative_to(ROOT))) for p, text in texts.items() for name in pattern.findall(text)}
     assert len(named) > 50
     assert {(name, file) for name, file in named if not (ROOT / name).is_file()} == set()
+
+
+def test_the_documents_say_what_the_verdict_says():
+    """That it is not decided yet, and then its sentence. Before all is measured no contrast is computed."""
+    evidence = read(read_study(ROOT / "docs/results/denoising-small"))
+    verdict = decide(evidence)
+    for page in ("README.md", "docs/denoising-study.md", "docs/results.md"):
+        text = " ".join((ROOT / page).read_text().replace("*", "").split())
+        assert ("not decided yet" in text.lower()) is bool(verdict.lacking), page
+        if not verdict.lacking and page != "docs/results.md":
+            assert sentence(verdict, scope(evidence)) in text, (
+                f"{page} must hold the sentence that eval/verdict.py prints"
+            )
 
 
 def anchors(page: Path) -> set[str]:

@@ -406,7 +406,8 @@ def test_a_plan_without_checks_says_so():
         ({("permuted", "LP"): [1]}, "permuted by LP10, seed 1"),
     ],
 )
-def test_nothing_is_decided_before_all_is_measured(gone, words):
+def test_nothing_is_decided_before_all_is_measured(gone, words, monkeypatch):
+    monkeypatch.setattr(intervals, "interval", lambda difference: pytest.fail("a contrast is computed"))
     found = decided(gone=gone)
     assert words in found.lacking
     assert {answer.said for answer in found.claims.values()} == {found.noise.said} == {rule.LACKING}
