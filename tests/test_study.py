@@ -23,7 +23,7 @@ from eval.schedule import jobs, plans, trainings
 from eval.schedule.cost import Costs
 from eval.schedule.jobs import Job, Times, progress, work
 from eval.schedule.packed import Packed
-from eval.schedule.trainings import Study
+from eval.schedule.trainings import Study, schedule_of
 from ssl_vit import data, files, flops, pretrain, system
 from ssl_vit.errors import BUSY, UserError
 
@@ -887,6 +887,22 @@ def test_the_plans_that_decide_have_what_the_rule_asks(name, tmp_path, monkeypat
     for role in ("positive-check", "negative-check"):
         assert [t["seed"] for t in by_role[role]["runs"]] == [0, 1] and not by_role[role]["finetuned"]
     assert len(made.next_trials()) == 3 + 3  # three settings of noise; the learning rates follow
+
+
+def test_the_exploration_has_the_rates_that_the_trials_chose():
+    """So that it compares the arms of the study with others, and not rates."""
+    chosen = json.loads((ROOT / "docs/results/denoising-small/study.json").read_text())["arms"]
+    plan = plans.read("denoising-explore")
+
+    def settings(words):
+        own = dict(word.split("=") for word in words if word.startswith(("optim.lr=", "objective.")))
+        return own | {"optim.lr": float(own["optim.lr"])}
+
+    for arm, rate in (("mae", 3e-3), ("noise", 3e-3), ("autoencoder", 3.75e-4)):
+        assert settings(plan.arms[arm].settings) == settings(chosen[arm]["runs"][0]["settings"])
+        assert settings(plan.arms[arm].settings)["optim.lr"] == rate
+    scratch = [schedule_of(line)[1] for line in plan.evaluators_of("random") if line[0] == "finetune"]
+    assert [schedule.extra for schedule in scratch] == [0.0, 6e13]  # as much as MAE's pre-training
 
 
 def test_an_unknown_plan_is_refused_with_the_nearest(monkeypatch):
