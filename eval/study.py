@@ -129,7 +129,7 @@ def refuse_other_images(study: Study, fingerprint: str) -> None:
     for training in study.trainings():
         file = training.run / "recipe.yaml"
         settings = recipes.read_settings(file) if file.exists() else {}
-        if settings and not settings["data"]["permute_pixels"] and settings["images"]["fingerprint"] != fingerprint:
+        if settings and not settings["data"].get("permute_pixels") and settings["images"]["fingerprint"] != fingerprint:
             raise UserError(
                 f"{training.run} was trained on other images than those of --data (their fingerprints are "
                 f"{settings['images']['fingerprint']} and {fingerprint}), and a verdict needs the same for all runs: "
