@@ -427,8 +427,7 @@ def read(recipe: str, overrides: list[str], data: str | None, schema: Callable[[
             with mistakes:
                 built[section] = _build(section, cls, given)
     for section, config in built.items():
-        if section != "objective" or "objective.name" not in changes:  # as in a task, which states all settings
-            mistakes.sentences += _unread(section, config, given, file)
+        mistakes.sentences += _unread(section, config, given, file)
     mistakes.refuse()
 
     telling = changes if file.run is None else file.telling | changes  # the settings that change the recipe's run

@@ -158,6 +158,8 @@ def test_a_setting_that_nothing_reads_is_refused(recipe, setting, where):
     key = setting.partition("=")[0]
     with pytest.raises(UserError, match=f"^{key} in the command line is read only where {re.escape(where)}: leave it"):
         read(setting, recipe=recipe)
+    with pytest.raises(UserError, match=f"^{key} in the command line is read only where {re.escape(where)}: leave it"):
+        read(setting, f"objective.name={read(recipe=recipe).objective_name}", recipe=recipe)
 
 
 def test_what_a_recipe_s_file_states_for_its_own_task_may_stay_when_the_task_is_changed():

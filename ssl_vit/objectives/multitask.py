@@ -31,7 +31,7 @@ from ssl_vit.errors import Mistakes, UserError
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw
-from ssl_vit.settings import setting
+from ssl_vit.settings import setting, settings_of
 
 
 @dataclass
@@ -44,7 +44,7 @@ class MultitaskConfig:
     mix: Literal["rows", "all"] = setting("rows", "rows: each image does one task; all: each image does all tasks")
 
     def __post_init__(self) -> None:
-        """Write the tasks out in full, so that the run's record holds every setting."""
+        """Write the tasks out in full, so that the run's record holds every setting that they read."""
         if len(self.tasks) < 2:
             raise UserError(
                 f"objective.tasks must name two recipes or more, such as [mae, gaussian], not {self.tasks}."
@@ -215,11 +215,13 @@ def read_task(text: str) -> recipes.Recipe:
 
 
 def in_full(text: str) -> str:
-    """A task with every setting of its objective, in the form of objective.tasks."""
-    values = read_task(text).as_dict()["objective"]
-    return shlex.join(
-        [shlex.split(text)[0], *(f"objective.{key}={json.dumps(value)}" for key, value in values.items())]
-    )
+    """A task with every setting that its objective reads, in the form of objective.tasks."""
+    task = read_task(text)
+    words = [shlex.split(text)[0], f"objective.name={json.dumps(task.objective_name)}"]
+    for key, one in settings_of("objective", type(task.objective)).items():
+        if one.read_if is None or one.read_if.told(task.objective):
+            words.append(f"{key}={json.dumps(getattr(task.objective, key.removeprefix('objective.')))}")
+    return shlex.join(words)
 
 
 def distinct(names: list[str]) -> list[str]:
