@@ -252,60 +252,6 @@ OF_IMAGES = (  # settings of one data set, or resolved from its images
     *("data.config", "data.image_column", "data.label_column", "data.train_split", "data.report_split"),
 )
 LENGTHS = ("train.epochs", "train.steps", "train.flops")  # each wins over those before it
-# keys that had another name in earlier versions: {old: new, or a text that starts with the new one}
-RENAMED: dict[str, str] = {
-    "optim.warmup": "optim.warmup_fraction",
-    "optim.no_decay": "optim.no_weight_decay",
-    "optim.clip": "optim.clip_grad",
-    "data.image": "data.image_column",
-    "data.label": "data.label_column",
-    "data.size": "data.img_size",
-    "data.channels": "data.in_chans",
-    "data.flip": "data.hflip",
-    "views.kind": "views.augmentation",
-    "backbone.width": "backbone.embed_dim",
-    "backbone.heads": "backbone.num_heads",
-    "backbone.patch": "backbone.patch_size",
-    "backbone.positions": "backbone.pos_embed",
-    "backbone.init": "backbone.weight_init",
-    "backbone.registers": "backbone.reg_tokens",
-    "backbone.layer_scale": "backbone.init_values",
-    "backbone.drop_path": "backbone.drop_path_rate",
-    "runtime.per_device_batch": "runtime.per_device_batch_size",
-    "runtime.workers": "runtime.num_workers",
-    "runtime.threads": "runtime.num_threads",
-    "objective.ratio": "objective.mask_ratio",
-    "objective.sees": "objective.encoder_input ('mask tokens' is mask_token, all is corrupted)",
-    "objective.others": "objective.replace_ratio",
-    "objective.kept": "objective.keep_ratio",
-    "objective.spoil": "objective.corruption",
-    "objective.sigma": "objective.noise_sigma (of a blur: objective.blur_sigma)",
-    "objective.space": "objective.noise_pca_dim",
-    "objective.normalise": "objective.norm_pix_loss",
-    "objective.weigh": "objective.loss_weighting (true is noise_level)",
-    "objective.tokens": "objective.vocab_size",
-    "objective.momentum": "objective.momentum_teacher",
-    "objective.decoder_width": "objective.decoder_embed_dim",
-    "objective.decoder_heads": "objective.decoder_num_heads",
-    "objective.prototypes": "objective.out_dim",
-    "objective.head_width": "objective.hidden_dim",
-    "objective.bottleneck": "objective.bottleneck_dim",
-    "objective.batch_norm": "objective.use_bn_in_head",
-    "objective.student_temperature": "objective.student_temp",
-    "objective.teacher_temperature": "objective.teacher_temp",
-    "objective.teacher_temperature_start": "objective.warmup_teacher_temp",
-    "objective.teacher_warmup": "objective.warmup_teacher_temp_fraction",
-    "objective.freeze_last_layer": "objective.freeze_last_layer_fraction",
-    "objective.local_count": "objective.local_crops_number",
-    "objective.local_size": "objective.local_crops_size",
-    "objective.local_scale": "objective.local_crops_scale",
-    "objective.mix_probability": "objective.mixup_prob",
-    "objective.pool": "objective.global_pool",
-    "objective.ema": "objective.model_ema_decay",
-    "objective.noise": "objective.noise_sigma",
-    "objective.drop": "objective.patch_drop_rate",
-    "objective.weights": "objective.loss_weights",
-}
 COMMAND_LINE = "the command line"
 BACKBONE_NAME = "the name of the backbone"
 # settings that runs of earlier versions lack: at their defaults they are in no hash, so that those runs keep their name
@@ -482,8 +428,6 @@ def _check_all(
 def _check(known: dict[str, Setting], key: str, value: Any, source: str, by_hand: bool) -> Any:
     """The value of a setting in its type, or a UserError. by_hand: the value is not from a run's recipe.yaml."""
     if key not in known:
-        if key in RENAMED:
-            raise UserError(_renamed(key, source))
         same = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]  # the section is wrong or left out
         hint = f" Did you mean {same[0]!r}?" if same else nearest(key, [*known, "objective.name"])
         if not by_hand:
@@ -498,18 +442,11 @@ def _check(known: dict[str, Setting], key: str, value: Any, source: str, by_hand
     return checked
 
 
-def _renamed(key: str, source: str) -> str:
-    return f"{key} is now called {RENAMED[key]}; rename it in {source}."
-
-
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a run's recipe.yaml holds. Raises UserError if it cannot be read, or has settings of old names."""
+    """What a run's recipe.yaml holds. Raises UserError if it cannot be read."""
     tree = _load(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path} does not hold the settings of a run.")
-    renamed = [_renamed(key, str(path)) for key in flat(tree) if key in RENAMED]
-    if renamed:
-        raise UserError(*renamed)
     return tree
 
 

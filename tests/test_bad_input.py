@@ -14,9 +14,6 @@ import pytest
 from PIL import Image
 from test_loop import ROOT, environment
 
-from eval.compare import runs
-from eval.measure import features
-from eval.schedule import trainings
 from ssl_vit import data, engine, errors, files, pretrain
 from ssl_vit import recipe as recipes
 
@@ -252,28 +249,6 @@ def test_as_a_process(tmp_path, monkeypatch, arguments):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
-
-
-def test_a_run_whose_settings_have_other_names_since(run, monkeypatch):
-    """It neither goes on nor is evaluated, reported or taken for the same run, and the sentence tells what to do."""
-    assert run("--output=out")[0] == 0
-    file = Path("out/recipe.yaml")
-    file.write_text(file.read_text().replace("  lr:", "  rate:"))
-    monkeypatch.setattr(recipes, "RENAMED", {"optim.rate": "optim.lr"})
-    sentence = "optim.rate is now called optim.lr; rename it in out/recipe.yaml."
-    refused(run("--output=out"), sentence)
-    Path("out/results.jsonl").write_text('{"accuracy": 1}\n')
-    recipe = pretrain.read("mae", [], None)
-    for read in (
-        lambda: features.open_source("out", None, None),
-        lambda: runs.read_run(Path("out")),
-        lambda: trainings.refuse_other(Path("out"), recipe),
-    ):
-        with pytest.raises(errors.UserError) as error:
-            read()
-        assert str(error.value) == sentence
-    file.write_text(file.read_text().replace("  rate:", "  lr:"))
-    assert run("--output=out")[0] == 0
 
 
 def test_several_mistakes_at_once(run):

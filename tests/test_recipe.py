@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_vit import objectives, pretrain, settings
+from ssl_vit import objectives, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -457,34 +457,6 @@ def test_the_mistakes_of_all_tasks_are_named_at_once():
 def test_a_setting_without_a_default_must_be_given(file):
     with pytest.raises(UserError, match="^objective.tasks is missing: recipes whose objectives are the tasks"):
         read(recipe=file(objective=dict(name="multitask")))
-
-
-def test_a_renamed_key_is_refused_with_its_new_name(file, of_run, monkeypatch):
-    monkeypatch.setattr(recipes, "RENAMED", {"optim.rate": "optim.lr", "train.stepz": "train.steps (or train.epochs)"})
-    with pytest.raises(UserError) as error:
-        read("optim.rate=0.5")
-    assert str(error.value) == "optim.rate is now called optim.lr; rename it in the command line."
-    own = file(train=dict(stepz=3, steps=3), optim=dict(rate=0.5))
-    said = [
-        f"train.stepz is now called train.steps (or train.epochs); rename it in {own}.",
-        f"optim.rate is now called optim.lr; rename it in {own}.",
-    ]
-    assert sorted(several(recipe=own)) == sorted(said)
-    run = of_run(read("train.steps=3"))
-    assert recipes.read_settings(Path(run)) == yaml.safe_load(Path(run).read_text())
-    Path(run).write_text(Path(run).read_text().replace("  lr:", "  rate:"))
-    for reader in (lambda: read(recipe=run), lambda: recipes.read_settings(Path(run))):
-        with pytest.raises(UserError) as error:
-            reader()
-        assert str(error.value) == f"optim.rate is now called optim.lr; rename it in {run}."
-
-
-def test_the_new_name_of_a_renamed_key_is_a_setting_and_the_old_one_is_not():
-    known = {key for section, cls in recipes.SECTIONS.items() for key in settings.settings_of(section, cls)}
-    for name in objectives.names():
-        known |= settings.settings_of("objective", objectives.find(name).Config).keys()
-    assert recipes.RENAMED and {new.split()[0] for new in recipes.RENAMED.values()} <= known
-    assert not recipes.RENAMED.keys() & known
 
 
 @pytest.mark.parametrize(
