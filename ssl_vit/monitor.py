@@ -7,7 +7,6 @@ import math
 import secrets
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,11 +92,10 @@ def _start_trackers(accelerator: Accelerator, path: Path, config: dict, done: in
 
 
 def _id(path: Path) -> str:
-    """Of this run's records, drawn when it starts first; of a run that has begun without one, what it was then."""
+    """Of this run's records, drawn when it starts first."""
     file = path / "tracker-id.txt"
     if not file.exists():
-        begun = (path / "log.jsonl").exists()
-        files.write(file, f"{zlib.crc32(bytes(path.resolve())):x}" if begun else secrets.token_hex(4))
+        files.write(file, secrets.token_hex(4))
     return file.read_text(encoding="utf-8")
 
 

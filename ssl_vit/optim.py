@@ -76,7 +76,7 @@ def freeze(objective: nn.Module, step: int, frozen: int) -> None:
 def drop_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Of the groups that do not learn yet: the optimizer then leaves weights and moments as they are."""
     for group in optimizer.param_groups:
-        if step < group.get("start", 0):  # older checkpoints do not say it
+        if step < group["start"]:
             for weight in group["params"]:
                 weight.grad = None
 
@@ -126,7 +126,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: 
     if config.weight_decay_end is not None:
         weight_decay = cosine(step, total, config.weight_decay, config.weight_decay_end)
     for group in optimizer.param_groups:
-        start = group.get("start", 0)  # older checkpoints do not say it
+        start = group["start"]
         lr = _rate(config, peak, step - start, total - start) if step >= start else 0.0
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -62,21 +62,14 @@ def cost(text: str) -> dict[str, float]:
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
     settings = recipes.read_settings(run / "recipe.yaml")
-    counted: dict[str, float] | None = settings.get("runtime", {}).get("started_from")
-    if counted is not None:  # when it began: that run may have been moved or removed since
-        return own | counted
-    start = settings.get("backbone", {}).get("init_from")
-    return own | (cost(start) if start else {})
+    counted: dict[str, float] = settings.get("runtime", {}).get("started_from", {})  # when it began
+    return own | counted
 
 
 def published(text: str) -> list[str]:
-    """The weights of other codes that are behind these: themselves, or what a run started from or learnt from. So is
-    the start of a run of an earlier version that is not found from here: its cost is not known either."""
+    """The weights of other codes that are behind these: themselves, or what a run started from or learnt from."""
     file = weights.parse(text).path / "recipe.yaml"
     if not file.exists():
         return [text]
-    settings = recipes.read_settings(file)
-    found: list[str] = settings.get("resolved", {}).get("published", [])
-    start = settings.get("backbone", {}).get("init_from")
-    lost = start and "started_from" not in settings.get("runtime", {}) and not weights.parse(start).path.exists()
-    return sorted({*found, start}) if lost else found
+    found: list[str] = recipes.read_settings(file).get("resolved", {}).get("published", [])
+    return found

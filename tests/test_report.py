@@ -48,7 +48,7 @@ def settings(recipe, seed=0, **changes):
         data=dict(name="cifar10"),
         monitor=dict(log_every=10 + seed),
         runtime=dict(num_threads=1 + seed),
-        resolved=dict(lr=0.1 + seed),
+        resolved=dict(lr=0.1 + seed, labelled=recipe == "supervised"),
         images=dict(count=500 + seed),
     )
     for key, value in changes.items():
@@ -91,7 +91,9 @@ def write_run(folder, recipe, share, seed=0, tree=None, measures=(KNN,), truth=T
             seconds=1.0,
             versions=dict(torch="2"),
             commit="abc",
+            eval_images=500,
             train_n=500,
+            classes=10,
         )
         rows.append(row | measure | keys)
         predictions.append(predicted)
@@ -825,7 +827,7 @@ def write_study(folder, arms, decides=False, **changes):
     study = folder / "study"
     study.mkdir()
     whole = dict(plan="plan", data="cifar10", decides=decides, seeds=2, budget=None, arms=said, controls={})
-    whole |= dict(tuning=None, trials={})
+    whole |= dict(labels_by_seed=False, tuning=None, trials={})
     (study / "study.json").write_text(json.dumps(whole | changes))
     return study
 
@@ -1260,7 +1262,7 @@ def test_fine_tuning_is_not_free(tmp_path):
     [_, figure, table] = charts.compute(the_test(folders), "")
     assert [over for over, _ in table.head] == ["pre-training", "k-NN (k = 20)", "fine-tuned"]
     cells = {name.text: [cell.text for cell in cells] for _, rows in table.parts for name, cells in rows}
-    assert cells["mae"] == ["10¹²", "1,000", "100", "1", "", "1", "3·10¹²", "5,000", "9"]
+    assert cells["mae"] == ["10¹²", "1,000", "100", "1", "500", "1", "3·10¹²", "5,000", "9"]
     assert cells["random init"][:3] == ["0"] * 3 and cells["random init"][6:] == ["3·10¹²", "5,000", "9"]
     tuned = dict(figure.charts)["cifar10-train-flops-finetune-mean-1"]
     assert "at 4·10¹²" in tuned and re.search(r"from scratch: [^<]* at 3·10¹²", tuned)

@@ -76,7 +76,7 @@ def manifest(arms, roles, **changes):
         tuned = [changed(protocol) for protocol in protocols if protocol != "LP"]
         said[arm] = dict(recipe=arm, role=roles[arm], budget=share, seeds=seeds, like=None, finetuned=tuned, runs=runs)
     whole = dict(plan="plan", data="cifar10", decides=True, seeds=SEEDS, budget=U, arms=said, controls={}, tuning=None)
-    return whole | dict(trials={}) | changes
+    return whole | dict(labels_by_seed=True, trials={}) | changes
 
 
 def row_of(arm):
@@ -741,6 +741,11 @@ def write_run(folder, arm, seed, points):
                 n=N,
                 metric="accuracy",
                 value=value / 100,
+                eval_flops=1.0,
+                eval_images=N,
+                seconds=1.0,
+                train_n=5000,
+                classes=10,
                 versions={},
                 commit="abc",
             )

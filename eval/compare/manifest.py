@@ -58,7 +58,7 @@ class Manifest(TypedDict):
     decides: bool
     seeds: int  # the plan's: 0 … seeds - 1
     budget: float | None  # FLOPs: the largest of the plan's, which counts; None: each recipe has its own
-    labels_by_seed: NotRequired[bool]  # whether each seed drew its own labels; absent in old files
+    labels_by_seed: bool  # whether each seed drew its own labels
     arms: dict[str, ArmEntry]
     controls: dict[str, str]  # the folder of each control's rows
     tuning: TuningEntry | None

@@ -62,9 +62,7 @@ class Group:
     @property
     def labelled(self) -> bool:
         """Whether its pre-training learnt from labels."""
-        run = self.runs[0]
-        supervised = run.rows[0]["objective"] == "supervised"  # for runs whose recipe.yaml does not say it yet
-        return bool(run.settings.get("resolved", {}).get("labelled", supervised))
+        return bool(self.runs[0].settings.get("resolved", {}).get("labelled"))
 
     @property
     def start(self) -> str:

@@ -139,9 +139,9 @@ class EvalSet:
 
     @functools.cached_property
     def classes(self) -> int:
-        """The number of classes: as the rows say; for older rows, the number of distinct labels in the eval set."""
-        rows = [row for by_group in self.scores.values() for scores in by_group.values() for row in scores.rows]
-        return next((row["classes"] for row in rows if "classes" in row), len(np.unique(self.truth)))
+        """The number of classes, as the rows say."""
+        rows = (row for by_group in self.scores.values() for scores in by_group.values() for row in scores.rows)
+        return int(next(rows)["classes"])
 
     @functools.cached_property
     def majority(self) -> Scores:
@@ -307,7 +307,6 @@ def ranked(by_group: dict[Group, Scores], controls: bool) -> list[Group]:
     return sorted(found, key=lambda group: -by_group[group].estimate.mean)
 
 
-def spent_on(scores: Scores, key: str) -> float | None:
-    """The mean of eval_flops, eval_images or seconds over the rows of a measurement; None if a row lacks it."""
-    values = [row[key] for row in scores.rows if row.get(key) is not None]
-    return float(np.mean(values)) if len(values) == len(scores.rows) else None
+def spent_on(scores: Scores, key: str) -> float:
+    """The mean of eval_flops, eval_images or seconds over the rows of a measurement."""
+    return float(np.mean([row[key] for row in scores.rows]))

@@ -76,7 +76,7 @@ def read_study(folder: Path) -> StudyResults:
     places = [Path(t["run"]) for arm in manifest["arms"].values() for t in arm["runs"]]
     places += [place(run) for run in manifest["controls"].values()]
     runs = [read_run(place) for place in places if results.read(place)]
-    if manifest.get("labels_by_seed"):  # label subsets drawn for another plan, or by hand, would be averaged too
+    if manifest["labels_by_seed"]:  # label subsets drawn for another plan, or by hand, would be averaged too
         seeds = {training["seed"] for arm in manifest["arms"].values() for training in arm["runs"]}
         for run in runs:
             drawn = {None, run.seed} if run.settings else {None, *seeds}

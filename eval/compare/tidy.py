@@ -64,8 +64,7 @@ def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict
     if not group.foreign:
         costs = dict(pretrain_flops=f"{group.mean('train_flops'):.6g}", pretrain_images=str(group.mean("images_seen")))
     for name, key in (("eval_flops", "eval_flops"), ("eval_images", "eval_images"), ("eval_seconds", "seconds")):
-        value = spent_on(scores, key)
-        costs[name] = "" if value is None else f"{value:.6g}"
+        costs[name] = "" if metric.corrupted and name != "eval_seconds" else f"{spent_on(scores, key):.6g}"
     floors = dict(chance="", majority="")
     if eval_set.measured == ACCURACY:
         floors = dict(chance=f"{eval_set.chance:.6g}", majority=f"{eval_set.majority.correct.mean():.6g}")
@@ -82,7 +81,7 @@ def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict
         pooling=metric.pooling,
         layer=metric.layer,
         labels=metric.labels,
-        labelled_images=scores.rows[0].get("train_n", ""),
+        labelled_images=scores.rows[0]["train_n"],
         **costs,
     )
 

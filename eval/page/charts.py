@@ -65,10 +65,7 @@ def compute(eval_set: EvalSet, suffix: str) -> list[Block]:
         for key, own, unit in (("train_flops", "eval_flops", "FLOPs"), ("images_seen", "eval_images", "images")):
             costs = {group: group.mean(key) for group in by_group}
             if metric.finetunes:
-                spent = {g: cost for g, scores in by_group.items() if (cost := spent_on(scores, own)) is not None}
-                if len(spent) < len(by_group):
-                    continue  # some rows are older than the count of fine-tuning's images
-                costs = {group: costs[group] + spent[group] for group in by_group}
+                costs = {group: costs[group] + spent_on(scores, own) for group, scores in by_group.items()}
             if any(costs.values()):
                 svg = plots.lines(
                     _series(by_group, costs, metric),
@@ -102,14 +99,12 @@ def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
         tuned = ""
         for metric in metrics:
             scores = eval_set.scores_of(group, metric)
-            values = [spent_on(scores, key) if scores else None for key in kinds.values()]
-            cells += [Cell("" if value is None else number(value)) for value in values]
+            cells += [Cell(number(spent_on(scores, key)) if scores else "") for key in kinds.values()]
             used += [scores] if scores else []
             tuned = "fine-tuned: from scratch" if scores and metric.finetunes and group.recipe == "random" else tuned
         parts[group.control].append((named(group.label, tuned), cells))
     filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
     head = [("pre-training", list(kinds))] + [(metric.evaluator, list(kinds)) for metric in metrics]
-    lacking = any(spent_on(scores, "eval_images") is None for scores in used)
     caption = (
         "The cost of one seed. Pre-training and evaluation are listed separately: training from scratch costs nothing "
         "before fine-tuning, and as much as the others during it, unless it is given more FLOPs. The FLOPs of an "
@@ -117,7 +112,6 @@ def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
         "unless it was made for another run; its images are those passed through the backbone. Seconds depend on the "
         "machine, and do not include features that were computed earlier."
     )
-    caption += " Empty: not recorded in the rows, or not measured." if lacking else ""
     return Table(head, filled, caption, sources_of(used))
 
 
@@ -151,7 +145,7 @@ def _series(by_group: dict[Group, Scores], costs: dict[Group, float], metric: Me
 def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
     """Accuracy against the number of labelled training images, where there are rows with fewer than all."""
     every = [row for by_group in eval_set.scores.values() for scores in by_group.values() for row in scores.rows]
-    known = dict.fromkeys(row["label_fraction"] for row in every if "train_n" in row)
+    known = dict.fromkeys(row["label_fraction"] for row in every)
     charts, sources = [], []
     found = _variants(eval_set, lambda c: c.of_last and c.labels in known, lambda c: replace(c, labels=eval_set.labels))
     for some in [c for c in found if c in eval_set.primary] or found:
