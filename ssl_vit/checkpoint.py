@@ -153,14 +153,7 @@ class Run:
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines logged, up to the first that is half written."""
-        lines: list[dict[str, Any]] = []
-        if self.log_file.exists():
-            for text in self.log_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:
-                    break
-        return lines
+        return files.read_lines(self.log_file)
 
     def cut_log(self, step: int) -> dict[str, Any]:
         """Drop lines logged after `step` or half written, and all if the run begins again. Returns the last remaining

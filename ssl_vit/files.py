@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 from safetensors import SafetensorError
@@ -71,6 +72,17 @@ def append(target: Path, text: str, remedy: str = ROOM) -> None:
         if target.exists():
             os.truncate(target, before)
         raise cannot_write(target, error, remedy) from None
+
+
+def read_lines(target: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file that grows, up to the first that is half written; none if there is no file."""
+    lines: list[dict[str, Any]] = []
+    for text in target.read_text(encoding="utf-8").splitlines() if target.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def cannot_write(target: Path, error: Exception, remedy: str = ROOM) -> UserError:

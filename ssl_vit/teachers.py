@@ -1,10 +1,9 @@
 """What a run learns from: finished runs and published models. They are frozen, and the FLOPs spent on them count."""
 
-import json
 from pathlib import Path
 
+from ssl_vit import files, weights
 from ssl_vit import recipe as recipes
-from ssl_vit import weights
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 
@@ -58,8 +57,7 @@ def cost(text: str) -> dict[str, float]:
     run = weights.parse(text).path
     if not (run / "recipe.yaml").exists():
         return {}
-    log = run / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    lines = files.read_lines(run / "log.jsonl")
     own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
     settings = recipes.read_settings(run / "recipe.yaml")
     counted: dict[str, float] = settings.get("runtime", {}).get("started_from", {})  # when it began

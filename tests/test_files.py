@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit import checkpoint, errors, files
+from eval.compare import runs
+from eval.measure import results
+from ssl_vit import checkpoint, errors, files, teachers
 from ssl_vit.errors import Busy, UserError
 
 
@@ -79,6 +81,19 @@ def test_what_cannot_be_appended_is_cut_off_again(tmp_path, monkeypatch):
         files.append(log, "second\n")
     monkeypatch.undo()
     assert log.read_text() == "one\n"
+
+
+def test_a_log_is_read_up_to_the_line_that_is_half_written(tmp_path):
+    """As it is while the run goes on, or after a kill; whoever reads it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    assert files.read_lines(run / "log.jsonl") == [] and results.spent(run)["images"] == 0
+    (run / "recipe.yaml").write_text("train: {seed: 0}\n")
+    (run / "results.jsonl").write_text('{"run": "run"}\n')
+    (run / "log.jsonl").write_text('{"step": 1, "images": 8, "flops": 2.0, "seconds": 3.0}\n{"step": 2, "ima')
+    assert results.spent(run) == dict(images=8, flops=2.0, seconds=3.0)
+    assert teachers.cost(str(run)) == {str(run.resolve()): 2.0}
+    assert len(runs.read_run(run).log) == len(checkpoint.Run(run).read_log()) == 1
 
 
 def hold(file: Path, held, release) -> None:

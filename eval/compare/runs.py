@@ -4,7 +4,6 @@ from eval.compare.runs import group_runs, read_run
 groups = group_runs([read_run(Path("runs/mae-digits-s0")), read_run(Path("runs/dino-digits-s0"))])
 """
 
-import json
 import re
 import shlex
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from eval.compare.words import number
 from eval.measure import results
 from ssl_vit import commands
 from ssl_vit.errors import UserError
-from ssl_vit.files import fingerprint
+from ssl_vit.files import fingerprint, read_lines
 from ssl_vit.recipe import defaults, read_settings
 
 FREE = ("runtime", "monitor", "resolved", "images")  # what may differ between runs of one recipe, besides the seed
@@ -91,7 +90,7 @@ class Group:
 
 def read_run(folder: Path) -> Run:
     """A run directory with its rows. Raises UserError if it is not one, or was not evaluated."""
-    recipe, log = folder / "recipe.yaml", folder / "log.jsonl"
+    recipe = folder / "recipe.yaml"
     rows = results.read(folder)
     if not rows and not recipe.exists():
         raise UserError(f"{folder} is not a run directory: it has neither recipe.yaml nor results.jsonl.")
@@ -103,8 +102,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds rows of several weights, as if their file had been replaced between evaluations: remove "
             "its results.jsonl, and evaluate it again."
         )
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    return Run(folder, read_settings(recipe) if recipe.exists() else {}, lines, rows)
+    return Run(folder, read_settings(recipe) if recipe.exists() else {}, read_lines(folder / "log.jsonl"), rows)
 
 
 def group_runs(runs: list[Run], arms: dict[str, ArmEntry] | None = None) -> list[Group]:

@@ -147,8 +147,7 @@ def correct(folder: Path, row: dict) -> np.ndarray:
 
 def spent(folder: Path) -> dict:
     """The images, FLOPs and seconds of a run's training so far."""
-    log = folder / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    lines = files.read_lines(folder / "log.jsonl")
     last: dict[str, float] = next((line for line in reversed(lines) if "images" in line), {})
     return dict(images=0, flops=0.0, seconds=0.0) | {k: last[k] for k in ("images", "flops", "seconds") if k in last}
 

@@ -5,7 +5,6 @@ print(estimate(study, at_once=2))
 """
 
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -21,7 +20,7 @@ from eval.compare.power import detectable
 from eval.measure import cli
 from eval.schedule.jobs import Times, devices_for
 from eval.schedule.trainings import Study, Training, labels_in, schedule_of
-from ssl_vit import backbones, commands, data, flops, pretrain
+from ssl_vit import backbones, commands, data, files, flops, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.settings import known
@@ -218,10 +217,7 @@ def _rate(study: Study, costs: Costs, at_once: int) -> tuple[float, str, float]:
             said, _ = process.communicate()
             if process.returncode:
                 raise UserError(f"The timed steps failed: {said.decode().strip().splitlines()[-1]}")
-        logs = [
-            [json.loads(line) for line in (place / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-            for place in places
-        ]
+        logs = [files.read_lines(place / "log.jsonl") for place in places]
         rates = [(log[-1]["flops"] - log[0]["flops"]) / (log[-1]["seconds"] - log[0]["seconds"]) for log in logs]
         size = sum(file.stat().st_size for file in places[0].rglob("*") if file.is_file())
     return sum(rates), f"{at_once} at once, {steps} steps of {trained[0].arm}", float(size)

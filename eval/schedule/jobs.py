@@ -247,14 +247,8 @@ def progress(jobs: list[Job], running: Collection[Job], times: Times, at_once: i
 def _how_far(job: Job) -> str:
     """How long a job has been running and, for a pre-training, the last step that it logged."""
     words = f", {(time.monotonic() - job.started) / 60:.0f} min"
-    log = job.run / "log.jsonl"
-    if job.marks and log.exists():
-        for line in reversed(log.read_text(encoding="utf-8").splitlines()):
-            try:
-                return f"{words}, step {json.loads(line)['step']:,}"
-            except (ValueError, KeyError):  # the line is being written
-                continue
-    return words
+    log = files.read_lines(job.run / "log.jsonl") if job.marks else []
+    return f"{words}, step {log[-1]['step']:,}" if log else words
 
 
 def _start(job: Job, log: Path) -> Command:
