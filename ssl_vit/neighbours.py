@@ -30,7 +30,8 @@ def nearest(
     train: Float[np.ndarray, "n D"], queries: Float[np.ndarray, "m D"], k: int
 ) -> tuple[Float[np.ndarray, "m {k}"], Int[np.ndarray, "m {k}"]]:
     """(similarity, index) of the k training features nearest to each query by inner product, exact, both (m, k)."""
-    return _index(train).search(queries, k)
+    similarity, index = faiss.knn(queries, train, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return similarity, index
 
 
 def vote(
@@ -60,15 +61,14 @@ def weights(
     Exact search by inner product, then a vote of the k nearest with weights in proportion to exp(similarity /
     temperature) (Wu et al. 2018, arXiv 1805.01978; DINO's eval_knn.py), or equal weights if temperature is None.
     """
-    index = _index(train)
     for start in range(0, len(queries), 1024):  # so that memory does not grow with the test set
-        similarity, nearest = index.search(queries[start : start + 1024], min(max(ks), len(train)))
+        similarity, found = nearest(train, queries[start : start + 1024], min(max(ks), len(train)))
         each = np.ones_like(similarity) if temperature is None else np.exp((similarity - 1) / temperature)
         rows = np.arange(len(similarity))[:, None]
-        found = {k: np.zeros((len(similarity), classes)) for k in ks}
-        for k, scores in found.items():
-            np.add.at(scores, (rows, labels[nearest[:, :k]]), each[:, :k])
-        yield found
+        votes = {k: np.zeros((len(similarity), classes)) for k in ks}
+        for k, scores in votes.items():
+            np.add.at(scores, (rows, labels[found[:, :k]]), each[:, :k])
+        yield votes
 
 
 def predict(
@@ -90,9 +90,3 @@ def predict(
         raise ValueError("A label is below 0: leave out the features that have none.")
     bank, queries = prepare(train, queries, centre)
     return vote(bank, labels, queries, [k], int(labels.max()) + 1, temperature)[k]
-
-
-def _index(train: np.ndarray) -> faiss.IndexFlatIP:
-    index = faiss.IndexFlatIP(train.shape[1])
-    index.add(train)
-    return index
