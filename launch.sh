@@ -22,8 +22,6 @@ usage() {
                                    docstrings, the commands in the documents
 ./launch.sh test [ARGUMENTS]       run the tests; --all adds the large matrices;
                                    ARGUMENTS go to pytest
-./launch.sh test --lowest [ARGS]   the same in .venv-lowest, with the lowest
-                                   versions that pyproject.toml admits
 ./launch.sh --help                 print this; nothing is set up
 
 RECIPE is the name of a file in recipes/, without .yaml, or the path of your own
@@ -161,7 +159,7 @@ make_venv() {  # unless it is there
   "$interpreter" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$interpreter cannot make virtual environments: install its package, e.g. \
 'sudo apt install python${release%.*}-venv', or activate an environment of your own."
-  echo "Making ${prefix##*/} with Python $release."
+  echo "Making .venv with Python $release."
   "$interpreter" -m venv --clear "$prefix" || die "'$interpreter -m venv' failed (see above)."
 }
 
@@ -173,22 +171,10 @@ print(hashlib.sha256(repr((sys.version, sys.argv[1], *files)).encode()).hexdiges
 EOF
 }
 
-lowest_versions() {  # of what pyproject.toml names, as constraints
-  "$prefix/bin/python" - "$root" <<'EOF'
-import sys, tomllib
-project = tomllib.load(open(f"{sys.argv[1]}/pyproject.toml", "rb"))["project"]
-extras = project["optional-dependencies"]
-for requirement in [*project["dependencies"], *extras["export"], *extras["test"]]:
-    if not requirement.startswith("ssl_vit["):  # an extra, which is here
-        print(requirement.replace(">=", "=="))
-EOF
-}
-
-set_up() {  # $1: "", "[test]" or "[dev]"; $2: "", or the name of a folder instead of .venv, for the lowest versions
-  local extras=$1 lowest=${2:-} own=$root/${2:-.venv} versions=constraints.txt quiet=-q stamp now torch
+set_up() {  # $1: "", "[test]" or "[dev]"
+  local extras=$1 own=$root/.venv quiet=-q stamp now torch
   prefix=${VIRTUAL_ENV:-}
   if [ -z "$prefix" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then prefix=${CONDA_PREFIX:-}; fi
-  [ -z "$lowest" ] || prefix=$own
   if [ -z "$prefix" ] || [ "$prefix" -ef "$own" ]; then prefix=$own; fi
   stamp=$prefix/.ssl_vit-stamp
   [ ! -t 1 ] || quiet=--progress-bar=on  # a log has no use for progress bars
@@ -211,12 +197,8 @@ activate one with a newer Python."
     make_venv
     rm -f "$stamp"
     now=$(fingerprint)
-    if [ -n "$lowest" ]; then
-      versions=$prefix/lowest.txt
-      lowest_versions >"$versions"
-    fi
-    echo "Installing the project into ${prefix##*/}: several gigabytes, a few minutes, once."
-    (cd "$root" && "$prefix/bin/python" -m pip install "$quiet" -e ".$extras" -c "$versions") ||
+    echo "Installing the project into .venv: several gigabytes, a few minutes, once."
+    (cd "$root" && "$prefix/bin/python" -m pip install "$quiet" -e ".$extras" -c constraints.txt) ||
       die "the installation failed (see above); the next call goes on from here."
   else
     "$prefix/bin/python" -m pip --version >/dev/null 2>&1 ||
@@ -237,46 +219,6 @@ lower bounds are in pyproject.toml): update it, or leave it ('deactivate'), and 
   echo "$now$extras" >"$stamp"  # last, so that an interrupted set-up is never believed complete
 }
 
-describe_device() {  # line 1: how many processes; line 2: the device; a warning goes to stderr
-  python - <<'EOF'
-import collections, os, subprocess, sys, warnings
-
-import torch
-
-with warnings.catch_warnings(record=True) as complaints:
-    warnings.simplefilter("always")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-if gpus:
-    names = collections.Counter(torch.cuda.get_device_name(i) for i in range(gpus))
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    listed = ", ".join((f"{n} × " if n > 1 else "") + name for name, n in names.items())
-    print(f"{gpus}\nDevice: {listed} ({memory:.0f} GiB{' each' if gpus > 1 else ''})")
-    sys.exit()
-if torch.backends.mps.is_available():
-    print("1\nDevice: Apple GPU (MPS)")
-    sys.exit()
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-print(f"1\nDevice: CPU ({cores} core{'s' * (cores > 1)})")
-try:
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-except (OSError, subprocess.TimeoutExpired):
-    sys.exit()
-if listed.returncode == 0 and "GPU 0" in listed.stdout:
-    gpu = listed.stdout.splitlines()[0].split(": ", 1)[1].split(" (UUID")[0]
-    if "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in ("", "-1"):
-        why = "CUDA_VISIBLE_DEVICES hides it. To use it: unset CUDA_VISIBLE_DEVICES."
-    elif torch.version.cuda is None:
-        why = (f"torch {torch.__version__} is built without CUDA. To use it: install a torch with CUDA and its "
-               "torchvision, or leave this environment, and .venv is used.")
-    else:
-        said = f" ({str(complaints[0].message).splitlines()[0]})" if complaints else ""
-        why = (f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it{said}. To use it: update the "
-               "driver to one for that CUDA ('nvidia-smi' names the newest it can run), or activate an environment of "
-               "your own with a torch for the driver you have.")
-    print(f"Warning: there is a GPU, {gpu}, but the CPU is used: {why}", file=sys.stderr)
-EOF
-}
-
 ready() {  # set up, then enter the environment and say what it computes on
   local found
   exec 9<"$root/pyproject.toml"  # one set-up at a time
@@ -287,7 +229,7 @@ ready() {  # set up, then enter the environment and say what it computes on
   set_up "$@"
   exec 9<&-
   export PATH="$prefix/bin:$PATH"
-  found=$(describe_device)
+  found=$(python "$root/ssl_vit/describe_device.py")  # how many processes; on what, maybe with a warning on stderr
   processes=${found%%$'\n'*}
   echo "${found#*$'\n'}"
 }
@@ -307,20 +249,16 @@ run_check() {  # every part, even if one fails
 }
 
 run_tests() {
-  local arg lowest="" workers="-n auto" args=()
+  local arg workers="-n auto"
   for arg in "$@"; do
-    case $arg in
-      --lowest) lowest=.venv-lowest ;;
-      *) args+=("$arg") ;;
-    esac
     case $arg in -n* | --numprocesses* | no:xdist) workers="" ;; esac
   done
-  ready "[test]" "$lowest"
+  ready "[test]"
   # One worker per core, so one thread per worker: more would only wait for each other.
   [ -z "$workers" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   cd "$root"
   # shellcheck disable=SC2086  # two words
-  show python -m pytest -q $workers ${args[@]+"${args[@]}"}
+  show python -m pytest -q $workers "$@"
 }
 
 run_plan() {  # $1: a file in recipes/study/

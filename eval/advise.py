@@ -32,7 +32,7 @@ from eval.measure import cli, features, fine_tuning
 from eval.page import advice_section
 from eval.page.document import html
 from eval.schedule.jobs import Job, work
-from ssl_vit import commands, data, errors, files, pretrain, system, teachers, weights
+from ssl_vit import commands, data, errors, files, objectives, system, teachers, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
@@ -69,7 +69,7 @@ class Plan:
     def _from_scratch(self, source: features.Source) -> None:
         """A random initialisation of the backbone's shape, shared by those of one shape."""
         settings, plain = shape(source), ["optim.layer_decay=1"]  # there is nothing to protect
-        run = Path("runs") / pretrain.read("supervised", settings, self.args.data).run_name()
+        run = Path("runs") / objectives.read_recipe("supervised", settings, self.args.data).run_name()
         if run not in self.starts:
             command = [str(commands.script("pretrain")), "--recipe", "supervised", "--data", self.args.data, *settings]
             mark = run / "backbone" / "config.json"

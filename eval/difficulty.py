@@ -35,7 +35,7 @@ from torch import Tensor
 
 from eval.measure import cli, features, results
 from eval.page import text_tables
-from ssl_vit import data, errors, files, pretrain, system
+from ssl_vit import data, errors, files, objectives, pretrain, system
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
@@ -51,7 +51,7 @@ def evaluate(run: Path) -> dict | None:
     if not (run / "recipe.yaml").exists():
         say(f"{run} was not pre-trained by this code, so it has no task to measure.")
         return None
-    recipe = pretrain.read(str(run / "recipe.yaml"), [], None)
+    recipe = objectives.read_recipe(str(run / "recipe.yaml"), [], None)
     state = cli.processes()
     images = data.load(recipe.data, "train").to(state.device)
     objective = pretrain.build(recipe, images).to(state.device).eval()

@@ -40,7 +40,7 @@ from eval.measure import cli, features, kept_trials, rates, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
-from ssl_vit import data, engine, errors, files, flops, pretrain, subsets, weights
+from ssl_vit import data, engine, errors, files, flops, objectives, pretrain, subsets, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import EvaBackbone, LocalBackbone, TokenBackbone
 from ssl_vit.checkout import COMMIT
@@ -263,7 +263,7 @@ def choose(
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
     """The recipe finetune for this backbone on these images. Size, channels, mean, std, interpolation and the
     permutation of pixels are the backbone's."""
-    recipe = pretrain.read("finetune", settings, images.name)
+    recipe = objectives.read_recipe("finetune", settings, images.name)
     asked, backbone = recipe.data, source.network
     recipe.data = dataclasses.replace(
         images,
@@ -400,7 +400,7 @@ def main() -> None:
             raise UserError(
                 f"{source.name} has no weights to fine-tune: pass a run, a file or folder of weights, or a timm model."
             )
-    given = pretrain.read("finetune", schedule.settings, None).data
+    given = objectives.read_recipe("finetune", schedule.settings, None).data
     keys = [text.partition("=")[0].removeprefix("data.") for text in schedule.settings if text.startswith("data.")]
     request.config = dataclasses.replace(request.config, **{key: getattr(given, key) for key in keys})
     measure = choose_alone if schedule.held_out else evaluate

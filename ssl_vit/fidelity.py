@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple
 
 from ssl_vit import objectives
-from ssl_vit import recipe as recipes
 from ssl_vit.errors import listed
 from ssl_vit.settings import write
 
@@ -556,13 +555,9 @@ RECIPES: dict[str, Entry] = {
 }
 
 
-def read(name: str) -> recipes.Recipe:
-    return recipes.read(name, [], None, lambda objective: objectives.find(objective).Config)
-
-
 def departures(name: str) -> dict[str, tuple[Any, Any]]:
     """{key: (value here, value there)} of the settings in which a recipe differs from its official values."""
-    recipe = read(name)
+    recipe = objectives.read_recipe(name, [], None)
     here = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in RECIPES[name].official}
     return {key: (here[key], there) for key, there in RECIPES[name].official.items() if not same(here[key], there)}
 

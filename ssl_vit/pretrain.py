@@ -182,11 +182,6 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
 # -- building ---------------------------------------------------------------------------------------------------------
 
 
-def read(recipe: str, settings: list[str], data: str | None) -> recipes.Recipe:
-    """The recipe of that name or file with these `key=value`, checked against its objective's own settings too."""
-    return recipes.read(recipe, settings, data, lambda name: objectives.find(name).Config)
-
-
 def load(recipe: recipes.Recipe) -> tuple[data.ImageSet | None, UserError | None]:
     """(the training images, or why there are none). One process raises that; several tell it to each other, as the
     machines of a group may have different images, and none must wait for one that has gone."""
@@ -418,7 +413,7 @@ def main() -> int:
         print(parser.format_help(), help_text(), sep="\n")
         return 0
     settings = args.settings + ([f"backbone.init_from={args.init_from}"] if args.init_from else [])
-    recipe = read(args.recipe, settings, args.data)
+    recipe = objectives.read_recipe(args.recipe, settings, args.data)
     if args.help:
         print(help_text(recipe))
         return 0

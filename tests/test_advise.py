@@ -15,7 +15,7 @@ from eval import advise
 from eval.compare import advice
 from eval.compare.advice import FROZEN, LONGER, SCRATCH, TUNED, Measured, Way
 from eval.measure import features, results
-from ssl_vit import pretrain
+from ssl_vit import objectives, pretrain
 from ssl_vit.errors import UserError
 
 
@@ -113,7 +113,7 @@ def test_rows_of_other_calls_are_not_read(run, tmp_path, monkeypatch):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=2"], None)
+    recipe = objectives.read_recipe("mae", [*TINY, *SMALL["mae"], "train.steps=2"], None)
     assert pretrain.pretrain(recipe, tmp_path / "runs" / "mine") == 0
     return "runs/mine"
 
@@ -156,7 +156,7 @@ def test_ways_are_measured_and_the_page_is_written(run, monkeypatch, capfd, tmp_
 def test_backbones_of_one_shape_share_a_training_from_scratch(run, tmp_path, monkeypatch):
     for name, steps in (("twin", 2), ("longer", 4), ("deeper", 2)):
         settings = [*TINY, *SMALL["mae"], f"train.steps={steps}", f"train.seed={steps}"]
-        recipe = pretrain.read("mae", [*settings, *["backbone.depth=3"] * (name == "deeper")], None)
+        recipe = objectives.read_recipe("mae", [*settings, *["backbone.depth=3"] * (name == "deeper")], None)
         assert pretrain.pretrain(recipe, tmp_path / "runs" / name) == 0
     runs = [run, "runs/twin", "runs/longer", "runs/deeper"]
     monkeypatch.setattr(sys, "argv", ["advise.py"])
@@ -192,7 +192,7 @@ def test_all_that_went_into_a_backbone_is_given_to_training_from_scratch(run, tm
     monkeypatch.setattr(sys, "argv", ["advise.py"])
     again = [*TINY, *SMALL["mae"], "train.steps=4", "train.seed=1", "train.freeze_backbone_fraction=0"]
     for name, start in (("more", "runs/mine"), ("theirs", "runs/mine/backbone")):
-        recipe = pretrain.read("mae", [*again, f"backbone.init_from={start}"], None)
+        recipe = objectives.read_recipe("mae", [*again, f"backbone.init_from={start}"], None)
         assert pretrain.pretrain(recipe, tmp_path / "runs" / name) == 0
     spent = [results.spent(tmp_path / "runs" / name)["flops"] for name in ("mine", "more")]
     args = argparse.Namespace(data="digits", labels=["all"], label_seeds=[0], settings=[])
@@ -204,7 +204,7 @@ def test_all_that_went_into_a_backbone_is_given_to_training_from_scratch(run, tm
 
 def test_a_random_initialisation_has_the_shape_of_the_backbone(run):
     source = features.open_source(run, None, None)
-    recipe = pretrain.read("supervised", advise.shape(source), "digits")
+    recipe = objectives.read_recipe("supervised", advise.shape(source), "digits")
     own = source.settings["backbone"]
     for key in ("embed_dim", "depth", "num_heads"):
         assert getattr(recipe.backbone, key) == own[key]

@@ -99,3 +99,8 @@ def test_an_objective_imports_neither_the_loop_nor_the_data(edges):
     for module, others in edges.items():
         if module.startswith("ssl_vit.objectives."):
             assert not others & loop and not any(other.startswith("ssl_vit.data") for other in others), module
+
+
+def test_eval_uses_the_loop_where_docs_architecture_says_so(edges):
+    users = {module for module, others in edges.items() if module.startswith("eval") and "ssl_vit.pretrain" in others}
+    assert users == {"eval.difficulty", "eval.finetune", "eval.schedule.cost"}

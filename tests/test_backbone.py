@@ -9,7 +9,7 @@ from conftest import small_objective, small_recipe
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from ssl_vit import backbones, overview, pretrain, views, weights
+from ssl_vit import backbones, objectives, overview, views, weights
 from ssl_vit.errors import UserError
 from ssl_vit.models import local_vit
 from ssl_vit.randomness import Draw
@@ -378,7 +378,7 @@ def test_weights_of_another_model_are_refused_with_its_name(tmp_path):
 def test_a_name_on_the_command_line_gives_that_model():
     facts = ["data.img_size=32", "data.in_chans=3", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
     for name, patch in (("vit_small", 4), ("vit_small_patch16_224", 16)):
-        recipe = pretrain.read("mae", [f"backbone.name={name}", *facts], None)
+        recipe = objectives.read_recipe("mae", [f"backbone.name={name}", *facts], None)
         b = backbones.build(recipe.backbone, recipe.data, seed=0)
         assert (b.embed_dim, b.depth, b.patch_size[0], b.model.blocks[0].attn.num_heads) == (384, 12, patch, 6)
 
@@ -395,7 +395,9 @@ def test_windows_are_attended_to_as_so_many_images():
 def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
     with pytest.raises(UserError, match="set backbone.embed_dim=null backbone.depth=null backbone.num_heads=null"):
         build("backbone.name=resnet18")
-    recipe = pretrain.read("finetune", ["backbone.name=resnet18", "data.img_size=16"], None)  # whose drop_path is 0.1
+    recipe = objectives.read_recipe(
+        "finetune", ["backbone.name=resnet18", "data.img_size=16"], None
+    )  # whose drop_path is 0.1
     with pytest.raises(UserError, match="set backbone.drop_path_rate=0.0, or name a vit"):
         backbones.build(recipe.backbone, recipe.data, seed=0)
     deit = build("backbone.name=deit_tiny_patch16_224", "backbone.patch_size=2")
@@ -463,7 +465,7 @@ def test_residuals_are_rescaled_as_beit_s():
 
 def test_a_model_that_norms_its_pooled_vector_is_saved_whole(tmp_path):
     """timm's test_vit4, as its vit_*_gap: the folder opens, here and in timm, to the same logits."""
-    recipe = pretrain.read(
+    recipe = objectives.read_recipe(
         "supervised",
         [
             "backbone.name=test_vit4",

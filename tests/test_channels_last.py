@@ -13,7 +13,7 @@ from test_kinds import KINDS
 from test_loop import TINY, log_of
 from test_recomputation import passes
 
-from ssl_vit import channels_last, checkpoint, engine, optim, pretrain, weights
+from ssl_vit import channels_last, checkpoint, engine, objectives, optim, pretrain, weights
 from ssl_vit.errors import UserError
 
 ON = "runtime.channels_last=true"
@@ -94,7 +94,7 @@ def test_whole_runs_have_the_same_losses_and_write_weights_in_timm_s_order(tmp_p
     settings = [*TINY[3:], *KINDS["resnet"], *FACTS, "data.img_size=8", "data.in_chans=1", "train.steps=3"]
     settings += ["data.mean=[0.5]", "data.std=[0.25]", "objective.decoder_depth=1", "objective.decoder_embed_dim=16"]
     for name, more in dict(plain=[], last=[ON]).items():
-        recipe = pretrain.read("gaussian", [*settings, "objective.decoder_num_heads=2", *more], None)
+        recipe = objectives.read_recipe("gaussian", [*settings, "objective.decoder_num_heads=2", *more], None)
         assert pretrain.pretrain(recipe, tmp_path / name) == 0
     plain, last = ([line["loss"] for line in log_of(tmp_path / name) if "loss" in line] for name in ("plain", "last"))
     assert len(plain) == 3 and last[0] == pytest.approx(plain[0], rel=1e-5) and last == pytest.approx(plain, rel=1e-4)
@@ -105,7 +105,7 @@ def test_whole_runs_have_the_same_losses_and_write_weights_in_timm_s_order(tmp_p
     assert not laid(weights.load(str(tmp_path / "last")))
     assert yaml.safe_load((tmp_path / "last/recipe.yaml").read_text())["runtime"]["channels_last"] is True
     shutil.rmtree(tmp_path / "plain/backbone")  # as if it had not been finished: it goes on with the other setting
-    recipe = pretrain.read("gaussian", [*settings, "objective.decoder_num_heads=2", ON], None)
+    recipe = objectives.read_recipe("gaussian", [*settings, "objective.decoder_num_heads=2", ON], None)
     assert pretrain.pretrain(recipe, tmp_path / "plain") == 0
 
 

@@ -8,12 +8,12 @@ from conftest import make_batch, small, small_objective, small_recipe
 from safetensors.torch import load_file
 from test_loop import TINY, log_of
 
-from ssl_vit import monitor, optim, pretrain, recipe
+from ssl_vit import monitor, objectives, optim, pretrain, recipe
 from ssl_vit.recipe import Optim
 
 
 def run(path, *settings, name="mae"):
-    made = pretrain.read(name, [*TINY, *small(name, *settings)], None)
+    made = objectives.read_recipe(name, [*TINY, *small(name, *settings)], None)
     assert pretrain.pretrain(made, path) == 0
     return load_file(path / "backbone" / "model.safetensors")
 

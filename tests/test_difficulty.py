@@ -15,7 +15,7 @@ from test_corruption import ALL
 from test_loop import TINY
 
 from eval import difficulty
-from ssl_vit import corruption, pretrain
+from ssl_vit import corruption, objectives, pretrain
 from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -147,7 +147,7 @@ def trained(tmp_path_factory):
         ("supervised", "digits", []),
     ):
         recipe = "mae" if name == "causal" else name
-        recipe = pretrain.read(recipe, [*TINY, *SMALL[recipe], "train.steps=0", *settings], data)
+        recipe = objectives.read_recipe(recipe, [*TINY, *SMALL[recipe], "train.steps=0", *settings], data)
         assert pretrain.pretrain(recipe, folder / "runs" / name) == 0
         shutil.rmtree(folder / "runs" / name / "backbone")  # weights do not matter
     return folder / "runs"

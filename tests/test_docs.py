@@ -18,7 +18,7 @@ from eval.compare.scope import scope
 from eval.compare.studies import read_study
 from eval.page.verdict_section import sentence
 from eval.schedule import plans
-from ssl_vit import commands, objectives, pretrain
+from ssl_vit import commands, objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -98,7 +98,7 @@ def parse(name: str, words: list[str], usage: bool) -> None:
         except Parsed as parsed:
             args = parsed.args[0]
     if args is not None and name == "pretrain" and args.recipe and not args.recipe.isupper():
-        pretrain.read(args.recipe, args.settings, None)
+        objectives.read_recipe(args.recipe, args.settings, None)
     if args is not None and name == "study" and not args.plan.isupper():
         plans.read(args.plan).narrow(args.seeds, args.arms, args.evaluators, args.no_tuning)
 

@@ -12,7 +12,7 @@ from test_loop import TINY
 
 from eval import embed, knn
 from eval.measure import embedding, everything
-from ssl_vit import pretrain, weights
+from ssl_vit import objectives, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory, photos):
     """A run on these unlabelled files."""
     folder = tmp_path_factory.mktemp("runs") / "plain"
     settings = [*TINY, "data.img_size=32", "backbone.patch_size=8", "train.steps=1", *SMALL["mae"]]
-    assert pretrain.pretrain(pretrain.read("mae", settings, str(photos)), folder) == 0
+    assert pretrain.pretrain(objectives.read_recipe("mae", settings, str(photos)), folder) == 0
     return folder
 
 
@@ -90,7 +90,7 @@ def test_without_labels_nothing_is_held_out_and_the_run_points_here(run, photos,
 
 def test_the_end_of_a_run_without_labels_points_to_embed(photos, tmp_path, capsys):
     settings = [*TINY, *BACKBONE, *SMALL["mae"], "data.img_size=32", "backbone.patch_size=8", "train.steps=0"]
-    pretrain.pretrain(pretrain.read("mae", settings, str(photos)), tmp_path / "run")
+    pretrain.pretrain(objectives.read_recipe("mae", settings, str(photos)), tmp_path / "run")
     said = capsys.readouterr().out
     assert (
         "look at what it sees: python" in said

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from several import Several
 from test_loop import ROOT, SCRIPT, TINY, Started, arguments, launched, log_of, run, steps_done, until
 
-from ssl_vit import checkpoint, data, engine, errors, gradients, peers, pretrain, shards
+from ssl_vit import checkpoint, data, engine, errors, gradients, objectives, peers, pretrain, shards
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.reconstruct import Reconstruct
 
@@ -361,7 +361,7 @@ def test_memory_that_runs_out_where_the_whole_batch_is_needed_limits_no_later_st
         patch.setattr(torch.optim.AdamW, "step", full)
         patch.setattr(gradients, "out_of_memory", lambda error: "out of memory" in str(error))
         with pytest.raises(UserError, match="use_bn_in_head.* needs so many at once. End what else uses the device"):
-            pretrain.pretrain(pretrain.read("dino", settings, None), path)
+            pretrain.pretrain(objectives.read_recipe("dino", settings, None), path)
     assert not list(path.glob("memory-*.json"))
 
 

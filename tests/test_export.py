@@ -16,7 +16,7 @@ from conftest import SMALL
 from PIL import Image
 from test_loop import TINY
 
-from ssl_vit import backbones, commands, export, model_card, pretrain, weights
+from ssl_vit import backbones, commands, export, model_card, objectives, pretrain, weights
 from ssl_vit.checkout import COMMIT
 from ssl_vit.errors import UserError
 from ssl_vit.weights import graphs
@@ -28,7 +28,9 @@ NAMES = ["cat", "dog", "ant", "é, \"quoted\"", "bee"]  # fmt: skip
 def build(*settings, classes=0, pool="token"):
     """A ViT whose every tensor is random, so that none can be exchanged for another unseen."""
     shape = ["backbone.embed_dim=48", "backbone.depth=2", "backbone.num_heads=3", "backbone.patch_size=8"]
-    recipe = pretrain.read("mae", [*shape, *FACTS, "data.img_size=32", "backbone.pos_embed=learned", *settings], None)
+    recipe = objectives.read_recipe(
+        "mae", [*shape, *FACTS, "data.img_size=32", "backbone.pos_embed=learned", *settings], None
+    )
     backbone = backbones.build(recipe.backbone, recipe.data, seed=0)
     if classes:
         backbone.add_classifier(classes, pool)
@@ -107,7 +109,7 @@ def test_the_processor_shows_images_as_our_evaluation_does(tmp_path):
 @pytest.fixture(scope="module")
 def mae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mae") / "run"
-    made = pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=2", "data.img_size=8"], None)
+    made = objectives.read_recipe("mae", [*TINY, *SMALL["mae"], "train.steps=2", "data.img_size=8"], None)
     assert pretrain.pretrain(made, folder) == 0
     return folder
 
@@ -116,7 +118,7 @@ def mae(tmp_path_factory):
 def classifier(tmp_path_factory, mae):
     folder = tmp_path_factory.mktemp("tuned") / "run" / "finetune" / "one"
     settings = [*TINY, "train.steps=2", f"backbone.init_from={mae}", "backbone.drop_path_rate=0"]
-    assert pretrain.pretrain(pretrain.read("finetune", settings, None), folder) == 0
+    assert pretrain.pretrain(objectives.read_recipe("finetune", settings, None), folder) == 0
     return folder
 
 
@@ -125,7 +127,7 @@ def test_mae_goes_out_with_its_decoder(mae, tmp_path):
     folder = export.export(str(mae), "hf", tmp_path / "out", decoder=True)
     model = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
     settings = yaml.safe_load((mae / "recipe.yaml").read_text())
-    recipe = pretrain.read(str(mae / "recipe.yaml"), [], None)
+    recipe = objectives.read_recipe(str(mae / "recipe.yaml"), [], None)
     images = pretrain.data.load(recipe.data, "report")
     objective = pretrain.build(recipe, images)
     state = torch.load(next((mae / "checkpoints").glob("*.pt")), weights_only=True)
@@ -150,7 +152,7 @@ def test_mae_goes_out_with_its_decoder(mae, tmp_path):
 def test_timm_and_the_graphs_give_the_logits_of_a_fine_tuned_run(classifier, tmp_path):
     backbone = weights.load(str(classifier)).eval()
     digits = [str(i) for i in range(10)]
-    images = pretrain.data.load(pretrain.read("mae", [], None).data, "report").images[:3].float() / 255
+    images = pretrain.data.load(objectives.read_recipe("mae", [], None).data, "report").images[:3].float() / 255
     expected = backbone.classify(images)
     [(prefix, patches)] = backbone.features(images)
     assert backbone.model.num_classes == 10 and float(expected.std()) > 0

@@ -49,7 +49,7 @@ def ramp(flip: bool, channels: int = 3) -> data.ImageSet:
 def built(name: str, images: data.ImageSet, *settings: str) -> tuple[recipes.Recipe, objectives.Objective]:
     """As the loop builds a shipped recipe on these images."""
     own = [f"objective.tasks={json.dumps(TASKS)}"] if name == "multitask" else SMALL[name]
-    recipe = pretrain.read(
+    recipe = objectives.read_recipe(
         name, [*TINY[:4], "backbone.patch_size=4", *own, "views.augmentation=crop+flip", *settings], None
     )
     recipe.add_dataset_info(images.info())
@@ -141,7 +141,9 @@ def test_fine_tuning_takes_flip_from_the_user_then_the_run_then_the_images(run_s
     """The digits are not to be mirrored; mean, std and size are the backbone's, classes those of the images."""
     monkeypatch.chdir(tmp_path)
     stated = ["data.mean=[0.2]", "data.std=[0.4]", *run_s]
-    pretrain.pretrain(pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=0", *stated], None), tmp_path / "run")
+    pretrain.pretrain(
+        objectives.read_recipe("mae", [*TINY, *SMALL["mae"], "train.steps=0", *stated], None), tmp_path / "run"
+    )
     objectives_built, build = [], pretrain.build
     monkeypatch.setattr(pretrain, "build", lambda *a: objectives_built.append(build(*a)) or objectives_built[-1])
     quick = [*QUICK, "train.steps=0", *asked]
@@ -187,7 +189,9 @@ def test_the_presets_train_on_views_of_the_chosen_images_mirrored_only_where_tha
 
 @pytest.mark.parametrize(("asked", "flips"), [([], False), (["data.hflip=true"], True)])
 def test_evaluators_take_a_run_s_own_flip(asked, flips, tmp_path):
-    pretrain.pretrain(pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=0", *asked], None), tmp_path / "run")
+    pretrain.pretrain(
+        objectives.read_recipe("mae", [*TINY, *SMALL["mae"], "train.steps=0", *asked], None), tmp_path / "run"
+    )
     source = features.open_source(str(tmp_path / "run"), None, None)
     assert data.load(features.data_of(source.settings), "train").flip is flips
     assert data.load(dataclasses.replace(features.data_of(source.settings), hflip=None), "report").flip is False
@@ -227,7 +231,7 @@ def test_settings_that_a_backbone_cannot_follow_are_refused_or_not_recorded():
     shape = ["backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null"]
 
     def built(name, *settings):
-        recipe = pretrain.read(name, settings, None)
+        recipe = objectives.read_recipe(name, settings, None)
         recipe.add_dataset_info(images.info())
         return pretrain.build(recipe, images), recipe
 

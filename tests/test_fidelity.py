@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from ssl_vit import corruption, fidelity, flops, optim, plan, pretrain
+from ssl_vit import corruption, fidelity, flops, objectives, optim, plan, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -29,15 +29,15 @@ def test_no_recipe_departs_unsaid(name):
 
 def test_a_departure_is_found(monkeypatch):
     """Of a number, a list, a word; not of rounding."""
-    read = fidelity.read
+    read = objectives.read_recipe
 
-    def changed(name):
-        recipe = read(name)
+    def changed(*named):
+        recipe = read(*named)
         recipe.optim.lr, recipe.optim.betas, recipe.views.interpolation = 1.6e-4, [0.9, 0.99], "bilinear"
         recipe.optim.warmup_fraction *= 1.001
         return recipe
 
-    monkeypatch.setattr(fidelity, "read", changed)
+    monkeypatch.setattr(objectives, "read_recipe", changed)
     found = fidelity.departures("imagenet/mae-vit-b")
     assert found.keys() == {"optim.lr", "optim.betas", "views.interpolation"}
     assert found["optim.betas"] == ([0.9, 0.99], [0.9, 0.95]) and "**unsaid**" in fidelity.page()
@@ -76,12 +76,12 @@ def test_recipes_share_a_heading_where_their_tables_are_equal():
 
 def asked(name: str, *settings: str) -> recipes.Recipe:
     """A published recipe with settings."""
-    return pretrain.read(name, list(settings), None)
+    return objectives.read_recipe(name, list(settings), None)
 
 
 @functools.cache
 def of(name: str, devices: int = 8) -> plan.Plan:
-    return plan.make(fidelity.read(name), pretrain.build, devices)
+    return plan.make(asked(name), pretrain.build, devices)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_a_published_recipe_resolves_to(name, parameters, tokens, batch, lr
 
 
 def objective_of(name: str):
-    recipe = fidelity.read(name)
+    recipe = asked(name)
     return recipe, plan.weightless(recipe, plan.facts(recipe), pretrain.build)
 
 
@@ -141,7 +141,7 @@ def test_sgd_and_a_new_head_of_the_vit_paper_s_fine_tuning():
     _, optimizer, group_of = groups_of("imagenet/vit-finetune-b16")
     assert isinstance(optimizer, torch.optim.SGD) and {group["momentum"] for group in optimizer.param_groups} == {0.9}
     assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0} and len(group_of) == 152
-    recipe = fidelity.read("imagenet/vit-finetune-b16")
+    recipe = asked("imagenet/vit-finetune-b16")
     recipe.backbone.depth, recipe.data.img_size = 1, 32
     objective = pretrain.build(recipe, plan.facts(recipe))
     head = objective.exported.model.head
@@ -186,9 +186,9 @@ def test_drop_path_rises_linearly(name, rate):
 @pytest.mark.parametrize("name", [path.stem for path in recipes.shipped() if not path.stem.endswith("-photos")])
 def test_a_plan_is_what_a_run_would_be(name, monkeypatch):
     """Its parameters, FLOPs and steps, found without memory for the weights."""
-    recipe = fidelity.read(name)
+    recipe = asked(name)
     found = plan.make(recipe, pretrain.build)
-    other = fidelity.read(name)
+    other = asked(name)
     images = plan.facts(other)
     objective = pretrain.build(other, images)
     steps, per_image = flops.budget(other, objective, len(images))
@@ -198,8 +198,8 @@ def test_a_plan_is_what_a_run_would_be(name, monkeypatch):
 
 
 def test_memory_decides_the_micro_batches():
-    recipe = fidelity.read("imagenet/mae-vit-h")
-    small, large = (plan.make(fidelity.read("imagenet/mae-vit-h"), pretrain.build, 8, gpu) for gpu in ("A100", "H200"))
+    recipe = asked("imagenet/mae-vit-h")
+    small, large = (plan.make(asked("imagenet/mae-vit-h"), pretrain.build, 8, gpu) for gpu in ("A100", "H200"))
     for found, memory in ((small, 80), (large, 141)):
         assert found.memory < 0.9 * memory and found.per_device * found.accumulation * 8 >= recipe.train.batch_size
     assert small.accumulation > large.accumulation > 0
@@ -240,7 +240,7 @@ def test_a_plan_knows_the_units_of_the_gpu():
 
 def test_a_plan_refuses_what_a_run_refuses(tmp_path, monkeypatch):
     def planned(*words, gpu="A100", devices=1):
-        return plan.make(pretrain.read(words[0], list(words[1:]), "digits"), pretrain.build, devices, gpu)
+        return plan.make(objectives.read_recipe(words[0], list(words[1:]), "digits"), pretrain.build, devices, gpu)
 
     with pytest.raises(
         UserError, match="groups of 2 images.*a process has 3: set train.batch_size to a multiple of 16"
@@ -260,11 +260,11 @@ def test_a_plan_refuses_what_a_run_refuses(tmp_path, monkeypatch):
         return objective
 
     with pytest.raises(UserError, match="is spent already: a tokenizer took 2e.12"):
-        plan.make(pretrain.read("mae", ["train.flops=1e12"], "digits"), learner)
-    loaded = plan.facts(pretrain.read("supervised", ["data.subset=20"], "digits"))
+        plan.make(objectives.read_recipe("mae", ["train.flops=1e12"], "digits"), learner)
+    loaded = plan.facts(objectives.read_recipe("supervised", ["data.subset=20"], "digits"))
     loaded.labels[:100] = -1
     monkeypatch.setattr(plan, "facts", lambda recipe: loaded)
-    recipe = pretrain.read("supervised", ["train.epochs=10", "train.batch_size=20"], "digits")
+    recipe = objectives.read_recipe("supervised", ["train.epochs=10", "train.batch_size=20"], "digits")
     recipe.add_dataset_info(loaded.info())
     assert plan.make(recipe, pretrain.build).steps == 50  # of the 100 images that have a label
 
@@ -326,5 +326,5 @@ def test_a_header_states_what_the_recipe_costs(name):
 
 
 def test_beit_masks_75_patches():
-    recipe = fidelity.read("imagenet/beit-vit-b")
+    recipe = asked("imagenet/beit-vit-b")
     assert corruption.num_masked(196, recipe.objective.mask_ratio) == 75

@@ -22,7 +22,7 @@ from eval import finetune
 from eval.measure import fine_tuning, kept_trials, results
 from eval.measure.predictions import Predictions
 from eval.schedule.packed import Packed
-from ssl_vit import data, errors, flops, optim, pretrain, weights
+from ssl_vit import data, errors, flops, objectives, optim, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -35,7 +35,7 @@ def pretrained(tmp_path_factory):
     """runs/mae, of a few steps, and runs/random, of none."""
     folder = tmp_path_factory.mktemp("pretrained")
     for name, steps in (("mae", 4), ("random", 0)):
-        recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], f"train.steps={steps}", "train.seed=3"], None)
+        recipe = objectives.read_recipe("mae", [*TINY, *SMALL["mae"], f"train.steps={steps}", "train.seed=3"], None)
         assert pretrain.pretrain(recipe, folder / "runs" / name) == 0
     return folder
 
@@ -198,7 +198,7 @@ def test_a_timm_folder_and_a_model_that_is_no_vit(tune, tmp_path):
     tune("--data", "digits", backbones=("runs/mae/backbone",))
     kept = weights.load(str(tuned(folder_of(tmp_path))[-1]))
     assert all(type(block.mlp.act).__name__ == "QuickGELU" for block in kept.model.blocks)
-    cnn = pretrain.read("supervised", ["backbone.name=test_resnet", *NO_VIT, "train.steps=0"], None)
+    cnn = objectives.read_recipe("supervised", ["backbone.name=test_resnet", *NO_VIT, "train.steps=0"], None)
     assert pretrain.pretrain(cnn, tmp_path / "runs/cnn") == 0
     [row] = tune("train.steps=1", "objective.model_ema_decay=0.9", backbones=("runs/cnn",))
     assert row["backbone"] == "test_resnet" and row["n"] == 360
@@ -291,7 +291,7 @@ def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, tmp_path, mon
 @pytest.fixture
 def left_out(tmp_path):
     """runs/tuned, of a few steps on nine tenths of the digits, drawn by seed 7."""
-    recipe = pretrain.read(
+    recipe = objectives.read_recipe(
         "mae", [*TINY, *SMALL["mae"], "train.steps=1", "data.hold_out=true", "data.subset_seed=7", "train.seed=9"], None
     )
     assert pretrain.pretrain(recipe, tmp_path / "runs/tuned") == 0
@@ -626,7 +626,7 @@ def test_it_stops_when_told_and_goes_on(pretrained, tmp_path):
 def test_several_trainings_in_one_process_and_the_handlers_come_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for name in ("a", "b", "a"):  # the last time it is finished
-        recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=2"], None)
+        recipe = objectives.read_recipe("mae", [*TINY, *SMALL["mae"], "train.steps=2"], None)
         assert pretrain.pretrain(recipe, tmp_path / name) == 0
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     a, b = (tmp_path / name / "backbone/model.safetensors" for name in "ab")

@@ -15,7 +15,7 @@ from test_data import CPU, load, plan, save
 from test_loop import TINY
 
 from eval.measure import cli, features, fine_tuning
-from ssl_vit import data, errors, pretrain, views
+from ssl_vit import data, errors, objectives, pretrain, views
 from ssl_vit import recipe as recipes
 from ssl_vit.data import batches, decoding, pixels
 from ssl_vit.data.pixels import Rules
@@ -214,7 +214,7 @@ def test_the_training_images_are_refused_where_they_are_kept_decoded(tmp_path):
 
 
 def test_the_choice_is_part_of_a_run_and_of_its_images(folder):
-    plain, draft = (pretrain.read("mae", [*TINY, *more], str(folder)) for more in ([], [DRAFT]))
+    plain, draft = (objectives.read_recipe("mae", [*TINY, *more], str(folder)) for more in ([], [DRAFT]))
     assert plain.run_name() != draft.run_name() and not plain.data.jpeg_draft
     assert recipes.differences(plain.as_dict(), draft.as_dict()) == ["data.jpeg_draft"]
     for role in ("train", "report"):
@@ -246,14 +246,14 @@ def test_a_damaged_photo_is_named_with_the_remedy(folder):
 def run(folder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "draft"
     settings = [*TINY, DRAFT, "data.img_size=32", "backbone.patch_size=8", "train.steps=1", "runtime.num_workers=0"]
-    assert pretrain.pretrain(pretrain.read("mae", settings, str(folder)), path) == 0
+    assert pretrain.pretrain(objectives.read_recipe("mae", settings, str(folder)), path) == 0
     return path
 
 
 def test_a_run_goes_on_only_as_it_began(run, folder):
     settings = [*TINY, "data.img_size=32", "backbone.patch_size=8", "train.steps=1", "runtime.num_workers=0"]
     with pytest.raises(UserError, match=r"other settings \(data.jpeg_draft, images.fingerprint\)"):
-        pretrain.pretrain(pretrain.read("mae", settings, str(folder)), run)
+        pretrain.pretrain(objectives.read_recipe("mae", settings, str(folder)), run)
 
 
 def test_evaluators_decode_in_full(run, folder):

@@ -13,7 +13,7 @@ from conftest import SMALL, make_batch, small_objective, small_recipe
 from test_backbone import SHAPELESS, standardised
 from test_loop import ROOT, Started, log_of, run, steps_done, until
 
-from ssl_vit import backbones, capabilities, corruption, pretrain, weights
+from ssl_vit import backbones, capabilities, corruption, objectives, pretrain, weights
 from ssl_vit.backbones import Replacement
 from ssl_vit.decoders import LinearHead
 from ssl_vit.errors import UserError
@@ -427,7 +427,7 @@ def test_a_saved_folder_opens_after_our_import_alone(first, tmp_path):
 
 def test_a_run_records_the_build(tmp_path):
     """Its patch size and name, so that fine-tuning at another size builds the same."""
-    recipe = pretrain.read(
+    recipe = objectives.read_recipe(
         "gaussian", [*SHAPELESS, "backbone.name=swin", "data.img_size=32", "objective.decoder_depth=1"], None
     )
     images = pretrain.data.load(recipe.data, "train")

@@ -22,7 +22,7 @@ from eval.compare.runs import read_run
 from eval.measure import features, results
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
-from ssl_vit import data, neighbours, pretrain, weights
+from ssl_vit import data, neighbours, objectives, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -219,7 +219,7 @@ def test_settings_are_judged_on_images_that_were_left_out(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name, hold_out in (("all", "false"), ("nine", "true")):
         settings = [*TINY, *SMALL["mae"], "train.steps=1", f"data.hold_out={hold_out}"]
-        assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs" / name) == 0
+        assert pretrain.pretrain(objectives.read_recipe("mae", settings, None), tmp_path / "runs" / name) == 0
     monkeypatch.setattr(sys, "argv", ["knn.py", "--backbone", "runs/all", "--held-out"])
     with pytest.raises(UserError, match="runs/all may have seen the held-out tenth"):
         knn.main()
@@ -354,7 +354,7 @@ def test_an_interval_in_a_terminal_ends_at_100():
 def test_rows_of_a_weights_file_that_was_written_anew_are_not_one_model_s(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in range(2):
-        recipe = pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=0", f"train.seed={seed}"], None)
+        recipe = objectives.read_recipe("mae", [*TINY, *SMALL["mae"], "train.steps=0", f"train.seed={seed}"], None)
         assert pretrain.pretrain(recipe, tmp_path / f"run{seed}") == 0
     shutil.copytree("run0/backbone", "weights")
     argv = ["--backbone", "weights", "--data", "digits", "--k"]

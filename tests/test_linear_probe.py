@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval import knn, linear_probe
 from eval.measure import features, linear_heads, probing, results
-from ssl_vit import data, errors, pretrain, subsets
+from ssl_vit import data, errors, objectives, pretrain, subsets
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.views import View
@@ -505,7 +505,7 @@ def test_seconds_leave_out_the_features_as_those_of_k_nn_do(tmp_path, monkeypatc
     monkeypatch.setattr(features, "_compute", slow)
     monkeypatch.chdir(tmp_path)
     settings = [*TINY, "train.steps=0", *SMALL["mae"]]
-    assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs/mae") == 0
+    assert pretrain.pretrain(objectives.read_recipe("mae", settings, None), tmp_path / "runs/mae") == 0
     words = ["--backbone", "runs/mae", "--labels", "5", "--threads", "1"]
     for evaluator in (linear_probe, knn):
         shutil.rmtree(tmp_path / "runs/mae/features", ignore_errors=True)

@@ -28,7 +28,19 @@ from tqdm import tqdm
 import ssl_vit
 from eval import knn
 from eval.measure import results
-from ssl_vit import checkout, checkpoint, data, errors, gradients, monitor, overview, pretrain, system, weights
+from ssl_vit import (
+    checkout,
+    checkpoint,
+    data,
+    errors,
+    gradients,
+    monitor,
+    objectives,
+    overview,
+    pretrain,
+    system,
+    weights,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -323,7 +335,7 @@ def test_the_commit_is_no_part_of_a_run_s_name(tmp_path):
     for commit in ({}, dict(commit="a"), dict(commit="b")):
         settings["runtime"] = {k: v for k, v in settings["runtime"].items() if k != "commit"} | commit
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-        names.add(pretrain.read(str(tmp_path / "recipe.yaml"), [], None).run_name())
+        names.add(objectives.read_recipe(str(tmp_path / "recipe.yaml"), [], None).run_name())
     assert len(names) == 1
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import make_batch, small_objective
 
-from ssl_vit import flops, optim, pretrain
+from ssl_vit import flops, objectives, optim
 from ssl_vit.recipe import Optim
 
 
@@ -58,7 +58,7 @@ def test_the_layers_of_other_models_end_with_their_head():
 ])  # fmt: skip
 def test_recipes_spare_positions_and_tokens_where_their_source_does(name, spared):
     """MAE's and DINO's pre-training decay the class token; what follows BEiT's and DeiT's optimizers does not."""
-    rule = pretrain.read(name, [], None).optim.no_weight_decay
+    rule = objectives.read_recipe(name, [], None).optim.no_weight_decay
     assert optim.decays("backbone.model.cls_token", torch.zeros(1, 1, 8), rule) != spared
 
 

@@ -13,7 +13,7 @@ from test_loop import STEPS, TINY, Started, arguments, log_of, run, steps_done, 
 
 from eval import finetune
 from eval.measure import cli, features, fine_tuning
-from ssl_vit import data, monitor, neighbours, pretrain, views, weights
+from ssl_vit import data, monitor, neighbours, objectives, pretrain, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Order, permutation
@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     """Three runs of two steps: on images as they are stored, and on permuted ones with two seeds."""
     folder = tmp_path_factory.mktemp("permuted")
     for name, settings in (("plain", []), ("permuted", [PERMUTED]), ("other", [PERMUTED, "train.seed=5"])):
-        recipe = pretrain.read("mae", [*TINY, "train.steps=2", "monitor.knn_every=2", *settings], None)
+        recipe = objectives.read_recipe("mae", [*TINY, "train.steps=2", "monitor.knn_every=2", *settings], None)
         assert pretrain.pretrain(recipe, folder / name) == 0
     return folder
 
@@ -123,7 +123,7 @@ def test_pixels_have_the_same_neighbours(tmp_path):
 
 
 def test_the_monitor_and_the_pictures_see_permuted_images(runs):
-    recipe = pretrain.read("mae", [*TINY, PERMUTED], None)
+    recipe = objectives.read_recipe("mae", [*TINY, PERMUTED], None)
     images = data.load(recipe.data, "train")
     recipe.add_dataset_info(images.info())
     shown, _ = pretrain.to_show(recipe, images, torch.device("cpu"))

@@ -8,7 +8,7 @@ from PIL import Image
 from test_corruption import VARIANTS
 from test_loop import TINY
 
-from ssl_vit import corruption, data, pictures, pretrain
+from ssl_vit import corruption, data, objectives, pictures, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.objectives.base import Batch
@@ -211,7 +211,7 @@ def drawn(monkeypatch):
 
 
 def train(path, *settings, name="mae"):
-    recipe = pretrain.read(name, [*TINY, *small(name, *settings)], None)
+    recipe = objectives.read_recipe(name, [*TINY, *small(name, *settings)], None)
     assert pretrain.pretrain(recipe, path) == 0
 
 

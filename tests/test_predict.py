@@ -22,7 +22,7 @@ from test_loop import ROOT, TINY
 
 from eval import embed, linear_probe, predict
 from eval.measure import everything, features, probing, results
-from ssl_vit import data, pretrain, weights
+from ssl_vit import data, objectives, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -31,9 +31,12 @@ from ssl_vit.errors import UserError
 def runs(tmp_path_factory):
     """A backbone and a fine-tuned run, on digits."""
     folder = tmp_path_factory.mktemp("runs")
-    assert pretrain.pretrain(pretrain.read("mae", [*TINY, *SMALL["mae"], "train.steps=1"], None), folder / "mae") == 0
+    assert (
+        pretrain.pretrain(objectives.read_recipe("mae", [*TINY, *SMALL["mae"], "train.steps=1"], None), folder / "mae")
+        == 0
+    )
     settings = [*TINY, "train.steps=4", f"backbone.init_from={folder / 'mae'}", "backbone.drop_path_rate=0"]
-    assert pretrain.pretrain(pretrain.read("finetune", settings, None), folder / "tuned") == 0
+    assert pretrain.pretrain(objectives.read_recipe("finetune", settings, None), folder / "tuned") == 0
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_vit import objectives, pretrain
+from ssl_vit import objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -480,7 +480,7 @@ def test_the_command_line_s_length_wins_over_the_file_s(tmp_path):
     (tmp_path / "own.yaml").write_text("objective: {name: reconstruct}\ntrain: {epochs: 5, steps: 20}\n")
 
     def lengths(*settings):
-        train = pretrain.read(str(tmp_path / "own.yaml"), list(settings), "digits").train
+        train = objectives.read_recipe(str(tmp_path / "own.yaml"), list(settings), "digits").train
         return train.epochs, train.steps, train.flops
 
     assert lengths() == (5, 20, None)

@@ -24,7 +24,7 @@ SETTINGS = [(s, name) for section, cls, name in SECTIONS for s in settings_of(se
 
 
 def read(recipe: str, *settings: str) -> recipes.Recipe:
-    return pretrain.read(recipe, list(settings), None)
+    return objectives.read_recipe(recipe, list(settings), None)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from eval.compare.runs import group_runs, read_run
 from eval.compare.scores import read_eval_sets
 from eval.measure import attention_masks, dense, dense_sets, dense_tuning, features, results
 from eval.page import segmentation_section
-from ssl_vit import data, pretrain
+from ssl_vit import data, objectives, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import EvaBackbone
 from ssl_vit.backbones.vit import AddressedDropPath
@@ -344,7 +344,7 @@ def measured(tmp_path_factory):
         patch.chdir(folder)
         for seed in (0, 1):
             settings = [*TINY, *SMALL["mae"], "data.img_size=[12,16]", "train.steps=2", f"train.seed={seed}"]
-            recipe = pretrain.read("mae", settings, str(scenes))
+            recipe = objectives.read_recipe("mae", settings, str(scenes))
             assert pretrain.pretrain(recipe, folder / "runs" / f"mae-s{seed}") == 0
         words = ["--backbone", "runs/mae-s0", "runs/mae-s1", "pixels", "--data", "./scenes", "--threads", "1"]
         patch.setattr(sys, "argv", ["segmentation.py", *words])
@@ -439,7 +439,7 @@ def test_one_image_with_a_mask_is_too_few(tmp_path, monkeypatch):
 
 def test_runs_on_other_images_are_shown_these_at_a_size_of_their_own(measured, tmp_path, monkeypatch):
     settings = [*TINY, *SMALL["mae"], "train.steps=2", "data.in_chans=3"]  # on digits of 8x8 pixels
-    assert pretrain.pretrain(pretrain.read("mae", settings, None), tmp_path / "runs" / "small") == 0
+    assert pretrain.pretrain(objectives.read_recipe("mae", settings, None), tmp_path / "runs" / "small") == 0
     shutil.copytree(measured / "scenes", tmp_path / "scenes")
     segment(tmp_path, monkeypatch, "--backbone", "runs/small", "pixels", "--img-size", "11", "15")
     run, pixels = (results.read(tmp_path / "runs" / name) for name in ("small", "pixels-scenes"))

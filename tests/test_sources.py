@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_data import as_array, load, parquet, photos, pixels, png, save
 
-from ssl_vit import data, errors, monitor, pretrain
+from ssl_vit import data, errors, monitor, objectives, pretrain
 from ssl_vit.data import copies, folders, sources
 from ssl_vit.errors import UserError
 
@@ -333,8 +333,8 @@ def test_a_user_without_a_home_folder(tmp_path, monkeypatch):
 
 def test_words_that_yaml_reads_as_numbers():
     with pytest.raises(UserError, match=r"must be a word or null, not 2017. Quote it: data.train_split='\"2017\"'"):
-        pretrain.read("mae", ["data.train_split=2017"], "digits")
-    assert pretrain.read("mae", ['data.train_split="2017"'], "digits").data.train_split == "2017"
+        objectives.read_recipe("mae", ["data.train_split=2017"], "digits")
+    assert objectives.read_recipe("mae", ['data.train_split="2017"'], "digits").data.train_split == "2017"
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def test_online_knn_leaves_out_images_without_a_label():
     facts = dict(name="two", split="train", classes=["0", "1"], fingerprint="", channels=3, count=200, size=(4, 4))
     knn = monitor.OnlineKnn(
         data.ImageSet(labels=labels, images=images, **facts),
-        pretrain.read("mae", ["data.img_size=[4, 4]"], "digits"),
+        objectives.read_recipe("mae", ["data.img_size=[4, 4]"], "digits"),
         torch.device("cpu"),
     )
     assert knn(_Same())["knn"] == 1.0
@@ -453,7 +453,7 @@ def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
     small = ["backbone.embed_dim=16", "backbone.depth=1", "backbone.num_heads=2", "train.steps=1", "train.batch_size=8"]
     small += ["monitor.trackers=none"]
     for name in ("supervised", "masked-patch"):
-        recipe = pretrain.read(name, small, str(tmp_path / "set"))
+        recipe = objectives.read_recipe(name, small, str(tmp_path / "set"))
         assert pretrain.pretrain(recipe, tmp_path / name) == 0
         ledger = json.loads((tmp_path / name / "images.json").read_text())
         used = (8, 0, 12) if name == "supervised" else (12, 4, 12)
@@ -461,7 +461,9 @@ def test_a_run_keeps_its_ledger_and_trains_on_what_has_labels(tmp_path):
         assert ledger["formats"] == {"PNG": 12} and ledger["labels_per_class"] == {"0": 4, "1": 4}
         text = (tmp_path / name / "recipe.yaml").read_text()
         assert f"count: {8 if name == 'supervised' else 12}" in text
-        assert pretrain.pretrain(pretrain.read(name, small, str(tmp_path / "set")), tmp_path / name) == 0  # goes on
+        assert (
+            pretrain.pretrain(objectives.read_recipe(name, small, str(tmp_path / "set")), tmp_path / name) == 0
+        )  # goes on
 
 
 def test_files_that_a_table_names_are_read_again_once_they_change(tmp_path):

@@ -24,7 +24,7 @@ from eval.schedule.cost import Costs
 from eval.schedule.jobs import Job, Times, progress, work
 from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study, schedule_of
-from ssl_vit import data, files, flops, pretrain, system
+from ssl_vit import data, files, flops, objectives, pretrain, system
 from ssl_vit.errors import BUSY, UserError
 
 MAE = [*TINY, *SMALL["mae"], "train.steps=3"]
@@ -381,7 +381,7 @@ def test_other_images_of_the_same_name_are_no_part_of_a_study(tmp_path, monkeypa
     shutil.copytree(colours, "other/colours")
     made = Study(plans.read("tiny.yaml"), colours, [], [], 1)
     [training] = made.trainings()
-    recipe = pretrain.read("mae", list(training.settings), colours)
+    recipe = objectives.read_recipe("mae", list(training.settings), colours)
     assert pretrain.pretrain(recipe, training.run) == 0
     assert Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings() == [training]
     with pytest.raises(UserError, match=r"a run with other settings \(data.name\)"):
@@ -393,7 +393,7 @@ def test_packed_results_are_of_the_same_images_wherever_these_are(tmp_path, monk
     settings = [*TINY, *SMALL["mae"], "train.steps=1", "backbone.patch_size=4"]
     write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=settings)), controls=[])
     [training] = Study(plans.read("tiny.yaml"), colours, [], [], 1).trainings()
-    assert pretrain.pretrain(pretrain.read("mae", list(training.settings), colours), training.run) == 0
+    assert pretrain.pretrain(objectives.read_recipe("mae", list(training.settings), colours), training.run) == 0
     Packed(tmp_path / "packed").add(training.run)
     shutil.rmtree("runs")
     Packed(tmp_path / "packed").restore(tmp_path / "runs")
@@ -423,7 +423,7 @@ def test_a_study_that_decides_does_not_go_on_with_other_images(tmp_path, monkeyp
     made = Study(plans.read("tiny.yaml"), colours, [], [], 1)
     for training in made.trainings():
         if training.steps == 0:
-            assert pretrain.pretrain(pretrain.read("mae", list(training.settings), colours), training.run) == 0
+            assert pretrain.pretrain(objectives.read_recipe("mae", list(training.settings), colours), training.run) == 0
     study.check_images(made)
     shutil.copytree(colours, "other/colours")
     Image.new("RGB", (32, 32)).save("other/colours/train/a/2.png")
@@ -441,11 +441,11 @@ def test_a_recipe_that_lost_a_setting_is_another(key, tmp_path, monkeypatch):
     """The old run would count as one of the new recipe: the name of a run tells settings of the command line alone."""
     monkeypatch.chdir(tmp_path)
     own = [*TINY, *SMALL["mae"], "train.steps=1"]
-    recipe = pretrain.read("mae", [*own, key], None)
+    recipe = objectives.read_recipe("mae", [*own, key], None)
     assert pretrain.pretrain(recipe, tmp_path / "run") == 0
     trainings.refuse_other(tmp_path / "run", recipe)
     with pytest.raises(UserError, match=key.partition("=")[0]):
-        trainings.refuse_other(tmp_path / "run", pretrain.read("mae", own, None))
+        trainings.refuse_other(tmp_path / "run", objectives.read_recipe("mae", own, None))
 
 
 def test_a_trial_is_judged_on_the_labels_that_the_tuning_s_seed_draws(tmp_path, monkeypatch):
@@ -856,7 +856,7 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
             small = [] if convolutional else ["backbone.embed_dim=48", "backbone.depth=1"]
             settings = [*plan.settings, *source.settings, *search_space, *arm.settings, *small]
             settings = [text for text in settings if not plans.LEARNS_FROM.fullmatch(text)]  # no run is there yet
-            recipe = pretrain.read(plan.recipe_of(name), settings, images)
+            recipe = objectives.read_recipe(plan.recipe_of(name), settings, images)
             train = data.load(recipe.data, "train")
             recipe.add_dataset_info(train.info())
             objective = pretrain.build(recipe, train)

@@ -16,7 +16,7 @@ from several import Several
 from test_engine import compare
 from test_loop import Started, arguments, log_of, run, steps_done, until
 
-from ssl_vit import backbones, flops, pretrain, teachers, views, weights
+from ssl_vit import backbones, flops, objectives, pretrain, teachers, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.objectives import tokenizer
@@ -312,7 +312,9 @@ def test_the_tokenizer_is_paid_for(trained):
     with pytest.raises(UserError, match=r"train.flops=3e\+09 is spent already: .*same took 3e\+09"):
         flops.budget(recipe, given, 0)
     task = f"beit objective.tokenizer={trained / 'same'}"
-    read = pretrain.read("multitask", [f"objective.tasks={json.dumps([task, 'mae'])}", *BACKBONE, *FACTS], None)
+    read = objectives.read_recipe(
+        "multitask", [f"objective.tasks={json.dumps([task, 'mae'])}", *BACKBONE, *FACTS], None
+    )
     info = DatasetInfo((16, 16), 0.5, 5, read.views, 256)
     several = Multitask(read.objective, backbones.build(read.backbone, read.data, 0), info)
     assert several.inherited == given.inherited
@@ -320,7 +322,9 @@ def test_the_tokenizer_is_paid_for(trained):
 
 def test_the_tokenizer_of_a_task_sees_the_crop_of_the_task(trained):
     task = f"beit objective.tokenizer={trained / 'finer'}"
-    read = pretrain.read("multitask", [f"objective.tasks={json.dumps([task, 'mae'])}", *BACKBONE, *FACTS], None)
+    read = objectives.read_recipe(
+        "multitask", [f"objective.tasks={json.dumps([task, 'mae'])}", *BACKBONE, *FACTS], None
+    )
     info = DatasetInfo((16, 16), 0.5, 5, read.views, 256)
     objective = Multitask(read.objective, backbones.build(read.backbone, read.data, 0), info)
     images = (255 * torch.rand(6, 3, 40, 48, generator=torch.Generator().manual_seed(0))).byte()

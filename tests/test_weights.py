@@ -18,7 +18,7 @@ from reference_models import DEPTH, GRID, HEADS, PATCH, WIDTH, linear, norm, ran
 from safetensors.torch import load_file, save_file
 from test_loop import ROOT, environment
 
-from ssl_vit import backbones, pretrain, weights
+from ssl_vit import backbones, objectives, weights
 from ssl_vit.backbones import sincos_positions
 from ssl_vit.errors import UserError
 from ssl_vit.weights import layouts
@@ -898,7 +898,7 @@ def run(script, *arguments, cwd, env=None):
 def small(*settings):
     shape = ["backbone.embed_dim=48", "backbone.depth=2", "backbone.num_heads=3", "backbone.patch_size=8"]
     facts = ["data.img_size=32", "data.in_chans=3", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
-    recipe = pretrain.read("mae", [*shape, *facts, "backbone.pos_embed=learned", *settings], None)
+    recipe = objectives.read_recipe("mae", [*shape, *facts, "backbone.pos_embed=learned", *settings], None)
     return backbones.build(recipe.backbone, recipe.data, seed=0)
 
 

@@ -10,7 +10,7 @@ from conftest import SMALL, make_batch, small, small_objective
 from safetensors.torch import load_file
 from test_loop import TINY, arguments, run
 
-from ssl_vit import data, engine, pretrain
+from ssl_vit import data, engine, objectives, pretrain
 from ssl_vit.objectives import supervised
 from ssl_vit.objectives.dino import Head
 from ssl_vit.randomness import Order
@@ -19,7 +19,7 @@ from ssl_vit.views import View
 
 def trained(folder, name, *settings):
     """(recipe, path) of a run in this process."""
-    recipe = pretrain.read(name, [*TINY, "train.steps=3", *small(name, *settings)], None)
+    recipe = objectives.read_recipe(name, [*TINY, "train.steps=3", *small(name, *settings)], None)
     path = folder / f"{name}-{len(list(folder.iterdir()))}"
     assert pretrain.pretrain(recipe, path) == 0
     return recipe, path
@@ -43,7 +43,8 @@ def state(path):
 def test_weights_and_heads_are_the_seed_s():
     """Intervals over seeds rest on it."""
     zero, one = (
-        built(pretrain.read("mae", [*TINY, *SMALL["mae"], f"train.seed={s}"], None))[0].state_dict() for s in (0, 1)
+        built(objectives.read_recipe("mae", [*TINY, *SMALL["mae"], f"train.seed={s}"], None))[0].state_dict()
+        for s in (0, 1)
     )
     alike = {key for key, value in zero.items() if torch.equal(value, one[key])}
     drawn = {key for key, value in zero.items() if value.std() > 0 and "pos_embed" not in key}  # sine-cosine
@@ -83,7 +84,7 @@ def test_images_and_draws_are_the_seed_s(settings, tmp_path, monkeypatch):
 def test_what_is_fitted_is_fitted_to_the_run_s_images(name, settings, key, tmp_path):
     """Centroids of zeros would give every patch one token, and the loss would fall."""
     recipe, path = trained(tmp_path, name, *settings)
-    expected, images = built(pretrain.read(name, [*TINY, *small(name, *settings)], None))
+    expected, images = built(objectives.read_recipe(name, [*TINY, *small(name, *settings)], None))
     assert not expected.state_dict()[key].any()
     expected.fit(pretrain.fit_images(recipe, images, torch.device("cpu")), recipe.train.seed)
     torch.testing.assert_close(state(path)[key], expected.state_dict()[key])
@@ -93,7 +94,7 @@ def test_what_is_fitted_is_fitted_to_the_run_s_images(name, settings, key, tmp_p
 def test_the_last_layer_of_dino_is_frozen_while_it_should_be(fraction, tmp_path):
     settings = [f"objective.freeze_last_layer_fraction={fraction}", "optim.weight_decay=0.5"]
     recipe, path = trained(tmp_path, "dino", *settings)
-    objective, _ = built(pretrain.read("dino", [*TINY, *SMALL["dino"]], None))
+    objective, _ = built(objectives.read_recipe("dino", [*TINY, *SMALL["dino"]], None))
     before, after = objective.state_dict(), state(path)
     assert torch.equal(before["head.last.direction"], after["head.last.direction"]) == bool(fraction)
     assert not torch.equal(before["head.mlp.0.weight"], after["head.mlp.0.weight"])

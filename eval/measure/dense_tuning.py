@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from eval.measure import cli, dense, features, rates, results
-from ssl_vit import checkpoint, files, optim, pretrain, subsets, system, weights
+from ssl_vit import checkpoint, files, objectives, optim, subsets, system, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones.vit import AddressedDropPath
 from ssl_vit.data import ImageSet, evaluation_views
@@ -231,7 +231,7 @@ def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, Spent]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
         model = Segmenter(task.source, patches.shape[-1], task.classes).to(device)
-    recipe = pretrain.read("finetune", [], None)
+    recipe = objectives.read_recipe("finetune", [], None)
     config = recipe.optim
     if results.untrained(task.source.settings):
         config.layer_decay = 1.0

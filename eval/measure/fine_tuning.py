@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.measure import cli
-from ssl_vit import pretrain
+from ssl_vit import objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
@@ -52,8 +52,8 @@ class Schedule:
     @property
     def changed(self) -> dict:
         """The settings that differ from the recipe, by key."""
-        base = pretrain.read("finetune", [], None).as_dict()
-        recipe = pretrain.read("finetune", self.settings, None).as_dict()
+        base = objectives.read_recipe("finetune", [], None).as_dict()
+        recipe = objectives.read_recipe("finetune", self.settings, None).as_dict()
         keys = [key for key in recipes.differences(base, recipe) if key not in (*ELSEWHERE, *NO_MATTER)]
         changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
         if self.rates:
@@ -64,7 +64,7 @@ class Schedule:
 
     def few(self, images: int) -> list[str]:
         """The setting of STEPS, if the recipe's epochs are fewer steps on so few images and the user set no length."""
-        train = pretrain.read("finetune", self.settings, None).train
+        train = objectives.read_recipe("finetune", self.settings, None).train
         given = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in self.settings)
         short = train.epochs is not None and train.epochs * images < STEPS * train.batch_size
         return [f"train.steps={STEPS}"] if short and not given else []
@@ -72,7 +72,7 @@ class Schedule:
     @property
     def recipe(self) -> str:
         """A hash of the recipe's file, so that a report can tell whether it changed between rows."""
-        return fingerprint(pretrain.read("finetune", [], None).identity())
+        return fingerprint(objectives.read_recipe("finetune", [], None).identity())
 
     @property
     def protocol(self) -> str:
@@ -110,5 +110,5 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
         raise UserError("--held-out draws the labels by the seed of the held-out tenth: leave --label-seeds out.")
     if not 0 <= args.extra_flops < float("inf"):
         raise UserError(f"--extra-flops must be 0 or more, not {args.extra_flops:g}.")
-    pretrain.read("finetune", settings, None)
+    objectives.read_recipe("finetune", settings, None)
     return args, Schedule(settings, rates, args.lr_of, args.extra_flops, args.held_out)

@@ -20,7 +20,7 @@ from eval.compare.power import detectable
 from eval.measure import cli
 from eval.schedule.jobs import Times, devices_for
 from eval.schedule.trainings import Study, Training, labels_in, schedule_of
-from ssl_vit import backbones, commands, data, files, flops, pretrain
+from ssl_vit import backbones, commands, data, files, flops, objectives, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.settings import known
@@ -69,7 +69,7 @@ class Costs:
         return self.images.info()
 
     def _recipe(self, training: Training) -> recipes.Recipe:
-        return pretrain.read(self.plan.recipe_of(training.arm), list(training.settings), self.study.images)
+        return objectives.read_recipe(self.plan.recipe_of(training.arm), list(training.settings), self.study.images)
 
     def pretraining(self, training: Training) -> float:
         """FLOPs; the budget, where there is one, but for what was spent on the runs that it learns from."""
@@ -92,7 +92,7 @@ class Costs:
         _, schedule = schedule_of(line)
         spent = 0.0
         for images in self.labelled(line):
-            recipe = pretrain.read("finetune", [*schedule.settings, *schedule.few(images)], self.study.images)
+            recipe = objectives.read_recipe("finetune", [*schedule.settings, *schedule.few(images)], self.study.images)
             recipe.add_dataset_info(self._info)
             own = self._recipe(training).backbone
             drop = recipe.backbone.drop_path_rate

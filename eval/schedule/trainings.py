@@ -19,7 +19,7 @@ from eval.measure import cli, features, fine_tuning, results
 from eval.schedule import walk
 from eval.schedule.jobs import Job
 from eval.schedule.plans import LEARNS_FROM, Plan
-from ssl_vit import commands, pretrain
+from ssl_vit import commands, objectives
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.files import fingerprint
@@ -74,7 +74,7 @@ class Study:
         named = sources or {}
         own = [f"{m['key']}={named[m['arm']]}" if (m := LEARNS_FROM.fullmatch(text)) else text for text in own]
         try:
-            recipe = pretrain.read(self.plan.recipe_of(arm), own, self.images)
+            recipe = objectives.read_recipe(self.plan.recipe_of(arm), own, self.images)
         except UserError as error:
             raise UserError(f"Arm {arm!r} of {self.plan.name}: {error}") from None
         run = Path("runs") / recipe.run_name()
@@ -92,7 +92,9 @@ class Study:
         tuning, what = self.plan.tuning, self.plan.arms[arm]
         assert tuning is not None
         own = [trial.setting] if trial.setting else []
-        lr = pretrain.read(what.recipe, [*self.plan.settings, *self.settings, *what.settings, *own], None).optim.lr
+        lr = objectives.read_recipe(
+            what.recipe, [*self.plan.settings, *self.settings, *what.settings, *own], None
+        ).optim.lr
         own += [f"optim.lr={lr * trial.factor:g}", *self._left_out]
         own += [f"train.flops={tuning.flops:g}"]  # last, so that it overrides the arm's own length
         found = self._training(arm, tuning.flops, own)
@@ -163,12 +165,12 @@ class Study:
         if self.plan.eval_data:
             return recipes.Data(name=self.plan.eval_data)
         first = self.trainings()[0]
-        return pretrain.read(self.plan.recipe_of(first.arm), list(first.settings), self.images).data
+        return objectives.read_recipe(self.plan.recipe_of(first.arm), list(first.settings), self.images).data
 
     def controls(self) -> dict[str, Path]:
         """The folder of each control's rows."""
         first = self.plan.recipe_of(next(iter(self.plan.arms)))
-        name = self.plan.eval_data or pretrain.read(first, [], self.images).data.name
+        name = self.plan.eval_data or objectives.read_recipe(first, [], self.images).data.name
         return {control: features.folder_of(control, name) for control in self.plan.controls}
 
     def trial_jobs(self, trials: list[Training]) -> list[Job]:

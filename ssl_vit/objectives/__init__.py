@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError, nearest
 from ssl_vit.objectives.base import Objective
 
@@ -21,3 +22,8 @@ def find(name: str) -> type[Objective]:
         if isinstance(found, type) and issubclass(found, Objective) and found.__module__ == module.__name__:
             return found
     raise UserError(f"{module.__file__} defines no subclass of Objective.")
+
+
+def read_recipe(recipe: str, settings: list[str], data: str | None) -> recipes.Recipe:
+    """The recipe of that name or file with these `key=value`, checked against its objective's own settings too."""
+    return recipes.read(recipe, settings, data, lambda name: find(name).Config)

@@ -73,7 +73,7 @@ class Bench:
         path = self.output / "runs" / name
         more = MULTITASK if recipe == "multitask" else []
         common = ["monitor.trackers=none", "monitor.log_every=1" if self.miniature else "monitor.log_every=10"]
-        made = pretrain.read(recipe, [*common, *more, *self.settings, *settings], self.data)
+        made = objectives.read_recipe(recipe, [*common, *more, *self.settings, *settings], self.data)
         AcceleratorState._reset_state(reset_partial_state=False)  # the precision may be another
         if pretrain.pretrain(made, path):
             raise UserError(f"{path} did not finish")
@@ -136,7 +136,7 @@ def no_waiting(bench: Bench, recipe: str) -> Row:
     """What in a step waits for the GPU, if anything."""
     objective, images = build(bench, recipe)
     objective, images = objective.to(bench.device), images.to(bench.device)
-    optimizer = optim.build(objective, pretrain.read(recipe, bench.settings, None).optim, 1e-4)
+    optimizer = optim.build(objective, objectives.read_recipe(recipe, bench.settings, None).optim, 1e-4)
     for warm in (True, False):
         torch.cuda.set_sync_debug_mode("default" if warm else "error")
         try:
@@ -156,7 +156,7 @@ def build(bench: Bench, recipe: str) -> tuple[Objective, torch.Tensor]:
     """(a recipe's objective on the CPU, made-up images of 32 px)."""
     facts = [f"data.img_size={SIDE}", "data.in_chans=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]"]
     small = ["backbone.patch_size=4", "backbone.drop_path_rate=0"]
-    made = pretrain.read(recipe, [*facts, *small, *bench.settings], None)
+    made = objectives.read_recipe(recipe, [*facts, *small, *bench.settings], None)
     backbone = backbones.build(made.backbone, made.data, 0)
     info = DatasetInfo((SIDE, SIDE), 0.5, CLASSES, made.views, bench.batch_size)
     torch.manual_seed(0)

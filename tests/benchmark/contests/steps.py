@@ -18,7 +18,7 @@ from benchmark.turns import Apart, Contest, cost
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit import backbones, compilation, engine, objectives, optim, pretrain, system, views
+from ssl_vit import backbones, compilation, engine, objectives, optim, system, views
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.randomness import Draw
 
@@ -105,7 +105,7 @@ def ours(
     gets, or takes those of one made-up batch)."""
     shape = [f"backbone.embed_dim={DIM}", f"backbone.depth={DEPTH}", f"backbone.num_heads={HEADS}"]
     facts = [f"data.img_size={SIZE}", "data.in_chans=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]"]
-    recipe = pretrain.read(name, [*shape, f"backbone.patch_size={PATCH}", *facts, *OURS[name], *more], None)
+    recipe = objectives.read_recipe(name, [*shape, f"backbone.patch_size={PATCH}", *facts, *OURS[name], *more], None)
     backbone = backbones.build(recipe.backbone, recipe.data, 0)
     info = DatasetInfo((SIZE, SIZE), 0.5, CLASSES, recipe.views, batch_size)
     objective = objectives.find(recipe.objective_name)(recipe.objective, backbone, info).to(device).train()
