@@ -51,25 +51,13 @@ CHOSEN = "learning rate on a tenth of train"  # a row's `chosen`
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The cost of trainings and evaluations: images passed through the backbone, FLOPs, seconds."""
-
-    images: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.images + other.images, self.flops + other.flops, self.seconds + other.seconds)
-
-
-@dataclass(frozen=True)
 class Choice:
     """The best of several learning rates, on held-out training images. about: what a row records of it; cost: of all
     trainings and evaluations; answer: the predictions of the best for the held-out images."""
 
     rate: float
     about: dict
-    cost: Cost
+    cost: rates.Cost
     answer: Predictions
 
 
@@ -83,7 +71,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
         own = settings_of(source, request, schedule, subset, keys["train_n"])
         labels = cli.labels_of(train)[chosen]
         about: dict[str, object] = {}
-        spent, how = Cost(), "last checkpoint"
+        spent, how = rates.Cost(), "last checkpoint"
         if schedule.rates:
             how = CHOSEN
             cli.tell_singles(labels, cli.classes_of(train))
@@ -169,7 +157,7 @@ def settings_of(
 
 
 def described(
-    source: features.Source, recipe: recipes.Recipe, schedule: Schedule, how: str, about: dict, spent: Cost
+    source: features.Source, recipe: recipes.Recipe, schedule: Schedule, how: str, about: dict, spent: rates.Cost
 ) -> dict:
     """The keys of a row that say how it was made. recipe: of its training, with a tag."""
     return dict(
@@ -228,36 +216,35 @@ def choose(
 ) -> Choice:
     """The best learning rate: of those asked for, or beyond them while the best is at an edge.
 
-    left_out: the images to judge on; None: the tenth of the labelled ones that the settings hold out. A rate at which
-    the training diverges is worse than any other. Raises UserError if all do.
+    left_out: the images to judge on; None: the tenth of the labelled ones that the settings hold out. Raises UserError
+    if the training diverges at every rate.
     """
-    tried: rates.Tried = {}
-    answers, total, left = {}, Cost(), asked
+    train = request.images(source)[0]
+    answers: dict[float, Predictions] = {}
+    costs: list[rates.Cost] = []
     commits: set[str | None] = set()  # of trials that are kept from an earlier call
-    while left:
-        for rate in left:
-            recipe = make_recipe(source, images_of(source, request), [*settings, f"optim.lr={rate}"])
-            judge = left_out or cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
-            train = request.images(source)[0]
-            try:
-                answers[rate], cost, commit = attempt(source, request, recipe, train, judge)
-            except Diverged as error:
-                say(f"lr {rate:g}: {error}")
-                tried[rate] = None
-                total += trained(place(source, recipe, train))
-                continue
-            tried[rate] = accuracy = answers[rate].metrics(cli.labels_of(judge))["value"]
-            total += cost
-            commits |= {commit} - {COMMIT, None}
-            say(f"lr {rate:g}: {100 * accuracy:.1f} % of {len(judge)} held-out training images are correct")
-        if not answers:
-            raise UserError(f"Training diverged at every learning rate from {left[0]:g} on: pass smaller --lr.")
-        left = rates.further(tried)
+
+    def accuracy(rate: float) -> float | None:
+        recipe = make_recipe(source, images_of(source, request), [*settings, f"optim.lr={rate}"])
+        judge = left_out or cli.with_labels(data.load(recipe.data, "held out")).to(request.state.device)
+        try:
+            answers[rate], cost, commit = attempt(source, request, recipe, train, judge)
+        except Diverged as error:
+            say(f"lr {rate:g}: {error}")
+            costs.append(trained(place(source, recipe, train)))
+            return None
+        costs.append(cost)
+        commits.update({commit} - {COMMIT, None})
+        found = answers[rate].metrics(cli.labels_of(judge))["value"]
+        say(f"lr {rate:g}: {100 * found:.1f} % of {len(judge)} held-out training images are correct")
+        return found
+
+    tried = rates.search(asked, accuracy)
     best = rates.best(tried)
-    about: dict[str, object] = dict(tried={f"{rate:g}": tried[rate] for rate in sorted(tried)}, validation=tried[best])
+    about: dict[str, object] = dict(tried=rates.told(tried), validation=tried[best])
     if commits:
         about["commits"] = sorted(map(str, commits))
-    return Choice(best, about, total, answers[best])
+    return Choice(best, about, sum(costs, rates.Cost()), answers[best])
 
 
 def make_recipe(source: features.Source, images: recipes.Data, settings: list[str]) -> recipes.Recipe:
@@ -316,14 +303,14 @@ def attempt(
     recipe: recipes.Recipe,
     train: data.ImageSet,
     judge: data.ImageSet,
-) -> tuple[Predictions, Cost, str | None]:
+) -> tuple[Predictions, rates.Cost, str | None]:
     """(what a training by this recipe predicts for the images to judge on, the cost of both, the commit of the code),
     unless that is kept from an earlier call: then neither is done again."""
     name = f"lr-{recipe.optim.lr:g}-{named_by(source, recipe, train)}"
     main = request.state.is_main_process  # which alone looks: all must do the same
     [kept] = broadcast_object_list([kept_trials.read(source.folder, name, judge) if main else None])
     if kept:
-        return kept[0], Cost(**kept[1]), kept[2]
+        return kept[0], rates.Cost(**kept[1]), kept[2]
     path = place(source, recipe, train)
     tune(recipe, path)
     answer, judging = predict(path, judge, request.state)
@@ -358,13 +345,13 @@ def tune(recipe: recipes.Recipe, path: Path) -> None:
         sys.exit(code)
 
 
-def trained(path: Path) -> Cost:
+def trained(path: Path) -> rates.Cost:
     """The cost of a run's training, without interruptions."""
-    return Cost(**results.spent(path))
+    return rates.Cost(**results.spent(path))
 
 
 @torch.inference_mode()
-def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Predictions, Cost]:
+def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Predictions, rates.Cost]:
     """(predictions of a fine-tuned run for labelled images, the same on all processes; the cost)."""
     started = time.perf_counter()
     backbone = weights.load(str(path)).eval().to(state.device)
@@ -378,7 +365,7 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Pre
     whole = Predictions.join([answer for _, answer in gathered]).part(order)
     zero = torch.zeros(1, images.channels, *backbone.input_size)
     work = len(images) * flops.count(backbone, lambda twin: twin.classify(zero))
-    return whole, Cost(len(images), work, time.perf_counter() - started)
+    return whole, rates.Cost(len(images), work, time.perf_counter() - started)
 
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:

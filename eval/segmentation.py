@@ -87,10 +87,10 @@ def evaluate(
             judged = dataclasses.replace(task, images=test_images, masks=test.masks)
             counts.append(tuned.confusions(judged))
             cost = dict(
-                eval_images=tuned.images + len(test),
-                eval_flops=tuned.spent.flops + len(test) * tuned.flops_per_image(judged),
+                eval_images=tuned.cost.images + len(test),
+                eval_flops=tuned.cost.flops + len(test) * tuned.flops_per_image(judged),
             )
-            found = measured(request.named(schedule.protocol), counts[-1], started - tuned.spent.earlier)
+            found = measured(request.named(schedule.protocol), counts[-1], started - tuned.cost.seconds)
             rows.append(common | labels | cost | tuned.about | found)
             if (part, seed) == request.most:
                 words.append(TUNED)

@@ -19,7 +19,7 @@ from test_loop import ROOT, TINY, TORCHRUN, Started, arguments, launched, log_of
 from timm.layers import resample_abs_pos_embed
 
 from eval import finetune
-from eval.measure import fine_tuning, kept_trials, results
+from eval.measure import fine_tuning, kept_trials, rates, results
 from eval.measure.predictions import Predictions
 from eval.schedule.packed import Packed
 from ssl_vit import data, errors, flops, objectives, optim, pretrain, weights
@@ -242,7 +242,7 @@ def near(best):
         answers = images.labels.numpy().copy()
         wrong = int(len(answers) * min(0.9, abs(math.log2(lr / best)) / 10))
         answers[:wrong] = (answers[:wrong] + 1) % 10
-        return Predictions(answers), finetune.Cost()
+        return Predictions(answers), rates.Cost()
 
     return predict
 
@@ -485,7 +485,7 @@ def test_a_class_of_one_image_does_not_stop_the_choice(tune, tmp_path, monkeypat
 
 def test_of_rates_that_do_equally_well_the_middle_one_is_taken(tune, monkeypatch):
     def right(path, images, state):
-        return Predictions(images.labels.numpy()), finetune.Cost()
+        return Predictions(images.labels.numpy()), rates.Cost()
 
     monkeypatch.setattr(finetune, "predict", right)
     [row] = tune("--lr", "1e-3", "2e-3", "4e-3", "train.steps=1")

@@ -605,9 +605,9 @@ def test_fine_tuning_learns_the_masks_and_is_the_same_again(measured):
     assert not torch.equal(moved["model.blocks.0.mlp.fc1.weight"], before["model.blocks.0.mlp.fc1.weight"])
     scores = next(tuned.scores(task.images, task.view))
     assert scores.shape == (4 * 6, 4 * 8, 2)  # four times the grid
-    assert tuned.about == dict(settings=dict(lr=5e-3, changed=dict(steps=40, lr=[5e-3]))) and tuned.images == 640
+    assert tuned.about == dict(settings=dict(lr=5e-3, changed=dict(steps=40, lr=[5e-3]))) and tuned.cost.images == 640
     forward = tuned.flops_per_image(task)
-    assert tuned.spent.flops == pytest.approx(3 * 640 * forward)
+    assert tuned.cost.flops == pytest.approx(3 * 640 * forward)
 
 
 def test_the_rate_is_the_best_on_images_that_it_did_not_see(measured, monkeypatch, capsys):
@@ -627,8 +627,8 @@ def test_the_rate_is_the_best_on_images_that_it_did_not_see(measured, monkeypatc
     best = float(max((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate]))
     assert tuned.about["settings"]["lr"] == best and seen[-1] == (20, best)
     assert [count for count, _ in seen[:-1]] == [18] * len(tried) and set(judged) == {2}
-    assert tuned.images == len(tried) * (64 + 2) + 64
-    with pytest.raises(UserError, match="diverged at every rate: pass smaller --lr"):
+    assert tuned.cost.images == len(tried) * (64 + 2) + 64
+    with pytest.raises(UserError, match="diverged at every learning rate from .* on: pass smaller --lr"):
         dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e29, 1e30)))
     with pytest.raises(UserError, match=r"diverged at lr 1e\+30: pass smaller --lr"):
         dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e30,)))

@@ -134,26 +134,14 @@ class Task:
         return dataclasses.replace(self, images=images, masks=masks)
 
 
-@dataclass(frozen=True)
-class Spent:
-    """FLOPs of trainings, and the seconds that earlier starts of the command spent on them."""
-
-    flops: float = 0.0
-    earlier: float = 0.0
-
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(self.flops + other.flops, self.earlier + other.earlier)
-
-
 @dataclass
 class Tuned:
-    """A fine-tuned segmenter. about: what a row records of its making; images: passed through the backbone in its
-    training and the trials of rates; spent: on both."""
+    """A fine-tuned segmenter. about: what a row records of its making; cost: of its training and the trials of rates,
+    with the seconds of earlier starts of the command alone."""
 
     model: Segmenter
     about: dict = dataclasses.field(default_factory=dict)
-    images: int = 0
-    spent: Spent = Spent()
+    cost: rates.Cost = rates.Cost()
 
     def flops_per_image(self, task: Task) -> float:
         """Of scores for an image of the task."""
@@ -181,44 +169,39 @@ def fine_tune(task: Task, schedule: Schedule) -> Tuned:
 
     Raises UserError if training diverges.
     """
-    passed, spent, best = schedule.steps * BATCH_SIZE, Spent(), schedule.rates[0]
+    trials, best = rates.Cost(), schedule.rates[0]
     about: dict[str, object] = {}
     settings: dict[str, object] = {}
     if len(schedule.rates) > 1:
-        tried, images, spent = search(task, schedule)
-        passed, best = passed + images, rates.best(tried)
+        tried, trials = search(task, schedule)
+        best = rates.best(tried)
         about["chosen"] = "learning rate on a tenth of train"
-        settings["tried"] = {f"{rate:g}": tried[rate] for rate in sorted(tried)}
-    model, work = train(task, schedule.steps, best)
+        settings["tried"] = rates.told(tried)
+    model, cost = train(task, schedule.steps, best)
     if model is None:
         raise UserError(f"Fine-tuning of {task.source.name} diverged at lr {best:g}: pass smaller --lr.")
     about["settings"] = dict(lr=best, changed=schedule.changed) | settings
-    return Tuned(model, about, passed, spent + work)
+    return Tuned(model, about, trials + cost)
 
 
-def search(task: Task, schedule: Schedule) -> tuple[rates.Tried, int, Spent]:
-    """({rate: mIoU}, images passed, what was spent): each rate of the schedule, trained on nine tenths of the images
-    and judged on the last, and on beyond them while the best is at an edge.
-
-    Raises UserError if training diverges at every rate.
-    """
+def search(task: Task, schedule: Schedule) -> tuple[rates.Tried, rates.Cost]:
+    """({rate: mIoU}, what was spent): the rates of the schedule and beyond (`rates.search`), each trained on nine
+    tenths of the images and judged on the last."""
     fit, rest = (task.part(chosen) for chosen in subsets.hold_out(np.zeros(len(task.images), dtype=int), 0))
-    tried: rates.Tried = {}
-    spent, left = Spent(), list(schedule.rates)
-    while left:
-        for rate in left:
-            model, work = train(fit, schedule.steps, rate)
-            spent += work
-            tried[rate] = found = None if model is None else dense.miou(Tuned(model).confusions(rest))
-            told = "diverged" if found is None else f"mIoU {100 * found:.1f} %"
-            say(f"{task.source.name}, lr {rate:g}: {told} of {len(rest.images)} held-out training images")
-        if all(found is None for found in tried.values()):
-            raise UserError(f"Fine-tuning of {task.source.name} diverged at every rate: pass smaller --lr.")
-        left = rates.further(tried)
-    return tried, len(tried) * (schedule.steps * BATCH_SIZE + len(rest.images)), spent
+    costs = []
+
+    def miou(rate: float) -> float | None:
+        model, cost = train(fit, schedule.steps, rate)
+        costs.append(cost + rates.Cost(images=len(rest.images)))
+        found = None if model is None else dense.miou(Tuned(model).confusions(rest))
+        told = "diverged" if found is None else f"mIoU {100 * found:.1f} %"
+        say(f"{task.source.name}, lr {rate:g}: {told} of {len(rest.images)} held-out training images")
+        return found
+
+    return rates.search(schedule.rates, miou), sum(costs, rates.Cost())
 
 
-def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, Spent]:
+def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, rates.Cost]:
     """(the segmenter, what its training cost), or None for it if the loss is no longer a finite number.
 
     AdamW as in recipes/finetune.yaml, in batches of BATCH_SIZE; an untrained backbone has no layer decay, since there
@@ -261,7 +244,7 @@ def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, Spent]
             scores = interpolate(model(images.to(device)), task.view.size, mode="bilinear", align_corners=False)
             loss = cross_entropy(scores, masks.to(device), ignore_index=dense.IGNORED)
             if not loss.isfinite():
-                return None, Spent((step + 1) * work, state.earlier)
+                return None, rates.Cost(steps * BATCH_SIZE, (step + 1) * work, state.earlier)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -272,7 +255,7 @@ def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, Spent]
                 bar.close()
                 say(f"Stopped after step {at} of {steps}, saved. The same command resumes from there.")
                 sys.exit(stop.code)
-    return model.eval(), Spent(steps * work, state.earlier)
+    return model.eval(), rates.Cost(steps * BATCH_SIZE, steps * work, state.earlier)
 
 
 class State:
