@@ -39,7 +39,7 @@ STEPS = 300  # the fewest steps of a training, however few images it has
 
 @dataclass
 class Schedule:
-    """How to fine-tune. settings: checked `key=value` of the recipe; rates: learning rates to choose from, or [] for
+    """How to fine-tune. settings: `key=value` of the recipe; rates: learning rates to choose from, or [] for
     the recipe's; lr_of: a run whose chosen rate is used; extra: FLOPs to train beyond the recipe's epochs; held_out:
     whether to judge, and of several rates to choose, on what the pre-training left out."""
 
@@ -49,13 +49,17 @@ class Schedule:
     extra: float = 0.0
     held_out: bool = False
 
+    def __post_init__(self) -> None:
+        """Read the recipe, as its file has it and with the settings. Raises UserError for settings that are wrong."""
+        self.plain = objectives.read_recipe("finetune", [], None)
+        self.own = objectives.read_recipe("finetune", self.settings, None)
+
     @property
     def changed(self) -> dict:
         """The settings that differ from the recipe, by key."""
-        base = objectives.read_recipe("finetune", [], None).as_dict()
-        recipe = objectives.read_recipe("finetune", self.settings, None).as_dict()
-        keys = [key for key in recipes.differences(base, recipe) if key not in (*ELSEWHERE, *NO_MATTER)]
-        changed = {key: recipe[key.split(".")[0]][key.split(".")[1]] for key in keys}
+        there, here = self.plain.as_dict(), self.own.as_dict()
+        keys = [key for key in recipes.differences(there, here) if key not in (*ELSEWHERE, *NO_MATTER)]
+        changed = {key: here[key.split(".")[0]][key.split(".")[1]] for key in keys}
         if self.rates:
             changed["optim.lr"] = self.rates
         if self.extra:
@@ -64,7 +68,7 @@ class Schedule:
 
     def few(self, images: int) -> list[str]:
         """The setting of STEPS, if the recipe's epochs are fewer steps on so few images and the user set no length."""
-        train = objectives.read_recipe("finetune", self.settings, None).train
+        train = self.own.train
         given = any(text.startswith(("train.epochs=", "train.steps=", "train.flops=")) for text in self.settings)
         short = train.epochs is not None and train.epochs * images < STEPS * train.batch_size
         return [f"train.steps={STEPS}"] if short and not given else []
@@ -72,7 +76,7 @@ class Schedule:
     @property
     def recipe(self) -> str:
         """A hash of the recipe's file, so that a report can tell whether it changed between rows."""
-        return fingerprint(objectives.read_recipe("finetune", [], None).identity())
+        return fingerprint(self.plain.identity())
 
     @property
     def protocol(self) -> str:
@@ -110,5 +114,4 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
         raise UserError("--held-out draws the labels by the seed of the held-out tenth: leave --label-seeds out.")
     if not 0 <= args.extra_flops < float("inf"):
         raise UserError(f"--extra-flops must be 0 or more, not {args.extra_flops:g}.")
-    objectives.read_recipe("finetune", settings, None)
     return args, Schedule(settings, rates, args.lr_of, args.extra_flops, args.held_out)
