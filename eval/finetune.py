@@ -46,6 +46,7 @@ from ssl_vit.backbones import EvaBackbone, LocalBackbone, TokenBackbone
 from ssl_vit.checkout import COMMIT
 from ssl_vit.errors import Diverged, UserError, say
 from ssl_vit.files import fingerprint
+from ssl_vit.settings import known
 
 CHOSEN = "learning rate on a tenth of train"  # a row's `chosen`
 
@@ -74,7 +75,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
         spent, how = rates.Cost(), "last checkpoint"
         if schedule.rates:
             how = CHOSEN
-            cli.tell_singles(labels, cli.classes_of(train))
+            cli.tell_singles(labels, known(train.classes))
             if schedule.lr_of:
                 best, how, about = chosen_by(schedule.lr_of, schedule.protocol, test, keys)
             elif subsets.folds(labels):

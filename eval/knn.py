@@ -24,6 +24,7 @@ from eval.measure.predictions import Predictions
 from eval.page import text_tables
 from ssl_vit import errors, neighbours
 from ssl_vit.errors import UserError, say
+from ssl_vit.settings import known
 
 KS = (1, 5, 10, 20, 100, 200)
 PRIMARY = 20
@@ -39,7 +40,7 @@ def evaluate(source: features.Source, request: cli.EvalRequest, ks: list[int] | 
     if not request.state.is_main_process:
         return []
     labels, truth = cli.labels_of(train), cli.labels_of(test)
-    common, classes = cli.row(source, test), len(cli.classes_of(train))
+    common, classes = cli.row(source, test), len(known(train.classes))
     rows = []
     for part, chosen in parts:
         started = time.perf_counter()

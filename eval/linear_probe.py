@@ -39,6 +39,7 @@ from eval.page import text_tables
 from ssl_vit import data, errors, subsets, system, views
 from ssl_vit.errors import UserError, say
 from ssl_vit.randomness import Order
+from ssl_vit.settings import known
 
 PRESETS = ("sweep", "logistic", *linear_heads.PROBE_RECIPES)
 RATE, PENALTY = 1.0, 1.0  # if there is nothing to choose on; the latter is scikit-learn's default
@@ -290,7 +291,7 @@ def evaluate(
     for part, chosen in probe.parts:
         started = time.perf_counter()
         if main and preset not in linear_heads.PROBE_RECIPES:
-            cli.tell_singles(probe.labels[chosen], cli.classes_of(probe.train))
+            cli.tell_singles(probe.labels[chosen], known(probe.train.classes))
         if preset in linear_heads.PROBE_RECIPES:
             published(probe, part, chosen, preset, epochs)
         elif main and preset == "logistic":

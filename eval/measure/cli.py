@@ -16,6 +16,7 @@ from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import HelpFormatter
 from ssl_vit.errors import UserError, say, say_once
+from ssl_vit.settings import known
 
 UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there are no labels to choose on
 
@@ -24,6 +25,8 @@ def parser(doc: str, labels: bool = True, frozen: bool = True, pixels: bool = Tr
     """The arguments that all evaluators share. labels: with those that choose how many labels are used; frozen: with
     that of evaluators of frozen features; pixels: whether raw pixels can stand in for a backbone."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    # what EvalRequest reads and not all evaluators ask for
+    parser.set_defaults(labels=[None], label_seeds=[0], precision="fp32", held_out=False, img_size=None)
     parser.add_argument(
         "--backbone",
         nargs="+",
@@ -94,14 +97,13 @@ class EvalRequest:
             config, size = features.data_of(like.settings), like.size
         elif args.data:
             config = recipes.Data(name=args.data)
-        self.held_out = getattr(args, "held_out", False)
-        asked = getattr(args, "labels", [None])
-        self.parts = [(part, seed) for part in asked for seed in (args.label_seeds if part else [None])]
-        precision = system.precision(getattr(args, "precision", "fp32"), self.state.device.type == "cuda")
+        self.held_out = args.held_out
+        self.parts = [(part, seed) for part in args.labels for seed in (args.label_seeds if part else [None])]
+        precision = system.precision(args.precision, self.state.device.type == "cuda")
         system.set_products(precision)
         self.sources: list[features.Source] = []
         for name in args.backbone:
-            source = features.open_source(name, config, size, getattr(args, "img_size", None))
+            source = features.open_source(name, config, size, args.img_size)
             source.precision = precision
             self.config = config = config or features.data_of(source.settings)
             size = size or source.size
@@ -164,28 +166,19 @@ class EvalRequest:
 
 
 def with_labels(images: data.ImageSet) -> data.ImageSet:
-    """The images that have a label: a label below 0 means none. Tells once that some have none."""
-    if images.labels is None or bool((images.labels >= 0).all()):
-        return images
-    chosen = (images.labels >= 0).nonzero().flatten()
-    say_once(
-        f"Of the {len(images):,} images of {images.name} ({images.split}), the {len(chosen):,} with a label are used."
-    )
-    return images.part(chosen.cpu())
+    """`images.labelled()`; tells once if some have no label."""
+    found = images.labelled()
+    if len(found) < len(images):
+        say_once(
+            f"Of the {len(images):,} images of {images.name} ({images.split}), the {len(found):,} with a label are "
+            "used."
+        )
+    return found
 
 
 def labels_of(images: data.ImageSet) -> np.ndarray:
     """The labels of images that all have one, int64 (n,)."""
-    if images.labels is None:
-        raise ValueError(f"{images.name} ({images.split}) has no labels")
-    return images.labels.cpu().numpy()
-
-
-def classes_of(images: data.ImageSet) -> list[str]:
-    """The names of the classes of labelled images."""
-    if images.classes is None:
-        raise ValueError(f"{images.name} ({images.split}) has no classes")
-    return images.classes
+    return known(images.labels).cpu().numpy()
 
 
 def tell_singles(labels: np.ndarray, classes: list[str]) -> None:
@@ -255,7 +248,7 @@ def describe_part(part: float | None) -> float | str:
 
 def row(source: features.Source, test: data.ImageSet) -> dict:
     """The keys that all rows of a backbone on these labelled test images share."""
-    classes, frequencies = len(classes_of(test)), np.bincount(labels_of(test))
+    classes, frequencies = len(known(test.classes)), np.bincount(labels_of(test))
     levels = dict(chance=1 / classes, majority=int(frequencies.max()) / len(test))
     return row_of(source, test, "accuracy", classes) | levels
 

@@ -51,9 +51,7 @@ class Source:
     @property
     def network(self) -> Backbone:
         """The backbone, where an evaluator has refused raw pixels."""
-        if self.backbone is None:
-            raise ValueError(f"{self.name} has no backbone")
-        return self.backbone
+        return known(self.backbone)
 
     def features(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> list[tuple[Tensor, Tensor]]:
         """As `Backbone.features`, in float32, computed in this precision."""

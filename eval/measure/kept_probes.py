@@ -7,11 +7,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from eval.measure import cli, features, linear_heads, results
+from eval.measure import features, linear_heads, results
 from eval.measure.probing import Probe
 from ssl_vit import files, weights
 from ssl_vit.errors import UserError, listed
 from ssl_vit.recipe import short
+from ssl_vit.settings import known
 
 
 @dataclass
@@ -57,7 +58,7 @@ def write(
         factor=heads.standardizer.factor,
         pooling=np.array(pooling),
         blocks=np.array(blocks),
-        classes=np.array(cli.classes_of(probe.train), dtype=str),
+        classes=np.array(known(probe.train.classes), dtype=str),
         digest=np.array(weights.digest(probe.source.backbone)),
         range=np.array(probe.train.range or []),
     )

@@ -6,6 +6,7 @@ import numpy as np
 
 from eval.measure import cli, features, linear_heads
 from eval.measure.predictions import Predictions
+from ssl_vit.settings import known
 
 STEPS, EPOCHS = 1000, 10  # a sweep's length: this many steps, or this many epochs if they are longer
 
@@ -22,7 +23,7 @@ class Probe:
         else:
             self.queries = features.extract(source, self.test, request.state, blocks)
         self.labels, self.truth = cli.labels_of(self.train), cli.labels_of(self.test)
-        self.classes = len(cli.classes_of(self.train))
+        self.classes = len(known(self.train.classes))
         self.seed = source.settings["train"]["seed"] if source.settings else 0
         self.rows: list[dict] = []
         self.predictions: list[Predictions] = []
