@@ -17,7 +17,6 @@ its interval, and accuracy against labels. The same command continues where it w
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -211,8 +210,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=cli.positive, default=1, help="commands at a time; default: 1")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every fine-tuning")
-    settings = [word for word in sys.argv[1:] if re.match(r"[a-z_]+\.[a-z_]+=", word)]  # also after several values
-    args = parser.parse_args([*(word for word in sys.argv[1:] if word not in settings), "--", *settings])
+    args, settings = cli.parse_with_settings(parser, sys.argv[1:])
     for key in (text.partition("=")[0] for text in settings):
         if key.startswith("data.") and key not in ("data.img_size", "data.hflip"):
             raise UserError(f"{key} would hold for fine-tuning alone, and not for the linear probe: leave it out.")

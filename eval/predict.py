@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 
 from eval.compare.intervals import interval
 from eval.compare.words import with_interval
-from eval.measure import cli, everything, features, kept_probes
+from eval.measure import cli, everything, features, kept_probes, probing
 from eval.page.text_tables import aligned
 from ssl_vit import errors, files, system
 from ssl_vit.commands import HelpFormatter
@@ -36,7 +36,6 @@ from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
 
 MISTAKES = 10
-AT_ONCE = 4096  # images whose probabilities of all classes are in memory
 Row = dict[str, str | float]
 
 
@@ -65,10 +64,8 @@ def by_probe(
     parts = []
     for split in images.splits:
         arrays = features.extract(source, split, state, probe.blocks)
-        columns = [v for b in probe.blocks for p, v in arrays.poolings(b).items() if probe.pooling in (p, "concat")]
-        for start in range(0, len(split), AT_ONCE):
-            rows = np.concatenate([column[start : start + AT_ONCE] for column in columns], 1)
-            parts.append(Answers.of(probe(rows)))
+        rows = probing.combine(arrays, probe.pooling, probe.blocks, np.arange(len(split)))
+        parts += [Answers.of(probe(chunk)) for chunk in rows.chunks()]
     return Answers.joined(parts)
 
 

@@ -18,3 +18,10 @@ def answers() -> bool:
     except OSError:
         return False
     return True
+
+
+def stay_offline() -> None:
+    """From here on nothing is downloaded; what has been before still loads."""
+    import datasets  # late: weights are fetched without it
+
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True

@@ -335,7 +335,7 @@ def test_an_unreachable_hub_is_not_waited_for(monkeypatch):
         asked.append(address)
         raise OSError
 
-    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sources.datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
     monkeypatch.setattr(hub.socket, "create_connection", refuse)

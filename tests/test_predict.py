@@ -21,7 +21,7 @@ from test_embed import call
 from test_loop import ROOT, TINY
 
 from eval import embed, linear_probe, predict
-from eval.measure import everything, features, probing, results
+from eval.measure import everything, features, linear_heads, probing, results
 from ssl_vit import data, objectives, pretrain, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
@@ -74,13 +74,13 @@ def test_a_fine_tuned_run_predicts_every_image(runs, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("which", ["tuned", "mae"])
 def test_two_processes_predict_what_one_does(which, runs, tmp_path, monkeypatch, alone):
     """And a probe the same of a few images at a time."""
-    run = shutil.copytree(runs / which, tmp_path / which)
+    run, chunks = shutil.copytree(runs / which, tmp_path / which), linear_heads.FeatureMatrix.chunks
     if which == "mae":
         call(linear_probe, monkeypatch, "--backbone", run, "--labels", "100")
-        monkeypatch.setattr(predict, "AT_ONCE", 100)
+        monkeypatch.setattr(linear_heads.FeatureMatrix, "chunks", lambda self: chunks(self, 100))
     words = ["--backbone", str(run), "--data", "digits", "--output"]
     call(predict, monkeypatch, *words, tmp_path / "one.csv")
-    monkeypatch.setattr(predict, "AT_ONCE", 4096)
+    monkeypatch.setattr(linear_heads.FeatureMatrix, "chunks", chunks)
     several = Several(predict.main, tmp_path, *words, str(tmp_path / "two.csv"))
     assert several.wait() == [0, 0], several.said
     one, two = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("one", "two"))

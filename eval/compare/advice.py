@@ -15,6 +15,7 @@ from eval.compare import intervals
 from eval.compare.words import number, percent, with_interval
 from eval.measure import results
 from ssl_vit.errors import UserError
+from ssl_vit.overview import duration
 from ssl_vit.recipe import short
 
 FROZEN, TUNED, SCRATCH, LONGER = "frozen", "fine-tuned", "from scratch", "longer from scratch"
@@ -106,7 +107,7 @@ class Advice:
         """The advice and its cost."""
         most, labels = self.chosen.most, max(self.chosen.by_labels)
         reached = f"{with_interval(most.estimate)} %"
-        cost = f"{number(most.flops, power=True)} FLOPs and {_duration(most.seconds)} here"
+        cost = f"{number(most.flops, power=True)} FLOPs and {duration(most.seconds)} here"
         mean, half = self.gain(self.chosen)
         told = f"with {labels:,} labelled images it is right on {reached} of {len(most.correct):,} test images"
         if self.chosen.from_scratch:
@@ -149,13 +150,3 @@ def advise(ways: list[Way]) -> Advice:
     alike = [way for way in ways if way is best or -found.gain(way, best)[0] <= found.gain(way, best)[1]]
     found.chosen = min(alike, key=lambda way: way.most.flops)
     return found
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -61,6 +61,13 @@ def parser(doc: str, labels: bool = True, frozen: bool = True, pixels: bool = Tr
     return parser
 
 
+def parse_with_settings(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line of a parser whose last argument is `settings`, and these: `key=value` may stand anywhere, even
+    after an option that takes several values."""
+    settings = [a for a in words if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
+    return parser.parse_args([a for a in words if a not in settings] + ["--", *settings]), settings
+
+
 def add_precision(parser: argparse.ArgumentParser) -> None:
     """The argument of commands that compute features or predictions of a frozen backbone."""
     parser.add_argument(

@@ -94,9 +94,7 @@ def parse(words: list[str], doc: str = "") -> tuple[argparse.Namespace, Schedule
     parser.add_argument("--lr-of", type=Path, metavar="RUN", help="use the one of --lr that was chosen for this run")
     parser.add_argument("--extra-flops", type=float, default=0.0, metavar="F", help="train for this many more FLOPs")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of recipes/finetune.yaml")
-    # settings may stand anywhere, even after an option that takes several values
-    settings = [a for a in words if not a.startswith("-") and "=" in a and "/" not in a.partition("=")[0]]
-    args = parser.parse_args([a for a in words if a not in settings] + ["--", *settings])
+    args, settings = cli.parse_with_settings(parser, words)
     for key in (text.partition("=")[0] for text in settings):
         if key in ELSEWHERE:
             raise UserError(f"{key} cannot be set here: {ELSEWHERE[key]}.")

@@ -6,6 +6,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from scipy.special import softmax
 
 from eval.measure import features, linear_heads, results
 from eval.measure.probing import Probe
@@ -34,8 +35,7 @@ class KeptProbe:
     def __call__(self, found: np.ndarray) -> np.ndarray:
         """Probabilities, float32 (m, K), of features (m, D)."""
         logits = ((found - self.mean) * self.factor) @ self.weight[:-1] + self.weight[-1]
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities: np.ndarray = odds / odds.sum(1, keepdims=True)
+        probabilities: np.ndarray = softmax(logits, 1)
         return probabilities
 
 

@@ -17,7 +17,6 @@ the work, of all rows that were made together:
 So seconds compare rows of one protocol; eval_flops compare protocols.
 """
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -54,8 +53,7 @@ class Stored(TypedDict):
 
 def row_id(row: dict, without: Collection[str] = ()) -> str:
     """First 12 hex digits of the SHA-256 over the keys that identify the measurement."""
-    identity = json.dumps({key: row[key] for key in IDENTITY if key not in without}, sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return files.fingerprint({key: row[key] for key in IDENTITY if key not in without}, 12)
 
 
 def place_of(row: dict) -> str:

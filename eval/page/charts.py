@@ -17,7 +17,7 @@ from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, ranked, spent_on
 from eval.compare.words import number
 from eval.page import plots
-from eval.page.document import Block, Cell, Figure, Heading, Table, named
+from eval.page.document import Block, Cell, Figure, Heading, Table, halves, named
 
 CURVES = {
     "Training loss. Losses of different objectives are not comparable.": {"loss": "loss"},
@@ -103,7 +103,7 @@ def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
             used += [scores] if scores else []
             tuned = "fine-tuned: from scratch" if scores and metric.finetunes and group.recipe == "random" else tuned
         parts[group.control].append((named(group.label, tuned), cells))
-    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    filled = halves(parts)
     head = [("pre-training", list(kinds))] + [(metric.evaluator, list(kinds)) for metric in metrics]
     caption = (
         "The cost of one seed. Pre-training and evaluation are listed separately: training from scratch costs nothing "

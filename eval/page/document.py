@@ -119,6 +119,11 @@ class Folded:
     blocks: list["Block"]
 
 
+def halves(parts: dict[bool, list]) -> list[tuple[str, list]]:
+    """A table's parts, of rows by whether they are controls; without one that has none."""
+    return [(title, parts[control]) for title, control in (("", False), ("Controls", True)) if parts[control]]
+
+
 def named(label: str, note: str = "") -> Cell:
     """A row's name; the part in brackets goes into the small line under it."""
     name, _, rest = label.partition(" (")

@@ -11,8 +11,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import numpy as np
 import torch
 
@@ -23,7 +21,7 @@ from eval.compare.words import percent
 from eval.measure import features
 from eval.page import plots, thumbnails
 from eval.page.document import Block, Cell, Confusion, Figure, Folded, Heading, Table, Text, Thumbnails
-from ssl_vit import data
+from ssl_vit import data, hub
 from ssl_vit.errors import UserError
 from ssl_vit.recipe import short
 from ssl_vit.views import Evaluation
@@ -260,8 +258,7 @@ class _Images:
         settings = [r.settings for group in eval_set.groups for r in group.runs if _trained_on(r.settings, eval_set)]
         why = "no run in this report was trained on these images, so their location is unknown"
         if settings:
-            # a report downloads nothing
-            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+            hub.stay_offline()  # a report downloads nothing
             config = features.data_of(settings[0])
             role = "held out" if eval_set.split.startswith("held out") else "report"
             config.hold_out = role == "held out"

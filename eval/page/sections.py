@@ -10,7 +10,7 @@ from eval.compare.runs import Group, foremost
 from eval.compare.scores import EvalSet, Scores, pool_seeds
 from eval.compare.words import borrowed, labels_in_words, percent, with_interval
 from eval.page import charts
-from eval.page.document import Block, Cell, Folded, Heading, Table, named
+from eval.page.document import Block, Cell, Folded, Heading, Table, halves, named
 
 FAMILIES = dict(noise="noise", blur="blur", other="others")
 
@@ -71,7 +71,7 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
         cells = [Cell(with_interval(m[group].estimate)) if group in m else Cell() for m in means]
         if any(cell.text for title, cell in zip(wanted, cells, strict=True) if title != "clean"):
             parts[group.control].append((named(group.label), cells))
-    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    filled = halves(parts)
     used = [scores for by_group in means for scores in by_group.values()]
     words = f"{caption} {borrowed(scores.estimate for scores in used)}".strip()
     return Table([("", list(wanted))], filled, words, charts.sources_of(used))

@@ -8,7 +8,7 @@ from eval.compare.scores import EvalSet, Scores, contrast
 from eval.compare.studies import StudyResults
 from eval.compare.words import UNPAIRED, borrowed, labels_in_words, number, percent, with_interval
 from eval.page import charts
-from eval.page.document import Block, Cell, Folded, Heading, Table, Text, named
+from eval.page.document import Block, Cell, Folded, Heading, Table, Text, halves, named
 from ssl_vit.errors import listed
 
 CHANGES = {  # settings in which a plan's fine-tunings of one arm differ
@@ -51,7 +51,7 @@ def primary(study: StudyResults) -> list[Block]:
             count = len(group.runs)
             parts[group.control].append((named(label, f"{count} seed{'s' * (count > 1)}"), cells))
             used += filter(None, by_group)
-    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    filled = halves(parts)
     names = ["fine-tuned, 10 % of the labels", "fine-tuned, all", f"linear, {labels_in_words(eval_set.labels)}"]
     there = [i for i in range(3) if any(cells[i].text for _, rows in filled for _, cells in rows)]
     if not there:

@@ -16,6 +16,7 @@ from eval.page.document import (
     Heading,
     Table,
     Text,
+    halves,
     named,
 )
 
@@ -79,7 +80,7 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
     if eval_set.measured == ACCURACY:
         majority = [Cell(rate(eval_set.majority.estimate.mean))] * len(metrics) + [Cell("0")] * (3 if extra else 0)
         parts[True].append((Cell("most frequent class", "always predicted"), majority))
-    filled = [(title, rows) for title, rows in (("", parts[False]), ("Controls", parts[True])) if rows]
+    filled = halves(parts)
     caption = f"{caption} {eval_set.floors} {borrowed(scores.estimate for scores in used)}".strip()
     return Table(head + ([extra] if extra else []), filled, caption, charts.sources_of(used))
 

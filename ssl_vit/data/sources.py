@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub.constants
 import numpy as np
 import pyarrow.parquet
 import torch
@@ -253,8 +252,8 @@ def _choose_split(
 
 
 def _hub(hub_id: str, configuration: str | None) -> dict[str, datasets.Dataset]:
-    if not hub.answers():  # else its client would retry for 23 s; what it has downloaded before still loads
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if not hub.answers():  # else its client would retry for 23 s
+        hub.stay_offline()
     try:
         return _load_dataset(hub_id, configuration)
     except UserError:
