@@ -62,7 +62,7 @@ def write(target: Path, content: str | bytes, remedy: str = ROOM) -> None:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def append(target: Path, text: str, remedy: str = ROOM) -> None:
+def append(target: Path, text: str) -> None:
     """Add text to a file's end. Raises UserError if it cannot be written; the file then ends as it did before."""
     before = target.stat().st_size if target.exists() else 0
     try:
@@ -71,7 +71,7 @@ def append(target: Path, text: str, remedy: str = ROOM) -> None:
     except OSError as error:
         if target.exists():
             os.truncate(target, before)
-        raise cannot_write(target, error, remedy) from None
+        raise cannot_write(target, error) from None
 
 
 def read_lines(target: Path) -> list[dict[str, Any]]:

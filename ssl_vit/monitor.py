@@ -29,6 +29,7 @@ from ssl_vit.errors import Diverged, UserError
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 
+QUERIES, BANK = 1000, 5000  # images of the online k-NN
 TRIES = 3  # consecutive alarms before the user is warned
 GROUPS = {  # of the keys of log.jsonl in trackers; every other key is the objective's: train/loss, …
     "optim": ("lr", "grad_norm"),
@@ -388,10 +389,10 @@ def gained(log: list[dict], total: int) -> str:
 class OnlineKnn:
     """Feature rank, and with labels k-NN, on a fixed slice of the training images: a trend to watch, not a result."""
 
-    def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device, bank: int = 5000, queries: int = 1000):
+    def __init__(self, images: ImageSet, recipe: Recipe, device: torch.device):
         order = np.random.default_rng(0).permutation(len(images))
-        queries = min(queries, len(images) // 5)
-        chosen = torch.from_numpy(np.sort(order[: queries + bank]))
+        queries = min(QUERIES, len(images) // 5)
+        chosen = torch.from_numpy(np.sort(order[: queries + BANK]))
         is_query = torch.from_numpy(np.isin(chosen.numpy(), order[:queries]))
         self.images, self.device, self.chosen, self.is_query = images, device, chosen, is_query.numpy()
         self.labels = None if images.labels is None else images.labels.cpu()[chosen].numpy()

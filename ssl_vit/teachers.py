@@ -8,39 +8,39 @@ from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.errors import UserError
 
 
-def load(text: str, key: str, channels: int) -> Backbone:
-    """The frozen backbone of a run or a model, as `weights.load`. key: the setting that names it.
+def load(text: str, channels: int) -> Backbone:
+    """The frozen backbone of a run or a model that objective.teacher names, as `weights.load`.
 
-    Raises UserError if it takes images of other than so many channels.
+    Raises UserError if it takes images of other than this many channels.
     """
     teacher = weights.load(text).requires_grad_(False).eval()
     if len(teacher.mean) != channels:
         raise UserError(
-            f"{key}={text} takes images of {len(teacher.mean)} channel(s), and these have {channels}: name another, or "
-            f"set data.in_chans={len(teacher.mean)}."
+            f"objective.teacher={text} takes images of {len(teacher.mean)} channel(s), and these have {channels}: name "
+            f"another, or set data.in_chans={len(teacher.mean)}."
         )
     return teacher
 
 
-def load_patches(text: str, key: str, channels: int, grid: tuple[int, int]) -> TokenBackbone:
+def load_patches(text: str, channels: int, grid: tuple[int, int]) -> TokenBackbone:
     """The same, a plain ViT whose patches lie in this grid (H, W): its positions are resampled to it.
 
     Raises UserError if it is no plain ViT.
     """
-    teacher = load(text, key, channels)
+    teacher = load(text, channels)
     if not isinstance(teacher, TokenBackbone):
-        raise UserError(f"{key}={text} is no plain ViT, and has no features of patches: name one that is.")
+        raise UserError(f"objective.teacher={text} is no plain ViT, and has no features of patches: name one that is.")
     size = grid[0] * teacher.patch_size[0], grid[1] * teacher.patch_size[1]
-    resized = load_for(text, key, channels, size)
+    resized = load_for(text, channels, size)
     assert isinstance(resized, TokenBackbone)  # as the one of another size
     return resized
 
 
-def load_for(text: str, key: str, channels: int, size: tuple[int, int]) -> Backbone:
+def load_for(text: str, channels: int, size: tuple[int, int]) -> Backbone:
     """The same, for images of this size (H, W): a plain ViT's positions are resampled to it."""
-    teacher = load(text, key, channels)
+    teacher = load(text, channels)
     if isinstance(teacher, TokenBackbone) and teacher.input_size != size:
-        return load(f"{text},img_size={size[0]},{size[1]}", key, channels)
+        return load(f"{text},img_size={size[0]},{size[1]}", channels)
     return teacher
 
 

@@ -46,6 +46,7 @@ from scipy import optimize, stats
 LEVEL = 0.95  # of the intervals; differences are tested two-sidedly at 1 - LEVEL
 POWER = 0.80  # with which the smallest detectable difference is detected
 POINT = 0.01
+DRAWS = 1000  # of the bootstrap
 OWN = 4  # from this many seeds on, an arm's variance between seeds is estimated from its own seeds alone
 
 
@@ -221,12 +222,12 @@ def spread_of_differences(arms: np.ndarray) -> Spread | None:
     return Spread(float(2 * (left**2).sum() / freedom), freedom, count)
 
 
-def bootstrap(difference: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(difference: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of difference (S, n), seeds and images resampled independently."""
     rng = np.random.default_rng(seed)
     seeds, images = difference.shape
-    means = np.empty(draws)
-    for draw in range(draws):
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
         of_seeds = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds)
         of_images = np.bincount(rng.integers(images, size=images), minlength=images)
         means[draw] = of_seeds @ difference @ of_images

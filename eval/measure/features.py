@@ -324,11 +324,11 @@ def pooled(source: Source, blocks: list[int], vectors: Vectors | None = None) ->
     return Piecewise(lambda part: {k: v.float().cpu().numpy() for k, v in of(source, part, blocks).items()})
 
 
-def pca(train: np.ndarray, dimensions: int = 64) -> Callable[[np.ndarray], np.ndarray]:
-    """The projection of features (m, D) onto the first principal components of `train` (n, D)."""
+def pca(train: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The projection of features (m, D) onto the first 64 principal components of `train` (n, D)."""
     from sklearn.decomposition import PCA
 
-    fitted = PCA(min(dimensions, *train.shape), svd_solver="covariance_eigh").fit(train)
+    fitted = PCA(min(64, *train.shape), svd_solver="covariance_eigh").fit(train)
     return lambda values: fitted.transform(values).astype(np.float32)
 
 

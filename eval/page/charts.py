@@ -235,9 +235,9 @@ def _curve(group: Group, key: str, words: str) -> str:
     return plots.lines(series, group.label, words, "step", percent="knn" in key, marks=False, width=plots.SMALL)
 
 
-def _thinned(points: list, most: int = 300) -> list:
-    """At most this many of the points, evenly spaced, including the first and the last."""
-    kept = np.unique(np.linspace(0, len(points) - 1, min(most, len(points))).round().astype(int))
+def _thinned(points: list) -> list:
+    """At most 300 of the points, evenly spaced, including the first and the last."""
+    kept = np.unique(np.linspace(0, len(points) - 1, min(300, len(points))).round().astype(int))
     return [points[i] for i in kept]
 
 

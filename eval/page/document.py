@@ -184,13 +184,13 @@ def markdown_table(table: Table) -> str:
     return aligned(rows)
 
 
-def terminal(table: Table, width: int = 100) -> str:
-    """The same for a terminal of this width in characters: one or more tables for each group of columns."""
+def terminal(table: Table) -> str:
+    """The same for a terminal of 100 characters: one or more tables for each group of columns."""
     parts, start = [], 0
     for over, columns in table.head:
         while columns:
             count = len(columns)
-            while count > 1 and len(_columns(table, columns[:count], start).partition("\n")[0]) > width:
+            while count > 1 and len(_columns(table, columns[:count], start).partition("\n")[0]) > 100:
                 count -= 1
             parts += [plain(over)] if over else []
             parts.append(_columns(table, columns[:count], start))

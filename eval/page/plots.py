@@ -205,9 +205,9 @@ def scatter(points: Sequence[tuple[float, float, int, str]], title: str, subtitl
     return _svg(WIDTH, top + high + 8, title, subtitle, parts)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers that span the range from low to high."""
-    rough = (high - low) / count
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that span the range from low to high."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -60,9 +60,10 @@ def ssl_vit_hybrid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 class ResidualStem(nn.Module):
     """A convolution and two residual blocks, of 64 channels in groups that are normalised (GroupNorm, as in BiT)."""
 
-    def __init__(self, in_chans: int, stride: int, width: int = 64):
+    def __init__(self, in_chans: int, stride: int):
         super().__init__()
         norm: Any = GroupNorm
+        width = 64
         self.conv = nn.Conv2d(in_chans, width, 3, stride=min(stride, 2), padding=1, bias=False)
         self.norm = norm(width)
         self.act = nn.ReLU(inplace=True)

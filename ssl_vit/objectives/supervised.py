@@ -144,7 +144,7 @@ class Supervised(Objective):
 
     def load_teacher(self, text: str, info: DatasetInfo) -> Backbone:
         """The frozen classifier of that name. Raises UserError if it tells other classes apart."""
-        teacher = teachers.load_for(text, "objective.teacher", len(self.backbone.mean), info.size)
+        teacher = teachers.load_for(text, len(self.backbone.mean), info.size)
         if not teacher.model.num_classes:
             raise UserError(
                 f"objective.teacher={text} has no classifier: fine-tune it first (python eval/finetune.py --backbone "

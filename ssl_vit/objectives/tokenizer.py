@@ -78,7 +78,7 @@ class Tokenizer(Objective):
         self.teacher: Backbone | None = None
         width = self.pixels.width
         if config.teacher is not None:
-            self.teacher = teachers.load_patches(config.teacher, "objective.teacher", channels, self.grid)
+            self.teacher = teachers.load_patches(config.teacher, channels, self.grid)
             self.inherited, self.published = teachers.cost(config.teacher), teachers.published(config.teacher)
             self.views |= info.second_view("teacher", self.teacher)
             width = self.teacher.embed_dim
