@@ -462,10 +462,7 @@ def test_the_page_says_which_settings_the_trials_chose(monkeypatch):
     assert list(verdict_section._noise(found)) == ["The noise is Gaussian, σ ≤ 0.707, on the pixels."]
 
 
-def test_an_arm_is_never_chosen_where_it_decides(tmp_path):
-    two = made(roles=ROLES | dict(less="noise")).study
-    with pytest.raises(UserError, match="has 2 arms of the role noise"):
-        evidence.read(two)
+def test_an_arm_is_never_chosen_where_it_decides():
     trial = dict(arm="noise", budget=3e13, seed=0, settings=[], run="", steps=None, identity="", accuracy=0.4)
     study = made(trials=dict(noise=[trial])).study
     with pytest.raises(UserError, match="chose the settings of noise at seed 0, which decides"):

@@ -1,4 +1,4 @@
-"""What a study measured, as the rule of the denoising study needs it: contrasts of two arms, or what lacks of them.
+"""What a study measured, as the rule of the denoising study needs it: contrasts of two arms, or what is missing.
 
     from eval.compare.evidence import read
     read(read_study(folder)).probe("noise", "masking").estimate      # eval.compare.intervals.Estimate
@@ -26,7 +26,6 @@ LABELS = 0.1
 FT10, LP10 = "FT10", "LP10"
 METRICS = {FT10: "fine-tuned, 10 % of the labels", LP10: "linear probe, 10 % of the labels"}
 LINEAR = Metric("linear-sweep", "chosen", -1, LABELS)
-NEEDED = ("masking", "noise", "autoencoder", "scratch")  # roles of which a plan that decides has one arm each
 CHECKS = ("positive-check", "negative-check")
 NOISE = "objective.noise_sigma"
 AUGMENTATIONS = (NOISE, "objective.patch_drop_rate")  # settings of a fine-tuning that corrupt its images
@@ -35,7 +34,7 @@ TOLERANCE = 0.01  # of an arm's budget, by which the compute of its runs may be 
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm's accuracy minus another's, by one metric. difference: (S, n), or None with what lacks of it."""
+    """An arm's accuracy minus another's, by one metric. difference: (S, n), or None with what is missing of it."""
 
     metric: str
     arm: str
@@ -185,12 +184,6 @@ def read(study: StudyResults) -> Evidence:
             f"{study.folder} decides nothing: its plan is not meant to, or was run in part (--arms, --no-tuning) or "
             "with other settings."
         )
-    for role in NEEDED:
-        arms = [name for name, arm in manifest["arms"].items() if arm["role"] == role]
-        if len(arms) != 1:
-            raise UserError(
-                f"{study.folder} has {len(arms)} arms of the role {role}, and a verdict is on one: choose it by trials."
-            )
     for arm, trials in manifest["trials"].items():
         deciding = sorted({trial["seed"] for trial in trials if trial["seed"] < manifest["seeds"]})
         if deciding:
