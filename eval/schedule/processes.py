@@ -19,13 +19,13 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from eval.schedule.plans import EVALUATORS
 from ssl_vit import errors, system
 from ssl_vit.commands import ROOT
 
 OBJECTIVES = ROOT / "ssl_vit" / "objectives"  # the loop imports them by name
 PREPARED = ["ssl_vit.pretrain", *(f"ssl_vit.objectives.{file.stem}" for file in sorted(OBJECTIVES.glob("[a-z]*.py")))]
-PREPARED += ["eval.knn", "eval.linear_probe", "eval.finetune", "eval.robustness", "eval.difficulty", "eval.study"]
-PREPARED += ["sklearn.linear_model"]
+PREPARED += [*(f"eval.{name}" for name in EVALUATORS), "eval.study", "sklearn.linear_model"]
 
 if sys.platform == "darwin":
     _context = multiprocessing.get_context("spawn")
