@@ -10,6 +10,8 @@ import sys
 import traceback
 from datetime import timedelta
 
+from ssl_vit.commands import current, launchable
+
 REMEDY = "The system may have killed it for want of memory. The same command resumes from the last checkpoint."
 LOST = f"error: another process of this run has ended without a message. {REMEDY}"
 LAUNCHER = "SSL_VIT_LAUNCHER"  # set for the processes that ssl_vit/launcher.py starts: it says which of them was killed
@@ -26,15 +28,13 @@ def several() -> bool:
 
 
 def strangers() -> int:
-    """Tasks of this kind that srun started without a launcher, each of which takes itself for the only one; or 0."""
+    """Tasks that srun started without a launcher, each of which takes itself for the only one; or 0."""
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     return tasks if tasks > 1 and "WORLD_SIZE" not in os.environ else 0
 
 
 def introduction() -> str:
     """What to type instead of `srun python` with several tasks."""
-    from ssl_vit.commands import current, launchable
-
     name, tasks = current(), strangers()
     script = shlex.join([*(launchable(name) if name else sys.argv[:1]), *sys.argv[1:]])
     nodes, cores = (int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_NODES", "SLURM_CPUS_PER_TASK"))

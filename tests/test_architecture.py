@@ -23,10 +23,13 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of ours that a file imports when it is loaded: those inside functions and for types do not count."""
+    """The modules of ours that a file imports, when it is loaded or later; those for types alone do not count."""
     found = set()
     tree = ast.parse(path.read_text())
-    for node in tree.body:
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -10,21 +10,21 @@ import types
 import pytest
 from test_loop import ROOT, environment
 
-from ssl_vit import __version__, commands
+from ssl_vit import __version__, commands, console
 
 
 def ssl_vit(monkeypatch, *arguments):
     """The exit code of the command in this process."""
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/ssl-vit", *arguments])
     with pytest.raises(SystemExit) as end:
-        commands.main()
+        console.main()
     return end.value.code
 
 
 def test_help_lists_every_command_by_its_docstring_and_imports_nothing_heavy():
     code = (
-        "import json, sys; from ssl_vit import commands; sys.argv = ['ssl-vit', '--help']\n"
-        "try: commands.main()\n"
+        "import json, sys; from ssl_vit import console; sys.argv = ['ssl-vit', '--help']\n"
+        "try: console.main()\n"
         "finally: print(json.dumps([m for m in sys.modules if m in ('torch', 'numpy', 'yaml', 'eval')]))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
@@ -126,7 +126,7 @@ def test_commands_are_named_as_this_one_was_started(monkeypatch, started, spec, 
 
 
 @pytest.mark.parametrize("foreign", ["eval/__init__.py", "eval.py"])
-@pytest.mark.parametrize("start", [["-m", "ssl_vit.commands", "knn"], [str(ROOT / "eval/knn.py")]])
+@pytest.mark.parametrize("start", [["-m", "ssl_vit.console", "knn"], [str(ROOT / "eval/knn.py")]])
 def test_another_package_called_eval_is_met_with_a_sentence(tmp_path, foreign, start):
     file = tmp_path / "other" / foreign
     file.parent.mkdir(parents=True)
