@@ -19,8 +19,8 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 import numpy as np
 import torch
 
-from eval.measure import attention_masks, cli, dense, dense_sets, features, results
-from eval.page import mask_pictures, text_tables
+from eval.measure import attention_masks, cli, dense, dense_sets, features, mask_pictures, results
+from eval.page import text_tables
 from ssl_vit import errors, flops, pictures
 from ssl_vit.backbones import EvaBackbone, TokenBackbone
 from ssl_vit.data import evaluation_views

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from eval.compare import iou
-from eval.measure import cli, dense, dense_sets, dense_tuning, features, results
-from eval.page import mask_pictures, text_tables
+from eval.measure import cli, dense, dense_sets, dense_tuning, features, mask_pictures, results
+from eval.page import text_tables
 from ssl_vit import errors, pictures, subsets
 from ssl_vit.data import ImageSet
 from ssl_vit.errors import say
