@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from generate import fidelity
 
-from ssl_vit import corruption, fidelity, flops, objectives, optim, plan, pretrain
+from ssl_vit import corruption, flops, objectives, optim, plan, pretrain
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 

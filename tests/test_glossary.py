@@ -3,7 +3,9 @@
 from dataclasses import fields
 from pathlib import Path
 
-from ssl_vit import glossary, objectives
+from generate import glossary
+
+from ssl_vit import objectives
 from ssl_vit import recipe as recipes
 
 ROOT = Path(__file__).parent.parent

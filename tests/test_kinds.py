@@ -10,10 +10,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, make_batch, small_objective, small_recipe
+from generate import backbones as table
 from test_backbone import SHAPELESS, standardised
 from test_loop import ROOT, Started, log_of, run, steps_done, until
 
-from ssl_vit import backbones, capabilities, corruption, objectives, pretrain, weights
+from ssl_vit import backbones, corruption, objectives, pretrain, weights
 from ssl_vit.backbones import Replacement
 from ssl_vit.decoders import LinearHead
 from ssl_vit.errors import UserError
@@ -442,7 +443,7 @@ def test_a_run_records_the_build(tmp_path):
 
 
 def test_the_page_is_what_the_code_says():
-    assert (ROOT / "docs" / "backbones.md").read_text() == capabilities.page()
+    assert (ROOT / "docs" / "backbones.md").read_text() == table.page()
 
 
 def test_what_a_kind_cannot_do():
@@ -453,9 +454,9 @@ def test_what_a_kind_cannot_do():
     )  # fmt: skip
     no["axial"] = no["window"] = {"mae", "next"}
     no["timm-hybrid"] = {"mae", "next"}
-    for name, kind in capabilities.KINDS.items():
-        backbone = capabilities.build(kind)
-        refused = {use for use in capabilities.USES if capabilities.refusal(backbone, capabilities.USES[use])}
+    for name, kind in table.KINDS.items():
+        backbone = table.build(kind)
+        refused = {use for use in table.USES if table.refusal(backbone, table.USES[use])}
         assert refused == no.get(name, set()), name
 
 
@@ -481,9 +482,9 @@ HEAVY = {"swinv2", "resnet", "bit", "convnext"}  # of which a step takes a secon
 
 def told(kind, use):
     """The arguments of a small run on the digits, in colour and enlarged."""
-    backbone = capabilities.KINDS[kind]
+    backbone = table.KINDS[kind]
     settings = [f"backbone.{key}={value}" for key, value in backbone.settings.items()]
-    small = [s for s in SMALL[capabilities.USES[use].recipe] if not s.startswith("backbone.")]
+    small = [s for s in SMALL[table.USES[use].recipe] if not s.startswith("backbone.")]
     few = 2 if use == "supervised" else 12  # images of a class
     data = [f"data.img_size={backbone.size}", "data.in_chans=3", f"data.subset={few}", "views.scale=[0.7,1]"]
     short = ["train.steps=14"] * (use != "supervised") + [
@@ -496,17 +497,17 @@ def told(kind, use):
     rate = 1e-4 if use == "dino" else 1e-3  # a recipe's is for batches of 256
     short += ["optim.lr_rule=absolute", f"optim.lr={rate}"]
     short += ["train.steps=40"] if use == "supervised" else []
-    every = [*settings, *small, *data, *short, *capabilities.USES[use].settings]
-    return ["--recipe", capabilities.USES[use].recipe, *every]
+    every = [*settings, *small, *data, *short, *table.USES[use].settings]
+    return ["--recipe", table.USES[use].recipe, *every]
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("use", capabilities.USES)
-@pytest.mark.parametrize("kind", capabilities.KINDS)
+@pytest.mark.parametrize("use", table.USES)
+@pytest.mark.parametrize("kind", table.KINDS)
 def test_every_kind_by_every_objective_on_images(kind, use, tmp_path):
     """What the page says yes to learns, goes on where it stopped (a heavy kind by one objective), opens in timm and
     gives timm's features; the rest is refused with the page's reason."""
-    why = capabilities.refusal(capabilities.build(capabilities.KINDS[kind]), capabilities.USES[use])
+    why = table.refusal(table.build(table.KINDS[kind]), table.USES[use])
     arguments = told(kind, use)
     if why is not None:
         started = Started(tmp_path, *arguments, "--output", "run")

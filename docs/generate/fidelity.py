@@ -1,6 +1,6 @@
 """The settings of the published code beside those of our recipes, and why they differ where they do.
 
-    python -m ssl_vit.fidelity > docs/fidelity.md
+    python docs/generate/fidelity.py > docs/fidelity.md
 
 The stored values are those of the papers and their official code, in our units: a warm-up as a fraction of the steps,
 `optim.lr` before `lr_rule`. A test fails when a recipe departs from one without a reason here, and when a reason is
@@ -576,9 +576,9 @@ def page() -> str:
     lines = [
         "# Fidelity: the recipes and the published code",
         "",
-        "Written from the code by `python -m ssl_vit.fidelity > docs/fidelity.md`. For the recipes of `imagenet/`",
-        "and for mae, simmim, beit, dino, gaussian, supervised and deit: what differs from the values of the paper",
-        "and its official code, and why; how many settings were compared; and what else differs. The other",
+        "Written from the code by `python docs/generate/fidelity.py > docs/fidelity.md`. For the recipes of",
+        "`imagenet/` and for mae, simmim, beit, dino, gaussian, supervised and deit: what differs from the values of",
+        "the paper and its official code, and why; how many settings were compared; and what else differs. The other",
         "recipes state their departures in their files. Recipes with the same table share it. A test fails when a",
         "recipe departs from a stored value and its table does not say so.",
     ]

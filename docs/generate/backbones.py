@@ -1,6 +1,6 @@
 """Which backbone can be pre-trained by which objective, as docs/backbones.md shows it and tests/test_kinds.py tries it.
 
-python -m ssl_vit.capabilities > docs/backbones.md
+python docs/generate/backbones.py > docs/backbones.md
 """
 
 from typing import NamedTuple
@@ -121,7 +121,7 @@ supports depends on its capabilities: return one vector per image, return a grid
 of patches, drop patches, and restrict which patches attend to which. Every other combination is refused in one sentence
 that names a remedy.
 
-This page is written from the code by `python -m ssl_vit.capabilities > docs/backbones.md`, and `./launch.sh test
+This page is written from the code by `python docs/generate/backbones.py > docs/backbones.md`, and `./launch.sh test
 --all` tries every cell: the loss falls, a run that is stopped goes on with the same bytes, what is saved opens in
 timm, and its features are timm's own. Features, k-NN, linear probe and fine-tuning are for all of them."""
 TAIL = """\
@@ -149,13 +149,11 @@ TAIL = """\
 timm's hierarchical models end with a stride of 32, which leaves one patch of a 32 px image. `backbone.name=swin`,
 `hybrid`, `cvt`, `resnet18` and `resnet50` are small versions fitted to the size of the images: the first grid has about
 16 patches a side and is halved from stage to stage as long as 4 remain. They are registered with timm as `ssl_vit_…`,
-so that a saved folder opens in
-timm after `import ssl_vit`, and never as another architecture. `resnet18` and `resnet50` are timm's own above 64 px,
-and with `backbone.init_from`. timm's Swin needs images that its windows divide; otherwise the error message names a
-size that fits.
+so that a saved folder opens in timm after `import ssl_vit`, and never as another architecture. `resnet18` and
+`resnet50` are timm's own above 64 px, and with `backbone.init_from`. timm's Swin needs images that its windows divide;
+otherwise the error message names a size that fits.
 
-The recipes `swin`, `hybrid`, `cvt` and `resnet` are supervised. Others take them by name, where the
-table allows:
+The recipes `swin`, `hybrid`, `cvt` and `resnet` are supervised. Others take them by name, where the table allows:
 
 ```bash
 python ssl_vit/pretrain.py --recipe simmim backbone.name=swin

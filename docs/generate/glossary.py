@@ -1,6 +1,6 @@
 """Our settings beside the names of the official MAE, DINO and BEiT code and of timm.
 
-    python -m ssl_vit.glossary > docs/glossary.md
+    python docs/generate/glossary.py > docs/glossary.md
 
 Where a cell is empty, that code has no such setting. Names are those of command-line options and constructor arguments:
 MAE's main_pretrain.py, main_finetune.py and models_mae.py; DINO's main_dino.py, DINOHead and DINOLoss; BEiT's
@@ -124,7 +124,7 @@ def markdown() -> str:
         "# Glossary",
         "",
         "Settings have the names of the papers' code and of timm. In parentheses: values fixed in that code; empty: no",
-        "such setting. Written from the code by `python -m ssl_vit.glossary > docs/glossary.md`.",
+        "such setting. Written from the code by `python docs/generate/glossary.py > docs/glossary.md`.",
         "",
     ]
     lines += ["| ours | MAE | DINO | BEiT | timm |", "|---|---|---|---|---|"]
