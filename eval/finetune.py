@@ -11,10 +11,9 @@ A randomly initialised backbone is the control: the same labels, from scratch. W
 tenths of the labelled images and evaluated on the last tenth; if the best rate is the smallest or largest, half or
 twice that rate is tried next, until it is neither. With the best rate the model is trained again on all of them, and
 only then is the report split read. With one label per class nothing can be held out: the middle rate is used. --lr-of
-RUN uses the rate that was chosen for
-another run, such as one of another seed. --held-out leaves the report split alone, after a pre-training with
-data.hold_out=true: the labels are of the nine tenths that it saw, and it is judged on the tenth that it did not, every
-rate if there are several --lr.
+RUN uses the rate that was chosen for another run, such as one of another seed. --held-out leaves the report split
+alone, after a pre-training with data.hold_out=true: the labels are of the nine tenths that it saw, and it is judged on
+the tenth that it did not, every rate if there are several --lr.
 With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:
 for the compute of a pre-training, so that a control from scratch has equal total compute.
 

@@ -202,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     schedule = dense_tuning.schedule_of(args)
     request = dense_sets.Request(args)
-    for part, seed in request.parts:  # too few are told before features are computed
+    for part, seed in request.parts:  # too few are refused before features are computed
         request.with_masks(part, seed)
     rows = [row for source in request.sources for row in evaluate(source, request, schedule)]
     if rows:

@@ -65,7 +65,7 @@ def encoder(objective: nn.Module) -> list[Tensor]:
 
 
 def freeze(objective: nn.Module, step: int, frozen: int) -> None:
-    """In the first `frozen` steps, keep backbones that learn in eval mode, so that no statistic of theirs moves."""
+    """In the first `frozen` steps, keep trainable backbones in eval mode, so that no statistic of theirs moves."""
     if not frozen or step > frozen:
         return
     for module in objective.modules():

@@ -175,8 +175,8 @@ class Backbone:
     name: str = setting(
         "vit_tiny",
         "vit_{tiny,small,base,large,huge}, a small swin, hybrid, cvt, resnet18 or resnet50, or any timm model "
-        "(docs/backbones.md); on the command line it replaces the recipe's width, "
-        "depth and heads, and its patch size if the name states one, as in vit_base_patch16_224",
+        "(docs/backbones.md); on the command line it replaces the recipe's width, depth and heads, and its patch size "
+        "if the name states one, as in vit_base_patch16_224",
     )
     embed_dim: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
     depth: int | None = setting(None, "number of blocks", at_least=1)

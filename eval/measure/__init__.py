@@ -1,1 +1,1 @@
-"""How one accuracy is measured: features, linear heads, predictions, rows."""
+"""How one figure is measured: features, linear heads, predictions, rows."""

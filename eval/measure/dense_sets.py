@@ -103,7 +103,7 @@ def side(view: Tensor) -> int:
 
 
 def load(config: recipes.Data, channels: int | None, source: features.Source) -> tuple[ImageSet, ImageSet]:
-    """(training images, those of the report split), with so many channels.
+    """(training images, those of the report split), with this many channels.
 
     Raises UserError for a run on permuted pixels, whose masks would have to be permuted too.
     """

@@ -3,7 +3,7 @@
 A backbone is a timm model behind one interface: plain timm weights in, plain timm weights out. Images arrive in [0, 1];
 the backbone applies its own mean and std, which travel with its weights. Objectives ask for capabilities, never for a
 class. Any timm model can give vectors and a grid, which is that of its last block; what else a kind of models can do,
-its own file adds: vit.py, hybrid.py, eva.py, swin.py, cvt.py.
+its own file adds: vit.py, local.py, hybrid.py, eva.py, swin.py, cvt.py.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def build(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.apply(xavier)
-            if kind == "vit":  # which is a linear layer too
+            if kind == "vit":  # the patch embedding is linear too
                 weight = model.get_parameter("patch_embed.proj.weight")
                 nn.init.xavier_uniform_(weight.view(len(weight), -1))
     if isinstance(model, VisionTransformer):

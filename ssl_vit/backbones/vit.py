@@ -162,7 +162,7 @@ class TokenBackbone(Backbone):
 class AddressedDropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016) whose draws are handed in: timm's come from the global generator."""
 
-    of_a_pass = ("scale",)
+    of_a_pass = ("scale",)  # what a pass that is recomputed must find as it was (ssl_vit/recomputation.py)
     scale: Tensor  # (B, 1, 1), set before each training pass
 
     def __init__(self, rate: float):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class LocalAttention(Attention):
     """window: (height, width) in patches, 0 for a whole side. grid: (H, W) in patches, set before each pass."""
 
-    of_a_pass = ("grid",)
+    of_a_pass = ("grid",)  # what a pass that is recomputed must find as it was
     window: tuple[int, int]
     grid: tuple[int, int]
     prefix: int  # tokens before the patches

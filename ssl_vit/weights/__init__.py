@@ -1,4 +1,4 @@
-"""Weights in (loading.py, and foreign.py for those of other codes) and out (saving.py)."""
+"""Weights in (loading.py, and foreign.py for other codes') and out (saving.py, to_hugging_face.py, graphs.py)."""
 
 from ssl_vit.weights.loading import initialise, load, shape
 from ssl_vit.weights.saving import digest, digest_of, save
