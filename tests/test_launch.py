@@ -37,7 +37,6 @@ TOOL = """#!/usr/bin/env bash
 echo "$(basename "$0")${*:+ $*}" >>"$LOG"
 [ "${FAILS:-}" != "$(basename "$0")" ]
 """
-DEV = {"ruff", "mypy", "codespell", "types-PyYAML", "types-tqdm"}
 # As much of torch as the line about the device asks for.
 TORCH = """
 import types
