@@ -148,7 +148,7 @@ def main() -> None:
     write(target, images, columns, found, patches_of(source, images, state) if args.patches else None)
     blocks = embedding_page.blocks(source, images, found, space, args.duplicates, target.name)
     files.write(folder / "embedding.html", html(f"{images.name}, embedded by {Path(source.name).name}", blocks))
-    written = ", ".join([*columns, *["patches"] * args.patches])
+    written = ", ".join([*columns, "patches"] if args.patches else columns)
     say(f"Written: {target} ({len(images):,} images; {written}) and {folder / 'embedding.html'}")
 
 

@@ -71,6 +71,11 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 seed", "1,797 seeds"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2, or BUSY after Busy. So
     does a path that the system refuses, wherever it does.

@@ -50,12 +50,13 @@ def export(
     names = class_names(source, backbone, settings, lines_of(classes) if classes else None)
     if decoder and (to != "hf" or run is None):
         raise UserError("--decoder is for --to hf and a run of ours, whose checkpoint holds the decoder: leave it out.")
-    target = output or Path(source) / "export" / (to + "-decoder" * decoder)
+    target = output or Path(source) / "export" / (f"{to}-decoder" if decoder else to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: remove it, or choose another --output.")
     with files.writing(target) as folder:
         kind = write(backbone, to, folder, names, decoder_of(run) if decoder and run else None, settings)
-        words = [*typed("export"), source, "--to", to, *["--decoder"] * decoder]
+        words = [*typed("export"), source, "--to", to]
+        words += ["--decoder"] if decoder else []
         for option, value in (("--output", output), ("--classes", classes), ("--license", licence)):
             words += [option, str(value)] if value else []
         name = run.resolve().name if run else Path(weights.parse(source).where).name

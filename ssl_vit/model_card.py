@@ -48,7 +48,7 @@ def card(
     head |= dict(license=licence) if licence else {}
     view, (height, width) = backbone.evaluation_view, backbone.input_size
     size = f"batch, {len(backbone.mean)}, {height}, {width}"
-    names = ["pooled", "patches"] + ["logits"] * bool(count)
+    names = ["pooled", "patches", "logits"] if count else ["pooled", "patches"]
     code = LOADED[to].format(kind=kind, shape=size, names=json.dumps(names), outputs=", ".join(names))
     parameters = sum(p.numel() for p in backbone.model.parameters())
     what = f"a classifier of {count} classes" if count else "a backbone, without a classifier"

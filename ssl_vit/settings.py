@@ -198,7 +198,8 @@ def _in_words(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_in_words(a) for a in args)
     if origin is Literal:
-        return ", ".join(map(str, args[:-1])) + " or " + str(args[-1]) if len(args) > 1 else str(args[0])
+        *others, last = map(str, args)
+        return f"{', '.join(others)} or {last}" if others else last
     if origin is list:
         return f"a list of {_in_words(args[0])}"
     names = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", type(None): "null"}

@@ -169,7 +169,8 @@ def _contrast(
     for name, scores in (one, other):
         gone = [seed for seed in seeds if scores is None or seed not in scores.seeds]
         if gone:
-            lacking.append(f"{name} by {metric}, seed{'s' * (len(gone) > 1)} {listed(list(map(str, gone)))}")
+            word = "seed" if len(gone) == 1 else "seeds"
+            lacking.append(f"{name} by {metric}, {word} {listed(list(map(str, gone)))}")
     if lacking or one[1] is None or other[1] is None:
         return Contrast(metric, one[0], other[0], lacking=tuple(lacking))
     return Contrast(metric, one[0], other[0], np.subtract(one[1].at(seeds), other[1].at(seeds), dtype=np.float64))

@@ -28,6 +28,7 @@ from eval.page.gallery import gallery
 from eval.page.provenance import provenance, several_origins
 from eval.page.summary import summary
 from eval.page.tables import comparisons, details, main_table
+from ssl_vit.errors import plural
 
 
 def report(
@@ -79,7 +80,7 @@ def report(
     for figure in figures:
         figure.charts = [(next(names_of_files), svg) for _, svg in figure.charts]
     kind = "arm" if study else "recipe"
-    what = f"{recipes} {kind}{'s' * (recipes > 1)} compared" if recipes else "Controls"
+    what = f"{plural(recipes, kind)} compared" if recipes else "Controls"
     if study and incomplete:
         what = f"Not decided: {study.manifest['plan']}"
     return f"{what} on {names}", blocks, mains

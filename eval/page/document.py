@@ -275,9 +275,9 @@ def _html_table(table: Table) -> str:
     width = sum(len(columns) for _, columns in table.head)
     bodies = []
     for title, rows in table.parts:
-        lines = [f'<tr class="part"><th scope="rowgroup">{escape(title)}</th><td colspan="{width}"></td></tr>'] * bool(
-            title
-        )
+        lines = []
+        if title:
+            lines.append(f'<tr class="part"><th scope="rowgroup">{escape(title)}</th><td colspan="{width}"></td></tr>')
         for name, cells in rows:
             drawn = "".join(f"<td{' class=best' if c.best else ''}>{_words(c)}</td>" for c in cells)
             lines.append(f'<tr><th scope="row">{_words(name)}</th>{drawn}</tr>')
@@ -318,7 +318,8 @@ def _html_confusion(block: Confusion) -> str:
         cells = []
         for column, count in enumerate(counts):
             fraction = count / max(1, counts.sum())
-            kinds = [f"s{math.ceil(10 * fraction)}"] * bool(count) + ["right"] * (row == column)
+            kinds = [f"s{math.ceil(10 * fraction)}"] if count else []
+            kinds += ["right"] if row == column else []
             text = f"{100 * fraction:.0f}" if count else ""
             cells.append(f'<td class="{" ".join(kinds)}">{text}</td>' if kinds else "<td></td>")
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td>{block.images[row]:,}</td></tr>')

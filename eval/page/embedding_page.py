@@ -12,6 +12,7 @@ from eval.measure.everything import Images
 from eval.measure.pictures import components
 from eval.page import plots, thumbnails
 from eval.page.document import Block, Cell, Figure, Heading, Items, Table, Text, Thumbnails
+from ssl_vit.errors import plural
 from ssl_vit.pictures import spread
 from ssl_vit.views import Evaluation
 
@@ -33,7 +34,7 @@ def blocks(
         ("Images", f"{len(images):,}: {_counted(images.split_names)}"),
         ("Features", f"{kind}, centred, compared by their cosine; all are in {file} beside this page"),
     ]
-    count = f"{'at least ' if found.has_more(duplicates) else ''}{len(pairs):,} pair{'s' * (len(pairs) != 1)}"
+    count = f"{'at least ' if found.has_more(duplicates) else ''}{plural(len(pairs), 'pair')}"
     lead = (
         f"{len(images):,} images in {found.group.max() + 1} groups; {count} with a similarity of {duplicates:g} or "
         f"more; the strangest image is {show.name(int(found.outlier.argmax()))}."
@@ -95,7 +96,7 @@ def _groups(images: Images, found: Findings, show: _Shown) -> list[Block]:
         lines.append((Cell(f"Group {group + 1}"), cells))
         chosen = central[:CENTRAL].tolist()
         made.append(Thumbnails(show(chosen), f"Group {group + 1}, {len(members):,} images: the most central."))
-    head = ["images", "similarity to the centre"] + ["most frequent label"] * (show.labels is not None)
+    head = ["images", "similarity to the centre"] + ([] if show.labels is None else ["most frequent label"])
     caption = "The groups; a low similarity says that a group is loose."
     return [made[0], Table([("", head)], [("", lines)], caption), *made[1:]]
 

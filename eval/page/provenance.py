@@ -78,34 +78,23 @@ def several_origins(groups: list[Group]) -> list[Block]:
         if "train_n" in row:
             key = row["eval_data"], row["split"], row["protocol"], row["label_fraction"]
             numbers.setdefault(key, set()).add(row["train_n"])
-    several = [
-        f"{len(found)} {name}"
-        for name, found in (
-            (
-                "commits of this code",
-                {commit for row in rows for commit in (row["commit"], *row.get("settings", {}).get("commits", ()))},
-            ),
-            (
-                "commits of the code that trained the runs",
-                {commit for run in runs for commit in _trained(run).values()}.union(
-                    row.get("trained_by") for row in rows
-                )
-                - {None},
-            ),
-            (
-                "precisions of the evaluated backbones by the same protocol",
-                max(precisions.values(), key=len, default=set()),
-            ),
-            ("sets of package versions", {json.dumps(row["versions"], sort_keys=True) for row in rows}),
-            ("versions of the recipe finetune", recipes),
-            ("learning-rate grids of the linear sweep", grids),
-            ("versions of the training images of one name", trained),
-            ("versions of the test images of one name", tested),
-            ("numbers of labelled images by the same protocol", max(numbers.values(), key=len, default=set())),
-        )
-        if len(found) > 1
-    ]
-    words = [f"These rows come from {listed(several)}: see results.jsonl and recipe.yaml of each run."] * bool(several)
+    measured = {commit for row in rows for commit in (row["commit"], *row.get("settings", {}).get("commits", ()))}
+    made = {commit for run in runs for commit in _trained(run).values()} | {row.get("trained_by") for row in rows}
+    origins = {
+        "commits of this code": measured,
+        "commits of the code that trained the runs": made - {None},
+        "precisions of the evaluated backbones by the same protocol": max(precisions.values(), key=len, default=set()),
+        "sets of package versions": {json.dumps(row["versions"], sort_keys=True) for row in rows},
+        "versions of the recipe finetune": recipes,
+        "learning-rate grids of the linear sweep": grids,
+        "versions of the training images of one name": trained,
+        "versions of the test images of one name": tested,
+        "numbers of labelled images by the same protocol": max(numbers.values(), key=len, default=set()),
+    }
+    several = [f"{len(found)} {name}" for name, found in origins.items() if len(found) > 1]
+    words = []
+    if several:
+        words.append(f"These rows come from {listed(several)}: see results.jsonl and recipe.yaml of each run.")
     for group in groups:
         if keys := sorted({key for run in group.runs[1:] for key in differing(group.runs[0], run)}):
             words.append(f"The seeds of {group.label} were trained with different settings: {listed(keys)}.")

@@ -9,7 +9,7 @@ from eval.compare.studies import StudyResults
 from eval.compare.words import UNPAIRED, borrowed, labels_in_words, number, percent, with_interval
 from eval.page import charts
 from eval.page.document import Block, Cell, Folded, Heading, Table, Text, halves, named
-from ssl_vit.errors import listed
+from ssl_vit.errors import listed, plural
 
 CHANGES = {  # settings in which a plan's fine-tunings of one arm differ
     "optim.layer_decay": "layer decay",
@@ -49,7 +49,7 @@ def primary(study: StudyResults) -> list[Block]:
             label += f" ({said['budget']:g} of the FLOPs)" if said["budget"] != 1 else ""
             cells = [Cell(with_interval(f.estimate)) if f else Cell() for f in by_group]
             count = len(group.runs)
-            parts[group.control].append((named(label, f"{count} seed{'s' * (count > 1)}"), cells))
+            parts[group.control].append((named(label, plural(count, "seed")), cells))
             used += filter(None, by_group)
     filled = halves(parts)
     names = ["fine-tuned, 10 % of the labels", "fine-tuned, all", f"linear, {labels_in_words(eval_set.labels)}"]
@@ -167,12 +167,12 @@ def trials(study: StudyResults) -> list[Block]:
         for trial, stated in zip(tried, settings, strict=True):
             own = " ".join(f"{key}={stated[key]}" for key in keys if key in stated)
             accuracy = "failed" if trial["accuracy"] is None else percent(trial["accuracy"])
-            chosen = all(stated.get(key) == used.get(key) for key in keys)
-            rows.append((Cell(own), [Cell(accuracy + " (chosen)" * chosen)]))
+            chosen = " (chosen)" if all(stated.get(key) == used.get(key) for key in keys) else ""
+            rows.append((Cell(own), [Cell(accuracy + chosen)]))
         parts.append((arm, rows))
     like = [f"{name} those of {arm['like']}" for name, arm in study.manifest["arms"].items() if arm["like"]]
     words = (
-        f"Each arm was tuned by {' to '.join(map(str, counts))} trial{'s' * (counts[-1] > 1)} at "
+        f"Each arm was tuned by {' to '.join(map(str, counts))} {'trial' if counts[-1] == 1 else 'trials'} at "
         f"{number(tuning['flops'])} FLOPs and seed {tuning['seed']}, trained on nine tenths of the training images and "
         f"scored on the last tenth by {' '.join(tuning['judge'])}: first each setting at the recipe's learning rate, "
         "then the best of them at twice and half that rate, and on by factors of two until the best lay between two "

@@ -13,7 +13,7 @@ from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, contrast, ranked
 from eval.compare.words import UNPAIRED, labels_in_words, percent, rate, with_interval
 from eval.page.document import Block, Items, Text
-from ssl_vit.errors import listed
+from ssl_vit.errors import listed, plural
 
 PAIRS = 3  # contradictions between evaluators that are listed
 
@@ -33,7 +33,7 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
     by = {metric: by_group for metric, by_group in by.items() if ranked(by_group, controls=False)}
     if by:
         counts = sorted({len(scores.seeds) for found in by.values() for g, scores in found.items() if not g.control})
-        seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+        seeds = plural(counts[0], "seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
         seeds += " per arm" if metrics else " per recipe"
         controls = {
             g.label: len(s.seeds) for found in by.values() for g, s in found.items() if g.control and not g.pixels

@@ -146,9 +146,15 @@ def _compared(estimate: intervals.Estimate, difference: np.ndarray) -> list[Cell
     bootstrap = "–"
     if estimate.seeds >= 3:
         bootstrap = " to ".join(percent(end, "+") for end in intervals.bootstrap(difference))
-    count = estimate.seeds_for_a_point
-    needed = (
-        "–" if estimate.images_only else "images" if count is None else f"{count:,}" if count <= 1000 else "> 1,000"
-    )
-    words = with_interval(estimate, "+"), bootstrap, percent(estimate.detectable), needed, seeds
+    words = with_interval(estimate, "+"), bootstrap, percent(estimate.detectable), _seeds_needed(estimate), seeds
     return [Cell(text) for text in words]
+
+
+def _seeds_needed(estimate: intervals.Estimate) -> str:
+    """To detect a difference of a point; "images" if no number of seeds would do."""
+    if estimate.images_only:
+        return "–"
+    count = estimate.seeds_for_a_point
+    if count is None:
+        return "images"
+    return f"{count:,}" if count <= 1000 else "> 1,000"

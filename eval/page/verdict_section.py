@@ -9,7 +9,7 @@ from eval.compare.scope import Scope, scope
 from eval.compare.words import labels_in_words, number, percent
 from eval.page import plots
 from eval.page.document import Block, Cell, Figure, Heading, Table, Text
-from ssl_vit.errors import listed
+from ssl_vit.errors import listed, plural
 
 BRIEF = {rule.SMALL: "yes, but small", rule.FEATURES: "features yes"}
 OPPONENTS = {"scratch": "training from scratch", "scratch-long": "training from scratch with as much compute"}
@@ -177,7 +177,7 @@ def _instrument(verdict: Verdict) -> Iterator[str]:
             mean, seeds = check.contrast.estimate.mean, check.contrast.estimate.seeds
             yield (
                 f"Check of the instrument: {check.arm} must be {check.asks}; the difference is {_points(mean)} "
-                f"points over {seeds} seed{'s' * (seeds > 1)} ({'passed' if check.passed else 'failed'})."
+                f"points over {plural(seeds, 'seed')} ({'passed' if check.passed else 'failed'})."
             )
 
 

@@ -24,7 +24,7 @@ import datasets
 from ssl_vit.data import copies, masks
 from ssl_vit.data.decoding import FILE, FIRST, SIZE, TIME
 from ssl_vit.data.pixels import SUFFIXES
-from ssl_vit.errors import UserError, listed, say, say_once
+from ssl_vit.errors import UserError, listed, plural, say, say_once
 
 TABLES = ("metadata.csv", "metadata.jsonl")  # of labels
 QUIET = 5  # seconds for which files are listed without a word
@@ -274,7 +274,7 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
         left_out["links"] = left_out.get("links", 0) + len(chosen) - len(kept)
         real |= {files[i].key: i for i in reversed(members[split])}
     links = (("image", left_out["links"]), ("folder", len(found.links)))
-    again = [f"{n:,} link{'s' * (n > 1)} to {kind}s" for kind, n in links if n]
+    again = [f"{plural(n, 'link')} to {kind}s" for kind, n in links if n]
     if again:
         say_once(f"Left out: {listed(again)} already read; every file counts once.")
 

@@ -89,7 +89,7 @@ def tell(entry: dict) -> None:
         words.append("no labels")
     else:
         sizes = [n for n in per_class.values() if n]
-        kinds = f"{len(sizes):,} class{'es' * (len(sizes) > 1)}"
+        kinds = f"{len(sizes):,} {'class' if len(sizes) == 1 else 'classes'}"
         words.append(f"{kinds} of {_between(min(sizes), max(sizes))} images")
         if entry["without_label"]:
             words.append(f"{entry['without_label']:,} without a label, for tasks that need none")

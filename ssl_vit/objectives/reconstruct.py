@@ -419,7 +419,7 @@ class Reconstruct(Objective):
         if c.mask in NEXT:
             return ["original", "input to the encoder", f"each patch, predicted from the true ones before it{manner}"]
         given = "input to the decoder" if c.encoder_input == "clean" else "input to the encoder"
-        masked = " of the masked patches" * (c.mask != "none")
+        masked = "" if c.mask == "none" else " of the masked patches"
         pictured = c.target != "features" and getattr(self.target, "of_pixels", True)
         return ["original", given, f"reconstruction{masked}{manner}"][: 2 + pictured]
 

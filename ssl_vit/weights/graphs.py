@@ -24,7 +24,7 @@ class Graph(nn.Module):
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.backbone = backbone
-        self.names = ["pooled", "patches"] + ["logits"] * bool(backbone.model.num_classes)
+        self.names = ["pooled", "patches", "logits"] if backbone.model.num_classes else ["pooled", "patches"]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         model = self.backbone.model
