@@ -47,7 +47,7 @@ class Stored(TypedDict):
     index: NotRequired[np.ndarray]  # int32, of the image in its split: 0 … n - 1, as packed files do not say
     predicted: np.ndarray  # int32, classes
     true: np.ndarray
-    p_predicted: NotRequired[np.ndarray]  # float16, the probability of the predicted class; absent in old files
+    p_predicted: NotRequired[np.ndarray]  # float16, the probability of the predicted class; packed files lack both
     p_true: NotRequired[np.ndarray]
 
 
