@@ -1,4 +1,6 @@
-"""Tensors on their way to a device, and memory that runs out there."""
+"""Tensors on their way to a device, in what precision it computes, and memory that runs out there."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -9,6 +11,11 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast inside, on the tensor's device. (A tensor without memory, of `pretrain.py --plan`, has none.)"""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -60,6 +60,12 @@ class Mistakes:
             raise UserError(*self.sentences)
 
 
+def require(fits: bool, sentence: str) -> None:
+    """Raises ValueError with the sentence unless it fits: for the arguments of functions that others call."""
+    if not fits:
+        raise ValueError(sentence)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the known word nearest to a misspelt one, or '' if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

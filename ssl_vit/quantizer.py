@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_vit.decoders import Decoder
-from ssl_vit.devices import upload
+from ssl_vit.devices import full_precision, upload
 from ssl_vit.errors import UserError
-from ssl_vit.losses import full_precision
 from ssl_vit.randomness import Draw
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ssl_vit import views
 from ssl_vit.backbones import Backbone, TokenBackbone
+from ssl_vit.devices import full_precision
 from ssl_vit.errors import UserError
-from ssl_vit.losses import dino_loss, full_precision
+from ssl_vit.losses import dino_loss
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, own_statistics, update_ema
 from ssl_vit.pictures import Sheet
 from ssl_vit.randomness import Draw

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from ssl_vit import corruption, targets, teachers
 from ssl_vit.backbones import Backbone, Replacement
 from ssl_vit.decoders import Decoder, Denoiser, LinearHead, check_width
+from ssl_vit.devices import full_precision
 from ssl_vit.errors import UserError
-from ssl_vit.losses import full_precision, masked_mean
+from ssl_vit.losses import masked_mean
 from ssl_vit.objectives import tokenizer
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, own_statistics, update_ema
 from ssl_vit.patches import patchify, unpatchify
@@ -246,7 +247,7 @@ class Reconstruct(Objective):
             target = torch.take_along_dim(target, places if target.ndim == 2 else places[..., None], 1)
             mask = mask.gather(1, places)
         with full_precision(images):
-            per_patch = self.target.loss(prediction.float() if prediction.dtype.itemsize < 4 else prediction, target)
+            per_patch = self.target.loss(prediction, target)
             if self.config.loss_weighting == "noise_level":
                 per_patch = per_patch / (1 + known(level).flatten(1).square())
             return dict(loss=masked_mean(per_patch, mask, self.expected_masked))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ssl_vit import corruption, teachers, views
 from ssl_vit.backbones import FAULTS, Backbone, TokenBackbone, reason
+from ssl_vit.devices import full_precision
 from ssl_vit.errors import UserError
-from ssl_vit.losses import full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, update_ema
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import ReadIf, known, pair, setting

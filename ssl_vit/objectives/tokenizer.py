@@ -27,8 +27,8 @@ from ssl_vit import recipe as recipes
 from ssl_vit import targets, teachers, weights
 from ssl_vit.backbones import Backbone, evaluating
 from ssl_vit.decoders import check_width
+from ssl_vit.devices import full_precision
 from ssl_vit.errors import UserError
-from ssl_vit.losses import full_precision
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective
 from ssl_vit.patches import unpatchify
 from ssl_vit.pictures import Sheet
