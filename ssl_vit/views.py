@@ -3,7 +3,7 @@
 Every image of the batch has its own crop, flip and colours, with the distributions of torchvision's transforms, but no
 loop runs over images. A crop is separable: two matrices of antialiased weights per image resample it, and a gaussian
 blur is two more. Every parameter is drawn on the CPU, so the host knows which images an operation concerns and never
-waits for the device. Call these functions outside autocast: they are made of float32 matrix products.
+waits for the device. Views are float32, under autocast too.
 
 Photos of varied size are cropped where they are decoded, by `crop_photos` in the workers; `finish` does the rest here.
 """
@@ -11,7 +11,7 @@ Photos of varied size are cropped where they are decoded, by `crop_photos` in th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
@@ -24,7 +24,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as per_sample
 
 from ssl_vit import randaugment
-from ssl_vit.devices import upload
+from ssl_vit.devices import full_precision, upload
+from ssl_vit.errors import require
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import pair
 
@@ -64,15 +65,33 @@ class View:
     interpolation: Interpolation = "bilinear"  # of the crop
     same_as: str | None = None  # has the box, flip and colours of the view of that name, at a size of its own
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that no view can have."""
+        for name in ("flip", "jitter", "grey", "blur", "solarize"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is a probability, from 0 to 1, not {value}.")
+        low, high = self.scale
+        require(0 < low <= high <= 1, f"scale must be (low, high) with 0 < low ≤ high ≤ 1, not {self.scale}.")
+        for name in ("ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            require(0 < low <= high, f"{name} must be (low, high) with 0 < low ≤ high, not {getattr(self, name)}.")
+        _check_choice("interpolation", self.interpolation, KERNELS)
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """The view of evaluation: what a backbone is shown of a whole image, as timm's create_transform makes it."""
 
     size: tuple[int, int]  # (H, W) in pixels
-    crop_pct: float = 1.0  # how much of the resized image's sides the centre crop keeps
+    crop_pct: float = 1.0  # how much of the resized image's sides the centre crop keeps; above 1, with a black border
     interpolation: Interpolation = "bilinear"
     crop_mode: str = "center"  # or "squash": the whole image takes the shape of the view, whatever its own
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that no view can have."""
+        require(0 < self.crop_pct < 2, f"crop_pct is a part of the sides, such as 0.875, not {self.crop_pct}.")
+        _check_choice("interpolation", self.interpolation, KERNELS)
+        _check_choice("crop_mode", self.crop_mode, CROP_MODES)
 
     def __call__(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C {self.size[0]} {self.size[1]}"]:
         """uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]."""
@@ -82,6 +101,23 @@ class Evaluation:
 def evaluation(size: Sequence[int], interpolation: Interpolation = "bilinear") -> Evaluation:
     """The evaluation view of our own runs: crop_pct is 0.875, and 1 up to 64 px."""
     return Evaluation(pair(size), 1.0 if max(size) <= 64 else 0.875, interpolation)
+
+
+def _check_choice(name: str, value: str, known: Collection[str]) -> None:
+    require(value in known, f"{name} must be {' or '.join(map(repr, known))}, not {value!r}.")
+
+
+def _check_images(images: Tensor) -> None:
+    shape = tuple(images.shape)
+    require(
+        images.dtype == torch.uint8 and images.ndim == 4,
+        f"images must be uint8 (B, C, H, W), not {str(images.dtype).removeprefix('torch.')} {shape}"
+        + (": multiply by 255 and convert." if images.is_floating_point() else "."),
+    )
+    require(
+        shape[1] <= 4 or shape[3] not in (1, 3, 4),
+        f"{shape[1]} channels: are these (B, H, W, C)? Use permute(0, 3, 1, 2).",
+    )
 
 
 ViewSpec = dict[str, View]  # by name; the name is part of the address of the view's random numbers
@@ -94,29 +130,34 @@ def make(spec: ViewSpec, images: UInt8[Tensor, "B C H W"], draw: Draw) -> dict[s
     """All views of decoded images of one size. images: uint8 (B, C, H, W) on the device → float32 in [0, 1] there:
     (B, C, h, w), or (B, count, C, h, w) where the view has a count.
 
-    Raises ValueError if a view is to have the crop of one that the spec lacks."""
+    Raises ValueError for other images, for a draw of other rows than theirs, and if a view is to have the crop of one
+    that the spec lacks."""
+    _check_images(images)
+    require(len(draw.rows) == len(images), f"{len(images)} images need as many rows in draw, not {len(draw.rows)}.")
     views = {}
-    for name, view in spec.items():
-        if view.same_as is not None and view.same_as not in spec:
-            raise ValueError(f"there is no view {view.same_as!r} that {name!r} could be like")
-        u = _numbers(name, view, draw)
-        flip = u[..., 0] < view.flip
-        if view.crop:
-            crops = crop(images, boxes(name, view, draw, *images.shape[-2:]), flip, view.size, view.interpolation)
-        else:
-            once = whole(images, view.size, interpolation=view.interpolation)
-            crops = _flip(once[:, None].expand(-1, flip.shape[1], -1, -1, -1), flip)
-        views[name] = _coloured(name, view, crops, u, draw)
+    with full_precision(images):
+        for name, view in spec.items():
+            if view.same_as is not None and view.same_as not in spec:
+                raise ValueError(f"there is no view {view.same_as!r} that {name!r} could be like")
+            u = _numbers(name, view, draw)
+            flip = u[..., 0] < view.flip
+            if view.crop:
+                crops = crop(images, boxes(name, view, draw, *images.shape[-2:]), flip, view.size, view.interpolation)
+            else:
+                once = whole(images, view.size, interpolation=view.interpolation)
+                crops = _flip(once[:, None].expand(-1, flip.shape[1], -1, -1, -1), flip)
+            views[name] = _coloured(name, view, crops, u, draw)
     return views
 
 
 def augment(
-    spec: ViewSpec, images: UInt8[Tensor, "B C H W"], seed: int = 0, step: int = 0
+    spec: ViewSpec, images: UInt8[Tensor, "B C H W"], *, step: int, seed: int = 0
 ) -> dict[str, Float[Tensor, "B ... C _ _"]]:
-    """`make` for a batch of its own: row r of step s of a seed always gets the same views.
+    """`make` for a batch of its own: row r of step s of a seed always gets the same views, so count the step up from
+    batch to batch.
 
     >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    >>> {name: tuple(x.shape) for name, x in augment(dino((32, 32), (16, 16), 4, flip=0.5), images).items()}
+    >>> {name: tuple(x.shape) for name, x in augment(dino((32, 32), (16, 16), 4, flip=0.5), images, step=0).items()}
     {'global1': (2, 3, 32, 32), 'global2': (2, 3, 32, 32), 'local': (2, 4, 3, 16, 16)}
     """
     return make(spec, images, Draw(seed, step, torch.arange(len(images)), images.device))
@@ -214,7 +255,8 @@ def finish(
     views = {}
     for name, view in spec.items():
         u = _numbers(name, view, draw)
-        views[name] = _coloured(name, view, _flip(crops[name].float() / 255, u[..., 0] < view.flip), u, draw)
+        with full_precision(crops[name]):
+            views[name] = _coloured(name, view, _flip(crops[name].float() / 255, u[..., 0] < view.flip), u, draw)
     return views
 
 
@@ -310,16 +352,20 @@ def whole(
     images: uint8 (B, C, H, W) → float32 (B, C, *size) in [0, 1]. The sizes are those of timm's eval transform, and so
     are the values to within a grey level: PIL rounds between its passes. (Where a squashed image shrinks more in height
     than in width, Pillow 13 may take the passes in the other order, and pixels that overshoot differ by some levels.)
+    Raises ValueError for other images, and for values that `Evaluation` refuses.
     """
+    _check_images(images)
+    Evaluation(size, crop_pct, interpolation, crop_mode)
     height, width = images.shape[-2:]
     tall, wide = _resized(height, width, size, crop_pct, crop_mode)
     zero = torch.zeros((), device=images.device)
     rows = _weights(height, zero, zero + height, tall, size[0], interpolation) / 255
     columns = _weights(width, zero, zero + width, wide, size[1], interpolation)
-    x = images.float() @ columns.T
-    if interpolation == "bicubic":
-        x = x.clamp_(0, 255)  # what overshoots is cut between the passes, as by PIL
-    return (rows @ x).clamp_(0, 1)
+    with full_precision(images):
+        x = images.float() @ columns.T
+        if interpolation == "bicubic":
+            x = x.clamp_(0, 255)  # what overshoots is cut between the passes, as by PIL
+        return (rows @ x).clamp_(0, 1)
 
 
 def _resized(height: int, width: int, size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
@@ -343,14 +389,18 @@ def _covering(height: int, width: int, size: tuple[int, int], crop_pct: float = 
 
 def _weights(n: int, start: Tensor, length: Tensor, resized: int, out: int, interpolation: Interpolation) -> Tensor:
     """Antialiased resampling of the interval [start, start + length) of n pixels to `resized` pixels, of which the
-    middle `out` are kept. start, length: (...) → weights (..., out, n), summing to 1 over n."""
+    middle `out` are kept. start, length: (...) → weights (..., out, n), summing to 1 over n, or to 0 in a border."""
     scale = (length / resized)[..., None]
-    kept = torch.arange(out, device=start.device) + (round((resized - out) / 2) + 0.5)
+    first = round((resized - out) / 2) if resized >= out else -((out - resized) // 2)
+    kept = torch.arange(out, device=start.device) + (first + 0.5)
     pixel = torch.arange(n, device=start.device) - start[..., None]  # counted from the start of the interval
     distance = (pixel[..., None, :] + 0.5 - (kept * scale)[..., :, None]).abs()
     weights = KERNELS[interpolation](distance / scale.clamp(min=1)[..., None])
     weights = weights * ((pixel >= 0) & (pixel < length[..., None]))[..., None, :]
-    return weights / weights.sum(-1, keepdim=True)
+    weights = weights / weights.sum(-1, keepdim=True)
+    if resized < out:  # with a border, as torchvision's center_crop
+        weights = weights.masked_fill(((kept < 0) | (kept > resized))[:, None], 0.0)
+    return weights
 
 
 def _triangle(distance: Tensor) -> Tensor:
@@ -374,9 +424,10 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     count, h, w = rows.shape[1], rows.shape[2], columns.shape[2]
     # the image's rows first, for all V views in one product; the shapes keep bmm from copying its operands per channel
     x = images.transpose(1, 2).reshape(n, height, channels * width).float()
-    x = torch.bmm(rows.reshape(n, count * h, height), x).view(n, count, h, channels, width)
-    x = x.transpose(2, 3).reshape(n * count, channels * h, width)
-    x = torch.bmm(x, columns.flatten(0, 1).mT).view(n, count, channels, h, w)
+    with full_precision(images):
+        x = torch.bmm(rows.reshape(n, count * h, height), x).view(n, count, h, channels, width)
+        x = x.transpose(2, 3).reshape(n * count, channels * h, width)
+        x = torch.bmm(x, columns.flatten(0, 1).mT).view(n, count, channels, h, w)
     return x.clamp_(0, 1)  # weights sum to 1 up to rounding, and bicubic ones overshoot at edges
 
 
@@ -542,14 +593,22 @@ def mix(
     images: float (B, C, H, W); targets: float (B, K); mixup, cutmix: alpha of λ ~ Beta(alpha, alpha), 0 for never;
     prob: of mixing an image at all; mode: "elem" if every image has its own λ and box, "batch" if a step has one.
     Row r is mixed with row r xor 1 of the global batch, which must lie beside it here; its own weight is λ.
+
+    Raises ValueError for rows without their partner, for targets or a draw of other rows than the images', and for
+    another mode.
     """
+    _check_choice("mode", mode, ("elem", "batch"))
+    require(
+        len(images) == len(targets) == len(draw.rows),
+        f"{len(images)} images need as many targets and rows in draw, not {len(targets)} and {len(draw.rows)}.",
+    )
     if mixup == cutmix == 0:
         return images, targets
     height, width = images.shape[-2:]
     if len(draw.rows) % 2 or not torch.equal(draw.rows[1::2], draw.rows[::2] ^ 1):
         raise ValueError(
-            "mixup pairs row r with row r xor 1, so a micro-batch must hold an even number of rows and start at an "
-            f"even one; this one holds {len(draw.rows)} and starts at {int(draw.rows[0])}."
+            "mixup needs an even batch: it pairs row r with row r xor 1, so a micro-batch must hold an even number of "
+            f"rows and start at an even one; this one holds {len(draw.rows)} and starts at {int(draw.rows[0])}."
         )
     if mode == "batch":
         draw = draw.for_rows(torch.zeros_like(draw.rows))

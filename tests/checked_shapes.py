@@ -54,7 +54,7 @@ def read(name):
 
 
 def see(spec):
-    views.augment(spec, torch.zeros(4, 3, 40, 30, dtype=torch.uint8))
+    views.augment(spec, torch.zeros(4, 3, 40, 30, dtype=torch.uint8), step=0)
     crop = views.crop_photos(spec, draw)
     crops = [crop(i, photo) for i in range(len(ROWS))]
     views.finish(spec, {name: torch.stack([crop[name] for crop in crops]) for name in spec}, draw)
@@ -87,7 +87,7 @@ WRONG = {  # call: (what must be refused, the call)
     "soft tokens": ("tokens", lambda: losses.token_loss(logits, logits.argmax(-1).float())),
     "a teacher of all views": ("teacher", lambda: losses.dino_loss(student, student, torch.zeros(6))),
     "a centre of other prototypes": ("center", lambda: losses.dino_loss(student, student[:2], torch.zeros(5))),
-    "views of floats": ("images", lambda: views.augment(views.none(size), torch.zeros(2, 3, 8, 8))),
+    "views of floats": ("images", lambda: views.augment(views.none(size), torch.zeros(2, 3, 8, 8), step=0)),
     "a view of one image": ("images", lambda: views.evaluation(size)(photo)),
     "labels of fewer images": ("targets", lambda: views.mix(images, torch.zeros(1, 5), draw, 1.0, 0.0)),
     "features of another width": ("queries", lambda: neighbours.predict(features, labels, features[:, :4])),

@@ -73,7 +73,7 @@ def test_boxes_follow_torchvisions_law(scale, ratio, height, width):
 @pytest.mark.parametrize("height, width", [(10, 100), (100, 10), (31, 57), (50, 50)])
 def test_the_fallback_is_torchvisions(height, width):
     ratio = (3 / 4, 4 / 3) if height != width else (0.01, 0.02)
-    view = View((8, 8), scale=(0.98, 1.0) if height != width else (3.0, 4.0), ratio=ratio)
+    view = View((8, 8), scale=(0.98, 1.0), ratio=ratio)
     ours = views.boxes("v", view, rows(20), height, width)[:, 0]
     theirs = RandomResizedCrop.get_params(torch.empty(1, height, width), list(view.scale), list(ratio))
     assert (ours == torch.tensor(theirs)).all()
@@ -195,7 +195,7 @@ def test_crop_of_several_boxes_is_one_crop_each():
 
 @pytest.mark.parametrize("height, width, size, crop_pct", [
     (32, 32, (32, 32), 1.0), (48, 80, (32, 32), 0.875), (81, 47, (28, 28), 0.9), (20, 33, (64, 64), 0.875),
-    (256, 341, (224, 224), 0.875),
+    (256, 341, (224, 224), 0.875), (60, 60, (33, 33), 1.15), (40, 66, (22, 22), 1.15),
 ])  # fmt: skip
 def test_whole_equals_torchvisions(height, width, size, crop_pct):
     images = photos(3, 3, height, width)
@@ -544,3 +544,46 @@ def test_mix_does_not_depend_on_the_cut():
 def test_mix_refuses_rows_without_their_partner(n, start):
     with pytest.raises(ValueError, match="even number of rows and start at an even one"):
         views.mix(torch.zeros(n, 1, 2, 2), torch.zeros(n, 2), rows(n, start), 0.8, 0.0)
+
+
+# --- at the door ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images, said", [
+    (torch.rand(4, 3, 8, 8), r"images must be uint8 \(B, C, H, W\), not float32 \(4, 3, 8, 8\): multiply by 255"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), r"images must be uint8 \(B, C, H, W\), not uint8 \(3, 8, 8\)\."),
+    (torch.zeros(4, 64, 64, 3, dtype=torch.uint8), r"64 channels: are these \(B, H, W, C\)\? Use permute"),
+])  # fmt: skip
+def test_images_of_another_type_or_shape_are_refused(images, said):
+    spec = views.crop_flip((8, 8), 0.5)
+    for call in (lambda: views.augment(spec, images, step=0), lambda: views.whole(images, (8, 8))):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: views.crop_flip((8, 8), flip=50), "flip is a probability, from 0 to 1, not 50"),
+    (lambda: views.crop_flip((8, 8), 0.5, (1.0, 0.2)), r"scale must be \(low, high\) with 0 < low ≤ high ≤ 1"),
+    (lambda: views.crop_flip((8, 8), 0.5, (0, 2)), r"scale must be \(low, high\)"),
+    (lambda: views.Evaluation((8, 8), 87.5), "crop_pct is a part of the sides, such as 0.875, not 87.5"),
+    (lambda: views.whole(photos(2), (8, 8), crop_mode="centre"), "crop_mode must be 'center'"),
+    (lambda: views.make(views.none((8, 8)), photos(4), rows(8)), "4 images need as many rows in draw, not 8"),
+    (lambda: views.mix(torch.zeros(4, 3, 8, 8), torch.eye(4), rows(4), 1.0, 0.0, mode="pair"),
+     "mode must be 'elem' or 'batch', not 'pair'"),
+    (lambda: views.mix(torch.zeros(4, 3, 8, 8), torch.eye(4), rows(8), 1.0, 0.0), "4 images need as many targets and"),
+])  # fmt: skip
+def test_values_that_no_view_can_have_are_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_views_are_float32_under_autocast():
+    images, spec = photos(6), EVERYTHING | {"whole": View((20, 20), crop=False)}
+    plain = views.augment(spec, images, step=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, seen = views.augment(spec, images, step=3), views.whole(images, (20, 20), 0.9)
+        sharp = views.crop(images, torch.tensor([[0, 0, 9, 9]]).expand(6, -1), torch.zeros(6, dtype=torch.bool), (7, 7))
+    assert {x.dtype for x in (*made.values(), seen, sharp)} == {torch.float32}
+    assert all(torch.equal(made[name], plain[name]) for name in plain)
+    with pytest.raises(TypeError, match="step"):
+        views.augment(spec, images)

@@ -18,7 +18,7 @@ def contests(device: torch.device) -> Iterator[Contest]:
         on_device, spec = images.to(device), views.crop_flip((32, 32), 0.5)
         yield Contest(
             f"crop and flip, {stored} → 32 px",
-            lambda spec=spec, batch=on_device: views.augment(spec, batch),
+            lambda spec=spec, batch=on_device: views.augment(spec, batch, step=0),
             {"torchvision v2": lambda images=images: _each(_crop(32, (0.2, 1.0)), images, device)},
             COUNT,
             "image",
@@ -30,7 +30,7 @@ def contests(device: torch.device) -> Iterator[Contest]:
     local = [*_crop(16, (0.05, 0.4)), *_colours(0.5, 0.0)]
     yield Contest(
         "DINO's 2 + 8 views, 32 px",
-        lambda: views.augment(spec, on_device),
+        lambda: views.augment(spec, on_device, step=0),
         {"torchvision v2": lambda: [_each(ops, images, device) for ops in (first, second, *[local] * 8)]},
         COUNT,
         "image",
