@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
@@ -371,3 +372,28 @@ def test_rows_of_a_weights_file_that_was_written_anew_are_not_one_model_s(tmp_pa
     knn.main()
     kept = {row["weights"] for row in read_run(folder).rows}
     assert kept == {weights.digest(weights.load("weights"))[:12]}
+
+
+GIVEN = np.random.default_rng(0).normal(size=(12, 4))
+SPOILT = np.where(np.arange(12)[:, None] == 3, np.nan, GIVEN)
+CLASSES = np.arange(12) % 3
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: neighbours.predict(SPOILT, CLASSES, GIVEN, 3), "Features must be finite: row 3 of the bank is not"),
+    (lambda: neighbours.predict(GIVEN, CLASSES, SPOILT + np.inf, 3), "finite: row 0 of the queries is not"),
+    (lambda: neighbours.nearest(np.float32(SPOILT), np.float32(GIVEN), 3), "row 3 of the bank is not"),
+    (lambda: neighbours.nearest(np.float32(GIVEN), np.float32(GIVEN), 13), "k must be from 1 to 12, the number of"),
+    (lambda: neighbours.predict(GIVEN, CLASSES, GIVEN, 0), "k must be 1 or more, not 0"),
+    (lambda: neighbours.predict(GIVEN, CLASSES, GIVEN, 3, temperature=0.0), "temperature must be above 0, or None"),
+    (lambda: neighbours.predict(GIVEN[:9], CLASSES, GIVEN, 3), r"integers \(9,\), one for each feature of the bank"),
+    (lambda: neighbours.predict(GIVEN, np.eye(12), GIVEN, 3), r"not float64 \(12, 12\)"),
+    (lambda: neighbours.predict(GIVEN, CLASSES / 1, GIVEN, 3), r"labels must be integers \(12,\)"),
+    (lambda: neighbours.predict(GIVEN, torch.arange(12), GIVEN, 3), "labels must be a NumPy array, not a Tensor"),
+    (lambda: neighbours.predict(torch.rand(12, 4), CLASSES, GIVEN, 3), "the bank must be a NumPy array, not a Tensor"),
+    (lambda: neighbours.predict(GIVEN, CLASSES, GIVEN[:, :3], 3), r"D the same for bank and queries, not \(12, 3\)"),
+    (lambda: neighbours.predict(GIVEN[:0], CLASSES[:0], GIVEN, 3), "the bank is empty"),
+])  # fmt: skip
+def test_what_would_be_predicted_wrongly_is_refused(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
