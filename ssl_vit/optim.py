@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone
 from ssl_vit.backbones.timm_models import TimmModel
+from ssl_vit.errors import require
 from ssl_vit.schedules import cosine
 from ssl_vit.settings import pair
 
@@ -26,7 +27,10 @@ SHARED = ("rope", "shared_rel_pos")
 
 def build(objective: nn.Module, config: recipes.Optim, lr: float, frozen: int = 0) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trainable parameters; each group holds its `lr_scale`, whether it `decays`, and
-    the step from which on it learns: `frozen` for the backbone, 0 for all else.
+    the step from which on it learns: `frozen` for the backbone, 0 for all else. Rates and weight decay are those of
+    the peak until `set_schedule` sets a step's.
+
+    Raises ValueError for a layer decay where no layers are known.
 
     Weight decay d at the rate r: AdamW's is decoupled and takes r·d·w from a weight w. SGD's is coupled, as in torch:
     d·w is added to the gradient after clipping, so that momentum carries it on, and 0.05 of the one is not 0.05 of the
@@ -40,13 +44,21 @@ def build(objective: nn.Module, config: recipes.Optim, lr: float, frozen: int = 
             decay, start = decays(name, weight, config.no_weight_decay), frozen if id(weight) in waiting else 0
             groups.setdefault((scales.get(name, 1.0), decay, start), []).append(weight)
     parameters = [
-        dict(params=p, lr_scale=scale, decays=decay, start=start) for (scale, decay, start), p in groups.items()
+        dict(
+            params=weights,
+            lr=lr * scale,
+            weight_decay=config.weight_decay if decay else 0.0,
+            lr_scale=scale,
+            decays=decay,
+            start=start,
+        )
+        for (scale, decay, start), weights in groups.items()
     ]
     on_gpu = any(p.is_cuda for p in objective.parameters())
     if config.name == "sgd":
         # not fused: those kernels take no shards, nor a group of which some parameters have no momentum yet
-        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=0.0, foreach=on_gpu)
-    return torch.optim.AdamW(parameters, lr=lr, betas=pair(config.betas), weight_decay=0.0, fused=on_gpu)
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, foreach=on_gpu)
+    return torch.optim.AdamW(parameters, lr=lr, betas=pair(config.betas), fused=on_gpu)
 
 
 def moments(config: recipes.Optim) -> int:
@@ -93,7 +105,8 @@ def decays(name: str, weight: Tensor, rule: str) -> bool:
 def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
     """{parameter: factor}: decay^(distance to the head); heads and other parameters outside a backbone have 1.
 
-    Layer-wise decay as in BEiT's and MAE's fine-tuning (mae/util/lr_decay.py).
+    Layer-wise decay as in BEiT's and MAE's fine-tuning (mae/util/lr_decay.py). Raises ValueError where no layers are
+    known.
     """
     if layer_decay == 1.0:
         return {}
@@ -101,7 +114,12 @@ def layer_scales(objective: nn.Module, layer_decay: float) -> dict[str, float]:
     for prefix, module in objective.named_modules():
         if isinstance(module, Backbone):
             layers, top = layer_ids(module.model)
-            scales |= {f"{prefix}.model.{name}": layer_decay ** (top - layer) for name, layer in layers.items()}
+            within = f"{prefix}.model." if prefix else "model."
+            scales |= {within + name: layer_decay ** (top - layer) for name, layer in layers.items()}
+    require(
+        bool(scales),
+        f"layer_decay={layer_decay} needs to know the layers: wrap the timm model with ssl_vit.backbones.wrap.",
+    )
     return scales
 
 

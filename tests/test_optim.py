@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import make_batch, small_objective
 
-from ssl_vit import flops, objectives, optim
+from ssl_vit import backbones, flops, objectives, optim
 from ssl_vit.recipe import Optim
 
 
@@ -322,3 +322,22 @@ def test_counting_touches_nothing():
         assert tensor.grad is None
     batch = make_batch(objective, torch.arange(4))
     assert objective(batch)["loss"].isfinite()
+
+
+def test_groups_are_right_before_the_first_schedule():
+    optimizer = optim.build(small_objective("supervised"), Optim(weight_decay=0.3, layer_decay=0.5), 2.0)
+    groups = optimizer.param_groups
+    assert all(g["lr"] == 2.0 * g["lr_scale"] and g["weight_decay"] == (0.3 if g["decays"] else 0.0) for g in groups)
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.3} and len({g["lr"] for g in groups}) == 4
+
+
+def test_layer_decay_asks_for_layers():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3)
+    with pytest.raises(
+        ValueError, match="layer_decay=0.5 needs to know the layers: wrap the timm model with ssl_vit.back"
+    ):
+        optim.build(model, Optim(layer_decay=0.5), 1.0)
+    optim.build(model, Optim(layer_decay=1.0), 1.0)
+    wrapped = backbones.wrap(model, [0.5] * 3, [0.5] * 3, {})
+    rates = {g["lr"] for g in optim.build(wrapped, Optim(layer_decay=0.5), 1.0).param_groups}
+    assert rates == {1.0, 0.5, 0.25, 0.125}
