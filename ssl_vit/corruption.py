@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_vit import views
 from ssl_vit.devices import upload
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, require
+from ssl_vit.fitted import Fitted
 from ssl_vit.patches import patchify, unpatchify
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 def num_masked(patches: int, mask_ratio: float) -> int:
     """How many of N patches are masked: N minus ⌊N · (1 − mask_ratio)⌋ kept ones, as in MAE. (In binary, N · (1 − 0.8)
-    is a little less than N / 5.)"""
+    is a little less than N / 5.) Raises ValueError for a ratio that is not above 0 and up to 1."""
+    require(0 < mask_ratio <= 1, f"mask_ratio is a fraction, above 0 and up to 1, not {mask_ratio}.")
     return patches - int(patches * (1 - mask_ratio) + 1e-9)
 
 
@@ -166,7 +168,7 @@ def next_patch(
     return place >= given, attend
 
 
-class PatchPCA(nn.Module):
+class PatchPCA(Fitted):
     """The first `dimensions` principal components of standardised patches: where l-DAE (arXiv 2401.14404, sections 4.2
     and 4.3) adds its noise."""
 
@@ -197,6 +199,7 @@ class PatchPCA(nn.Module):
 
     def project(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Standardised images, their patches projected onto the components."""
+        self.check_fitted(self.components)
         grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
         inside = (patchify(images, self.patch) - self.mean) @ self.components.T @ self.components + self.mean
         return unpatchify(inside, self.patch, grid)
@@ -204,6 +207,7 @@ class PatchPCA(nn.Module):
     def noise(self, normal: Tensor, grid: tuple[int, int]) -> Tensor:
         """Unit noise along each component, in units of the components' mean deviation, as images (B, C, H, W). normal:
         standard normal (B, N, dimensions)."""
+        self.check_fitted(self.components)
         along = normal * self.scale
         return unpatchify(along @ self.components, self.patch, grid)
 
@@ -211,19 +215,22 @@ class PatchPCA(nn.Module):
 def noise(unit: Tensor, u: Tensor, sigma: Sequence[float]) -> tuple[Tensor, Tensor]:
     """(noise for standardised images (B, C, H, W), its level (B, 1, 1, 1)): one level per image, uniform in the range
     sigma (l-DAE, arXiv 2401.14404). unit: standard normal (B, C, H, W), or `PatchPCA.noise`; u: uniform
-    (B, 1, 1, 1).
+    (B, 1, 1, 1). Raises ValueError for other shapes of u.
 
     >>> added, level = noise(torch.ones(1, 3, 8, 8), torch.full((1, 1, 1, 1), 0.5), (0.0, 3.0))
     >>> added.unique().item(), level.item()
     (1.5, 1.5)
     """
+    one_each = (len(unit), 1, 1, 1)
+    require(u.shape == one_each, f"u must be {one_each}, one number for each image, not {tuple(u.shape)}.")
     level = sigma[0] + u * (sigma[1] - sigma[0])
     return level * unit, level
 
 
 def blur(images: Tensor, u: Tensor, sigma: Sequence[float]) -> Tensor:
     """Images (B, C, H, W) blurred by Gaussians, one width per image, uniform in the range sigma, in pixels. u: uniform
-    (B,)."""
+    (B,). Raises ValueError for other shapes of u."""
+    require(u.shape == (len(images),), f"u must be ({len(images)},), one number for each image, not {tuple(u.shape)}.")
     width = sigma[0] + u * (sigma[1] - sigma[0])
     return views.blur(images, width, math.ceil(3 * sigma[1]))
 

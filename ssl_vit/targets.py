@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_vit.backbones import Backbone
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, require
+from ssl_vit.fitted import Fitted
 from ssl_vit.losses import distance, pixel_targets, token_loss
 from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.quantizer import Quantizer
@@ -102,7 +103,12 @@ class Colours(Tokens):
     std: Tensor
 
     def __init__(self, patch: tuple[int, int], mean: Float[Tensor, "C 1 1"], std: Float[Tensor, "C 1 1"]):
+        """mean, std: of pixels in [0, 1], by which images are standardised. Raises ValueError for those of others."""
         super().__init__()
+        require(
+            mean.is_meta or bool(((mean >= 0) & (mean <= 1) & (std >= 0) & (std <= 1)).all()),
+            "mean and std must be those of pixels in [0, 1]: divide them by 255.",
+        )
         if len(mean) > 3:
             raise UserError(
                 f"Mean colours of {len(mean)} channels are 8^{len(mean)} classes: use objective.target=kmeans."
@@ -113,6 +119,7 @@ class Colours(Tokens):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
         """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
+        require(images.is_floating_point(), f"images must be standardised, not {images.dtype}.")
         pixels: Tensor = patchify(images, self.patch).unflatten(-1, (-1, len(self.mean)))
         colour = pixels.mean(-2) * self.std + self.mean
         level = (colour * 8).long().clamp(0, 7)
@@ -128,7 +135,7 @@ class Colours(Tokens):
         return colour.repeat(1, math.prod(self.patch))
 
 
-class KMeans(Tokens):
+class KMeans(Fitted, Tokens):
     """The nearest of `width` patches found by k-means on training images; stands in for BEiT's dVAE tokens."""
 
     centroids: Tensor
@@ -155,6 +162,7 @@ class KMeans(Tokens):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
         """Standardised images (B, C, H, W) → classes, int64 (B, N)."""
+        self.check_fitted(self.centroids)
         patches, centroids = patchify(images, self.patch).float(), self.centroids.float()
         return (patches @ centroids.T - centroids.square().sum(1) / 2).argmax(-1)  # the nearest; its FLOPs are counted
 

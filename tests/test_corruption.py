@@ -7,7 +7,7 @@ import torchvision.transforms.v2.functional as F
 from conftest import make_batch, small_objective
 from sklearn.decomposition import PCA
 
-from ssl_vit import corruption
+from ssl_vit import corruption, targets
 from ssl_vit.errors import UserError
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -367,3 +367,47 @@ def test_corruption_as_augmentation_of_supervised_training():
 def test_settings_that_do_not_go_together_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         small_objective("mae", *settings)
+
+
+@pytest.mark.parametrize("ratio", [75, 0.0, -0.5])
+def test_a_ratio_is_a_fraction(ratio):
+    for mask in (
+        lambda: corruption.random_masking(torch.rand(2, 16), ratio),
+        lambda: corruption.block_masking(torch.rand(2, 16, 4, 4), torch.rand(2, 16), (4, 4), ratio),
+    ):
+        with pytest.raises(ValueError, match=f"mask_ratio is a fraction, above 0 and up to 1, not {ratio}"):
+            mask()
+
+
+def test_a_level_is_drawn_for_each_image():
+    unit = torch.ones(8, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"u must be \(8, 1, 1, 1\), one number for each image, not \(8,\)"):
+        corruption.noise(unit, torch.rand(8), (0.0, 1.0))
+    with pytest.raises(ValueError, match=r"u must be \(8,\), one number for each image, not \(8, 1, 1, 1\)"):
+        corruption.blur(unit, torch.rand(8, 1, 1, 1), (0.1, 1.0))
+
+
+def test_what_has_not_been_fitted_is_refused():
+    images = torch.randn(16, 3, 8, 8)
+    for made, use in (
+        (targets.KMeans((4, 4), 3, 5), lambda it: it(images)),
+        (corruption.PatchPCA((4, 4), 3, 5), lambda it: it.project(images)),
+        (corruption.PatchPCA((4, 4), 3, 5), lambda it: it.noise(torch.randn(16, 4, 5), (2, 2))),
+    ):
+        with pytest.raises(ValueError, match=r"has not been fitted: call fit\(images, seed\) first, or load its state"):
+            use(made)
+        made.fit(images, 0)
+        use(made)
+        again = type(made)((4, 4), 3, 5)
+        again.load_state_dict(made.state_dict())
+        assert torch.equal(use(again), use(made)) if isinstance(made, targets.KMeans) else use(again) is not None
+
+
+def test_colours_are_of_pixels_up_to_1():
+    images = torch.zeros(1, 3, 4, 4)
+    colours = targets.Colours((4, 4), torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25))
+    assert colours(images).item() == 4 + 4 * 8 + 4 * 64
+    with pytest.raises(ValueError, match=r"those of pixels in \[0, 1\]: divide them by 255"):
+        targets.Colours((4, 4), torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 60.0))
+    with pytest.raises(ValueError, match=r"images must be standardised, not torch.uint8"):
+        colours(images.byte())

@@ -37,6 +37,7 @@ from ssl_vit.backbones import Backbone, Replacement
 from ssl_vit.decoders import Decoder, Denoiser, LinearHead, check_width
 from ssl_vit.devices import full_precision
 from ssl_vit.errors import UserError
+from ssl_vit.fitted import Fitted
 from ssl_vit.losses import masked_mean
 from ssl_vit.objectives import tokenizer
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective, own_statistics, update_ema
@@ -190,6 +191,9 @@ class Reconstruct(Objective):
             self.views |= info.second_view("tokens", self.target.encoder)
         self.teacher = copy.deepcopy(backbone).requires_grad_(False) if config.target == "features" else None
         self.pca = corruption.PatchPCA(patch, channels, config.noise_pca_dim) if config.noise_pca_dim else None
+        for part in (self.target, self.pca):
+            if isinstance(part, Fitted):
+                part.checked = True  # the loop fits it, and counts and times copies of it before that
         if config.encoder_input == "mask_token":
             self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.token_dim))
             nn.init.normal_(self.mask_token, std=0.02)
