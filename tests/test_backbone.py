@@ -520,3 +520,12 @@ def test_a_model_whose_own_forward_pass_would_not_be_trained_is_refused(module, 
         wrapped(model())
     monkeypatch.setattr(Gated, "gate", 1.0)
     assert isinstance(wrapped(model()), backbones.TokenBackbone)
+
+
+@pytest.mark.parametrize("block", [99, 2, -3])
+def test_blocks_that_a_model_does_not_have_are_refused(block):
+    backbone = small_objective("mae").backbone.eval()
+    with pytest.raises(ValueError, match=f"blocks must be from -2 to 1, not {block}"):
+        backbone.features(torch.rand(1, 3, 16, 16), [block])
+    first, last = (backbone.features(torch.rand(1, 3, 16, 16), [b])[0][1].shape for b in (-2, 1))
+    assert first == last == (1, 8, 8, 16)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ssl_vit import views
 from ssl_vit.backbones.timm_models import TimmModel, published_size
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, require
 from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.randomness import Draw
 
@@ -236,7 +236,14 @@ class Backbone(nn.Module):
         An earlier block's pass the final norm too if all blocks have the model's width; in models whose width grows
         with depth they are the block's output, with prefix tokens if timm returns them. They are deterministic and
         never masked: call this in eval mode. P is 0 for models without prefix tokens.
+
+        Raises ValueError for blocks that the model does not have.
         """
+        for block in blocks:
+            require(
+                -self.depth <= block < self.depth,
+                f"blocks must be from {-self.depth} to {self.depth - 1}, not {block}.",
+            )
         x, last = self.normalise(images), self.depth - 1
         wanted = [b % self.depth for b in blocks]
         found = dict(self._earlier(x, sorted({*wanted} - {last})))
