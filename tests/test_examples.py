@@ -148,7 +148,7 @@ def test_with_a_linear_head(name):
     if name == "simmim":
         model = example.SimMIM(vit())
     elif name == "beit":
-        model, noise = example.BEiT(vit(), vocab_size=8), (batch.draw.uniform("block mask", 16, 4), *noise)
+        model, noise = example.BEiT(vit(), vocab_size=8), (batch.draw.uniform("block mask", 16, 4, 4), *noise)
     else:
         model = example.MaskedPatch(vit(), objective.backbone.mean.flatten(), objective.backbone.std.flatten())
     renamed = copy_weights(objective, model, decoder="head", target="tokenizer")
