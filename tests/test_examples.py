@@ -18,6 +18,8 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from test_docs import FENCE, ROOT
 
+from ssl_vit import backbones
+
 FOLDER = ROOT / "docs" / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 STEPS = 20
@@ -74,10 +76,32 @@ def test_an_example_is_a_script(tmp_path):
 # -- the same loss as the recipe's ------------------------------------------------------------------------------------
 
 
-def vit(**more):
+SHAPE = dict(img_size=16, patch_size=2, in_chans=3, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+
+
+def vit(sincos=False, **more):
     """The backbone of `small_objective`, without what the project lays around it."""
-    shape = dict(img_size=16, patch_size=2, in_chans=3, embed_dim=16, depth=2, num_heads=2, num_classes=0)
-    return timm.create_model("vit_tiny_patch16_224", **shape | more)
+    model = timm.create_model("vit_tiny_patch16_224", **SHAPE | more)
+    if sincos:
+        backbones.fix_sincos_positions(model)
+    return model
+
+
+@pytest.mark.parametrize("more", [
+    dict(reg_tokens=4), dict(pre_norm=True), dict(class_token=False, global_pool="avg"), dict(no_embed_class=True),
+    dict(dynamic_img_size=True),
+])  # fmt: skip
+@pytest.mark.parametrize("name, model", [
+    ("mae", "MAE"), ("beit", "BEiT"), ("simmim", "SimMIM"), ("gaussian", "Denoiser"), ("masked_patch", "MaskedPatch"),
+])  # fmt: skip
+def test_a_vit_of_other_tokens_is_refused_and_learnt_positions_stay(name, model, more):
+    make, own = getattr(load(name), model), [torch.zeros(3), torch.ones(3)] if name == "masked_patch" else []
+    with pytest.raises(ValueError, match="must have a class token with a position, no registers, no norm_pre, and im"):
+        make(vit(**more), *own)
+    learnt = vit()
+    before = learnt.pos_embed.clone()
+    make(learnt, *own)
+    assert torch.equal(learnt.pos_embed, before) and learnt.pos_embed.requires_grad
 
 
 def names(objective, **parts):
@@ -129,7 +153,7 @@ def batch_of(objective):
 def test_with_a_decoder(name):
     objective, example = small_objective(name), load(name)
     model = {"mae": "MAE", "gaussian": "Denoiser"}[name]
-    model = getattr(example, model)(vit(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    model = getattr(example, model)(vit(sincos=True), decoder_dim=16, decoder_depth=1, decoder_heads=2)
     renamed = copy_weights(objective, model)
     batch, views = batch_of(objective)
     if name == "mae":
@@ -146,7 +170,7 @@ def test_with_a_linear_head(name):
     batch, views = batch_of(objective)
     noise = (batch.draw.uniform("mask", 64),)
     if name == "simmim":
-        model = example.SimMIM(vit())
+        model = example.SimMIM(vit(sincos=True))
     elif name == "beit":
         model, noise = example.BEiT(vit(), vocab_size=8), (batch.draw.uniform("block mask", 16, 4, 4), *noise)
     else:
@@ -204,12 +228,15 @@ def test_supervised():
 
 def test_the_readme_s_python_runs(capsys):
     blocks = [body for _, language, body in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"]
-    [tour] = [body for body in blocks if body.startswith("import timm, torch")]
+    [tour] = [body for body in blocks if body.startswith("import copy, timm, torch")]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = {}
         exec(compile(tour, "README.md", "exec"), made)
     loss, predicted = re.fullmatch(r"(\S+) \[(.*)\]\n", capsys.readouterr().out).groups()
     assert float(loss) == pytest.approx(made["loss"].item()) and 0 < float(loss) < 2 * math.log(64)
-    assert len(predicted.split()) == 8 and set(predicted.split()) <= {"0", "1"}
-    assert made["student"].shape == (6, 8, 64)
+    assert len(predicted.split()) == 4 and set(predicted.split()) <= {"0", "1"}
+    assert made["student"].shape == (6, 16, 64) and made["crops"]["global1"].min() < -1
+    made["loss"].backward()
+    assert made["vit"].head.weight.grad.abs().max() > 0
+    assert all(weight.grad is None for weight in made["teacher"].parameters())

@@ -17,7 +17,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from ssl_vit import corruption, neighbours, views
-from ssl_vit.backbones import xavier
+from ssl_vit.backbones import check_tokens, xavier
 from ssl_vit.decoders import LinearHead
 from ssl_vit.losses import masked_mean, token_loss
 from ssl_vit.schedules import cosine
@@ -30,11 +30,15 @@ MASK_RATIO, REPLACE_RATIO, KEEP_RATIO = 0.5, 0.1, 0.1  # the latter two of the m
 
 
 class MaskedPatch(nn.Module):
-    """Any plain timm ViT, and a linear classifier of mean colours. Shapes: B images, N patches, V colours."""
+    """A timm ViT, and a linear classifier of mean colours. Shapes: B images, N patches, V colours.
+
+    The ViT has a class token, no registers, no norm_pre, and images of one size: `check_tokens`.
+    """
 
     def __init__(self, vit: VisionTransformer, mean: Tensor, std: Tensor):
         """mean, std: (C,), by which images were standardised."""
         super().__init__()
+        check_tokens(vit)
         self.vit = vit
         self.patch_size, self.grid = vit.patch_embed.patch_size, vit.patch_embed.grid_size
         self.num_patches = vit.patch_embed.num_patches

@@ -16,7 +16,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from ssl_vit import corruption, neighbours, views
-from ssl_vit.backbones import fix_sincos_positions, xavier
+from ssl_vit.backbones import check_tokens, fix_sincos_positions, xavier
 from ssl_vit.decoders import LinearHead
 from ssl_vit.losses import distance, masked_mean
 from ssl_vit.patches import patchify
@@ -29,12 +29,15 @@ MASK_RATIO = 0.6
 
 
 class SimMIM(nn.Module):
-    """Any plain timm ViT, and a linear head. Shapes: B images, N patches."""
+    """A timm ViT, and a linear head. Shapes: B images, N patches.
+
+    The ViT has a class token, no registers, no norm_pre, and images of one size: `check_tokens`.
+    """
 
     def __init__(self, vit: VisionTransformer):
         super().__init__()
+        check_tokens(vit)
         self.vit = vit
-        fix_sincos_positions(vit)
         self.patch_size, self.grid = vit.patch_embed.patch_size, vit.patch_embed.grid_size
         self.num_patches = vit.patch_embed.num_patches
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
@@ -79,6 +82,7 @@ def main() -> None:
     crops = views.crop_flip(SIZE, flip=0.0, scale=(0.5, 1.0))  # a mirrored digit is none
 
     vit = timm.create_model("vit_tiny_patch16_224", **VIT).apply(xavier)
+    fix_sincos_positions(vit)  # not of a ViT that has been trained: it would lose its own
     model = SimMIM(vit).to(device)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, WEIGHT_DECAY), lr=LR, betas=BETAS)
     warmup = max(1, steps // 10)

@@ -14,7 +14,7 @@ from ssl_vit.backbones.eva import EvaBackbone
 from ssl_vit.backbones.factory import build, build_name, resolve_patch, wrap
 from ssl_vit.backbones.local import LocalBackbone
 from ssl_vit.backbones.swin import SwinBackbone
-from ssl_vit.backbones.vit import TokenBackbone, fix_sincos_positions, sincos_positions, xavier
+from ssl_vit.backbones.vit import TokenBackbone, check_tokens, fix_sincos_positions, sincos_positions, xavier
 
 __all__ = [
     "CAPABILITIES",
@@ -29,6 +29,7 @@ __all__ = [
     "TokenBackbone",
     "build",
     "build_name",
+    "check_tokens",
     "evaluating",
     "fix_sincos_positions",
     "reason",

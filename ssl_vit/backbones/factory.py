@@ -211,7 +211,10 @@ def _create(name: str, args: dict[str, Any], size: tuple[int, int], seed: int) -
 
 
 def wrap(model: TimmModel, mean: Sequence[float], std: Sequence[float], args: dict[str, Any]) -> Backbone:
-    """The backbone around a timm model built with `args`, of the class for its kind.
+    """The backbone around a timm model, of the class for its kind.
+
+    args: the options with which timm built it, such as dict(img_size=32): they are saved with its weights,
+    so that it can be built again. {} if there were none, or if it will not be saved.
 
     Raises UserError for a model whose features cannot be used.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_vit.backbones.base import Backbone, Capability, Replacement
 from ssl_vit.backbones.timm_models import PlainViT
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, require
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import known
 
@@ -183,6 +183,17 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     halves = [at.reshape(-1, 1) * frequency for at in (columns, rows)]
     return torch.cat([f(angle) for angle in halves for f in (torch.sin, torch.cos)], 1).float()
+
+
+def check_tokens(vit: VisionTransformer) -> None:
+    """Raises ValueError unless a timm ViT's tokens are a class token and patches with positions, and nothing else,
+    as docs/examples/ put them together."""
+    usual = vit.cls_token is not None and vit.num_prefix_tokens == 1 and isinstance(vit.norm_pre, nn.Identity)
+    require(
+        usual and not vit.no_embed_class and not vit.dynamic_img_size,
+        "The ViT must have a class token with a position, no registers, no norm_pre, and images of one size "
+        "(dynamic_img_size=False): take another, or ssl_vit.backbones.wrap, which handles the others.",
+    )
 
 
 def fix_sincos_positions(model: VisionTransformer) -> None:
