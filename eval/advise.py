@@ -33,7 +33,7 @@ from eval.page.document import html
 from eval.schedule.jobs import Job, work
 from ssl_vit import commands, data, errors, files, objectives, system, teachers, weights
 from ssl_vit import recipe as recipes
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError, say
 from ssl_vit.files import fingerprint
 
@@ -197,7 +197,7 @@ def _part(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="your labelled images: a folder, a name or owner/name")
     parser.add_argument(
         "--backbone", nargs="+", metavar="RUN|WEIGHTS", help=f"to be compared; default: {', '.join(PUBLISHED)}"

@@ -20,7 +20,6 @@ Up to 5,000 images are used. A fifth of them is scored; another fifth chooses th
 tasks that do not recover a corrupted image, such as dino's, nothing is measured. RUN/difficulty.json holds the result.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from torch import Tensor
 from eval.measure import cli, features, results
 from eval.page import text_tables
 from ssl_vit import data, errors, files, objectives, pretrain, system
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError, say
 from ssl_vit.patches import patchify
 from ssl_vit.randomness import Draw
@@ -170,7 +169,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--threads", type=cli.positive, help="CPU threads; default: cores")
     args = parser.parse_args()

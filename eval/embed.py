@@ -11,7 +11,6 @@ and mean, the mean of the patches; patches with --patches), its outlier score, g
 embedding.html: nearest neighbours, near-duplicates and outliers, k-means groups, a map, and what the patches see.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +25,7 @@ from eval.measure import cli, embedding, everything, features
 from eval.page import embedding_page
 from eval.page.document import html
 from ssl_vit import errors, files, system
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
 from ssl_vit.settings import known
@@ -109,7 +108,7 @@ def arrow(columns: Columns) -> "pyarrow.Table":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--backbone", required=True, help="a run, or weights as in docs/weights.md")
     parser.add_argument("--data", help="a name, a folder or owner/name; default: the images of the run")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/embedding/DATA")

@@ -11,7 +11,6 @@ RUN is a fine-tuned run (in RUN/finetune/), another model with a classifier, or 
 eval/linear_probe.py does that. Where the images have labels, the accuracy and the most confident mistakes are printed.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -31,7 +30,7 @@ from eval.compare.words import with_interval
 from eval.measure import cli, everything, features, kept_probes, probing
 from eval.page.text_tables import aligned
 from ssl_vit import errors, files, system
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError, say
 from ssl_vit.recipe import short
 
@@ -165,7 +164,7 @@ def judged(rows: list[Row], classes: list[str], parts: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--backbone", required=True, help="a fine-tuned run, or a run or weights with a kept probe")
     parser.add_argument("--data", required=True, help="the images: a name, a folder or owner/name")
     parser.add_argument(

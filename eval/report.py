@@ -14,7 +14,6 @@ the test images if they are on this machine.
 Runs that differ only in their seed are one recipe.
 """
 
-import argparse
 import re
 import shlex
 import sys
@@ -36,12 +35,12 @@ from eval.page.document import (
     terminal,
 )
 from ssl_vit import commands, errors, files
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories that were evaluated")
     parser.add_argument("--study", type=Path, metavar="DIR", help="instead: the runs of a study, by its study.json")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")

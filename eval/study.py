@@ -15,7 +15,6 @@ runs/PLAN-DATA[-HASH]/progress.txt. A key=value applies to the pre-training of e
 are lost: finished evaluations are kept, and a pre-training is repeated only if an evaluation of it is missing.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -34,12 +33,12 @@ from eval.schedule.packed import Packed
 from eval.schedule.trainings import Study
 from ssl_vit import commands, data, errors, files, system
 from ssl_vit import recipe as recipes
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError, say
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("plan", help=f"{', '.join(plans.names())}, or a YAML file")
     parser.add_argument("--data", help="digits, cifar10, …; a folder of images or parquet files; owner/name on the hub")
     parser.add_argument("--eval-data", metavar="DATA", help="evaluate on these images instead of those of the training")

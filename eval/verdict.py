@@ -7,7 +7,6 @@ It reads one study, on one data set, and prints the verdict as text. It names wh
 nothing before all of it is. `eval/report.py --study` draws the same with its chart.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from eval.page.document import Block, Figure, Heading, markdown
 from eval.page.provenance import several_origins
 from eval.page.verdict_section import blocks
 from ssl_vit import errors
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("study", type=Path, metavar="STUDY", help="a folder that eval/study.py wrote")
     args = parser.parse_args()
     evidence = read(read_study(args.study))

@@ -7,6 +7,9 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
+
+from ssl_vit import imports
 
 WIDTH = 80  # columns of a --help
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, or the site-packages that hold the wheel
@@ -91,6 +94,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return folded(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a command, with what all of them have. doc: its docstring."""
+
+    def __init__(self, doc: str | None, **options: Any):
+        super().__init__(description=doc, formatter_class=HelpFormatter, **options)
+        imports.add_option(self)
 
 
 def folded(text: str) -> str:

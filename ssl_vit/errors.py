@@ -83,12 +83,14 @@ def plural(count: int, noun: str) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit; a UserError becomes its message on stderr and exit code 2, or BUSY after Busy. So
-    does a path that the system refuses, wherever it does.
+    """Import what `--import` names, run a script's main and exit; a UserError becomes its message on stderr and exit
+    code 2, or BUSY after Busy. So does a path that the system refuses, wherever it does.
 
     Of several processes the first that fails speaks for all, and each ends at once: what is left undone may wait for
     one that has gone.
     """
+    from ssl_vit import imports  # which raises UserError
+
     message = ""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -97,6 +99,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         if peers.strangers():
             raise UserError(peers.introduction())
+        imports.load(sys.argv[1:])
         code = main() or 0
     except UserError as error:
         message, code = f"error: {error}", BUSY if isinstance(error, Busy) else 2

@@ -11,7 +11,6 @@ docs/weights.md. hf: a ViTModel, or with --decoder a ViTMAEForPreTraining. onnx 
 [0, 1] and standardises them itself; what was written is run once, and refused if its outputs differ.
 """
 
-import argparse
 import json
 import shlex
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from ssl_vit import checkpoint, errors, files, model_card, shards, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone
-from ssl_vit.commands import HelpFormatter, typed
+from ssl_vit.commands import Parser, typed
 from ssl_vit.errors import UserError, say
 from ssl_vit.weights import graphs, to_hugging_face
 
@@ -147,7 +146,7 @@ def push(folder: Path, name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", metavar="RUN", help="a run, or weights as in docs/weights.md")
     parser.add_argument("--to", required=True, choices=["timm", "hf", "onnx", "torch"], help="the library")
     parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder; default: RUN/export/TO")

@@ -9,7 +9,6 @@ On a laptop, in about two minutes, on scikit-learn's handwritten digits:
 The same command again resumes a run that was stopped. On a CPU it ends with the same weights, bit for bit.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -32,6 +31,7 @@ from ssl_vit import (
     errors,
     files,
     flops,
+    imports,
     monitor,
     objectives,
     optim,
@@ -46,7 +46,7 @@ from ssl_vit import (
 )
 from ssl_vit import recipe as recipes
 from ssl_vit.checkout import COMMIT
-from ssl_vit.commands import HelpFormatter, typed
+from ssl_vit.commands import Parser, typed
 from ssl_vit.devices import out_of_memory
 from ssl_vit.engine import Asked
 from ssl_vit.errors import UserError, say
@@ -354,7 +354,7 @@ def finish(
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
     weights.save(objective.exported, run.path / "backbone", images.classes)
     then, why = ("knn", "evaluate it") if images.labels is not None else ("embed", "look at what it sees")
-    command = shlex.join([*typed(then), "--backbone", str(run.path)])
+    command = shlex.join([*typed(then), *imports.words(), "--backbone", str(run.path)])
     say(f"Finished. The backbone is in {run.path / 'backbone'}; {why}: {command}")
     return made
 
@@ -384,10 +384,9 @@ def to_show(recipe: recipes.Recipe, images: data.ImageSet, device: torch.device)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = Parser(
+        __doc__,
         usage=f"{shlex.join(typed('pretrain'))} --recipe RECIPE [options] [key=value ...]",
-        formatter_class=HelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )

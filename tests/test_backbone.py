@@ -10,6 +10,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from ssl_vit import backbones, objectives, overview, views, weights
+from ssl_vit.backbones import timm_models
 from ssl_vit.errors import UserError
 from ssl_vit.models import local_vit
 from ssl_vit.randomness import Draw
@@ -529,3 +530,22 @@ def test_blocks_that_a_model_does_not_have_are_refused(block):
         backbone.features(torch.rand(1, 3, 16, 16), [block])
     first, last = (backbone.features(torch.rand(1, 3, 16, 16), [b])[0][1].shape for b in (-2, 1))
     assert first == last == (1, 8, 8, 16)
+
+
+def test_a_model_that_does_not_say_what_is_needed_is_refused_with_the_remedy():
+    class Net(torch.nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            self.num_features, self.pretrained_cfg = 4, dict(architecture="own_net", input_size=(3, 16, 16))
+            self.stem = torch.nn.Conv2d(3, 4, 4, 4)
+
+        def forward_features(self, x):
+            return self.stem(x)
+
+    with pytest.raises(UserError, match=r"own_net \(Net\) has no feature_info, which states num_chs, the width"):
+        backbones.wrap(Net(), [0.5] * 3, [0.5] * 3, {})
+    model = Net()
+    model.feature_info = [dict(num_chs=4, reduction=4, module="stem")]
+    assert backbones.wrap(model, [0.5] * 3, [0.5] * 3, {}).stride == (4, 4)
+    with pytest.raises(UserError, match="timm does not know the input size of own_net: add an entry to default_cfgs"):
+        timm_models.published_size("own_net")

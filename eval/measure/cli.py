@@ -14,7 +14,7 @@ from accelerate import PartialState
 from eval.measure import features, results
 from ssl_vit import data, subsets, system
 from ssl_vit import recipe as recipes
-from ssl_vit.commands import HelpFormatter
+from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError, say, say_once
 from ssl_vit.settings import known
 
@@ -24,7 +24,7 @@ UNCHOSEN = "fixed in advance: one label per class"  # a row's `chosen` if there 
 def parser(doc: str, labels: bool = True, frozen: bool = True, pixels: bool = True) -> argparse.ArgumentParser:
     """The arguments that all evaluators share. labels: with those that choose how many labels are used; frozen: with
     that of evaluators of frozen features; pixels: whether raw pixels can stand in for a backbone."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    parser = Parser(doc)
     # what EvalRequest reads and not all evaluators ask for
     parser.set_defaults(labels=[None], label_seeds=[0], precision="fp32", held_out=False, img_size=None)
     parser.add_argument(

@@ -293,6 +293,11 @@ class Backbone(nn.Module):
     def check(self) -> None:
         """Compute the features of one black image, and keep how many patches and prefix tokens they have. Raises
         UserError naming the model if they cannot be used."""
+        if not getattr(self.model, "feature_info", None):
+            raise UserError(
+                f"{self.name} ({type(self.model).__name__}) has no feature_info, which states num_chs, the width, and "
+                "reduction, the stride, of each block: set it in __init__, as timm's models do."
+            )
         try:
             with evaluating(self):
                 zero = self.mean.new_zeros(1, len(self.mean), *self.input_size)

@@ -38,6 +38,15 @@ TOKENS = ("vit", "eva", "hybrid", "small hybrid")  # kinds with blocks of one wi
 TESTED = ("timm", "ssl_vit.models.cvt", "ssl_vit.models.local_vit", "ssl_vit.models.small")  # modules whose models the
 # tests compare with their backbones
 SMALL = ("swin", "hybrid", "cvt", "resnet18", "resnet50")  # our builds for small images, as ssl_vit_NAME
+OURS: dict[str, Kind] = {
+    "ssl_vit_local_vit": "vit",
+    "ssl_vit_swin": "small swin",
+    "ssl_vit_hybrid": "small hybrid",
+    "ssl_vit_cvt": "cvt",
+    "ssl_vit_cvt_13": "cvt",
+    "ssl_vit_resnet18": "small resnet",
+    "ssl_vit_resnet50": "small resnet",
+}
 KINDS: list[tuple[Callable[[TimmModel], bool], type[Backbone]]] = [
     (lambda model: isinstance(model, LocalViT), LocalBackbone),
     (is_plain, TokenBackbone),
@@ -116,7 +125,10 @@ def timm_name(config: recipes.Backbone, size: tuple[int, int]) -> str:
     name = build_name(config, size)
     if name not in timm.list_models():
         ours = ", ".join([*(f"vit_{s}" for s in SIZES), *SMALL])
-        raise UserError(f"Unknown backbone {config.name!r}: give one of {ours}, or a model timm knows.")
+        raise UserError(
+            f"Unknown backbone {config.name!r}: give one of {ours}, or a model timm knows. One of your own is found if "
+            "its module is named by --import."
+        )
     return name
 
 
@@ -131,11 +143,8 @@ def build_name(config: recipes.Backbone, size: tuple[int, int]) -> str:
 
 def kind_of(name: str) -> Kind:
     """The kind of a model in timm."""
-    if name == LOCAL:
-        return "vit"
-    if name.startswith("ssl_vit_"):
-        own = name.removeprefix("ssl_vit_").partition("_")[0]
-        return {"swin": "small swin", "cvt": "cvt", "hybrid": "small hybrid"}.get(own, "small resnet")  # type: ignore
+    if name in OURS:
+        return OURS[name]
     modules: dict[str, Kind] = dict(
         vision_transformer="vit", deit="vit", vision_transformer_hybrid="hybrid", eva="eva",
         swin_transformer="swin", swin_transformer_v2="swin",

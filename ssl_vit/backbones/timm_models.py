@@ -11,6 +11,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
+from ssl_vit.errors import UserError
+
 if TYPE_CHECKING:
 
     class TimmModel(nn.Module):
@@ -58,8 +60,14 @@ def create_model(name: str, **options: Any) -> TimmModel:
 
 
 def published_size(name: str) -> tuple[int, int]:
-    """(H, W) in pixels of the images that the model of this name in timm is made for."""
+    """(H, W) in pixels of the images that the model of this name in timm is made for.
+
+    Raises UserError if timm does not know it.
+    """
     published = timm.get_pretrained_cfg(name)
-    assert published is not None
+    if published is None:
+        raise UserError(
+            f"timm does not know the input size of {name}: add an entry to default_cfgs in its module, as timm's have."
+        )
     _, height, width = published.input_size
     return height, width

@@ -74,6 +74,11 @@ def _of_timm_folder(source: Source, folder: Path, of_run: bool = False) -> Backb
     args = _size(source)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not timm.is_model(config["architecture"]):
+            raise UserError(
+                f"{source.where} is a {config['architecture']}, which timm does not know: name the module that "
+                "registers it by --import."
+            )
         if "act_layer" not in config.get("model_args", {}):
             check_activation(config["architecture"], config["pretrained_cfg"], source)
         if (file := folder / "model.safetensors").exists():

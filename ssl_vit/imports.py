@@ -1,0 +1,63 @@
+"""`--import MODULE`, of every command: modules of a user's own, with objectives and timm models that are not in here.
+
+Processes that a command starts import them too: they are told by an environment variable.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ssl_vit.errors import UserError
+
+VARIABLE = "SSL_VIT_IMPORT"  # absolute paths FOLDER/MODULE, separated as in PATH
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Have a parser know the option. What it names is imported before the arguments are parsed."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="a module or file of your own to import first, with objectives or timm models; may be repeated",
+    )
+
+
+def words() -> list[str]:
+    """The words that have another command import the same."""
+    return [word for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path for word in ("--import", path)]
+
+
+def load(arguments: Sequence[str]) -> None:
+    """Import what `--import` in these arguments names, or named in the process that started this one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_option(parser)
+    try:
+        named = parser.parse_known_args(arguments)[0].imports
+    except argparse.ArgumentError:  # which the command's own parser will tell
+        return
+    told = os.environ.get(VARIABLE, "").split(os.pathsep)
+    modules = [*dict.fromkeys([*filter(None, told), *map(os.path.abspath, named)])]
+    if modules:
+        os.environ[VARIABLE] = os.pathsep.join(modules)
+    for module in modules:
+        _load(*os.path.split(module.removesuffix(".py")))
+
+
+def _load(folder: str, name: str) -> None:
+    """Import the module, from the folder or installed."""
+    if folder not in sys.path:
+        sys.path.append(folder)  # behind all others, of which none is to be hidden by a file there
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # within it
+        raise UserError(f"--import {name}: there is no such module in {folder}, nor an installed one.") from None
+    own = os.path.join(folder, *name.split("."))
+    found = os.path.realpath(module.__file__ or "")
+    if os.path.exists(f"{own}.py") and found != os.path.realpath(f"{own}.py"):
+        raise UserError(f"--import {name}: Python finds {found} before {own}.py: give your file another name.")
