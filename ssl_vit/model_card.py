@@ -15,8 +15,9 @@ from ssl_vit.checkpoint import Run
 LOADED = {
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)   # or "hf-hub:OWNER/NAME"',
     "hf": "from transformers import AutoImageProcessor, {kind}\n\n"
-    'model = {kind}.from_pretrained("FOLDER")   # or "OWNER/NAME"\n'
-    'processor = AutoImageProcessor.from_pretrained("FOLDER")',
+    'model = {kind}.from_pretrained("FOLDER"{options})   # or "OWNER/NAME"\n'
+    'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
+    'outputs = model(**processor(image, return_tensors="pt"))\n{read}',
     "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
     'outputs = session.run({names}, {{"images": images}})   # float32 ({shape}) in [0, 1]',
     "torch": 'import torch\n\nmodel = torch.export.load("model.pt2").module()\n'
@@ -49,7 +50,16 @@ def card(
     view, (height, width) = backbone.evaluation_view, backbone.input_size
     size = f"batch, {len(backbone.mean)}, {height}, {width}"
     names = ["pooled", "patches", "logits"] if count else ["pooled", "patches"]
-    code = LOADED[to].format(kind=kind, shape=size, names=json.dumps(names), outputs=", ".join(names))
+    # else a ViTModel gets a pooler with random weights
+    options = ", add_pooling_layer=False" if kind == "ViTModel" else ""
+    read = (
+        "outputs.last_hidden_state[:, 0]   # the class token; the mean of the patches: "
+        f"outputs.last_hidden_state[:, {backbone.num_prefix_tokens}:].mean(1)"
+    )
+    read = "outputs.logits" if count else "outputs.logits   # the pixels of all patches" if "MAE" in kind else read
+    code = LOADED[to].format(
+        kind=kind, shape=size, names=json.dumps(names), outputs=", ".join(names), options=options, read=read
+    )
     parameters = sum(p.numel() for p in backbone.model.parameters())
     what = f"a classifier of {count} classes" if count else "a backbone, without a classifier"
     parts = [

@@ -1,6 +1,7 @@
 """Weights out: what timm, transformers, onnxruntime and torch.export load gives the outputs of the model, to 1e-5."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -104,6 +105,25 @@ def test_the_processor_shows_images_as_our_evaluation_does(tmp_path):
     found = transformers.AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
     view = backbone.evaluation_view(torch.from_numpy(image).permute(2, 0, 1)[None])
     assert float((found - backbone.normalise(view)).abs().max()) < 0.05  # a level of 8 bits
+
+
+@pytest.mark.parametrize("kind", ["ViT", "registers", "classifier"])
+@torch.no_grad()
+def test_the_code_on_a_card_gives_the_features(kind, tmp_path):
+    settings, classes, pool, _ = KINDS[kind]
+    backbone = build(*settings, "data.img_size=64", classes=classes, pool=pool)
+    folder = written(backbone, "hf", tmp_path, classes=names_file(tmp_path) if classes else None)
+    code = re.search("```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    *lines, last = code.replace('"FOLDER"', repr(str(folder))).splitlines()
+    rows, columns = np.mgrid[:64, :64]
+    names = dict(image=np.stack([rows * 2, columns, 255 - rows], 2).clip(0, 255).astype(np.uint8))
+    exec("\n".join(lines), names)
+    images = backbone.evaluation_view(torch.from_numpy(names["image"]).permute(2, 0, 1)[None])
+    pooled = backbone.pool(backbone(images))
+    close(eval(last, names), backbone.model(backbone.normalise(images)) if classes else pooled)
+    if not classes:
+        mean = eval(last.split(": ")[1], names)
+        close(mean, backbone.features(images)[0][1].mean((1, 2)))
 
 
 @pytest.fixture(scope="module")

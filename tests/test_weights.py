@@ -21,7 +21,7 @@ from test_loop import ROOT, environment
 from ssl_vit import backbones, objectives, weights
 from ssl_vit.backbones import sincos_positions
 from ssl_vit.errors import UserError
-from ssl_vit.weights import layouts
+from ssl_vit.weights import layouts, reading
 
 SIZE = GRID * PATCH
 IMAGES = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
@@ -1082,3 +1082,31 @@ def test_the_page_has_the_layouts_of_the_table():
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", (ROOT / "docs" / "weights.md").read_text(), re.M)
     rows = [row for row in rows if row[0] in {layout.name for layout in layouts.LAYOUTS}]
     assert rows == [(layout.name, layout.signs) for layout in layouts.LAYOUTS]
+
+
+@pytest.mark.parametrize("teacher, student", [
+    ("teacher_backbone.", "student_backbone."),  # Lightning modules as lightly's examples write them
+    ("momentum_backbone.", "backbone."),  # solo-learn
+    ("backbone_momentum.", "backbone."),  # lightly
+    ("teacher.backbone.", "student.backbone."),
+    ("module.momentum_encoder.", "module.base_encoder."),
+])  # fmt: skip
+def test_either_branch_of_a_self_distillation_is_taken(teacher, student, tmp_path):
+    mine, other = ref.vit(), {name: value + 1 for name, value in ref.vit().items()}
+    state = {student + name: value for name, value in mine.items()}
+    state |= {teacher + name: value for name, value in other.items()} | {"student_head.weight": torch.zeros(3, 3)}
+    torch.save(dict(state_dict=state, epoch=3), path := tmp_path / "last.ckpt")
+    for take, expected in (("student", mine), ("teacher", other)):
+        found = reading.read(path, take).tensors
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    if "backbone." == student:
+        with pytest.raises(UserError, match="several backbones.*: append ,take=teacher or ,take=student"):
+            reading.read(path)
+
+
+def test_a_file_without_the_branch_is_refused(tmp_path):
+    path, state = tmp_path / "x.pth", {f"backbone.{name}": value for name, value in ref.vit().items()}
+    torch.save(dict(state_dict=state), path)
+    for take in ("teacher", "student"):
+        with pytest.raises(UserError, match=f"holds no {take}: leave out ,take={take}"):
+            reading.read(path, take)

@@ -19,8 +19,9 @@ from ssl_vit.errors import UserError, listed
 # what training codes keep the weights under, in the order of preference; averaged ones first, as timm does
 WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "module")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# the names of the two branches of a self-distillation; DINO's evaluation takes the teacher, MoCo v3's the base encoder
-BRANCHES = {"teacher": ("teacher", "momentum_encoder"), "student": ("student", "base_encoder")}
+# words in the names of the two branches of a self-distillation, such as MoCo v3's momentum_encoder and base_encoder
+BRANCHES = {"teacher": {"teacher", "momentum"}, "student": {"student", "base"}}
+USUAL = {"teacher", "base"}  # what is evaluated, by DINO and by MoCo v3
 KINDS = "a .pth, .pt or .bin of PyTorch or a .safetensors"
 
 
@@ -197,6 +198,19 @@ def _unwrap(tree: Any, path: Path, take: str | None) -> Contents:
     return contents
 
 
+def _words(prefix: str) -> set[str]:
+    return set(re.split(r"[._]", prefix))
+
+
+def _branches(prefixes: list[str]) -> dict[str, list[str]]:
+    """The prefixes of the teacher and of the student. What is beside a teacher is the student, as `backbone.` beside
+    solo-learn's `momentum_backbone.` and lightly's `backbone_momentum.`."""
+    found = {branch: [p for p in prefixes if _words(p) & words] for branch, words in BRANCHES.items()}
+    if found["teacher"] and not found["student"]:
+        found["student"] = [prefix for prefix in prefixes if prefix not in found["teacher"]]
+    return found
+
+
 def _strip(contents: Contents, take: str | None) -> None:
     """Take away what stands before the names of the backbone, such as `module.backbone.`; others are left behind."""
     for wrapper in ("module.", "_orig_mod.", "module."):  # of DDP and torch.compile, one within the other
@@ -204,13 +218,16 @@ def _strip(contents: Contents, take: str | None) -> None:
             contents.tensors = {name.removeprefix(wrapper): value for name, value in contents.tensors.items()}
     end = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(end) for name in contents.tensors if name.endswith(end)]
-    names = BRANCHES[take] if take else ("teacher", "base_encoder")
-    wanted = [prefix for prefix in prefixes if any(name in prefix for name in names)] or prefixes
-    if len(wanted) > 1:
-        raise UserError(f"{contents.where} holds several backbones ({listed(wanted)}): save the one you want alone.")
-    prefix = wanted[0] if wanted else ""
-    if take and not {*names} & {*contents.wrappers, *prefix.split(".")}:
+    branches = _branches(prefixes)
+    if take and not branches[take] and take not in contents.wrappers:
         raise UserError(f"{contents.where} holds no {take}: leave out ,take={take}.")
+    wanted = (branches[take] if take else [prefix for prefix in prefixes if _words(prefix) & USUAL]) or prefixes
+    if len(wanted) > 1:
+        remedy = "save the one you want alone"
+        if not take and all(branches.values()):
+            remedy = "append ,take=teacher or ,take=student"
+        raise UserError(f"{contents.where} holds several backbones ({listed(wanted)}): {remedy}.")
+    prefix = wanted[0] if wanted else ""
     if prefix:
         others = [name for name in contents.tensors if not name.startswith(prefix)]
         for name in others:
