@@ -413,7 +413,7 @@ def test_tables_of_labels_win_over_folders_and_tell_what_they_miss(tmp_path, cap
     assert [train.classes[label] for label in train.labels] == ["cat" if int(n) % 3 else "dog" for n in names]
     said = capsys.readouterr().out
     assert "labels are those of metadata.csv" in said and "not the names of folders" in said
-    assert "1 of 13 images that metadata.csv and metadata.jsonl name are not there." in said
+    assert "1 of 13 images named in metadata.csv are not there." in said
     for file in tmp_path.rglob("metadata.csv"):
         file.unlink()
     assert load(tmp_path).classes == ["2021", "2022"]
@@ -595,3 +595,50 @@ def test_a_class_that_is_in_the_tenth_alone_is_a_class(tmp_path):
     train = load(tmp_path / "set", "train")
     test = load(tmp_path / "set", "report", train.classes)
     assert train.classes == test.classes == ["a", "b", "rare"] and 2 in test.labels and 2 not in train.labels
+
+
+def test_a_split_that_only_a_table_tells_is_refused(tmp_path):
+    fill(tmp_path, 6)
+    rows = [f"{i}.png,{'ab'[i % 2]},{'test' if i > 3 else 'train'}" for i in range(6)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label,split", *rows]))
+    with pytest.raises(
+        UserError, match=r"metadata.csv has a column split \(test, train\), which is not read.*: move the"
+    ):
+        load(tmp_path)
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label,split", *rows[:4]]))
+    assert load(tmp_path).classes == ["a", "b"]
+
+
+def test_tables_that_are_not_read_are_told(tmp_path, capsys):
+    fill(tmp_path / "images", 6)
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text("image,label\n0.png,cat\n")
+    load(tmp_path)
+    assert "Not read: test.csv and train.csv. Splits are folders (train/, test/), and labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("values, refused", [
+    (["0.5", "1", "2.25"], "0.5"), (["1", "2.0", "1"], None), (["v1.5", "1.5", "2"], None),
+])  # fmt: skip
+def test_numbers_with_fractions_are_no_classes(values, refused, tmp_path):
+    fill(tmp_path, 6)
+    rows = [f"{i}.png,{values[i % 3]}" for i in range(6)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    if refused is None:
+        assert load(tmp_path).classes == sorted(set(values))
+        return
+    with pytest.raises(
+        UserError, match="labels in 'label' are numbers with fractions, such as 0.5, and not classes: nam"
+    ):
+        load(tmp_path)
+
+
+def test_a_set_saved_by_datasets_is_refused_with_the_remedy(tmp_path):
+    rows = datasets.Dataset.from_dict(dict(label=[0, 1]))
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        with pytest.raises(
+            UserError, match=f"{name} was written by save_to_disk of the library datasets.*: write parquet"
+        ):
+            load(tmp_path / name)

@@ -49,6 +49,7 @@ class Found:
     images: list[File] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)  # *.parquet
     labels: list[str] = field(default_factory=list)  # TABLES
+    unread: list[str] = field(default_factory=list)  # tables of other names
     links: list[str] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)
     hidden: int = 0
@@ -114,6 +115,8 @@ def _add(found: Found, entry: os.DirEntry) -> None:
     elif entry.name in TABLES:
         found.labels.append(entry.path)
     elif suffix not in SUFFIXES:
+        if suffix in (".csv", ".tsv", ".jsonl"):
+            found.unread.append(entry.path)
         found.others[suffix or "without a suffix"] += 1
     else:
         try:
@@ -167,7 +170,7 @@ def splits(
     own = train or next((s for kind in SPLITS["train"] for s in names if s.lower() == kind), None)
     firsts = _once(found, members, own, judges(names, own, report) if apart else [], left_out)
 
-    tables = _tables(found, label)
+    tables = _tables(found, label, bool(names))
     inner = [parts[1:] if names else parts for parts in paths]
     classes = {split: [inner[i][0] if len(inner[i]) > 1 else None for i in chosen] for split, chosen in members.items()}
     # labels are folders: there must be two or more, and every image of a split in one
@@ -196,7 +199,7 @@ def splits(
             own_values = [values.get(os.path.realpath(found.images[i].path)) for i in chosen]
             if any(value is not None for value in own_values):  # they win over folders, as in `datasets`
                 if columns.pop("label", None) and features.pop("label"):
-                    say_once(f"{root}: labels are those of {listed(TABLES)}, not the names of folders.")
+                    say_once(f"{root}: labels are those of {_names(found.labels)}, not the names of folders.")
                 columns[column], features[column] = own_values, datasets.Value("string")
                 break
         result[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
@@ -300,20 +303,31 @@ def _once(found: Found, members: dict[str, list[int]], train: str | None, others
     }
 
 
-def _tables(found: Found, label: str | None) -> dict[str, dict[str, str | None]]:
-    """{label column: {real path: label}} of all tables beside images."""
+def _names(paths: Iterable[str]) -> str:
+    """The names of files, each once, up to four."""
+    names = sorted({os.path.basename(path) for path in paths})
+    return listed(names[:4] + (["others"] if len(names) > 4 else []))
+
+
+def _tables(found: Found, label: str | None, split: bool) -> dict[str, dict[str, str | None]]:
+    """{label column: {real path: label}} of all tables beside images. split: whether folders are splits."""
+    if found.unread:
+        say_once(
+            f"Not read: {_names(found.unread)}. Splits are folders (train/, test/), and labels folders in these, or a "
+            "metadata.csv with the columns file_name and label (docs/data.md)."
+        )
     tables: dict[str, dict[str, str | None]] = {}
     for path in sorted(found.labels):
-        column, labels = _table(Path(path), label)
+        column, labels = _table(Path(path), label, split)
         tables.setdefault(column, {}).update(labels)
     named = {path for labels in tables.values() for path in labels}
     lost = len(named - {os.path.realpath(file.path) for file in found.images}) if named else 0
     if lost:
-        say_once(f"{lost:,} of {len(named):,} images that {listed(TABLES)} name are not there.")
+        say_once(f"{lost:,} of {len(named):,} images named in {_names(found.labels)} are not there.")
     return tables
 
 
-def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:
+def _table(file: Path, label: str | None, split: bool) -> tuple[str, dict[str, str | None]]:
     """(label column, {real path: label}) of a metadata.csv or metadata.jsonl beside images, as of `datasets`."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -324,6 +338,12 @@ def _table(file: Path, label: str | None) -> tuple[str, dict[str, str | None]]:
         columns = list(rows[0]) if rows else []
     except (OSError, ValueError, csv.Error, TypeError) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}): mend or remove it.") from None
+    parts = sorted({str(row["split"]) for row in rows if row.get("split")})
+    if len(parts) > 1 and not split:
+        raise UserError(
+            f"{file} has a column split ({', '.join(parts[:4])}), which is not read, and test images would be trained "
+            "on: move the images to a folder for each split, such as train/ and test/, or remove the column."
+        )
     known = [c for c in (label, "label", "labels", "fine_label", "class") if c is not None and c in columns]
     if "file_name" not in columns or not known:
         say_once(

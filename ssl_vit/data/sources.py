@@ -298,6 +298,11 @@ def _local(
         return _parquet(path, config.config, files), (str(path.parent),), files, dict(files=1)
     if (path / "recipe.yaml").exists():
         raise UserError(f"{path} is a run, and its images lie elsewhere: name those, or a folder, as --data.")
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        raise UserError(
+            f"{path} was written by save_to_disk of the library datasets, which is not read: write parquet instead, "
+            'with ds.to_parquet("FOLDER/train.parquet") for each split.'
+        )
     found = folders.walk(path)
     tables = [file for file in found.tables if Path(file).name != "metadata.parquet"]
     # images beside their table are in its cells; a stray table among more images is none
@@ -390,12 +395,26 @@ def _refuse_cache(error: BaseException) -> None:
         ) from None
 
 
+def _refuse_fractions(values: list, column: str) -> None:
+    """Raises UserError for labels that are numbers with fractions, also as words: they are no classes."""
+    try:
+        fraction = next((value for value in values if not isinstance(value, int) and float(value) % 1), None)
+    except ValueError:  # some are no numbers
+        return
+    if fraction is not None:
+        raise UserError(
+            f"The labels in {column!r} are numbers with fractions, such as {fraction}, and not classes: name another "
+            "column by data.label_column, or write classes into it."
+        )
+
+
 def _words(rows: datasets.Dataset, column: str) -> tuple[list[str | None], list[str]]:
     """(the label of each row in words, or None; all labels in order)"""
     feature, values = rows.features[column], rows[column][:]
     values = [None if _is_none(value) else value for value in values]
     if isinstance(feature, datasets.ClassLabel):
         return [None if value is None else feature.names[value] for value in values], feature.names
+    _refuse_fractions([value for value in values if value is not None], column)
     if any(isinstance(value, float) for value in values):
         values = [None if value is None else int(value) for value in values]
     names = [str(value) for value in sorted({value for value in values if value is not None})]
