@@ -45,6 +45,7 @@ GPUS = {
     "A100": Gpu(312e12, 156e12, 19.5e12, 80),
     "H100": Gpu(989e12, 495e12, 67e12, 80),
     "H200": Gpu(989e12, 495e12, 67e12, 141),
+    "B200": Gpu(2250e12, 1125e12, 75e12, 180),
 }
 # (images to train on, classes, channels, side in pixels or None if it varies) of the sets that are known by name
 SETS = {
@@ -78,8 +79,8 @@ class Plan:
     hours: float
     disk: float  # GB: two checkpoints, while one replaces the other, and the backbone
 
-    def text(self, name: str, devices: int, gpu: str) -> str:
-        """The plan in lines."""
+    def text(self, name: str, devices: int, gpu: str, assumed: bool = False) -> str:
+        """The plan in lines. assumed: whether nobody named the GPU."""
         total = self.steps * self.batch_size
         frozen = f", {self.frozen / 1e6:.2f} M frozen" if self.frozen >= 5000 else ""
         views = ", ".join(f"{count} ({view})" for view, count in self.tokens.items())
@@ -93,8 +94,9 @@ class Plan:
             f"{self.warmup:,} steps",
             "learning rate": f"{self.lr:.4g} ({self.lr_rule})",
             "memory": f"about {self.memory:.0f} GB on each device",
-            "time": f"about {overview.duration(self.hours * 3600)} on {devices} x {gpu}, "
-            f"in {self.precision} at {UTILISATION:.0%} of the peak",
+            "time": f"about {overview.duration(self.hours * 3600)} on {devices} x {gpu}"
+            f"{' (assumed)' if assumed else ''}, in {self.precision} at {UTILISATION:.0%} of the peak, if loading "
+            "takes no time",
             "disk": f"about {self.disk:.2g} GB for the run",
         }
         width = max(map(len, rows))
@@ -109,7 +111,7 @@ def make(recipe: recipes.Recipe, build: Builder, devices: int = 1, gpu: str = "A
     try:
         steps, per_image = flops.budget(recipe, objective, len(images))
     except RuntimeError as error:
-        if "meta" not in str(error):
+        if "meta" not in str(error).lower():
             raise
         raise UserError(
             f"What {recipe.objective_name} would cost cannot be counted, since it reads the values of tensors "

@@ -398,7 +398,7 @@ def main() -> int:
     parser.add_argument("--print-output", action="store_true", help="print the run directory and do nothing")
     parser.add_argument("--plan", action="store_true", help="print what the run would be and cost, and do nothing")
     known = ", ".join(plan.GPUS)
-    parser.add_argument("--gpu", default="A100", help=f"for --plan: {known}, or several, as 8xH100 (default A100)")
+    parser.add_argument("--gpu", help=f"for --plan: {known}, or several, as 8xH100 (default A100)")
     parser.add_argument("--print-schema", action="store_true", help="print a JSON Schema of recipes, for editors")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the recipe")
     args = parser.parse_intermixed_args()
@@ -416,8 +416,8 @@ def main() -> int:
         print(help_text(recipe))
         return 0
     if args.plan:
-        devices, gpu = plan.parse(args.gpu)
-        print(plan.make(recipe, build, devices, gpu).text(recipe.name, devices, gpu))
+        devices, gpu = plan.parse(args.gpu or "A100")
+        print(plan.make(recipe, build, devices, gpu).text(recipe.name, devices, gpu, assumed=args.gpu is None))
         return 0
     path = args.output or Path("runs") / recipe.run_name()
     if args.print_output:

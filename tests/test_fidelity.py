@@ -329,3 +329,27 @@ def test_a_header_states_what_the_recipe_costs(name):
 def test_beit_masks_75_patches():
     recipe = asked("imagenet/beit-vit-b")
     assert corruption.num_masked(196, recipe.objective.mask_ratio) == 75
+
+
+def test_a_plan_says_what_it_assumes(monkeypatch, capsys):
+    words = ["pretrain.py", "--recipe", "mae", "--data", "cifar10", "--plan"]
+    assumed = "on 1 x A100 (assumed), in bf16"
+    for given, said in (([], assumed), (["--gpu", "B200"], "on 1 x B200, in")):
+        monkeypatch.setattr("sys.argv", [*words, *given])
+        assert pretrain.main() == 0
+        out = capsys.readouterr().out
+        assert said in out and "if loading takes no time" in out and max(map(len, out.splitlines())) < 120
+    with pytest.raises(UserError, match="Unknown GPU '8xB300'. Did you mean 'B200'"):
+        plan.parse("8xB300")
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x.sum().item(), lambda x: torch.cov(x.flatten(1))])
+def test_a_plan_refuses_an_objective_that_reads_values(spoil):
+    def reader(recipe, images):
+        objective = pretrain.build(recipe, images)
+        forward = objective.forward
+        objective.forward = lambda batch: spoil(batch.views["image"]) or forward(batch)
+        return objective
+
+    with pytest.raises(UserError, match="What .* would cost cannot be counted, since it reads the values of tensors"):
+        plan.make(pretrain.read("mae", [], "cifar10"), reader)
