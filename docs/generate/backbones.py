@@ -139,8 +139,8 @@ TAIL = """\
 - **BatchNorm** (ResNet, CvT): all rows of a step at once, shared by processes; micro-batches are refused. An EMA
   teacher normalises by the batches that it sees, as in the official DINO.
 - **Stochastic depth** (`backbone.drop_path_rate`): in models whose blocks all have one width. Elsewhere it is 0,
-  whatever the published rate, and dropout is 0 everywhere: timm draws both from the global generator, and a run could
-  not resume exactly.
+  whatever the published rate, and dropout is 0 everywhere: timm draws both from the global generator, so a run could
+  not be resumed exactly.
 - **Local crops** of DINO are smaller than the images: positions are resampled, and Swin's windows filled up with
   zeros, as in EsViT (arXiv 2106.09785).
 
