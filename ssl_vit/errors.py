@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from ssl_vit import peers
+from ssl_vit import imports, peers
 
 BUSY = 75  # the exit code after Busy: sysexits.h's EX_TEMPFAIL, for what may be tried again
 # of paths: no right to enter a folder, a link to itself, a name that is too long, a server that is gone
@@ -89,8 +89,6 @@ def run(main: Callable[[], int | None]) -> None:
     Of several processes the first that fails speaks for all, and each ends at once: what is left undone may wait for
     one that has gone.
     """
-    from ssl_vit import imports  # which raises UserError
-
     message = ""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -101,7 +99,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise UserError(peers.introduction())
         imports.load(sys.argv[1:])
         code = main() or 0
-    except UserError as error:
+    except (UserError, imports.NotFound) as error:
         message, code = f"error: {error}", BUSY if isinstance(error, Busy) else 2
     except KeyboardInterrupt:
         code = 130

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ssl_vit.errors import UserError
-
 VARIABLE = "SSL_VIT_IMPORT"  # absolute paths FOLDER/MODULE, separated as in PATH
+
+
+class NotFound(ImportError):
+    """No such module, or another of its name. The message names the remedy."""
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,10 @@ def words() -> list[str]:
 
 
 def load(arguments: Sequence[str]) -> None:
-    """Import what `--import` in these arguments names, or named in the process that started this one."""
+    """Import what `--import` in these arguments names, or named in the process that started this one.
+
+    Raises NotFound.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_option(parser)
     try:
@@ -56,8 +61,8 @@ def _load(folder: str, name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # within it
-        raise UserError(f"--import {name}: there is no such module in {folder}, nor an installed one.") from None
+        raise NotFound(f"--import {name}: there is no such module in {folder}, nor an installed one.") from None
     own = os.path.join(folder, *name.split("."))
     found = os.path.realpath(module.__file__ or "")
     if os.path.exists(f"{own}.py") and found != os.path.realpath(f"{own}.py"):
-        raise UserError(f"--import {name}: Python finds {found} before {own}.py: give your file another name.")
+        raise NotFound(f"--import {name}: Python finds {found} before {own}.py: give your file another name.")

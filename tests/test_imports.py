@@ -7,7 +7,6 @@ import pytest
 from test_loop import ROOT, environment
 
 from ssl_vit import imports, objectives
-from ssl_vit.errors import UserError
 
 OWN = """
 from dataclasses import dataclass
@@ -92,11 +91,13 @@ def test_a_module_that_is_not_there_or_hidden_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv(imports.VARIABLE, "")
-    with pytest.raises(UserError, match=f"--import mine: there is no such module in {tmp_path}, nor an installed one"):
+    with pytest.raises(
+        imports.NotFound, match=f"--import mine: there is no such module in {tmp_path}, nor an installed one"
+    ):
         imports.load(["--import", "mine"])
     monkeypatch.setenv(imports.VARIABLE, "")
     (tmp_path / "statistics.py").write_text("")
-    with pytest.raises(UserError, match=f"before {tmp_path}/statistics.py: give your file another name"):
+    with pytest.raises(imports.NotFound, match=f"before {tmp_path}/statistics.py: give your file another name"):
         imports.load(["--import=statistics"])
     monkeypatch.setenv(imports.VARIABLE, "")
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
