@@ -352,4 +352,4 @@ def test_a_plan_refuses_an_objective_that_reads_values(spoil):
         return objective
 
     with pytest.raises(UserError, match="What .* would cost cannot be counted, since it reads the values of tensors"):
-        plan.make(pretrain.read("mae", [], "cifar10"), reader)
+        plan.make(objectives.read_recipe("mae", [], "cifar10"), reader)
