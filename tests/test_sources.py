@@ -628,7 +628,7 @@ def test_numbers_with_fractions_are_no_classes(values, refused, tmp_path):
         assert load(tmp_path).classes == sorted(set(values))
         return
     with pytest.raises(
-        UserError, match="labels in 'label' are numbers with fractions, such as 0.5, and not classes: nam"
+        UserError, match="labels in 'label' are numbers with fractions, such as 0.5, and not classes: name"
     ):
         load(tmp_path)
 
