@@ -412,8 +412,9 @@ def kind(recipe: recipes.Recipe, accelerator: Accelerator) -> Kind:
 
 
 def images_at_a_time(recipe: recipes.Recipe, device: torch.device, objective: Objective) -> int | None:
-    """How many suit this device, found on a copy; None: as many as fit, or as the loss needs."""
-    if device.type == "cuda" or objective.batch_statistics or objective.requires_full_batch:
+    """How many suit this device, found on a copy; None: as many as are asked for, fit, or the loss needs."""
+    asked = recipe.runtime.per_device_batch_size != "auto"
+    if asked or device.type == "cuda" or objective.batch_statistics or objective.requires_full_batch:
         return None
     twin = copy.deepcopy(objective).cpu()
     recomputing = blocks(twin) if recipe.runtime.activation_checkpointing else []
