@@ -178,7 +178,11 @@ class Backbone:
         "(docs/backbones.md); on the command line it replaces the recipe's width, depth and heads, and its patch size "
         "if the name states one, as in vit_base_patch16_224",
     )
-    embed_dim: int | None = setting(None, "token dimension, instead of the name's", at_least=1)
+    embed_dim: int | None = setting(
+        None,
+        "token dimension, instead of the name's; channels of the first stage in a small swin, cvt or resnet",
+        at_least=1,
+    )
     depth: int | None = setting(None, "number of blocks", at_least=1)
     num_heads: int | None = setting(None, "number of attention heads", at_least=1)
     patch_size: int | Literal["auto"] | None = setting(

@@ -317,6 +317,7 @@ REFUSED = {
         "backbone.name=cvt needs whole patches",
     ),
     "a width of no heads": (["backbone.name=swin", "backbone.embed_dim=50"], "does not divide into 3 attention heads"),
+    "an odd width": (["backbone.name=resnet18", "backbone.embed_dim=15"], "channels are even: set 16"),
     "a depth": (["backbone.name=swin", "backbone.depth=3"], "no plain ViT and has no depth: set backbone.depth=null"),
     "a window that does not divide": (
         ["backbone.attn=window", "backbone.window_size=3"],
@@ -348,6 +349,24 @@ def test_published_resnets_stay_timm_s():
     ):
         recipe = small_recipe("gaussian", *KINDS["resnet"], *settings)
         assert backbones.build(recipe.backbone, recipe.data, 0).name == name
+
+
+def test_a_small_resnet_has_the_width_of_its_first_stage(tmp_path):
+    def build(*settings):
+        recipe = small_recipe("gaussian", *KINDS["resnet"], *settings)
+        return backbones.build(recipe.backbone, recipe.data, 0)
+
+    narrow, usual = build("backbone.embed_dim=16"), build()
+    # torchvision's resnet18 without its classifier, with a 3x3 stem in place of the 7x7 one
+    assert sum(p.numel() for p in usual.parameters()) == 11_689_512 - 513_000 - 64 * 3 * (7 * 7 - 3 * 3)
+    assert narrow.embed_dim == 128 and narrow.stride == usual.stride
+    stages = [getattr(narrow.model, f"layer{stage}")[-1].conv2.weight for stage in (1, 2, 3, 4)]
+    assert [tuple(weight.shape) for weight in stages] == [(w, w, 3, 3) for w in (16, 32, 64, 128)]
+    weights.save(narrow, tmp_path / "narrow")
+    again, images = weights.load(str(tmp_path / "narrow")), pictures(narrow)
+    assert torch.equal(again.eval()(images), narrow.eval()(images))
+    with pytest.raises(UserError, match="backbone.embed_dim=64.*: set backbone.embed_dim=16"):
+        weights.initialise(usual, str(tmp_path / "narrow"))
 
 
 def test_cvt_is_the_library_s_own():

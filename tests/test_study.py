@@ -852,8 +852,8 @@ def test_every_plan_can_be_built(name, tmp_path, monkeypatch, colours):
     for name, arm in plan.arms.items():
         source = plan.arms[arm.like or name]
         for search_space in [[text] for text in source.search_space] or [[]]:
-            convolutional = plan.recipe_of(name) == "resnet"  # which has no width
-            small = [] if convolutional else ["backbone.embed_dim=48", "backbone.depth=1"]
+            hierarchical = plan.recipe_of(name) in ("resnet", "swin", "cvt")  # which have no depth
+            small = ["backbone.embed_dim=48", *([] if hierarchical else ["backbone.depth=1"])]
             settings = [*plan.settings, *source.settings, *search_space, *arm.settings, *small]
             settings = [text for text in settings if not plans.LEARNS_FROM.fullmatch(text)]  # no run is there yet
             recipe = objectives.read_recipe(plan.recipe_of(name), settings, images)

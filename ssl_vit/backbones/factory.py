@@ -65,6 +65,7 @@ SHAPES: dict[Kind, tuple[str, ...]] = {
     "eva": _OF_EVA,
     "small swin": ("embed_dim",),
     "cvt": ("embed_dim",),
+    "small resnet": ("embed_dim",),
 }
 LOCAL = "ssl_vit_local_vit"
 WIDTHS = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16), huge=(1280, 32, 16))
@@ -174,7 +175,7 @@ def _arguments(config: recipes.Backbone, name: str, kind: Kind, size: tuple[int,
     if kind == "other":
         return {}
     if kind == "small resnet":
-        return dict(output_stride=next(stride for stride in (32, 16, 8) if stride == 8 or min(size) >= stride))
+        return shapes.resnet(config, size)
     if kind in ("small swin", "cvt"):
         return shapes.swin(config, size) if kind == "small swin" else shapes.cvt(config, name, size)
     shape = {key: getattr(config, key) for key in ("embed_dim", "depth", "num_heads", "drop_path_rate")}

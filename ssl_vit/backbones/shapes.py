@@ -41,6 +41,21 @@ def cvt(config: recipes.Backbone, name: str, size: tuple[int, int]) -> dict[str,
     )
 
 
+def resnet(config: recipes.Backbone, size: tuple[int, int]) -> dict[str, Any]:
+    """timm's arguments: four stages whose channels double and whose grid halves, down to 4x4 cells or to the last."""
+    width = config.embed_dim or 64
+    if width % 2:
+        raise UserError(f"backbone.embed_dim={width} is odd, and a ResNet's channels are even: set {width + 1}.")
+    stride = next(stride for stride in (32, 16, 8) if stride == 8 or min(size) >= stride)
+    return dict(channels=[width * 2**i for i in range(4)], output_stride=stride)
+
+
+def width(args: dict[str, Any]) -> int | None:
+    """The width of the first stage in timm's arguments for a hierarchical model; None: that of its name."""
+    found = next((args[key] for key in ("embed_dim", "embed_dims", "channels") if key in args), None)
+    return found if found is None or isinstance(found, int) else int(found[0])
+
+
 def stages(config: recipes.Backbone, size: tuple[int, int], most: int) -> tuple[int, list[tuple[int, int]]]:
     """(side of a patch in pixels, the grid (H, W) of each stage in patches). Without a patch_size the first grid has
     about 16 patches a side, of at most 4 pixels."""

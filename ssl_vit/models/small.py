@@ -5,7 +5,7 @@
 timm's own start with a stride of 4 and end with one of 32, which leaves one patch of a 32 px image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,13 +80,16 @@ class ResidualStem(nn.Module):
 
 class SmallResNet(ResNet):
     """A ResNet whose stem keeps the images' resolution: a 3x3 convolution and no pooling (He et al. 2016, arXiv
-    1512.03385, section 4.2). output_stride: 32, 16 or 8 before that, and so 8, 4 or 2."""
+    1512.03385, section 4.2). channels: of the four stages; the stem has those of the first. output_stride: 32, 16 or 8
+    before that, and so 8, 4 or 2."""
 
     feature_info: list[dict[str, Any]]
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        stem = nn.Conv2d(kwargs.get("in_chans", 3), 64, 3, padding=1, bias=False)
+    def __init__(self, channels: Sequence[int] = (64, 128, 256, 512), **kwargs: Any):
+        width = channels[0]
+        # a deep stem, replaced below, is the one whose width timm lets one choose
+        super().__init__(channels=tuple(channels), stem_type="deep", stem_width=width // 2, **kwargs)
+        stem = nn.Conv2d(kwargs.get("in_chans", 3), width, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.add_module("conv1", stem)
         self.add_module("maxpool", nn.Identity())

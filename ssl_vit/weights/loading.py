@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from ssl_vit.backbones import FAULTS, Backbone, EvaBackbone, TokenBackbone, reason, wrap
+from ssl_vit.backbones import FAULTS, Backbone, EvaBackbone, TokenBackbone, reason, shapes, wrap
 from ssl_vit.backbones.timm_models import TimmModel, create_model
 from ssl_vit.errors import UserError, listed, nearest, say_once
 from ssl_vit.weights import fitting, foreign, hub, layouts, reading
@@ -117,7 +117,8 @@ def shape(backbone: Backbone) -> dict[str, int | str]:
     """The settings that give a backbone of this kind the shape of its weights, by key."""
     channels: dict[str, int | str] = {"data.in_chans": len(backbone.mean)}
     if not isinstance(backbone, TokenBackbone):
-        return channels
+        width = shapes.width(backbone.args)
+        return channels if width is None else {"backbone.embed_dim": width, **channels}
     model = backbone.model
     counts = (getattr(part, "num_heads", None) for part in model.blocks[0].modules())
     heads = next(count for count in counts if count is not None)
