@@ -48,7 +48,35 @@ def test_the_ratio_of_compute_is_found_and_its_interval_covers_it(seeds, spread,
 def test_no_accuracy_is_extrapolated():
     rng = np.random.default_rng(0)
     found = equal_accuracy.compare(dict(a=curve(rng, 0.3, 0.1), b=curve(rng, 0.9, 0.01), c=curve(rng, 0.33, 0.1)))
-    assert found["b"] is None and 1 < found["c"].times
+    assert found["b"] == "no accuracy is reached by both" and 1 < found["c"].times
+
+
+def exact(*accuracies, images=1000):
+    """Points of these accuracies at the budgets."""
+    rights = [(np.arange(images) < round(a * images)).astype(float)[None] for a in accuracies]
+    return [Point(flops, right) for flops, right in zip(BUDGETS, rights, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ((0.4, 0.45, 0.5), (0.48, 0.45, 0.42), "an error does not fall with compute"),
+        ((0.48, 0.45, 0.42), (0.4, 0.45, 0.5), "an error does not fall with compute"),
+        ((0.440, 0.446, 0.441), (0.442, 0.438, 0.443), "beyond the budgets"),
+    ],
+)
+def test_no_compute_is_extrapolated(one, other, said):
+    """An accuracy may be common to both, and the compute for it nowhere near what was measured."""
+    assert said in equal_accuracy.compare(dict(a=exact(*one), b=exact(*other)))["b"]
+
+
+def test_draws_in_which_no_error_falls_widen_the_interval():
+    rng = np.random.default_rng(0)
+    flat = {
+        name: [Point(p.flops, rng.permutation(p.correct, axis=1)) for p in exact(*accuracies)]
+        for name, accuracies in dict(a=(0.43, 0.44, 0.45), b=(0.432, 0.44, 0.448)).items()
+    }
+    assert equal_accuracy.compare(flat)["b"].bounds == (0, np.inf)
 
 
 def test_points_of_one_curve_may_share_a_budget():
@@ -65,23 +93,31 @@ def test_a_study_of_several_budgets_has_a_section_of_it(tmp_path, monkeypatch):
         ("resnet", 4e12): 0.4,
         ("far", 1e12): 0.8,
         ("far", 4e12): 0.9,
+        ("falls", 1e12): 0.4,
+        ("falls", 4e12): 0.32,
         ("once", 1e12): 0.4,
+        ("twice", 1e12): 0.3,  # two arms of one curve, at one budget but for a step
+        ("twice too", 1e12): 0.4,
     }
     arms = []
     for (name, budget), share in shares.items():
         changes = dict(train__flops=budget, data__name=f"cifar10-{name}")
-        runs = many(tmp_path / f"{name}-{budget:g}", "mae", share, seeds=1, flops=budget, changes=changes)
+        spent = budget * (1.0005 if name == "twice too" else 1)
+        runs = many(tmp_path / f"{name}-{budget:g}", "mae", share, seeds=1, flops=spent, changes=changes)
         arms.append((name, "", budget, runs))
     study = write_study(tmp_path, arms)
     manifest = json.loads((study / "study.json").read_text())
     for name in ("vit-a", "vit-b"):
         manifest["arms"][name]["curve"] = "ViT"
+    for name in ("twice", "twice too"):
+        manifest["arms"][name]["curve"] = "narrow"
     (study / "study.json").write_text(json.dumps(manifest))
     page, markdown = study_page(study, monkeypatch)
     section = markdown[markdown.index("## Compute at equal accuracy") :].split("\n## ")[0]
     rows = {cells[1].strip(): cells[2:] for line in section.splitlines() if len(cells := line.split("|")) > 5}
-    assert "times the FLOPs of ViT" in section and {"resnet", "far"} <= rows.keys() and "once" not in rows
-    assert "no accuracy is reached by both" in rows["far"][3]
+    assert "times the FLOPs of ViT" in section and rows.keys() >= {"resnet", "far", "falls"}
+    assert not {"once", "narrow"} & rows.keys()
+    assert "no accuracy is reached by both" in rows["far"][3] and "does not fall" in rows["falls"][3]
     _, accuracy, flops, times = (cell.strip() for cell in rows["resnet"][:4])
     assert 30 < float(accuracy) < 50 and "10¹²" in flops
     assert 1.5 < float(times.split()[0]) < 3

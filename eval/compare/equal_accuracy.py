@@ -67,11 +67,12 @@ def law(points: Sequence[Point]) -> Law:
     return fit([point.flops for point in points], np.array([point.correct.mean() for point in points]))
 
 
-def compare(curves: dict[str, list[Point]]) -> dict[str, Comparison | None]:
-    """Each curve but the first beside the first one, by name; None where no accuracy is reached by both.
+def compare(curves: dict[str, list[Point]]) -> dict[str, Comparison | str]:
+    """Each curve but the first beside the first one, by name; or why there is no figure: nothing is extrapolated.
 
     Intervals are of resampled test images, the same for all curves; and of resampled seeds, if all points have OWN or
-    more. They know nothing of how well a power law fits.
+    more. A draw in which neither error falls tells nothing, and widens them on both sides. They know nothing of how
+    well a power law fits.
     """
     reference, *others = curves
     images = curves[reference][0].correct.shape[1]
@@ -94,16 +95,35 @@ def compare(curves: dict[str, list[Point]]) -> dict[str, Comparison | None]:
         name: fit([point.flops for point in points], np.stack([resampled(point) for point in points], -1))
         for name, points in curves.items()
     }
-    found: dict[str, Comparison | None] = {}
+    found: dict[str, Comparison | str] = {}
     for name in others:
-        reached = [[point.correct.mean() for point in curves[curve]] for curve in (reference, name)]
+        pair = (name, reference)
+        reached = [[point.correct.mean() for point in curves[curve]] for curve in pair]
         low, high = max(map(min, reached)), min(map(max, reached))
-        if low >= high:
-            found[name] = None
-            continue
         accuracy = float(1 - ((1 - low) * (1 - high)) ** 0.5)
-        needed = [float(laws[curve].flops(accuracy)) for curve in (name, reference)]
-        times = draws[name].flops(accuracy) / draws[reference].flops(accuracy)
-        bounds = np.quantile(times, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="closest_observation")
-        found[name] = Comparison(accuracy, needed[0], needed[0] / needed[1], (float(bounds[0]), float(bounds[1])))
+        needed = [float(laws[curve].flops(accuracy)) for curve in pair]
+        if low >= high:
+            found[name] = "no accuracy is reached by both"
+        elif not np.isfinite(needed).all():
+            found[name] = "an error does not fall with compute"
+        elif not all(_measured(curves[curve], flops) for curve, flops in zip(pair, needed, strict=True)):
+            found[name] = "by the fitted curves, beyond the budgets that were measured"
+        else:
+            with np.errstate(all="ignore"):  # infinite where the error of a draw does not fall
+                times = draws[name].flops(accuracy) / draws[reference].flops(accuracy)
+            unknown = np.isnan(times)
+            bounds = (
+                _quantile(np.where(unknown, 0, times), (1 - LEVEL) / 2),
+                _quantile(np.where(unknown, np.inf, times), (1 + LEVEL) / 2),
+            )
+            found[name] = Comparison(accuracy, needed[0], needed[0] / needed[1], bounds)
     return found
+
+
+def _measured(points: list[Point], flops: float) -> bool:
+    budgets = [point.flops for point in points]
+    return min(budgets) <= flops <= max(budgets)
+
+
+def _quantile(values: np.ndarray, at: float) -> float:
+    return float(np.quantile(values, at, method="closest_observation"))  # between none: some may be infinite

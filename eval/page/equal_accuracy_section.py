@@ -31,14 +31,15 @@ def blocks(study: StudyResults) -> list[Block]:
 def curves(study: StudyResults, eval_set: EvalSet, metric: Metric) -> dict[str, list[tuple[Group, Scores]]]:
     """{curve: its groups of runs with their scores}, of curves with two budgets or more, in the plan's order."""
     by_group, found = eval_set.by_group(metric), dict[str, list[tuple[Group, Scores]]]()
+    budgets: dict[str, set[float]] = {}  # what was spent differs by steps that are whole, even at one budget
     for name, arm in study.manifest["arms"].items():
+        curve = arm.get("curve", name)
         for budget in study.budgets:
             group = study.group(name, budget)
             if group in by_group and group.mean("train_flops"):
-                found.setdefault(arm.get("curve", name), []).append((group, by_group[group]))
-    return {
-        name: members for name, members in found.items() if len({group.mean("train_flops") for group, _ in members}) > 1
-    }
+                found.setdefault(curve, []).append((group, by_group[group]))
+                budgets.setdefault(curve, set()).add(budget * arm["budget"])
+    return {curve: members for curve, members in found.items() if len(budgets[curve]) > 1}
 
 
 def _of_metric(eval_set: EvalSet, metric: Metric, members: dict[str, list[tuple[Group, Scores]]]) -> list[Block]:
@@ -53,14 +54,14 @@ def _of_metric(eval_set: EvalSet, metric: Metric, members: dict[str, list[tuple[
     first, rows = next(iter(points)), []
     for name, found in equal_accuracy.compare(points).items():
         exponent = f"{float(equal_accuracy.law(points[name]).exponent):.3f}"
-        if found is None:
-            cells = [Cell("none"), Cell(), Cell("no accuracy is reached by both")]
+        if isinstance(found, str):
+            cells = [Cell("none"), Cell(), Cell(found)]
         else:
-            low, high = (f"{bound:.2g}" if np.isfinite(bound) else "∞" for bound in found.bounds)
+            low, high = (number(bound) if np.isfinite(bound) else "∞" for bound in found.bounds)
             cells = [
                 Cell(percent(found.accuracy)),
                 Cell(number(found.flops)),
-                Cell(f"{found.times:.2g} ({low}–{high})"),
+                Cell(f"{number(found.times)} ({low}–{high})"),
             ]
         rows.append((Cell(name), [Cell(exponent), *cells]))
     few = min(len(scores.seeds) for scores in used) < OWN
