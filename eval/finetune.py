@@ -90,7 +90,10 @@ def evaluate(source: features.Source, request: cli.EvalRequest, schedule: Schedu
             tune(recipe, path)
         except Diverged as error:
             if request.state.is_main_process:
-                files.write(source.folder / "diverged" / f"{schedule.protocol}.json", json.dumps(dict(said=str(error))))
+                note = dict(said=str(error), eval_data=test.name) | {
+                    k: keys[k] for k in ("label_fraction", "subset_seed")
+                }
+                files.write(source.folder / "diverged" / f"{schedule.protocol}.json", json.dumps(note))
             raise
         answer, judging = predict(path, test, request.state)
         spent += trained(path) + judging
@@ -239,7 +242,7 @@ def choose(
         say(f"lr {rate:g}: {100 * found:.1f} % of {len(judge)} held-out training images are correct")
         return found
 
-    tried = rates.search(asked, accuracy)
+    tried = rates.search(f"Fine-tuning of {source.name}", asked, accuracy)
     best = rates.best(tried)
     about: dict[str, object] = dict(tried=rates.told(tried), validation=tried[best])
     if commits:

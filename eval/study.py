@@ -25,7 +25,7 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 
 import torch
 
-from eval.compare.evidence import diverged
+from eval.compare.evidence import COPIES, diverged
 from eval.schedule import plans
 from eval.schedule.cost import estimate
 from eval.schedule.jobs import Job, needed, withdraw, work
@@ -116,23 +116,26 @@ def check_images(study: Study) -> None:
                     "there is eval/embed.py."
                 )
             if role == "train" and plan.decides:
-                refuse_other_images(study, images.fingerprint)
+                refuse_other_images(study, images)
             classes, which = images.classes, " to report on"
     elif plan.eval_data:
         data.load(config, "report")
 
 
-def refuse_other_images(study: Study, fingerprint: str) -> None:
-    """Raises UserError if a run was trained on images with another fingerprint, so that no verdict would follow.
-    Permuted pixels have their own."""
+def refuse_other_images(study: Study, images: data.ImageSet) -> None:
+    """Raises UserError if a run was trained on images with another fingerprint than these, or than those of them that
+    have a label, so that no verdict would follow. Permuted pixels have their own."""
     for training in study.trainings():
         file = training.run / "recipe.yaml"
         settings = recipes.read_settings(file) if file.exists() else {}
-        if settings and not settings["data"].get("permute_pixels") and settings["images"]["fingerprint"] != fingerprint:
+        if not settings or settings["data"].get("permute_pixels"):
+            continue
+        there, here = settings["images"]["fingerprint"], images.fingerprint
+        if there != (images.labelled().fingerprint if settings["resolved"]["labelled"] else here):
             raise UserError(
-                f"{training.run} was trained on other images than those of --data (their fingerprints are "
-                f"{settings['images']['fingerprint']} and {fingerprint}), and a verdict needs the same for all runs: "
-                "name those, or start in an empty folder with other --results."
+                f"{training.run} was trained on other images than those of --data (their fingerprints are {there} and "
+                f"{here}){COPIES}, and a verdict needs the same for all runs: name those, or start in an empty folder "
+                "with other --results."
             )
 
 

@@ -279,13 +279,17 @@ def test_a_rate_at_which_training_diverges_is_worse_than_any(tune, tmp_path, mon
     assert row["eval_images"] == 4 * 32  # of three trials and the last training
     assert "lr 0.004: The loss of step 7 is not a finite number." in capsys.readouterr().out
     least[0] = 0.0
-    with pytest.raises(UserError, match="Training diverged at every learning rate from 0.0012 on"):
+    with pytest.raises(UserError, match="Fine-tuning of runs/mae diverged at every learning rate from 0.0012 on"):
         tune("--lr", "1.2e-3", "3e-3", "train.steps=1")
     assert not (tmp_path / "runs/mae/diverged").exists()  # of trials
     with pytest.raises(errors.Diverged):
         tune("--lr", "1e-3", "2e-3", "--lr-of", "runs/mae", "train.steps=1")
     [noted] = (tmp_path / "runs/mae/diverged").iterdir()
     assert noted.stem == row["protocol"]
+    assert (
+        json.loads(noted.read_text()).items()
+        >= {k: row[k] for k in ("label_fraction", "subset_seed", "eval_data")}.items()
+    )
 
 
 @pytest.fixture

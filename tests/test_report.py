@@ -164,13 +164,24 @@ def test_labels_tell_what_differs_where_a_recipe_is_there_twice(tmp_path):
         "mae (objective.mask_ratio=0.9)",
     ]
 
-    # of three settings a hash remains, which the page explains; what states none of what the others do is the default
+    # of three settings a hash remains, which the page explains
     changes = dict(objective__a=1, objective__b=2, objective__c=3)
     far = write_run(tmp_path / "e", "mae", 0.5, tree=settings("mae", **changes))
     groups = groups_of([one, far])
-    assert groups[0].label == "mae (default)" and re.fullmatch(r"mae \([0-9a-f]{6}\)", groups[1].label)
+    assert all(re.fullmatch(r"mae \([0-9a-f]{6}\)", group.label) for group in groups)
     items = [block.items for block in provenance.provenance(groups, [], "") if isinstance(block, document.Items)]
-    assert items[0] == [(groups[1].label, "objective.a=1, objective.b=2, objective.c=3")]
+    assert items[0] == [
+        (groups[0].label, "objective.a=null, objective.b=null, objective.c=null"),
+        (groups[1].label, "objective.a=1, objective.b=2, objective.c=3"),
+    ]
+
+    # null may be what the recipe has, or what it was changed to
+    clipped = write_run(tmp_path / "f", "dino", 0.5, tree=settings("dino", train__clip_grad=3.0))
+    unclipped = write_run(tmp_path / "g", "dino", 0.5, tree=settings("dino", train__clip_grad=None))
+    assert [g.label for g in groups_of([clipped, unclipped])] == [
+        "dino (train.clip_grad=3)",
+        "dino (train.clip_grad=null)",
+    ]
 
     foreign = [write_run(tmp_path / name, None, 0.5) for name in ("vit-x", "vit-y")]
     assert [g.label for g in groups_of(foreign)] == ["vit-x", "vit-y"]
@@ -333,6 +344,27 @@ def test_the_summary_does_not_claim_what_is_not_there(tmp_path):
     assert single.text.startswith("One seed only: mae.")
     lead, beside = summary(the_test(many(tmp_path, "mae", 0.46) + many(tmp_path, "dino", 0.45)))
     assert "mae ranks first by k-NN" in lead.text and "not distinguishable from dino" in beside.items[0][1]
+
+
+def test_the_evaluators_agree_on_what_all_of_them_measured(tmp_path):
+    """A recipe that k-NN alone has seen, and ranks first, is no part of their agreement."""
+    linear = dict(protocol="linear-sweep", pooling="chosen")
+    runs = many(tmp_path, "dino", 0.9, measures=[KNN])
+    for name, shares in dict(mae=(0.6, 0.7), beit=(0.5, 0.6)).items():
+        runs += many(tmp_path, name, 0.5, measures=[KNN | dict(share=shares[0]), linear | dict(share=shares[1])])
+    lead = summary(the_test(runs))[0].text
+    assert "dino ranks first by k-NN" in lead and "mae ranks first by linear probe" in lead
+    assert "The evaluators rank the recipes alike, as far as all of them measured them." in lead
+
+
+def test_seeds_of_a_control_are_counted_over_all_evaluators(tmp_path):
+    runs = many(tmp_path, "mae", 0.6, measures=[KNN, dict(protocol="linear-sweep", pooling="chosen")])
+    linear = [dict(protocol="linear-sweep", pooling="chosen"), KNN]  # the last was what counted
+    for seed in range(3):
+        tree = settings("random", seed, train__steps=0)
+        measures = linear if seed == 0 else [linear[0]]
+        runs.append(write_run(tmp_path / f"random-{seed}", "random", 0.3, seed, tree, measures, flops=0.0))
+    assert "3 seeds per recipe, random init 1 to 3)" in summary(the_test(runs))[0].text
 
 
 def ranked_by(folder, **shares):
@@ -999,6 +1031,8 @@ def test_corruptions_of_each_image_size_stand_in_a_table_of_their_own(tmp_path):
         measures.append(dict(protocol=f"robust-fog-1-{side}x{side}", pooling="chosen", settings=said))
         many(tmp_path, name, 0.5, seeds=1, measures=measures)
     test = the_test([tmp_path / f"{name}-s0" for name in ("small", "middle", "large")])
+    costs = [line.split(",")[-3:-1] for line in tidy.tidy([test]).splitlines() if "robust-fog" in line]
+    assert costs and costs == [["1", "500"]] * len(costs)  # FLOPs and images
     blocks = sections.robustness(test, "")
     tables = [block for block in blocks if isinstance(block, document.Table)]
     told = [re.search(r"images of (\S+) pixels.* parameters of (\S+),", table.caption).groups() for table in tables]

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -436,6 +438,18 @@ def test_a_study_that_decides_does_not_go_on_with_other_images(tmp_path, monkeyp
         study.check_images(elsewhere)
 
 
+@pytest.mark.parametrize(
+    ("labelled", "of", "refused"), [(0, "all", 0), (1, "labelled", 0), (1, "all", 1), (0, "labelled", 1)]
+)
+def test_a_run_that_learns_from_labels_has_the_images_that_have_one(labelled, of, refused, tmp_path):
+    images = SimpleNamespace(fingerprint="all", labelled=lambda: SimpleNamespace(fingerprint="labelled"))
+    told = dict(data={}, resolved=dict(labelled=bool(labelled)), images=dict(fingerprint=of))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
+    made = SimpleNamespace(trainings=lambda: [SimpleNamespace(run=tmp_path)])
+    with pytest.raises(UserError, match="was trained on other images") if refused else nullcontext():
+        study.refuse_other_images(made, images)
+
+
 @pytest.mark.parametrize("key", ["optim.clip_grad=1.5", "backbone.init_values=0.1", "optim.weight_decay_end=0.1"])
 def test_a_recipe_that_lost_a_setting_is_another(key, tmp_path, monkeypatch):
     """The old run would count as one of the new recipe: the name of a run tells settings of the command line alone."""
@@ -795,6 +809,15 @@ def test_a_study_is_worked_on_by_one_process(tmp_path, monkeypatch):
         (
             dict(decides=True, arms=deciding(), evaluators=[[*LP10, "--preset", "logistic"]]),
             "so mae, with the role masking, needs a linear probe",
+        ),
+        (
+            dict(
+                decides=True,
+                arms=deciding(),
+                evaluators=[LP10, ["finetune", "--labels", "10%", "--lr", "1e-3", "optim.layer_decay=1"]],
+            )
+            | dict(tuning=dict(flops=1e9, seed=100, judge=LP10)),
+            "by rates that trials choose, so the fine-tuning of mae needs several: add --lr and two rates or more",
         ),
         (dict(arms=dict(mae=dict(recipe="mae", role="hero"))), "must be one of masking, noise"),
         (dict(arms=dict(mae="mae")), "must name a recipe"),

@@ -97,6 +97,7 @@ def made(change=None, spread=None, without=(), gone=None, roles=ROLES, extra=Non
     told = manifest(arms, roles, **changes)
     eval_set = EvalSet("cifar10", "test", np.zeros(N, int), None)
     of_run = dict(train=dict(seed=0, batch_size=256), data={}, images=dict(count=50_000, fingerprint="0123"))
+    of_run["resolved"] = dict(labelled=False)
     groups = {
         arm: Group(arm, [Run(ROOT / t["runs"][0]["run"], of_run, [], [row_of(arm)])]) for arm, t in told["arms"].items()
     }
@@ -459,7 +460,9 @@ def test_the_page_says_which_settings_the_trials_chose(monkeypatch):
         "l-DAE's noise, not all of l-DAE." in words
     )
     noise.runs[0].settings["objective"] = dict(noise_sigma=[0.0, 0.7071], noise_pca_dim=None)
-    assert list(verdict_section._noise(found)) == ["The noise is Gaussian, σ ≤ 0.707, on the pixels."]
+    assert list(verdict_section._noise(found, rule.decide(found))) == [
+        "The noise is Gaussian, σ ≤ 0.707, on the pixels."
+    ]
 
 
 def test_an_arm_is_never_chosen_where_it_decides():
@@ -541,23 +544,37 @@ def rewrite(run, **changes):
     (run / "results.jsonl").write_text(results.lines([row | changes for row in results.read(run)]))
 
 
+def trained_on(run, **images):
+    """Have a run say that it was trained on these."""
+    tree = yaml.safe_load((run / "recipe.yaml").read_text())
+    tree["images"] |= images
+    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+
+
 @pytest.mark.parametrize("alike", ["fingerprint", "count"])
 def test_all_runs_are_trained_on_the_same_images(alike, written):
     """Other than the permuted ones, whose fingerprint is their own."""
-
-    def trained_on(name, **images):
-        file = written.parent / name / "recipe.yaml"
-        tree = yaml.safe_load(file.read_text())
-        tree["images"] |= images
-        file.write_text(yaml.safe_dump(tree))
-
     for seed in range(2):
-        trained_on(f"permuted-s{seed}", fingerprint="of the permuted")
+        trained_on(written.parent / f"permuted-s{seed}", fingerprint="of the permuted")
     evidence.read(read_study(written))
     other = dict(fingerprint="4567") if alike == "fingerprint" else dict(count=45_000)
     for name in [f"noise-s{seed}" for seed in range(SEEDS)]:  # an arm as a whole
-        trained_on(name, **other)
+        trained_on(written.parent / name, **other)
     with pytest.raises(UserError, match=r"mae-s0 and .*noise-s0 were trained on different images.*: train all runs"):
+        evidence.read(read_study(written))
+
+
+def test_runs_with_labels_are_trained_on_the_images_that_have_one(written):
+    """Fewer, and another fingerprint; as many of another fingerprint are other images."""
+    for seed in range(2):
+        trained_on(written.parent / f"supervised-s{seed}", count=40_000, fingerprint="of the labelled")
+    evidence.read(read_study(written))
+    trained_on(written.parent / "supervised-s1", count=40_000, fingerprint="of others")
+    with pytest.raises(UserError, match=r"supervised-s0 and .*supervised-s1 were trained on different images"):
+        evidence.read(read_study(written))
+    for seed in range(2):
+        trained_on(written.parent / f"supervised-s{seed}", count=50_000, fingerprint="of others")
+    with pytest.raises(UserError, match=r"mae-s0 and .*supervised-s0 were trained on different images"):
         evidence.read(read_study(written))
 
 
@@ -711,6 +728,7 @@ def write_run(folder, arm, seed, points):
         | dict(permute_pixels=arm == "permuted"),
         backbone=dict(name="vit_tiny", embed_dim=96, depth=4, num_heads=3, patch_size=4, pos_embed="sincos"),
         images=dict(count=50_000, fingerprint="0123"),
+        resolved=dict(labelled=arm == "supervised"),
     )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     truth, rows, predictions = np.arange(N) % 10, [], []
@@ -813,7 +831,8 @@ def test_the_command_answers_in_its_first_sentence(written, monkeypatch, capsys)
 def test_a_plan_of_which_a_run_diverged_is_undecided(names, words, lacking, written, monkeypatch, capsys):
     for name in names:
         (written.parent / name).parent.mkdir(parents=True)
-        (written.parent / f"{name}.json").write_text("{}")
+        note = dict(label_fraction=0.1, subset_seed=int(re.search(r"-s(\d+)/", name)[1]), eval_data="cifar10")
+        (written.parent / f"{name}.json").write_text(json.dumps({} if name.endswith("training") else note))
     if lacking:
         (written.parent / "noise-s3/results.jsonl").unlink()
     monkeypatch.setattr(sys, "argv", ["verdict.py", str(written)])
@@ -824,6 +843,18 @@ def test_a_plan_of_which_a_run_diverged_is_undecided(names, words, lacking, writ
         assert not re.search(r"\d ± \d|[+−]\d", answer)
     else:
         assert answer.startswith("Not decided" if lacking else "MAE pre-trains: YES")
+
+
+@pytest.mark.parametrize(
+    "other", [dict(label_fraction=1.0, subset_seed=None), dict(subset_seed=5), dict(eval_data="./photos")]
+)
+def test_a_fine_tuning_that_the_plan_does_not_ask_for_may_diverge(other, written):
+    """Its protocol tells neither its labels nor its images."""
+    note = dict(label_fraction=0.1, subset_seed=0, eval_data="./cifar10")
+    (written.parent / "mae-s0/diverged").mkdir()
+    for said, ended in ((note, True), (note | other, False)):
+        (written.parent / "mae-s0/diverged/finetune.json").write_text(json.dumps(said))
+        assert bool(evidence.diverged(read_study(written).manifest)) == ended
 
 
 def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, capsys):
@@ -841,6 +872,10 @@ def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, 
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
     assert "Not decided (a ViT" in page and "mae by FT10, seed 3" in page and not re.search(r"\d ± \d", page)
     assert page.startswith("# Not decided: plan on cifar10\n")
+    (written.parent / "mae-s3/diverged").mkdir()
+    (written.parent / "mae-s3/diverged/training.json").write_text("{}")
+    report.main()
+    assert (written / "report/report.md").read_text().startswith("# Undecided: plan on cifar10\n")
     for heading in ("All arms", "The protocols", "Accuracy"):  # of nothing
         assert f"# {heading}\n" not in page
     assert table.count("\n") == 1  # the names of the columns

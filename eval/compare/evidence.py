@@ -9,6 +9,7 @@ and only what the plan asks for counts: rows of other seeds, or of another fine-
 
 import functools
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from eval.compare.runs import Group, Run, differing
 from eval.compare.scores import Scores
 from eval.compare.studies import StudyResults
 from ssl_vit.errors import UserError, listed
+from ssl_vit.recipe import short
 
 LABELS = 0.1
 FT10, LP10 = "FT10", "LP10"
@@ -29,6 +31,7 @@ LINEAR = Metric("linear-sweep", "chosen", -1, LABELS)
 CHECKS = ("positive-check", "negative-check")
 NOISE = "objective.noise_sigma"
 AUGMENTATIONS = (NOISE, "objective.patch_drop_rate")  # settings of a fine-tuning that corrupt its images
+COPIES = " (of photos the names, sizes or times of the files; cp -p keeps those)"
 TOLERANCE = 0.01  # of an arm's budget, by which the compute of its runs may be off; whole steps may be off by one
 
 
@@ -146,12 +149,23 @@ def diverged(manifest: Manifest) -> str:
     """Which runs of the study's own seeds diverged, as a clause; "" if none did. The plan then ends undecided."""
     found = []
     for arm, entry in manifest["arms"].items():
-        trainings = ["training", *(tuned["protocol"] for tuned in entry["finetuned"])] if entry["role"] else []
-        for run in entry["runs"]:
-            for name in trainings:
-                if (Path(run["run"]) / "diverged" / f"{name}.json").exists():
-                    found.append(f"{arm}{'' if name == 'training' else f' by {name}'}, seed {run['seed']},")
+        for run in entry["runs"] if entry["role"] else []:
+            if _note(run["run"], "training") is not None:
+                found.append(f"{arm}, seed {run['seed']},")
+            for tuned in entry["finetuned"]:
+                note = _note(run["run"], tuned["protocol"])
+                if note is None or note["label_fraction"] not in tuned["labels"]:
+                    continue
+                drawn = (None, run["seed"]) if manifest["labels_by_seed"] else (note["subset_seed"],)
+                if note["subset_seed"] in drawn and short(note["eval_data"]) == manifest["data"]:
+                    found.append(f"{arm} by {tuned['protocol']}, seed {run['seed']},")
     return f"{' and '.join(found)} diverged; by the rule this plan ends here" if found else ""
+
+
+def _note(run: str, name: str) -> dict | None:
+    """What a run's folder notes of a training that diverged; None if it did not."""
+    file = Path(run) / "diverged" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def level(corruption: str, value: float | list[float]) -> str:
@@ -212,26 +226,27 @@ def _one_recipe(evidence: Evidence) -> None:
 
 
 def _same_images(evidence: Evidence) -> None:
-    """Raises UserError if runs were trained or evaluated on different images. With permuted pixels the same images have
-    another fingerprint, so runs on them are compared among themselves."""
+    """Raises UserError if runs were trained or evaluated on different images. The same images have another fingerprint
+    with permuted pixels, and those of them that have a label another; such runs are compared among themselves."""
     eval_set = evidence.study.eval_set
-    trained: dict[tuple, Path] = {}  # a run on each set of images
-    tested: dict[tuple, Path] = {}
-    for run in (run for arm in evidence.manifest["arms"] for run in evidence.runs(arm)):
-        permuted = run.settings["data"].get("permute_pixels", False)
-        trained.setdefault(
-            (permuted, run.settings["images"]["fingerprint"], run.settings["images"]["count"]), run.folder
-        )
+    every = [run for arm in evidence.manifest["arms"] for run in evidence.runs(arm)]
+    most = max((run.settings["images"]["count"] for run in every), default=0)
+    trained: dict[tuple, dict[tuple, Path]] = {}  # by kind, a run on each set of images
+    tested: dict[tuple, dict[tuple, Path]] = {}
+    for run in every:
+        permuted, images = run.settings["data"].get("permute_pixels", False), run.settings["images"]
+        part = run.settings["resolved"]["labelled"] and images["count"] < most
+        trained.setdefault((permuted, part), {}).setdefault((images["fingerprint"], images["count"]), run.folder)
         for row in run.rows:
             if eval_set and (row["eval_data"], row["split"]) == (eval_set.data, eval_set.split):
-                tested.setdefault((permuted, row.get("images")), run.folder)
-    for what, again, found in (("trained", "train", trained), ("evaluated", "evaluate", tested)):
-        for permuted in (False, True):
-            folders = [str(folder) for kind, folder in found.items() if kind[0] == permuted]
-            if len(folders) > 1:
+                tested.setdefault((permuted,), {}).setdefault((row.get("images"),), run.folder)
+    for what, again, kinds in (("trained", "train", trained), ("evaluated", "evaluate", tested)):
+        for found in kinds.values():
+            if len(found) > 1:
+                folders = [*dict.fromkeys(map(str, found.values()))]
                 raise UserError(
-                    f"{listed(folders)} were {what} on different images, which cannot be compared: {again} all runs "
-                    "of the study on the same images."
+                    f"{listed(folders)} {'was' if len(folders) == 1 else 'were'} {what} on different images{COPIES}, "
+                    f"which cannot be compared: {again} all runs of the study on the same images."
                 )
 
 

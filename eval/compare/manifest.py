@@ -63,3 +63,14 @@ class Manifest(TypedDict):
     controls: dict[str, str]  # the folder of each control's rows
     tuning: TuningEntry | None
     trials: dict[str, list[TrainingEntry]]
+
+
+def stated(settings: list[str]) -> dict[str, str]:
+    """A training's settings by key; of one that is stated twice the last counts, as on a command line."""
+    return {key: value for key, _, value in (text.partition("=") for text in settings)}
+
+
+def varied(trials: list[TrainingEntry]) -> list[str]:
+    """The settings in which an arm's trials differ, by key, in the order in which they are stated."""
+    every = [stated(trial["settings"]) for trial in trials]
+    return [k for k in dict.fromkeys(k for one in every for k in one) if len({one.get(k) for one in every}) > 1]

@@ -78,7 +78,7 @@ class Metric:
         if not found:
             return ""
         classes = found[1].split("-")
-        return f"without class{'es' * (len(classes) > 1)} {', '.join(classes)}"
+        return f"without {'class' if len(classes) == 1 else 'classes'} {', '.join(classes)}"
 
     @property
     def features(self) -> str:

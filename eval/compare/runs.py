@@ -213,14 +213,13 @@ def _difference(group: Group, others: list[Group], without: tuple[str, ...]) -> 
     """What distinguishes a group from others of its recipe, in at most two settings; '' if that takes more."""
     mine, theirs = _flat(group.runs[0], without), [_flat(g.runs[0], without) for g in others]
     keys = [k for k in mine if any(other.get(k) != mine[k] for other in theirs)]
-    if not keys:
-        return "default"
+    keys = keys or sorted({k for other in theirs for k in other.keys() - mine.keys()})
     budget = [k for k in BUDGET if k in keys]
     if set(keys) <= set(BUDGET):
         spent = [number(g.mean("train_flops")) for g in (group, *others)]
         return f"{spent[0]} FLOPs" if spent.count(spent[0]) == 1 else ""
     for shown in (["recipe"], ["data.name"], [k for k in keys if k not in BUDGET] + budget[:1]):
-        unique = not any(all(other.get(k) == mine[k] for k in shown) for other in theirs)
+        unique = not any(all(other.get(k) == mine.get(k) for k in shown) for other in theirs)
         if unique and len(shown) <= 2:
             return ", ".join(_stated(k, mine) for k in shown)
     return ""

@@ -11,7 +11,7 @@ control. Numbers are fractions, not percentages. Columns:
     classes, chance, majority  the number of classes; 1 / classes; the fraction of these in the most frequent class
     group, recipe, control     its name on the page; the recipe; 1 for a control
     protocol, pooling, layer, labels    the metric, as in results.jsonl (labels: label_fraction)
-    labelled_images            the number of training images whose labels were used; empty if the rows lack it
+    labelled_images            the number of training images whose labels were used
     quantity, against          "accuracy"; or "difference" from the control named in `against`, paired by image and seed
     mean, low, high            the mean and the bounds of its 95 % interval
     half_width                 (high - low) / 2
@@ -64,7 +64,7 @@ def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict
     if not group.foreign:
         costs = dict(pretrain_flops=f"{group.mean('train_flops'):.6g}", pretrain_images=str(group.mean("images_seen")))
     for name, key in (("eval_flops", "eval_flops"), ("eval_images", "eval_images"), ("eval_seconds", "seconds")):
-        costs[name] = "" if metric.corrupted and name != "eval_seconds" else f"{spent_on(scores, key):.6g}"
+        costs[name] = f"{spent_on(scores, key):.6g}"
     floors = dict(chance="", majority="")
     if eval_set.measured == ACCURACY:
         floors = dict(chance=f"{eval_set.chance:.6g}", majority=f"{eval_set.majority.correct.mean():.6g}")

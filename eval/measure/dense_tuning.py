@@ -198,7 +198,7 @@ def search(task: Task, schedule: Schedule) -> tuple[rates.Tried, rates.Cost]:
         say(f"{task.source.name}, lr {rate:g}: {told} of {len(rest.images)} held-out training images")
         return found
 
-    return rates.search(schedule.rates, miou), sum(costs, rates.Cost())
+    return rates.search(f"Fine-tuning of {task.source.name}", schedule.rates, miou), sum(costs, rates.Cost())
 
 
 def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, rates.Cost]:

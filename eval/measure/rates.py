@@ -25,10 +25,11 @@ class Cost:
         return Cost(self.images + other.images, self.flops + other.flops, self.seconds + other.seconds)
 
 
-def search(asked: Sequence[float], accuracy: Callable[[float], float | None]) -> Tried:
+def search(what: str, asked: Sequence[float], accuracy: Callable[[float], float | None]) -> Tried:
     """The accuracy of the rates asked for, and beyond them while the best is at an edge.
 
-    accuracy: trains by a rate, and judges; None if the training diverged. Raises UserError if all do.
+    what: is trained, for errors. accuracy: trains by a rate, and judges; None if the training diverged. Raises
+    UserError if all do.
     """
     tried: Tried = {}
     left = list(asked)
@@ -36,7 +37,7 @@ def search(asked: Sequence[float], accuracy: Callable[[float], float | None]) ->
         for rate in left:
             tried[rate] = accuracy(rate)
         if all(found is None for found in tried.values()):
-            raise UserError(f"Training diverged at every learning rate from {asked[0]:g} on: pass smaller --lr.")
+            raise UserError(f"{what} diverged at every learning rate from {asked[0]:g} on: pass smaller --lr.")
         left = further(tried)
     return tried
 

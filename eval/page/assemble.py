@@ -82,7 +82,8 @@ def report(
     kind = "arm" if study else "recipe"
     what = f"{plural(recipes, kind)} compared" if recipes else "Controls"
     if study and incomplete:
-        what = f"Not decided: {study.manifest['plan']}"
+        ended = decided is not None and decided[1].diverged
+        what = f"{'Undecided' if ended else 'Not decided'}: {study.manifest['plan']}"
     return f"{what} on {names}", blocks, mains
 
 

@@ -18,6 +18,7 @@ from eval.compare.scores import EvalSet, Scores, ranked, spent_on
 from eval.compare.words import number
 from eval.page import plots
 from eval.page.document import Block, Cell, Figure, Heading, Table, halves, named
+from ssl_vit.errors import plural
 
 CURVES = {
     "Training loss. Losses of different objectives are not comparable.": {"loss": "loss"},
@@ -155,7 +156,7 @@ def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
         series = []
         for group in eval_set.groups:
             of_group = [scores for c in metrics if (scores := eval_set.scores_of(group, c)) is not None]
-            points = {scores.rows[0]["train_n"]: scores for scores in of_group if "train_n" in scores.rows[0]}
+            points = {scores.rows[0]["train_n"]: scores for scores in of_group}
             series += [_line(dict(sorted(points.items())), group, some)] if points else []
             sources += sources_of(points.values())
         svg = plots.lines(series, some.evaluator, f"{some.features}, %", "labelled training images", log=True)
@@ -248,7 +249,7 @@ def sources_of(by_group: Iterable[Scores]) -> list[tuple[str, str]]:
 
 def counted(sources: list[tuple[str, str]]) -> str:
     rows, runs = len(set(sources)), len({run for run, _ in sources})
-    return f"{rows} row{'s' * (rows > 1)} of {runs} run{'s' * (runs > 1)}."
+    return f"{plural(rows, 'row')} of {plural(runs, 'run')}."
 
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")

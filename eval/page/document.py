@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from eval.page.text_tables import aligned
+from ssl_vit.errors import plural
 
 
 @dataclass
@@ -307,7 +308,7 @@ def _rows(sources: list[tuple[str, str]]) -> str:
         of_run.setdefault(run, []).append(row)
     lines = "".join(f"<li>{escape(run)}: <code>{escape(' '.join(ids))}</code></li>" for run, ids in of_run.items())
     count = sum(map(len, of_run.values()))
-    return f"<details><summary>The {count} row{'s' * (count > 1)} behind it, by run</summary><ul>{lines}</ul></details>"
+    return f"<details><summary>The {plural(count, 'row')} behind it, by run</summary><ul>{lines}</ul></details>"
 
 
 def _html_confusion(block: Confusion) -> str:

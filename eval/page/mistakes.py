@@ -42,7 +42,7 @@ CALIBRATION = (
 @dataclass
 class Answers:
     """The predictions of all seeds of a group, concatenated: each (rows · n,). p, p_true: the probabilities of the
-    predicted and of the true class; None in old files."""
+    predicted and of the true class; None in packed files."""
 
     predicted: np.ndarray
     true: np.ndarray
@@ -117,14 +117,14 @@ def by_class(eval_set: EvalSet, suffix: str) -> list[Block]:
     if not blocks:
         return []
     words = [f"Over all seeds of a recipe. {eval_set.floors}"]
-    words += [CALIBRATION if known else _OLD]
+    words += [CALIBRATION if known else _PACKED]
     words += [images.missing] if images.missing else []
     return [Heading(f"Class by class{suffix}"), *(Text(text) for text in words), *blocks]
 
 
-_OLD = (
-    "Calibration and the most confident mistakes are not shown: no probabilities are stored with these rows. Packed "
-    "results leave them out, and rows of old have none. Evaluate again to see them."
+_PACKED = (
+    "Calibration and the most confident mistakes are not shown: packed results leave out the probabilities that they "
+    "need. Evaluate again to see them."
 )
 
 

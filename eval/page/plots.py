@@ -98,6 +98,7 @@ def lines(
     scale_x, x_ticks = _axis(list(places_x), left + 8, width - right, log)
     x_ticks = list(places_x) if len(places_x) == 1 else x_ticks
     heights = [height for s in series for height in (*s.y, *(end for ends in s.bounds for end in ends))]
+    heights += [height for s in series for _, height in s.curve]
     scale_y, y_ticks = _axis(
         heights, bottom, top + 8, False, 0.0 if min(heights) >= 0 else None, 1.0 if percent else math.inf
     )

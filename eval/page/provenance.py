@@ -75,9 +75,8 @@ def several_origins(groups: list[Group]) -> list[Block]:
     trained, tested = _images(runs)
     numbers: dict[tuple, set[int]] = {}
     for row in rows:
-        if "train_n" in row:
-            key = row["eval_data"], row["split"], row["protocol"], row["label_fraction"]
-            numbers.setdefault(key, set()).add(row["train_n"])
+        key = row["eval_data"], row["split"], row["protocol"], row["label_fraction"]
+        numbers.setdefault(key, set()).add(row["train_n"])
     measured = {commit for row in rows for commit in (row["commit"], *row.get("settings", {}).get("commits", ()))}
     made = {commit for run in runs for commit in _trained(run).values()} | {row.get("trained_by") for row in rows}
     origins = {

@@ -1,7 +1,7 @@
 """Sections of a study's report: its arms, its budgets, and how the arms were tuned."""
 
 from eval.compare import intervals
-from eval.compare.manifest import FineTuningEntry
+from eval.compare.manifest import FineTuningEntry, stated, varied
 from eval.compare.metrics import PRIMARY, Metric
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, contrast
@@ -160,14 +160,13 @@ def trials(study: StudyResults) -> list[Block]:
     counts = sorted({min(map(len, trials_of.values())), max(map(len, trials_of.values()))})
     parts = []
     for arm, tried in trials_of.items():
-        settings = [_last(trial["settings"]) for trial in tried]
-        keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
-        used = _last(study.manifest["arms"][arm]["runs"][0]["settings"])
+        settings, keys = [stated(trial["settings"]) for trial in tried], varied(tried)
+        used = stated(study.manifest["arms"][arm]["runs"][0]["settings"])
         rows = []
-        for trial, stated in zip(tried, settings, strict=True):
-            own = " ".join(f"{key}={stated[key]}" for key in keys if key in stated)
+        for trial, own_settings in zip(tried, settings, strict=True):
+            own = " ".join(f"{key}={own_settings[key]}" for key in keys if key in own_settings)
             accuracy = "failed" if trial["accuracy"] is None else percent(trial["accuracy"])
-            chosen = " (chosen)" if all(stated.get(key) == used.get(key) for key in keys) else ""
+            chosen = " (chosen)" if all(own_settings.get(key) == used.get(key) for key in keys) else ""
             rows.append((Cell(own), [Cell(accuracy + chosen)]))
         parts.append((arm, rows))
     like = [f"{name} those of {arm['like']}" for name, arm in study.manifest["arms"].items() if arm["like"]]
@@ -182,8 +181,3 @@ def trials(study: StudyResults) -> list[Block]:
         words += f" An arm may take another's: {listed(like)}."
     table = Table([("", ["accuracy, %"])], parts, "On held-out training images, in the order of the trials.")
     return [Heading("How the arms were tuned"), Text(words), Folded("All trials", [table])]
-
-
-def _last(settings: list[str]) -> dict[str, str]:
-    """Settings by key; of one that is stated twice the last counts, as on a command line."""
-    return {key: value for key, _, value in (text.partition("=") for text in settings)}

@@ -35,11 +35,13 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
         counts = sorted({len(scores.seeds) for found in by.values() for g, scores in found.items() if not g.control})
         seeds = plural(counts[0], "seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
         seeds += " per arm" if metrics else " per recipe"
-        controls = {
-            g.label: len(s.seeds) for found in by.values() for g, s in found.items() if g.control and not g.pixels
-        }
-        seeds += "".join(f", {label} {count}" for label, count in controls.items() if count < counts[0])
-        images = f"{len(eval_set.truth):,} image{'s' * (len(eval_set.truth) > 1)}"
+        controls: dict[str, set[int]] = {}
+        for group, scores in ((g, s) for found in by.values() for g, s in found.items() if g.control and not g.pixels):
+            controls.setdefault(group.label, set()).add(len(scores.seeds))
+        for label, some in controls.items():
+            if min(some) < counts[0]:
+                seeds += f", {label} {min(some)}{f' to {max(some)}' if len(some) > 1 else ''}"
+        images = plural(len(eval_set.truth), "image")
         where = f"On {eval_set.data} ({eval_set.split}, {images}; {seeds}), "
         blocks.append(Text(f"{where}{_highest(by)}. {_agreement(by)}{eval_set.floors}", "lead"))
         beside = [(f"By {means(metric)}", _beside(eval_set, by_group, metric)) for metric, by_group in by.items()]
@@ -47,7 +49,7 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
     recipes = [group for group in eval_set.groups if not group.control]
     shown = f"The tables show results with {labels_in_words(eval_set.labels)}"
     if lacking := [group.label for group in recipes if eval_set.labels not in eval_set.parts(group)]:
-        words = f"{shown}, which {listed(lacking)} lack{'s' * (len(lacking) == 1)}"
+        words = f"{shown}, which {listed(lacking)} {'lacks' if len(lacking) == 1 else 'lack'}"
         blocks.append(Text(f"{words}: no part of the labels is common to all recipes."))
     elif more := [group.label for group in recipes if most(eval_set.parts(group)) != eval_set.labels]:
         blocks.append(Text(f"{shown}, which all recipes have; there are results with more labels for {listed(more)}."))
@@ -97,12 +99,14 @@ def _agreement(by: dict[Metric, dict[Group, Scores]]) -> str:
     if not others or len(common) < 2:
         return ""
     orders = {metric: [group for group in ranking if group in common] for metric, ranking in rankings.items()}
+    some = any(len(ranking) > len(common) for ranking in rankings.values())
+    of_all = " of those that all of them measured" if some else ""
     if len({tuple(map(id, order)) for order in orders.values()}) == 1:
-        return "The evaluators rank the recipes alike. "
+        return f"The evaluators rank the recipes alike{', as far as all of them measured them' if some else ''}. "
     if not set.intersection(*(set(_first({g: by[metric][g] for g in order})) for metric, order in orders.items())):
-        words = "The evaluators disagree about the best recipe"
+        words = f"The evaluators disagree about the best recipe{of_all}"
     else:
-        words = "The evaluators agree on the best recipe, and disagree about the order of the others"
+        words = f"The evaluators agree on the best recipe{of_all}, and disagree about the order of the others"
     against = []
     for one, other in itertools.combinations(common, 2):
         above: dict[bool, Metric] = {}

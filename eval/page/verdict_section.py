@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from eval.compare import rule
 from eval.compare.evidence import FT10, LABELS, LP10, METRICS, NOISE, Contrast, Evidence, level
+from eval.compare.manifest import stated, varied
 from eval.compare.rule import ALPHA, CLAIMS, MARGIN, Answer, Size, Verdict
 from eval.compare.scope import Scope, scope
 from eval.compare.words import labels_in_words, number, percent
@@ -27,7 +28,7 @@ def blocks(evidence: Evidence, verdict: Verdict) -> list[Block]:
     found: list[Block] = [Text(sentence(verdict, scope(evidence)), "lead")]
     if verdict.incomplete:
         return found
-    paragraphs = (*_chosen(evidence), *_noise(evidence), *_undecided(verdict), *_instrument(verdict))
+    paragraphs = (*_chosen(evidence), *_noise(evidence, verdict), *_undecided(verdict), *_instrument(verdict))
     found += [Text(words) for words in paragraphs]
     found += [Heading("Each condition against its thresholds"), forest(verdict), table(verdict), Text(PUBLISHED)]
     return found
@@ -119,10 +120,9 @@ def _chosen(evidence: Evidence) -> Iterator[str]:
     arms = evidence.manifest["arms"]
     words = []
     for name, trials in evidence.manifest["trials"].items():
-        tried: list[set[str]] = [set(trial["settings"]) for trial in trials]
-        differing: set[str] = set().union(*tried) - set[str].intersection(*tried)
-        used = [text for text in arms[name]["runs"][0]["settings"] if text in differing] if arms[name]["runs"] else []
-        words += [f"{name} with {' '.join(used)}"] if used else []
+        used = stated(arms[name]["runs"][0]["settings"]) if arms[name]["runs"] else {}
+        chosen = [f"{key}={used[key]}" for key in varied(trials) if key in used]
+        words += [f"{name} with {' '.join(chosen)}"] if chosen else []
     if words:
         yield f"Chosen by trials at other seeds, on held-out training images: {'; '.join(words)}."
     tuned = [(name, scores.rows[0]["settings"]) for name, scores in evidence.fine_tunings() if scores.rows]
@@ -131,15 +131,15 @@ def _chosen(evidence: Evidence) -> Iterator[str]:
         yield f"Learning rates of fine-tuning, chosen in the same way: {', '.join(rates)}."
 
 
-def _noise(evidence: Evidence) -> Iterator[str]:
+def _noise(evidence: Evidence, verdict: Verdict) -> Iterator[str]:
     """Which noise it is that the claims are about, and what follows from that."""
     settings = evidence.runs(evidence.arms["noise"])[0].settings["objective"]
     words = f"The noise is Gaussian, {level(NOISE, settings['noise_sigma'])}, "
     if settings["noise_pca_dim"]:
+        pixels = "" if verdict.claims["C4b"].unplanned else ", and C4b compares it with noise on pixels"
         yield (
             f"{words}in the first {settings['noise_pca_dim']} principal components of a patch. So C4a is about noise "
-            "together with what projecting the input onto them removes, and C4b compares it with noise on pixels. It "
-            "is l-DAE's noise, not all of l-DAE."
+            f"together with what projecting the input onto them removes{pixels}. It is l-DAE's noise, not all of l-DAE."
         )
     else:
         yield f"{words}on the pixels."

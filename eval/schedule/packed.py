@@ -79,9 +79,10 @@ def _check_same(run: Path, packed: Path) -> None:
     keys = sorted(key for key in keys if key.partition(".")[0] not in free and key != "data.name")
     keys += [key for key in ["images.fingerprint"] if one.get(key) != other.get(key)]
     if keys:
+        copies = " (cp -p keeps the times of images, by which copies are known)" if "images.fingerprint" in keys else ""
         raise UserError(
             f"{run} and {packed} are runs of one name with different settings ({', '.join(keys)}), and their rows must "
-            "not be mixed: move one of them elsewhere."
+            f"not be mixed{copies}: move one of them elsewhere."
         )
 
 

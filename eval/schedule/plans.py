@@ -8,6 +8,7 @@ A plan names recipes and settings; recipes/study/compare.yaml is a short example
 """
 
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,11 +301,23 @@ def _check_roles(plan: Plan, path: Path) -> None:
                 f"{path} decides, so {name}, with the role {arm.role}, needs a linear probe with 10 % of the labels: "
                 "add [linear_probe, --labels, 10%] to its evaluators."
             )
+        tunes = [line for line in plan._lines(name) if line[0] == "finetune" and "10%" in line]
+        if plan.tuning and not all(map(_searches, tunes)):
+            raise UserError(
+                f"{path} decides by rates that trials choose, so the fine-tuning of {name} needs several: add --lr and "
+                "two rates or more to it."
+            )
 
 
 def _spends(line: list[str]) -> bool:
     """Whether an evaluator's arguments depend on the plan's budgets."""
     return not set(SPENT).isdisjoint(line)
+
+
+def _searches(line: list[str]) -> bool:
+    """Whether a fine-tuning chooses among learning rates."""
+    after = line[line.index("--lr") + 1 :] if "--lr" in line else []
+    return len([*itertools.takewhile(lambda word: not word.startswith("-") and "=" not in word, after)]) > 1
 
 
 def _is_probe(line: list[str]) -> bool:
