@@ -267,7 +267,7 @@ run_plan() {  # $1: a file in recipes/study/
 }
 
 run_recipe() {
-  local recipe=$1 arg skip="" run random config launch control file
+  local recipe=$1 arg before="" skip="" run random config launch control imports file
   shift
   ready ""
   for arg in "$@"; do
@@ -290,8 +290,11 @@ run_recipe() {
   fi
 
   # The control is the same run without what would give it trained weights or the same folder.
-  control=()
+  control=() imports=()
   for arg in "$@"; do
+    if [ "$before" = --import ]; then imports+=(--import "$arg"); fi
+    case $arg in --import=*) imports+=("$arg") ;; esac
+    before=$arg
     if [ -n "$skip" ]; then skip=""; continue; fi
     case $arg in
       --output | --init-from) skip=yes ;;
@@ -312,14 +315,14 @@ run_recipe() {
   show "${launch[@]}" "${pretrain[@]}" "$@"
   if grep -qs '^  classes: null' "$run/recipe.yaml"; then
     printf '\nThe images have no labels, so k-NN cannot compare.\n'
-    show python "${here}eval/embed.py" --backbone "$run"
+    show python "${here}eval/embed.py" ${imports[@]+"${imports[@]}"} --backbone "$run"
     return
   fi
   if [ "$run" = "$random" ]; then
-    show python "${here}eval/knn.py" --backbone "$run" pixels
+    show python "${here}eval/knn.py" ${imports[@]+"${imports[@]}"} --backbone "$run" pixels
   else
     show "${launch[@]}" "${pretrain[@]}" "${control[@]}"
-    show python "${here}eval/knn.py" --backbone "$run" "$random" pixels
+    show python "${here}eval/knn.py" ${imports[@]+"${imports[@]}"} --backbone "$run" "$random" pixels
   fi
 
   printf '\nNext:\n'

@@ -34,18 +34,18 @@ def measure(objective: Objective, channels: int, blocks: list[nn.Module] | None 
     rows = 2 * objective.micro_batch_multiple
     few, many = (_tensors(objective, channels, blocks or [], count) for count in (rows, 2 * rows))
     each = (many.total - few.total) / rows
-    growth = [after - before for before, after in zip(few.sizes, many.sizes, strict=True)]
-    return Kept(few.total - rows * each, each, max(growth) / rows)
+    grown = set(many.sizes) - set(few.sizes)  # a loop over rows may keep other numbers of tensors
+    return Kept(few.total - rows * each, each, max(grown, default=0) / (2 * rows))
 
 
 def at_a_time(kept: Kept) -> int:
     """The most images, and at least one, of which no tensor is above LARGEST."""
-    return max(1, int(LARGEST / kept.largest))
+    return max(1, int(LARGEST / max(kept.largest, 1)))
 
 
 class _Tensors(NamedTuple):
     total: int
-    sizes: list[int]  # in bytes, in the order in which they are kept
+    sizes: list[int]  # in bytes
 
 
 def _tensors(objective: Objective, channels: int, blocks: list[nn.Module], rows: int) -> _Tensors:

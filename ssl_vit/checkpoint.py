@@ -91,6 +91,8 @@ class Run:
                 other = f"{self.path} is a run with other settings ({', '.join(keys)})."
                 if "images.fingerprint" in keys:
                     other += " Its images differ (of photos the names, sizes or times of the files; cp -p keeps those)."
+                if "resolved.given_weights" in keys:
+                    other += " The weights that it starts or learns from have changed."
                 raise UserError(f"{other} Start a new one: {command}")
             if not self.finished:
                 self._log_changes(recipes.defaults()["runtime"] | old["runtime"], settings["runtime"])

@@ -44,7 +44,12 @@ def current() -> str | None:
 
 
 def typed(name: str) -> list[str]:
-    """The words that start a command in the way this process was started: `ssl-vit`, `python -m` or a script's path."""
+    """The words that start a command in the way this process was started: `ssl-vit`, `python -m` or a script's path,
+    and what it has imported by --import."""
+    return [*_started(name), *imports.words()]
+
+
+def _started(name: str) -> list[str]:
     module = COMMANDS[name]
     if sys.argv[0].startswith("ssl-vit "):
         return ["ssl-vit", name]
@@ -100,7 +105,8 @@ class Parser(argparse.ArgumentParser):
     """The parser of a command, with what all of them have. doc: its docstring."""
 
     def __init__(self, doc: str | None, **options: Any):
-        super().__init__(description=doc, formatter_class=HelpFormatter, **options)
+        # an abbreviated --import would be one that imports.load does not know
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **options)
         imports.add_option(self)
 
 

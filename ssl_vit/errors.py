@@ -97,7 +97,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         if peers.strangers():
             raise UserError(peers.introduction())
-        imports.load(sys.argv[1:])
+        sys.argv[1:] = imports.load(sys.argv[1:])
         code = main() or 0
     except (UserError, imports.NotFound) as error:
         message, code = f"error: {error}", BUSY if isinstance(error, Busy) else 2
@@ -107,7 +107,7 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
         code = 141
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in REFUSED:
+        if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
             message = f"error: {error.filename} cannot be used ({error.strerror}): mend that, or name another path."
             code = 2
         elif peers.several():

@@ -30,30 +30,36 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 def words() -> list[str]:
     """The words that have another command import the same."""
-    return [word for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path for word in ("--import", path)]
+    return [word for path in _told() for word in ("--import", path)]
 
 
-def load(arguments: Sequence[str]) -> None:
-    """Import what `--import` in these arguments names, or named in the process that started this one.
+def load(arguments: Sequence[str]) -> list[str]:
+    """Import what `--import` in these arguments names, or named in the process that started this one. Returns the other
+    arguments.
 
     Raises NotFound.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_option(parser)
     try:
-        named = parser.parse_known_args(arguments)[0].imports
+        found, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError:  # which the command's own parser will tell
-        return
-    told = os.environ.get(VARIABLE, "").split(os.pathsep)
-    modules = [*dict.fromkeys([*filter(None, told), *map(os.path.abspath, named)])]
+        return list(arguments)
+    modules = [*dict.fromkeys([*_told(), *map(os.path.abspath, found.imports)])]
     if modules:
         os.environ[VARIABLE] = os.pathsep.join(modules)
+    files = [os.path.abspath(word) for word in found.imports if word.endswith(".py") or os.path.dirname(word)]
     for module in modules:
-        _load(*os.path.split(module.removesuffix(".py")))
+        _load(*os.path.split(module.removesuffix(".py")), is_file=module in files)
+    return others
 
 
-def _load(folder: str, name: str) -> None:
-    """Import the module, from the folder or installed."""
+def _told() -> list[str]:
+    return [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
+
+
+def _load(folder: str, name: str, is_file: bool) -> None:
+    """Import the module, from the folder or, unless it is a file there, installed."""
     if folder not in sys.path:
         sys.path.append(folder)  # behind all others, of which none is to be hidden by a file there
     try:
@@ -64,5 +70,8 @@ def _load(folder: str, name: str) -> None:
         raise NotFound(f"--import {name}: there is no such module in {folder}, nor an installed one.") from None
     own = os.path.join(folder, *name.split("."))
     found = os.path.realpath(module.__file__ or "")
-    if os.path.exists(f"{own}.py") and found != os.path.realpath(f"{own}.py"):
-        raise NotFound(f"--import {name}: Python finds {found} before {own}.py: give your file another name.")
+    there = [file for file in (f"{own}.py", os.path.join(own, "__init__.py")) if os.path.exists(file)]
+    if there and found not in map(os.path.realpath, there):
+        raise NotFound(f"--import {name}: Python finds {found} before {there[0]}: give yours another name.")
+    if is_file and not there:
+        raise NotFound(f"--import {name}: there is no such module in {folder}.")

@@ -8,7 +8,7 @@ import yaml
 from scipy.stats import binomtest
 
 from ssl_vit import __version__
-from ssl_vit.backbones import Backbone
+from ssl_vit.backbones import Backbone, factory
 from ssl_vit.checkout import commits, in_words
 from ssl_vit.checkpoint import Run
 
@@ -44,7 +44,7 @@ def card(
     class.
     """
     head = dict(library_name=LIBRARY[to], tags=["ssl_vit", "self-supervised-learning", "vision-transformer"])
-    count = backbone.model.num_classes
+    count, architecture = backbone.model.num_classes, backbone.model.pretrained_cfg["architecture"]
     head |= dict(pipeline_tag="image-classification" if count else "image-feature-extraction")
     head |= dict(license=licence) if licence else {}
     view, (height, width) = backbone.evaluation_view, backbone.input_size
@@ -60,13 +60,14 @@ def card(
     code = LOADED[to].format(
         kind=kind, shape=size, names=json.dumps(names), outputs=", ".join(names), options=options, read=read
     )
+    if to == "timm" and architecture in factory.OURS:
+        code = code.replace("import timm\n", f"import ssl_vit   # registers {architecture}\nimport timm\n", 1)
     parameters = sum(p.numel() for p in backbone.model.parameters())
     what = f"a classifier of {count} classes" if count else "a backbone, without a classifier"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---",
         f"# {name}",
-        f"{backbone.model.pretrained_cfg['architecture']}, {parameters / 1e6:.2f} M parameters: {what}. Made with "
-        f"ssl_vit {__version__}.",
+        f"{architecture}, {parameters / 1e6:.2f} M parameters: {what}. Made with ssl_vit {__version__}.",
         f"```python\n{code}\n```",
         f"Images of {height}x{width} pixels ({view.interpolation}, crop {view.crop_pct:g}, {view.crop_mode}); mean "
         f"{_numbers(backbone.mean)}, standard deviation {_numbers(backbone.std)} of values in [0, 1].",

@@ -20,8 +20,9 @@ SCALES = ("logit_scale", "temperature")  # of attention: one number for each hea
 # timm's names of what follows the last block, and of positions that all blocks share; it puts both in a last layer
 BEHIND = (
     *("norm", "attn_pool", "neck", "fc_norm", "head", "head_dist", "aux_head"),  # of ViTs
-    *("conv_head", "bn2", "fc", "classifier"),  # of CNNs
+    *("conv_head", "fc", "classifier"),  # of CNNs
 )
+BEHIND_CONV_HEAD = "bn2"  # which lies in the stem of others, as in HRNet
 SHARED = ("rope", "shared_rel_pos")
 
 
@@ -130,8 +131,9 @@ def layer_ids(model: TimmModel) -> tuple[dict[str, int], int]:
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     # timm 1.0.26 to 1.0.30 have the register tokens of some ViTs, or the norm before the blocks, behind these
     layers |= {name: 0 for name in layers if name.split(".")[0] in (*SHARED, *TOKENS, "norm_pre")}
-    last = 1 + max(layer for name, layer in layers.items() if name.split(".")[0] not in BEHIND)
-    return {name: last if name.split(".")[0] in BEHIND else layer for name, layer in layers.items()}, last
+    behind = (*BEHIND, *([BEHIND_CONV_HEAD] if hasattr(model, "conv_head") else []))
+    last = 1 + max(layer for name, layer in layers.items() if name.split(".")[0] not in behind)
+    return {name: last if name.split(".")[0] in behind else layer for name, layer in layers.items()}, last
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, config: recipes.Optim, peak: float, step: int, total: int) -> float:

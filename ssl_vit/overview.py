@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ssl_vit import backbones, data, flops
 from ssl_vit import recipe as recipes
+from ssl_vit.commands import typed
 from ssl_vit.devices import out_of_memory
 from ssl_vit.errors import say
 from ssl_vit.objectives.base import Objective
@@ -62,7 +63,7 @@ def advise(
     """Print a sentence or two about each choice that the user may regret."""
     height, width = recipe.data.size
     if len(images) < FEW and min(height, width) >= PHOTO and not recipe.backbone.init_from:
-        start = f"python eval/finetune.py --backbone {PUBLISHED} --data {shlex.quote(recipe.data.name)}"
+        start = shlex.join([*typed("finetune"), "--backbone", PUBLISHED, "--data", recipe.data.name])
         if images.labels is None:
             start = f"--init-from {PUBLISHED}"
         say(
@@ -78,7 +79,7 @@ def advise(
         say(
             f"Advice: the images have no labels. Look at {path / 'pictures'} and at the feature rank "
             "(monitor.knn_every=100), and judge the backbone on labelled images: "
-            f"python eval/knn.py --backbone {shlex.quote(str(path))} --data NAME"
+            f"{shlex.join([*typed('knn'), '--backbone', str(path), '--data', 'NAME'])}"
         )
 
 

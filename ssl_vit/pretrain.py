@@ -31,7 +31,6 @@ from ssl_vit import (
     errors,
     files,
     flops,
-    imports,
     monitor,
     objectives,
     optim,
@@ -86,10 +85,10 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     if first:
         run.enter(settings, type(recipe.objective), images.ledger)
     [(finished, begun)] = broadcast_object_list([(run.finished, bool(run.checkpoints())) if first else (False, False)])
-    engine.check_shared(accelerator, path)
-    if finished:
+    if finished:  # it may lie where nothing can be written
         say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")
         return 0
+    engine.check_shared(accelerator, path)
     overview.describe(recipe, path, images, objective, accelerator, flops_per_image)
     if total and not begun:
         overview.foresee(recipe, objective, accelerator, flops_per_image)
@@ -287,11 +286,12 @@ def resolved(
 def given_weights(objective: Objective, started: bool) -> str | None:
     """What identifies the weights that a run does not make itself: those that it starts from, and of frozen teachers
     and tokenizers. A run whose source was trained anew must not go on as if it had been that one."""
-    if not started and not objective.inherited and not objective.published:
+    given = [*([objective.backbone] if started else []), *objective.given]
+    if not given:
         return None
-    loaded = {id(weight) for weight in objective.backbone.parameters()} if started else set()
-    everything = objective.state_dict(keep_vars=True).items()
-    return weights.digest_of({n: t for n, t in everything if not t.requires_grad or id(t) in loaded})
+    tensors = {f"{place}.{name}": t for place, part in enumerate(given) for name, t in part.state_dict().items()}
+    # positions are computed or resampled, which each machine rounds in its own way
+    return weights.digest_of({name: tensor for name, tensor in tensors.items() if not name.endswith("pos_embed")})
 
 
 def identity(settings: dict) -> dict[str, str]:
@@ -354,7 +354,7 @@ def finish(
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
     weights.save(objective.exported, run.path / "backbone", images.classes)
     then, why = ("knn", "evaluate it") if images.labels is not None else ("embed", "look at what it sees")
-    command = shlex.join([*typed(then), *imports.words(), "--backbone", str(run.path)])
+    command = shlex.join([*typed(then), "--backbone", str(run.path)])
     say(f"Finished. The backbone is in {run.path / 'backbone'}; {why}: {command}")
     return made
 
@@ -387,7 +387,6 @@ def main() -> int:
     parser = Parser(
         __doc__,
         usage=f"{shlex.join(typed('pretrain'))} --recipe RECIPE [options] [key=value ...]",
-        allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="print this, or with --recipe that one's settings")

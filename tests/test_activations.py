@@ -36,6 +36,19 @@ def test_tensors_are_counted_once_and_weights_never(device):
     assert activations.measure(Tiny(*layers, normed=True).to(device), 1) == (4 * 8 * 4, 4 * (4 + 8 + 8), 4 * 8)
 
 
+def test_a_loss_may_keep_a_tensor_for_each_row_or_none():
+    """As many as there are rows: their number differs between the batches that are compared."""
+
+    class Looping(Tiny):
+        def forward(self, batch):
+            values = self.layers(batch.views["image"].flatten(1))
+            return dict(loss=torch.stack([row.exp().sum() for row in values]).mean())
+
+    kept = activations.measure(Looping(torch.nn.Linear(4, 8)), 1)
+    assert kept == (0, 4 * (4 + 8), 4 * 4)  # the input is one tensor, and the exponentials one of each row
+    assert activations.at_a_time(activations.Kept(0, 0, 0)) >= 2**20
+
+
 def test_a_block_that_recomputes_keeps_its_input_and_the_largest_is_there_once():
     blocks = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(3)]
     tiny = Tiny(*blocks, torch.nn.Linear(4, 1)).to("meta")

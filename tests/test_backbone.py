@@ -394,7 +394,7 @@ def test_windows_are_attended_to_as_so_many_images():
 
 
 def test_what_a_convolution_does_not_have_is_refused_and_deit_is_a_vit():
-    with pytest.raises(UserError, match="set backbone.embed_dim=null backbone.depth=null backbone.num_heads=null"):
+    with pytest.raises(UserError, match="set backbone.depth=null backbone.num_heads=null"):
         build("backbone.name=resnet18")
     recipe = objectives.read_recipe(
         "finetune", ["backbone.name=resnet18", "data.img_size=16"], None
@@ -549,3 +549,17 @@ def test_a_model_that_does_not_say_what_is_needed_is_refused_with_the_remedy():
     assert backbones.wrap(model, [0.5] * 3, [0.5] * 3, {}).stride == (4, 4)
     with pytest.raises(UserError, match="timm does not know the input size of own_net: add an entry to default_cfgs"):
         timm_models.published_size("own_net")
+
+
+def test_a_model_that_timm_has_no_card_of_fails_for_its_own_reason(monkeypatch):
+    """And not because timm does not know the size of its images."""
+    model = timm.create_model("resnet10t", num_classes=0)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
+
+    def fail(images, **options):
+        raise RuntimeError("the true reason")
+
+    monkeypatch.setattr(model, "forward_features", fail)
+    monkeypatch.setattr(model, "forward_intermediates", fail)
+    with pytest.raises(UserError, match=r"cannot be used \(the true reason\): use another model"):
+        backbones.wrap(model, [0.5] * 3, [0.5] * 3, {})

@@ -212,6 +212,16 @@ def fail(number: int) -> int:
     raise OSError(number, os.strerror(number), "closed/own")
 
 
+def test_a_refusal_of_no_path_keeps_its_traceback():
+    """As of a semaphore where shared memory is closed."""
+
+    def refuse() -> int:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with pytest.raises(PermissionError):
+        errors.run(refuse)
+
+
 def test_a_name_that_is_too_long_is_one_sentence(run):
     refused(run(f"--output={'a' * 300}"), "a" * 300, "cannot be used (File name too long)")
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import huggingface_hub
@@ -15,7 +16,7 @@ import transformers
 import yaml
 from conftest import SMALL
 from PIL import Image
-from test_loop import TINY
+from test_loop import TINY, environment
 
 from ssl_vit import backbones, commands, export, model_card, objectives, pretrain, weights
 from ssl_vit.checkout import COMMIT
@@ -124,6 +125,24 @@ def test_the_code_on_a_card_gives_the_features(kind, tmp_path):
     if not classes:
         mean = eval(last.split(": ")[1], names)
         close(mean, backbone.features(images)[0][1].mean((1, 2)))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "swin"])
+def test_the_code_on_a_card_for_timm_opens_the_folder(name, tmp_path):
+    """In a process that has not imported this package, of which timm alone knows nothing."""
+    shape = [] if name == "vit_tiny" else [f"backbone.{key}=null" for key in ("depth", "num_heads")]
+    backbone = build(f"backbone.name={name}", "backbone.embed_dim=48", *shape, "data.img_size=32")
+    folder = written(backbone, "timm", tmp_path)
+    code = re.search("```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    lines = [line.replace("local-dir:FOLDER", f"local-dir:{folder}") for line in code.splitlines()]
+    told = subprocess.run(
+        [sys.executable, "-c", "\n".join([*lines, "print(model.num_features)"])],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.strip() == str(backbone.embed_dim), told.stderr
+    assert ("import ssl_vit" in code) == (name == "swin")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 import pytest
 from test_loop import ROOT, environment
 
-from ssl_vit import imports, objectives
+from ssl_vit import commands, imports, objectives
 
 OWN = """
 from dataclasses import dataclass
@@ -97,8 +97,16 @@ def test_a_module_that_is_not_there_or_hidden_is_refused(tmp_path, monkeypatch):
         imports.load(["--import", "mine"])
     monkeypatch.setenv(imports.VARIABLE, "")
     (tmp_path / "statistics.py").write_text("")
-    with pytest.raises(imports.NotFound, match=f"before {tmp_path}/statistics.py: give your file another name"):
+    with pytest.raises(imports.NotFound, match=f"before {tmp_path}/statistics.py: give yours another name"):
         imports.load(["--import=statistics"])
+    monkeypatch.setenv(imports.VARIABLE, "")
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv/__init__.py").write_text("")
+    with pytest.raises(imports.NotFound, match=f"before {tmp_path}/csv/__init__.py: give yours another name"):
+        imports.load(["--import", "csv"])
+    monkeypatch.setenv(imports.VARIABLE, "")
+    with pytest.raises(imports.NotFound, match="--import json: there is no such module in /nowhere"):
+        imports.load(["--import", "/nowhere/json.py"])  # nor is it Python's own
     monkeypatch.setenv(imports.VARIABLE, "")
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
     with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
@@ -127,3 +135,25 @@ def test_processes_that_are_started_import_the_same(tmp_path):
 def test_a_name_of_ours_is_not_registered():
     with pytest.raises(ValueError, match="There is an objective 'dino' in ssl_vit: choose another name"):
         objectives.register("dino")
+
+
+def test_two_modules_do_not_register_one_name(monkeypatch):
+    monkeypatch.setattr(objectives, "REGISTERED", {})
+
+    def made(module):
+        return type("Mine", (objectives.base.Objective,), dict(__module__=module))
+
+    assert objectives.register("mine")(made("a")).__module__ == "a"
+    again = objectives.register("mine")(made("a"))  # as in a notebook
+    assert objectives.find("mine") is again
+    with pytest.raises(ValueError, match="There is an objective 'mine' in a: choose another name"):
+        objectives.register("mine")(made("b"))
+
+
+def test_commands_that_are_named_import_the_same(monkeypatch):
+    monkeypatch.setenv(imports.VARIABLE, "/home/mine")
+    assert commands.typed("knn")[-2:] == ["--import", "/home/mine"]
+    monkeypatch.setenv(imports.VARIABLE, "")
+    assert imports.load(["a", "--data", "x", "--", "-y"]) == ["a", "--data", "x", "--", "-y"]
+    with pytest.raises(SystemExit):
+        commands.Parser("Does.").parse_args(["--imp", "mine.py"])

@@ -121,6 +121,12 @@ def test_a_run_is_training_then_its_control_then_knn(project):
     assert "NAME: dino mae,\n" in after  # not the long list of published ones
 
 
+@pytest.mark.parametrize("words", [["--import", "my own.py"], ["--import=my own.py"]])
+def test_all_commands_import_the_same(words, project):
+    _, ran = project.launch("mae", *words, "train.steps=3")
+    assert [" ".join(words) in line for line in ran[1:]] == [True, True, True] and "knn.py" in ran[3]
+
+
 def test_the_control_has_none_of_a_recipe_s_own_weights(project):
     script(project.root / "own.yaml", "backbone:\n  # init_from: nothing\n  init_from: runs/before\n")
     script(project.root / "none.yaml", "backbone: {init_from: null}\n")

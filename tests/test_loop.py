@@ -240,6 +240,22 @@ def test_a_start_that_was_trained_anew_is_another_run(tmp_path):
     assert other.wait() == 2 and "is a run with other settings (resolved.given_weights)" in other.said
 
 
+def test_what_identifies_given_weights_is_not_drawn_or_computed_here(tmp_path):
+    """The head of DINO's teacher is drawn by the run, and positions are rounded by the machine."""
+    start = small_objective("dino").backbone
+    weights.save(start, tmp_path / "start")
+    objective = small_objective("dino", f"backbone.init_from={tmp_path / 'start'}")
+    before = pretrain.given_weights(objective, True)
+    with torch.no_grad():
+        for parameter in (*objective.teacher_head.parameters(), objective.backbone.model.pos_embed):
+            parameter += 1
+    assert pretrain.given_weights(objective, True) == before is not None
+    with torch.no_grad():
+        next(objective.backbone.model.blocks.parameters()).add_(1)
+    assert pretrain.given_weights(objective, True) != before
+    assert pretrain.given_weights(objective, False) is None
+
+
 def test_backbones_on_the_way_are_kept_for_the_evaluators(tmp_path, monkeypatch):
     path = tmp_path / "run"
     run(tmp_path, *arguments("dino", "--output", str(path), f"runtime.keep_every={STEPS // 2}"))

@@ -52,6 +52,16 @@ def test_the_layers_of_other_models_end_with_their_head():
             assert layers[stem] == 0 and layers[block] == last - 1 and layers.get(head, last) == last, name
 
 
+@pytest.mark.parametrize(
+    ("name", "with_it"), [("hrnet_w18_small", "conv2.weight"), ("mobilenetv2_050", "conv_head.weight")]
+)
+def test_the_second_norm_is_in_the_stem_or_behind_the_last_block(name, with_it):
+    """Of HRNet, and of models whose head has a convolution."""
+    with torch.device("meta"):
+        layers, last = optim.layer_ids(timm.create_model(name, num_classes=3))
+    assert layers["bn2.weight"] == layers[with_it] and (layers["bn2.weight"] == last) == ("head" in with_it)
+
+
 @pytest.mark.parametrize("name, spared", [
     ("finetune", True), ("supervised", True), ("simmim", True), ("beit", True), ("masked-patch", True),
     ("mae", False), ("mae-photos", False), ("dino", False), ("dino-photos", False),

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -529,6 +530,24 @@ def test_what_is_wrong_with_tables_is_told(tmp_path):
     assert "An error occurred" not in str(error.value) and "more" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "labels", [["0.5", "1.5", "control"], ["control", "0.5", "1.5"], ["nan", "cat", "dog"], ["1", "2.0", "cat"]]
+)
+def test_words_are_classes_whatever_their_order(labels):
+    """One that is no number says that none of them stands for one."""
+    sources._refuse_fractions(labels, "label")
+    with pytest.raises(UserError, match="numbers with fractions, such as 1.5"):
+        sources._refuse_fractions(["1", "nan", "1.5"], "label")
+
+
+def test_a_metadata_file_of_lists_is_one_sentence(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "a.png", np.full((8, 8, 3), len(split), np.uint8))
+        (tmp_path / split / "metadata.jsonl").write_text('["a.png", "x"]\n')
+    with pytest.raises(UserError, match=r"metadata.jsonl cannot be read \(a line is no object.*: mend or remove"):
+        load(tmp_path, "train")
+
+
 def test_a_row_of_a_metadata_file_without_a_name_is_one_sentence(tmp_path):
     for split in ("train", "test"):
         for i, name in enumerate("ab"):
@@ -637,6 +656,11 @@ def test_a_set_saved_by_datasets_is_refused_with_the_remedy(tmp_path):
     rows = datasets.Dataset.from_dict(dict(label=[0, 1]))
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "several")
+    photos = tmp_path / "photos"
+    for split, name in itertools.product(("train", "test"), "ab"):
+        save(photos / split / name / "1.png", np.full((8, 8, 3), 2 * ord(name) + len(split) % 2, np.uint8))
+    (photos / "state.json").write_text("{}")  # of an editor, say
+    assert len(load(photos)) == 2
     for name in ("one", "several"):
         with pytest.raises(
             UserError, match=f"{name} was written by save_to_disk of the library datasets.*: write parquet"

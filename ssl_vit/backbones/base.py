@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ssl_vit import views
-from ssl_vit.backbones.timm_models import TimmModel, published_size
+from ssl_vit.backbones.timm_models import TimmModel
 from ssl_vit.errors import UserError, require
 from ssl_vit.patches import patchify, unpatchify
 from ssl_vit.randomness import Draw
@@ -305,7 +306,8 @@ class Backbone(nn.Module):
             prefix, patches = found[-1]
             self._prefix, self._last = prefix.shape[1], (patches.shape[1], patches.shape[2])
         except FAULTS as error:
-            (height, width), own = self.input_size, published_size(self.name)
+            (height, width), cfg = self.input_size, timm.get_pretrained_cfg(self.name)
+            own = (height, width) if cfg is None else tuple(cfg.input_size[1:])
             where, remedy = "", "use"
             if (height, width) != own:
                 where, remedy = f" on images of {height}x{width}", f"set data.img_size={own[0]}, or use"

@@ -335,6 +335,8 @@ def _table(file: Path, label: str | None, split: bool) -> tuple[str, dict[str, s
                 rows = list(csv.DictReader(stream))
             else:
                 rows = [json.loads(line) for line in stream if line.strip()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no object with names and values")
         columns = list(rows[0]) if rows else []
     except (OSError, ValueError, csv.Error, TypeError) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}): mend or remove it.") from None

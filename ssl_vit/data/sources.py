@@ -298,7 +298,8 @@ def _local(
         return _parquet(path, config.config, files), (str(path.parent),), files, dict(files=1)
     if (path / "recipe.yaml").exists():
         raise UserError(f"{path} is a run, and its images lie elsewhere: name those, or a folder, as --data.")
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    saved = all((path / name).exists() for name in ("state.json", "dataset_info.json"))
+    if saved or (path / "dataset_dict.json").exists():
         raise UserError(
             f"{path} was written by save_to_disk of the library datasets, which is not read: write parquet instead, "
             'with ds.to_parquet("FOLDER/train.parquet") for each split.'
@@ -398,9 +399,12 @@ def _refuse_cache(error: BaseException) -> None:
 def _refuse_fractions(values: list, column: str) -> None:
     """Raises UserError for labels that are numbers with fractions, also as words: they are no classes."""
     try:
-        fraction = next((value for value in values if not isinstance(value, int) and float(value) % 1), None)
+        numbers = [float(value) for value in values]
     except ValueError:  # some are no numbers
         return
+    fraction = next(
+        (v for v, number in zip(values, numbers, strict=True) if math.isfinite(number) and number % 1), None
+    )
     if fraction is not None:
         raise UserError(
             f"The labels in {column!r} are numbers with fractions, such as {fraction}, and not classes: name another "

@@ -18,6 +18,11 @@ def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
     require(name not in _files(), f"There is an objective {name!r} in ssl_vit: choose another name.")
 
     def add(cls: type[Objective]) -> type[Objective]:
+        other = REGISTERED.get(name, cls)  # itself, if a notebook runs a cell again
+        require(
+            (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__),
+            f"There is an objective {name!r} in {other.__module__}: choose another name.",
+        )
         REGISTERED[name] = cls
         return cls
 

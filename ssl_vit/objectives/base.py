@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssl_vit import batch_norm, views
+from ssl_vit import batch_norm, teachers, views
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import CAPABILITIES, REMEDIES, Backbone, Capability
 from ssl_vit.errors import UserError
@@ -86,6 +86,13 @@ class Objective(nn.Module):
         # FLOPs that were spent before on what this one learns from, such as a tokenizer, by run
         self.inherited: dict[str, float] = {}
         self.published: list[str] = []  # weights of other codes that it learns from, whose FLOPs nobody counted
+        self.given: list[nn.Module] = []  # the parts that hold what it learns from
+
+    def learn_from(self, source: str, *parts: nn.Module) -> None:
+        """Account for a finished run or a published model whose weights are these frozen parts."""
+        self.inherited |= teachers.cost(source)
+        self.published += teachers.published(source)
+        self.given += parts
 
     def train(self, mode: bool = True) -> "Objective":
         """Parts without a trainable parameter, such as teachers, stay in eval mode."""

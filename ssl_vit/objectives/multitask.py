@@ -96,6 +96,7 @@ class Multitask(Objective):
         for task in tasks:
             self.inherited |= task.inherited
             self.published += task.published
+            self.given += task.given
 
         # tasks with equal views share them, under the name of the first
         self.specs = [task.views for task in tasks]

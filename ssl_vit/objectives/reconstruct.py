@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_vit import corruption, targets, teachers
+from ssl_vit import corruption, targets
 from ssl_vit.backbones import Backbone, Replacement
 from ssl_vit.decoders import Decoder, Denoiser, LinearHead, check_width
 from ssl_vit.devices import full_precision
@@ -225,7 +225,7 @@ class Reconstruct(Objective):
                 f"{self.grid[0]}x{self.grid[1]} patches: train a tokenizer whose data.img_size / backbone.patch_size "
                 "is the same."
             )
-        self.inherited, self.published = teachers.cost(run), teachers.published(run)
+        self.learn_from(run, encoder, quantizer)
         return targets.Learnt(encoder, quantizer, config.teacher is None)
 
     def train(self, mode: bool = True) -> "Reconstruct":

@@ -122,7 +122,7 @@ class Supervised(Objective):
                     "backbone.name=deit_tiny_distilled_patch16_224 backbone.patch_size=auto."
                 )
             self.teacher = self.load_teacher(config.teacher, info)
-            self.inherited, self.published = teachers.cost(config.teacher), teachers.published(config.teacher)
+            self.learn_from(config.teacher, self.teacher)
         self.average = None if config.model_ema_decay is None else copy.deepcopy(backbone).requires_grad_(False)
 
     @property

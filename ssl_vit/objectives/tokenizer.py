@@ -79,7 +79,7 @@ class Tokenizer(Objective):
         width = self.pixels.width
         if config.teacher is not None:
             self.teacher = teachers.load_patches(config.teacher, channels, self.grid)
-            self.inherited, self.published = teachers.cost(config.teacher), teachers.published(config.teacher)
+            self.learn_from(config.teacher, self.teacher)
             self.views |= info.second_view("teacher", self.teacher)
             width = self.teacher.embed_dim
         self.quantizer = quantizer(config, backbone, self.grid, width)
