@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from ssl_vit import backbones, errors, objectives, system
+from ssl_vit import backbones, errors, monitor, objectives, system
 from ssl_vit import recipe as recipes
 from ssl_vit.objectives.base import Batch, DatasetInfo
 from ssl_vit.randomness import Draw
@@ -79,6 +80,7 @@ def _private_cache(tmp_path_factory):
         yield
 
 
+PATIENT = 300.0  # seconds until a child counts as hung: they may wait for a processor
 CLOSE: list[Callable[[], None]] = []  # what ends the processes and threads that a test started, if it failed before
 
 
@@ -114,6 +116,25 @@ def start(main: Callable[[], int], folder: Path, log: Path, *arguments: str) -> 
     process.start()
     CLOSE.append(process.kill)
     return process
+
+
+def signalled(main: Callable[[], int], at: int, number: int, rank: str | None = None) -> Callable[[], int]:
+    """A main, to be started in a child, whose process sends itself a signal after this step of training: from outside
+    it may come too late. rank: of several, the process that does."""
+
+    def run() -> int:
+        after = monitor.Monitor.step
+
+        def step(self: monitor.Monitor, index: int, *given: Any) -> None:
+            after(self, index, *given)
+            if index + 1 == at and rank in (None, os.environ.get("RANK")):
+                os.kill(os.getpid(), number)
+
+        monitor.Monitor.step = step  # type: ignore[method-assign]
+        return main()
+
+    run.__module__ = main.__module__
+    return run
 
 
 def join(processes: list[multiprocessing.Process], timeout: float) -> None:

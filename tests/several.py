@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sklearn.datasets  # noqa: F401  # which the children would each import for seconds
 import torch._dynamo  # noqa: F401
-from conftest import join, start
+from conftest import PATIENT, join, start
 from torch.distributed import TCPStore
 
 
@@ -51,9 +51,9 @@ class Several:
             os.environ.clear()
             os.environ.update(before)
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self) -> list[int | None]:
         """Their exit codes, of those that end in time. `said` then has the tracebacks of the others."""
-        join(self.processes, timeout)
+        join(self.processes, PATIENT)
         codes = [process.exitcode for process in self.processes]
         self.close()
         return codes

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -12,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, make_batch, small_objective, start
+from conftest import PATIENT, SMALL, make_batch, signalled, small_objective, start
 from PIL import Image
 from safetensors.torch import load_file
-from test_loop import ROOT, TINY, TORCHRUN, Started, arguments, launched, log_of, run, steps_done, until
+from test_loop import ROOT, TINY, TORCHRUN, arguments, killed, launched, log_of, run
 from timm.layers import resample_abs_pos_embed
 
 from eval import finetune
@@ -614,13 +613,11 @@ def test_two_processes_train_and_judge_alike(tune, tmp_path, alone):
 
 def test_it_stops_when_told_and_goes_on(pretrained, tmp_path):
     shutil.copytree(pretrained / "runs", tmp_path / "runs")
-    command = ["--backbone", "runs/mae", *QUICK, "train.steps=80", "runtime.save_every=1000", "--labels", "5", "all"]
+    command = ["--backbone", "runs/mae", *QUICK, "train.steps=20", "runtime.save_every=1000", "--labels", "5", "all"]
     for stop in (True, False):  # stopped in the first of two trainings, then run to the end
-        child = start(finetune.main, tmp_path, tmp_path / "said.txt", *command)
-        if stop:
-            until(lambda: any(steps_done(p) >= 10 for p in (tmp_path / "runs/mae").glob("finetune/*")))
-            os.kill(child.pid, signal.SIGINT)
-        child.join(60)
+        main = signalled(finetune.main, 10, signal.SIGINT) if stop else finetune.main
+        child = start(main, tmp_path, tmp_path / "said.txt", *command)
+        child.join(PATIENT)
         said = (tmp_path / "said.txt").read_text()
         assert child.exitcode == (130 if stop else 0), said
         assert len(results.read(tmp_path / "runs/mae")) == (0 if stop else 2)
@@ -719,15 +716,13 @@ def test_the_average_costs_nothing_and_is_not_trained():
 
 
 def test_a_run_with_an_average_ends_with_the_same_bytes_wherever_it_is_killed(tmp_path):
-    asked = arguments("supervised", "objective.model_ema_decay=0.9", "train.steps=30")
+    asked = arguments("supervised", "objective.model_ema_decay=0.9")
     run(tmp_path, *asked, "--output", "whole")
-    started = Started(tmp_path, *asked, "--output", "killed")
-    until(lambda: steps_done(tmp_path / "killed") >= 6)
-    started.kill()
-    run(tmp_path, *asked, "--output", "killed")
-    run(tmp_path, *arguments("supervised", "train.steps=30", "--output", "last"))
-    whole, killed, last = (tmp_path / r / "backbone/model.safetensors" for r in ("whole", "killed", "last"))
-    assert whole.read_bytes() == killed.read_bytes() != last.read_bytes()
+    killed(tmp_path, 6, *asked, "--output", "parts")
+    run(tmp_path, *asked, "--output", "parts")
+    run(tmp_path, *arguments("supervised", "--output", "last"))
+    whole, parts, last = (tmp_path / r / "backbone/model.safetensors" for r in ("whole", "parts", "last"))
+    assert whole.read_bytes() == parts.read_bytes() != last.read_bytes()
     losses = [[line["loss"] for line in log_of(tmp_path / r)] for r in ("whole", "last")]
     assert losses[0] == losses[1]  # the average is only watched
     assert not any(json.dumps(key).startswith('"average') for key in load_file(whole))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import SMALL, make_batch, small_objective, small_recipe
 from generate import backbones as table
 from test_backbone import SHAPELESS, standardised
-from test_loop import ROOT, Started, log_of, run, steps_done, until
+from test_loop import ROOT, Started, log_of, run
 
 from ssl_vit import backbones, corruption, objectives, pretrain, weights
 from ssl_vit.backbones import Replacement
@@ -539,9 +539,8 @@ def test_every_kind_by_every_objective_on_images(kind, use, tmp_path):
     assert all(map(math.isfinite, losses))
     saved = (tmp_path / "run" / "backbone" / "model.safetensors").read_bytes()
     if kind not in HEAVY or use == "gaussian":
-        started = Started(tmp_path, *arguments, "--output", "stopped")
-        until(lambda: steps_done(tmp_path / "stopped") >= 5)
-        started.kill(signal.SIGTERM)
+        started = Started(tmp_path, *arguments, "--output", "stopped", ends=(5, signal.SIGTERM))
+        assert started.wait() == 143, started.said
         run(tmp_path, *arguments, "--output", "stopped")
         assert (tmp_path / "stopped" / "backbone" / "model.safetensors").read_bytes() == saved
     backbone = weights.load(str(tmp_path / "run")).eval()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLOSE, SMALL, join, small, small_objective, small_recipe, start
+from conftest import CLOSE, PATIENT, SMALL, join, signalled, small, small_objective, small_recipe, start
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -59,14 +59,15 @@ def arguments(name: str, *settings: str) -> list[str]:
 
 
 class Started:
-    """pretrain.py in a child."""
+    """pretrain.py in a child. ends: it sends itself (after this step, this signal)."""
 
-    def __init__(self, folder: Path, *arguments: str):
+    def __init__(self, folder: Path, *arguments: str, ends: tuple[int, int] | None = None):
         self.log = folder / "said.txt"
-        self.process = start(pretrain.main, folder, self.log, *arguments)
+        main = signalled(pretrain.main, *ends) if ends else pretrain.main
+        self.process = start(main, folder, self.log, *arguments)
 
-    def wait(self, timeout: float = 120) -> int:
-        join([self.process], timeout)
+    def wait(self) -> int:
+        join([self.process], PATIENT)
         assert self.process.exitcode is not None, f"still running: {self.said}"
         return self.process.exitcode
 
@@ -84,6 +85,12 @@ def run(folder: Path, *arguments: str) -> Started:
     started = Started(folder, *arguments)
     assert started.wait() == 0, started.said
     return started
+
+
+def killed(folder: Path, at: int, *arguments: str) -> None:
+    """pretrain.py, which is killed after this step."""
+    started = Started(folder, *arguments, ends=(at, signal.SIGKILL))
+    assert started.wait() == -signal.SIGKILL, started.said
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -107,8 +114,8 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def until(condition, timeout: float = 180) -> None:
-    end = time.monotonic() + timeout
+def until(condition) -> None:
+    end = time.monotonic() + PATIENT
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.002)
@@ -121,38 +128,31 @@ def test_a_child_killed_while_it_draws_does_not_hold_up_the_others(tmp_path):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_killed_anywhere_it_ends_with_the_same_bytes(name, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    steps = 30
-    run(tmp_path, *arguments(name, f"train.steps={steps}", "--output", str(whole)))
-    exits = []
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tmp_path, *arguments(name, "--output", str(whole)))
     for at in (1, 6, 9):  # before the first checkpoint, between two, after the second
-        started = Started(tmp_path, *arguments(name, f"train.steps={steps}", "--output", str(killed)))
-        until(lambda at=at: steps_done(killed) >= at)
-        exits.append(started.kill())
-    assert exits[0] == -signal.SIGKILL and set(exits) <= {-signal.SIGKILL, 0}  # a quick one may have finished
-    run(tmp_path, *arguments(name, f"train.steps={steps}", "--output", str(killed)))
+        killed(tmp_path, at, *arguments(name, "--output", str(parts)))
+    run(tmp_path, *arguments(name, "--output", str(parts)))
     for file in ("model.safetensors", "config.json"):
-        assert (killed / "backbone" / file).read_bytes() == (whole / "backbone" / file).read_bytes()
+        assert (parts / "backbone" / file).read_bytes() == (whole / "backbone" / file).read_bytes()
 
-    lines = [untimed(r) for r in (whole, killed)]
+    lines = [untimed(r) for r in (whole, parts)]
     assert lines[0] == lines[1]
-    assert [line["step"] for line in lines[0]] == list(range(1, steps + 1))
+    assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))
 
 
 def test_sgd_killed_anywhere_ends_with_the_same_bytes(tmp_path):
     """Its momentum is in the checkpoint; with micro-batches, an average of the weights and layer decay."""
-    asked = arguments("supervised", "train.steps=30", "optim.name=sgd", "optim.lr=0.3", "optim.layer_decay=0.7")
+    asked = arguments("supervised", "optim.name=sgd", "optim.lr=0.3", "optim.layer_decay=0.7")
     asked += ["objective.model_ema_decay=0.9", "runtime.per_device_batch_size=12"]
     run(tmp_path, *asked, "--output", "whole")
     for at in (1, 6):
-        started = Started(tmp_path, *asked, "--output", "killed")
-        until(lambda at=at: steps_done(tmp_path / "killed") >= at)
-        started.kill()
-    run(tmp_path, *asked, "--output", "killed")
+        killed(tmp_path, at, *asked, "--output", "parts")
+    run(tmp_path, *asked, "--output", "parts")
     run(tmp_path, *asked, "optim.momentum=0", "--output", "without")
-    whole, killed, without = (tmp_path / r / "backbone/model.safetensors" for r in ("whole", "killed", "without"))
-    assert whole.read_bytes() == killed.read_bytes() != without.read_bytes()
-    assert untimed(tmp_path / "whole") == untimed(tmp_path / "killed")
+    whole, parts, without = (tmp_path / r / "backbone/model.safetensors" for r in ("whole", "parts", "without"))
+    assert whole.read_bytes() == parts.read_bytes() != without.read_bytes()
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
     [path] = (tmp_path / "whole/checkpoints").iterdir()
     state = torch.load(path, weights_only=True)["optimizer"]["state"]
     assert state and all(entry.keys() == {"momentum_buffer"} for entry in state.values())
@@ -181,16 +181,13 @@ def test_a_run_keeps_its_optimizer(tmp_path):
 
 def test_sigterm_saves_first(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    steps = "train.steps=100"
-    run(tmp_path, *arguments("mae", steps, "--output", str(whole)))
-    started = Started(tmp_path, *arguments("mae", steps, "--output", str(stopped), "runtime.save_every=1000"))
-    until(lambda: steps_done(stopped) >= 2)
-    assert started.kill(signal.SIGTERM) == 143
-    assert "The same command resumes from there." in started.said
-    [saved] = (stopped / "checkpoints").iterdir()
-    at = int(re.findall(r"\d+", saved.name)[0])
-    assert 2 <= at < 100
-    run(tmp_path, *arguments("mae", steps, "--output", str(stopped)))
+    run(tmp_path, *arguments("mae", "--output", str(whole)))
+    asked = arguments("mae", "--output", str(stopped), "runtime.save_every=1000")
+    started = Started(tmp_path, *asked, ends=(2, signal.SIGTERM))
+    assert started.wait() == 143
+    assert "Stopped after step 3 of 12, saved. The same command resumes from there." in started.said
+    assert [saved.name for saved in (stopped / "checkpoints").iterdir()] == ["step-00000003.pt"]
+    run(tmp_path, *arguments("mae", "--output", str(stopped)))
     assert (stopped / "backbone/model.safetensors").read_bytes() == (whole / "backbone/model.safetensors").read_bytes()
 
 
@@ -209,13 +206,11 @@ def test_a_run_that_stops_logs_what_it_did_since_the_last_line(tmp_path):
 def test_what_a_run_wrote_before_its_first_checkpoint_is_not_there_twice(tmp_path):
     """A continued run has k-NN at step 0, too."""
     run(tmp_path, *arguments("mae", "train.steps=1", "--output", "start"))
-    asked = arguments("mae", "train.steps=60", "monitor.trackers=tensorboard", "monitor.knn_every=2")
+    asked = arguments("mae", "monitor.trackers=tensorboard", "monitor.knn_every=2")
     asked += ["runtime.save_every=1000", "--init-from", "start", "--output", "run"]
-    slow = Started(tmp_path, *asked)
-    until(lambda: steps_done(tmp_path / "run") >= 3)
-    assert slow.kill() == -signal.SIGKILL
+    killed(tmp_path, 3, *asked)
     run(tmp_path, *asked)
-    expected = list(range(0, 61, 2))
+    expected = list(range(0, STEPS + 1, 2))
     assert [line["step"] for line in log_of(tmp_path / "run") if "knn" in line] == expected
     [folder] = {file.parent for file in (tmp_path / "run").rglob("events*") if "hparam" not in str(file)}
     assert [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("online/knn")] == expected
@@ -333,14 +328,12 @@ def test_a_run_from_before_commits_were_recorded_goes_on(tmp_path):
 
 def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path):
     """Also on a device that would begin in another."""
-    steps, half = ["train.steps=80"], ["train.precision=bf16"]
-    run(tmp_path, *arguments("mae", *steps, *half, "--output", "whole"))
-    begun = Started(tmp_path, *arguments("mae", *steps, *half, "--output", "cut"))
-    until(lambda: steps_done(tmp_path / "cut") >= 6)
-    begun.kill()
-    other = Started(tmp_path, *arguments("mae", *steps, "train.precision=fp32", "--output", "cut"))
+    half = "train.precision=bf16"
+    run(tmp_path, *arguments("mae", half, "--output", "whole"))
+    killed(tmp_path, 6, *arguments("mae", half, "--output", "cut"))
+    other = Started(tmp_path, *arguments("mae", "train.precision=fp32", "--output", "cut"))
     assert other.wait() == 2 and "with other settings (resolved.precision, train.precision)" in other.said
-    assert "Resuming from step" in run(tmp_path, *arguments("mae", *steps, "--output", "cut")).said
+    assert "Resuming from step 4" in run(tmp_path, *arguments("mae", "--output", "cut")).said
     whole, cut = ((tmp_path / name / "backbone/model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
 

@@ -1,7 +1,6 @@
 """data.permute_pixels: one fixed permutation for every image, split, seed and run, in training and in evaluation."""
 
 import dataclasses
-import signal
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from PIL import Image
-from test_loop import STEPS, TINY, Started, arguments, log_of, run, steps_done, until
+from test_loop import STEPS, TINY, Started, arguments, killed, log_of, run
 
 from eval import finetune
 from eval.measure import cli, features, fine_tuning
@@ -156,16 +155,14 @@ def test_a_run_from_before_the_setting_is_one_without(runs, tmp_path):
 
 
 def test_killed_it_ends_with_the_same_bytes_and_goes_on_with_no_other_images(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(tmp_path, *arguments("mae", PERMUTED, "--output", str(whole)))
-    started = Started(tmp_path, *arguments("mae", PERMUTED, "--output", str(killed)))
-    until(lambda: steps_done(killed) >= 5)
-    assert started.kill() in (-signal.SIGKILL, 0)
-    refused = Started(tmp_path, *arguments("mae", "--output", str(killed)))
+    killed(tmp_path, 5, *arguments("mae", PERMUTED, "--output", str(parts)))
+    refused = Started(tmp_path, *arguments("mae", "--output", str(parts)))
     assert refused.wait() == 2 and "data.permute_pixels, images.fingerprint" in refused.said
-    run(tmp_path, *arguments("mae", PERMUTED, "--output", str(killed)))
-    first, second = ((r / "backbone" / "model.safetensors").read_bytes() for r in (whole, killed))
-    assert first == second and log_of(killed)[-1]["step"] == STEPS
+    run(tmp_path, *arguments("mae", PERMUTED, "--output", str(parts)))
+    first, second = ((r / "backbone" / "model.safetensors").read_bytes() for r in (whole, parts))
+    assert first == second and log_of(parts)[-1]["step"] == STEPS
     other = tmp_path / "other"
     run(tmp_path, *arguments("mae", "--output", str(other)))
     assert (other / "backbone" / "model.safetensors").read_bytes() != first

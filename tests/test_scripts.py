@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import start
+from conftest import PATIENT, start
 from test_loop import ROOT, environment
 
 SCRIPTS = [
@@ -105,7 +105,7 @@ def test_help(script, form, tmp_path):
     run = form(script)
     run.__module__ = script.removesuffix(".py").replace("/", ".")
     process = start(run, tmp_path, tmp_path / "said.txt", "--help")
-    process.join(60)
+    process.join(PATIENT)
     said = (tmp_path / "said.txt").read_text()
     assert process.exitcode == 0, said
     assert f"{script} " in said

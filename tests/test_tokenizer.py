@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from conftest import BACKBONE, FACTS, make_batch, small_objective, small_recipe
 from safetensors.torch import load_file, save_file
 from several import Several
 from test_engine import compare
-from test_loop import Started, arguments, log_of, run, steps_done, until
+from test_loop import arguments, killed, log_of, run
 
 from ssl_vit import backbones, flops, objectives, pretrain, teachers, views, weights
 from ssl_vit import recipe as recipes
@@ -450,11 +449,9 @@ def test_runs_that_learn_from_runs(tmp_path):
     assert found["inherited_flops"] == before and last["perplexity"] > 1 and 0 < last["usage"] <= 1
     assert last["flops"] == pytest.approx(before + 6 * 32 * found["flops_per_image"])
 
-    beit = arguments("beit", "train.steps=30", "objective.tokenizer=one-tokenizer-supervised")
+    beit = arguments("beit", "objective.tokenizer=one-tokenizer-supervised")
     run(tmp_path, *beit, "--output", "whole")
-    started = Started(tmp_path, *beit, "--output", "killed")
-    until(lambda: steps_done(tmp_path / "killed") >= 6)
-    assert started.kill() == -signal.SIGKILL
+    killed(tmp_path, 6, *beit, "--output", "killed")
     run(tmp_path, *beit, "--output", "killed")
     first, second = ((tmp_path / name / "backbone/model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert first == second
