@@ -219,6 +219,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert state(tmp_path / "run") and log_of(tmp_path / "run")
 
 
+def test_a_checkpoint_is_due_after_so_many_minutes(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    runtime = small_recipe("mae", "runtime.save_minutes=10").runtime
+    saver = checkpoint.Saver(lambda step: None, runtime, lambda step: None, 0)
+    for seconds, due in ((599, False), (600, True)):
+        clock[0] = 100.0 + seconds
+        assert saver.overdue == due
+    saver.save(3)
+    assert not saver.overdue
+
+
 def test_a_save_that_failed_is_raised_at_the_next_step():
     writing: Future[None] = Future()
     saver = checkpoint.Saver(lambda step: writing, small_recipe("mae").runtime, lambda step: None, 0)

@@ -510,7 +510,7 @@ def test_another_run_takes_the_rate_that_was_chosen_for_the_first(tune, tmp_path
     assert row["eval_flops"] < first["eval_flops"] / 2
 
 
-@pytest.mark.parametrize("length", [[], ["train.epochs=2"], ["train.flops=1e9"]])
+@pytest.mark.parametrize("length", [[], ["train.steps=null", "train.epochs=2"], ["train.flops=1e9"]])
 def test_scratch_at_equal_compute_is_trained_for_so_much_longer(length, tune, tmp_path):
     extra = 2e9
     [short] = tune("--labels", "20", *length)
@@ -703,6 +703,18 @@ def test_the_average_equals_a_plain_float64_loop():
     objective.eval()
     with torch.no_grad():
         assert not torch.allclose(objective.exported.features(images)[0][1], objective.backbone.features(images)[0][1])
+
+
+def test_the_average_has_the_statistics_of_the_trained_weights():
+    """Else a ResNet would be exported with those it began with."""
+    none = [f"backbone.{key}={value}" for key, value in dict(embed_dim="null", depth="null", num_heads="null").items()]
+    own = ["objective.model_ema_decay=0.9", "backbone.name=resnet10t", "backbone.drop_path_rate=0", *none]
+    objective = small_objective("supervised", *own)
+    objective(make_batch(objective, torch.arange(8)))
+    objective.on_optimizer_step(3, 10, lambda t: t)
+    found, expected = (dict(b.named_buffers()) for b in (objective.exported, objective.backbone))
+    assert any(key.endswith("running_mean") and value.any() for key, value in expected.items())
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_the_average_costs_nothing_and_is_not_trained():

@@ -465,6 +465,25 @@ def test_published_protocols_are_their_sources(preset, tmp_path, monkeypatch, ba
     assert spec == [{"image": dataclasses.replace(view, flip=0.0)}]
 
 
+@pytest.mark.parametrize(("wide", "told"), [(16, ("concat", 1)), (17, ("cls", 2))])
+def test_a_wide_vit_is_probed_as_dino_probes_vit_b(wide, told, tmp_path, monkeypatch, backbone):
+    """eval_linear.py: the class tokens of the last four blocks; from ViT-B on class token and mean of the last one."""
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def enough(probe, chosen, protocol, pooling, blocks, *rest):
+        seen.append((pooling, len(blocks)))
+        raise Enough
+
+    monkeypatch.setattr(linear_heads, "DINO_WIDE", wide)
+    monkeypatch.setattr(linear_probe, "augmented", enough)
+    with pytest.raises(Enough):
+        run(monkeypatch, tmp_path, *backbone, "--preset", "dino")
+    assert seen == [told]
+
+
 def test_the_backbone_is_left_as_it_was(tmp_path, monkeypatch, backbone):
     opened = []
     original = features.open_source

@@ -41,6 +41,7 @@ from ssl_vit import (
     system,
     weights,
 )
+from ssl_vit.objectives.dino import DINO
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -605,6 +606,26 @@ def test_out_of_memory_halves_and_repeats_the_step(tmp_path, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     fixed = Started(tmp_path, *arguments("mae", "--output", str(tmp_path / "c"), "runtime.per_device_batch_size=16"))
     assert fixed.wait() == 2 and "runtime.per_device_batch_size" in fixed.said
+
+
+def test_a_step_that_is_repeated_counts_once_for_the_centre(tmp_path, monkeypatch):
+    """What the attempt that ran out of memory had added to DINO's sums is forgotten."""
+    forward = DINO.forward
+
+    def limited(self, batch):
+        result = forward(self, batch)
+        if len(batch.draw.rows) > 10 and batch.step == 1:
+            raise torch.OutOfMemoryError
+        return result
+
+    centres = []
+    for name in ("a", "b"):
+        recipe = objectives.read_recipe("dino", [*TINY, *SMALL["dino"], "train.steps=2"], None)
+        assert pretrain.pretrain(recipe, tmp_path / name) == 0
+        [file] = (tmp_path / name / "checkpoints").iterdir()
+        centres.append(torch.load(file, weights_only=True)["objective"]["center"])
+        monkeypatch.setattr(DINO, "forward", limited)
+    torch.testing.assert_close(*centres, rtol=1e-4, atol=1e-6)
 
 
 def test_random_initialisation_is_a_run_of_no_steps(tmp_path):

@@ -182,3 +182,14 @@ def test_trackers_get_the_pictures_each_in_its_own_form(tmp_path):
         [page], step, more = got[name]
         assert np.array_equal(page, pixels) and (step, more) == (9, {})
     assert all(np.array_equal(got[name][0], pixels) for name in ("aim", "clearml"))
+
+
+def test_the_effective_rank_is_that_of_rankme():
+    """exp of the entropy of singular values (arXiv 2210.02885, equation 1), here 4, 2, 1 and 1 of centred features."""
+    values = np.array([4.0, 2.0, 1.0, 1.0])
+    rng = np.random.default_rng(0)
+    left = np.linalg.qr(np.c_[np.ones(50), rng.normal(size=(50, 4))])[0][:, 1:]  # at right angles to a constant
+    right = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    p = values / 8
+    expected = np.exp(-(p * np.log(p)).sum())
+    assert monitor.effective_rank(left * values @ right + 3.0) == pytest.approx(expected, rel=1e-6)

@@ -225,6 +225,28 @@ def test_the_whole_course_of_dino_s_temperature_and_frozen_prototypes():
         assert result["teacher_entropy"].item() == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-4)
 
 
+def test_adamw_is_its_formula():
+    """Decoupled weight decay and moments with bias correction (arXiv 1711.05101, algorithm 2), in float64."""
+    config = Optim(betas=[0.6, 0.8], weight_decay=0.1, warmup_fraction=0.0)
+    objective = small_objective("supervised").double()
+    optimizer = optim.build(objective, config, 0.01)
+    named = dict(objective.named_parameters())
+    expected = {name: weight.detach().clone() for name, weight in named.items()}
+    moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in named.items()}
+    generator = torch.Generator().manual_seed(3)
+    for step in range(1, 4):
+        optim.set_schedule(optimizer, config, 0.01, 0, 10)
+        for name, weight in named.items():
+            g = weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            m, v = (b * old + (1 - b) * new for b, old, new in zip((0.6, 0.8), moments[name], (g, g * g), strict=True))
+            moments[name] = m, v
+            shrunk = expected[name] * (1 - 0.01 * 0.1 * (weight.ndim > 1))
+            expected[name] = shrunk - 0.01 * (m / (1 - 0.6**step)) / ((v / (1 - 0.8**step)).sqrt() + 1e-8)
+        optimizer.step()
+    for name, weight in named.items():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-12, atol=1e-14, msg=name)
+
+
 @pytest.mark.parametrize("frozen", [0, 4])
 def test_sgd_is_its_formula(frozen):
     """v = 0.9 v + g + d w and w -= r v, in float64: with a warm-up and a cosine for each group, layer decay, weight

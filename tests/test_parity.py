@@ -128,10 +128,12 @@ def test_dino_loss_centre_and_teacher_equal_a_plain_reference():
         "objective.warmup_teacher_temp=0.03",
         "objective.teacher_temp=0.07",
         "objective.momentum_teacher=0.7",
+        "objective.student_temp=0.2",
+        "objective.center_momentum=0.6",
     ]
     ours = small_objective("dino", *settings).double()
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.5)
-    reference = PlainDINO(32, ours.config.center_momentum, ours.config.student_temp)
+    reference = PlainDINO(32, centre_momentum=0.6, student_temperature=0.2)
     teacher_weights = {n: p.detach().numpy().copy() for n, p in ours.teacher.named_parameters()}
     total = 10
     for step in range(5):

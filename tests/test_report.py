@@ -771,6 +771,47 @@ def test_names_of_many_series_stay_in_the_chart():
     assert len(places) == 22 and max(places) < height - 28 and np.diff(sorted(places)).min() >= 15.9
 
 
+def marks_of(svg, tag):
+    """The attributes, as numbers where they are, of the elements of this kind inside of groups with a hover text."""
+    root = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    groups = [g for g in root.iter(f"{space}g") if g.find(f"{space}title") is not None]
+    found = [e for g in groups for e in g.iter(f"{space}{tag}")]
+    return [{key: float(value) for key, value in e.items() if re.fullmatch(r"-?[\d.]+", value)} for e in found]
+
+
+def label_of(svg, text):
+    """(x, y) of the text of an axis."""
+    [place] = re.findall(rf'<text x="([^"]*)" y="([^"]*)"[^>]*>{text}</text>', svg)
+    return tuple(map(float, place))
+
+
+def test_points_and_bars_lie_where_their_values_are():
+    """By the labels of the axis, for equal steps: means 20, 40 and 60 %, with bars of 10 points to each side."""
+    means = [0.2, 0.4, 0.6]
+    bounds = [(m - 0.1, m + 0.1) for m in means]
+    svg = plots.lines([plots.Series("arm", [1, 2, 3], means, bounds, 0)], "t", "s", "x")
+    points, bars = marks_of(svg, "circle"), marks_of(svg, "line")
+    [low, high] = (label_of(svg, text)[1] - 4.5 for text in ("20", "40"))
+    assert [p["cy"] for p in points] == pytest.approx([low, high, 2 * high - low], abs=0.2) and high < low
+    ends = [sorted((bar["y1"], bar["y2"])) for bar in bars]
+    half = (low - high) / 2
+    assert ends == [pytest.approx([p["cy"] - half, p["cy"] + half], abs=0.2) for p in points]
+    assert all(bar["x1"] == bar["x2"] == pytest.approx(p["cx"], abs=0.2) for bar, p in zip(bars, points, strict=True))
+
+
+def test_dots_and_their_intervals_lie_where_their_values_are():
+    rows = [plots.Dot(f"arm {m}", m, (m - 0.1, m + 0.1), 0) for m in (0.2, 0.4, 0.6)]
+    svg = plots.dots(rows, "t", "s")
+    points, bars = marks_of(svg, "circle"), marks_of(svg, "line")
+    [low, high] = (label_of(svg, text)[0] for text in ("20", "40"))
+    assert [p["cx"] for p in points] == pytest.approx([low, high, 2 * high - low], abs=0.2) and low < high
+    half = (high - low) / 2
+    assert [[bar["x1"], bar["x2"]] for bar in bars] == [
+        pytest.approx([p["cx"] - half, p["cx"] + half], abs=0.2) for p in points
+    ]
+
+
 def test_ticks_are_at_regular_steps():
     def shown(values, wide):
         return [text for _, text in plots._apart([(wide * i, f"{v:g}") for i, v in enumerate(values)])]

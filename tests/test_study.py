@@ -996,3 +996,35 @@ def test_progress_is_written_while_a_job_runs(tmp_path, monkeypatch):
     mark = tmp_path / "runs/x/done/y.json"
     assert work([Job("x", "kind", ["python", str(jobs.ROOT / "eval/knn.py")], mark)], 1, tmp_path) == []
     assert len(seen) == 3 and "old" not in seen
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_so_many_jobs_run_at_once_each_on_a_device(gpus, tmp_path, monkeypatch):
+    """A device that a job has left is given to the next."""
+    alive, most, devices = {}, [], []
+
+    class Fake:
+        def __init__(self, module, words, log, variables):
+            self.polls, device = 0, variables.get("CUDA_VISIBLE_DEVICES")
+            assert device is None or device not in alive.values()
+            alive[self] = device
+            most.append(len(alive))
+            devices.append(device)
+
+        def poll(self):
+            self.polls += 1
+            if self.polls < 2:
+                return None
+            del alive[self]
+            return 0
+
+    monkeypatch.setattr(jobs, "Command", Fake)
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made = [
+        Job(f"job {i}", "kind", ["python", str(ROOT / "eval/knn.py")], tmp_path / f"{i}/done/mark") for i in range(5)
+    ]
+    assert work(made, 2, tmp_path) == [] and all(job.done for job in made)
+    assert max(most) == 2 and len(most) == 5
+    assert set(devices) == ({"0", "1"} if gpus else {None})

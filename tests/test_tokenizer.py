@@ -196,6 +196,34 @@ def test_the_loss_is_that_of_the_pixels_and_the_commitment():
     assert result["loss"].item() == pytest.approx((error + 0.25 * away).item(), rel=1e-5)
 
 
+def test_the_commitment_draws_the_encoder_towards_its_codes():
+    """Its gradient is 2 (vector - code) over all values, times its weight, and passes the layer before the codes."""
+    gradients = []
+    for weight in (0, 1):
+        objective = small_objective("tokenizer", f"objective.commitment={weight}").double()
+        batch = make_batch(objective, torch.arange(8), dtype=torch.float64)
+        q = objective.quantizer
+        first = next(q.project.parameters())
+        gradients.append(torch.autograd.grad(objective(batch)["loss"], first)[0])
+    vectors = q.vectors(objective.encode(batch.views["image"]))
+    codes = q.codebook.codes[q.codebook(vectors)]
+    [expected] = torch.autograd.grad((vectors - codes.detach()).square().mean(), first)
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, rtol=1e-8, atol=1e-12)
+    assert expected.abs().max() > 1e-6
+
+
+def test_the_codebook_moves_at_the_rate_of_the_recipe():
+    moved = []
+    for decay in (0.5, 0.9):
+        objective = small_objective("tokenizer", f"objective.code_decay={decay}")
+        assert objective.quantizer.codebook.decay == decay
+        before = objective.quantizer.codebook.codes.clone()
+        objective(make_batch(objective, torch.arange(8)))
+        objective.on_optimizer_step(3, 10, lambda t: t)
+        moved.append(float((objective.quantizer.codebook.codes - before).norm()))
+    assert moved[0] > 1.5 * moved[1] > 0
+
+
 def test_a_collapsed_codebook_alarms():
     objective = small_objective("tokenizer")
     assert objective.alarm(dict(perplexity=6.0)) is None

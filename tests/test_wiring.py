@@ -10,7 +10,7 @@ from conftest import SMALL, make_batch, small, small_objective
 from safetensors.torch import load_file
 from test_loop import TINY, arguments, run
 
-from ssl_vit import data, engine, objectives, pretrain
+from ssl_vit import data, engine, monitor, objectives, pretrain, weights
 from ssl_vit.objectives import supervised
 from ssl_vit.objectives.dino import Head
 from ssl_vit.randomness import Order
@@ -107,6 +107,44 @@ def test_bf16_is_computed_in_bf16(tmp_path):
         found.append(load_file(tmp_path / precision / "backbone/model.safetensors"))
     assert not torch.equal(*(weights["blocks.0.mlp.fc1.weight"] for weights in found))
     assert all(value.dtype == torch.float32 for value in found[0].values())
+
+
+def test_gradients_are_clipped_before_the_optimizer_s_step_and_weights_averaged_behind_it(tmp_path, monkeypatch):
+    """And online k-NN measures the averaged ones, which are exported."""
+    norms, students, seen = [], [], []
+    step, knn = torch.optim.AdamW.step, monitor.OnlineKnn.__call__
+
+    def watched(self, *given):
+        every = [weight for group in self.param_groups for weight in group["params"]]
+        norms.append(max(float(weight.grad.norm()) for weight in every if weight.grad is not None))
+        found = step(self, *given)
+        students.append([weight.detach().clone() for weight in every])
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(monitor.OnlineKnn, "__call__", lambda self, b: seen.append(weights.digest(b)) or knn(self, b))
+    settings = ["optim.clip_grad=1e-3", "objective.momentum_teacher=0.5", "monitor.knn_every=1", "runtime.keep_every=1"]
+    recipe, path = trained(tmp_path, "dino", *settings, "train.steps=2", "optim.warmup_fraction=0", "optim.lr=0.1")
+    assert all(0 < norm <= 1.00001e-3 for norm in norms) and len(norms) == 2
+    kept = [weights.load(str(path / "backbones" / f"step-{at:08d}")) for at in (1, 2)]
+    assert seen == [weights.digest(backbone) for backbone in kept]
+    start, _ = built(objectives.read_recipe("dino", [*TINY, *SMALL["dino"]], None))
+    name = "blocks.0.mlp.fc1.weight"
+    before, after = start.backbone.model.get_parameter(name), kept[0].model.get_parameter(name)
+    [moved] = [weight for weight in students[0] if weight.shape == before.shape and not torch.equal(weight, before)
+               and torch.allclose(weight + before, 2 * after, atol=1e-6)]  # fmt: skip
+    assert not torch.allclose(moved, before, atol=1e-3)
+
+
+def test_what_is_frozen_keeps_its_statistics(tmp_path):
+    """The loop puts the backbone in eval mode while it does not learn."""
+    shape = ["backbone.name=cvt", "backbone.embed_dim=48", *(f"backbone.{key}=null" for key in ("depth", "num_heads"))]
+    _, start = trained(tmp_path, "simmim", *shape, "train.steps=1")
+    frozen = [f"backbone.init_from={start}", "train.freeze_backbone_fraction=1"]
+    _, path = trained(tmp_path, "simmim", *shape, *frozen)
+    before, after = (load_file(folder / "backbone/model.safetensors") for folder in (start, path))
+    assert any("running_mean" in key for key in before) and before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_mixing_is_as_the_recipe_says(tmp_path, monkeypatch):
@@ -239,3 +277,8 @@ def test_dino_s_head_by_hand(fixed):
     assert {name for name, p in head.named_parameters() if "last" in name} == {"last.direction"} | (
         set() if fixed else {"last.length"}
     )
+
+
+def test_the_prototypes_of_dino_may_have_lengths():
+    fixed, learnt = (small_objective("dino", f"objective.norm_last_layer={value}").head for value in ("true", "false"))
+    assert fixed.last.length is None and learnt.last.length is not None
