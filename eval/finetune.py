@@ -7,13 +7,13 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `tr
 
     python eval/finetune.py --backbone runs/mae-digits-s0 runs/random
 
-A randomly initialised backbone is the control: the same labels, from scratch. With several --lr, each is tried on nine
-tenths of the labelled images and evaluated on the last tenth; if the best rate is the smallest or largest, half or
-twice that rate is tried next, until it is neither. With the best rate the model is trained again on all of them, and
-only then is the report split read. With one label per class nothing can be held out: the middle rate is used. --lr-of
-RUN uses the rate that was chosen for another run, such as one of another seed. --held-out leaves the report split
-alone, after a pre-training with data.hold_out=true: the labels are of the nine tenths that it saw, and it is judged on
-the tenth that it did not, every rate if there are several --lr.
+A randomly initialised backbone is the control: the same labels, from scratch, without layer decay. With several
+--lr, each is tried on nine tenths of the labelled images and evaluated on the last tenth; if the best rate is the
+smallest or largest, half or twice that rate is tried next, until it is neither. With the best rate the model is
+trained again on all of them, and only then is the report split read. With one label per class nothing can be held
+out: the middle rate is used. --lr-of RUN uses the rate that was chosen for another run, such as one of another seed.
+--held-out leaves the report split alone, after a pre-training with data.hold_out=true: the labels are of the nine
+tenths that it saw, and it is judged on the tenth that it did not, every rate if there are several --lr.
 With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:
 for the compute of a pre-training, so that a control from scratch has equal total compute.
 
@@ -153,9 +153,11 @@ def images_of(source: features.Source, request: cli.EvalRequest) -> recipes.Data
 def settings_of(
     source: features.Source, request: cli.EvalRequest, schedule: Schedule, subset: list[str], images: int
 ) -> list[str]:
-    """The settings of a training, but for its learning rate if that is yet to be chosen."""
+    """The settings of a training, but for its learning rate if that is yet to be chosen. From scratch there is no layer
+    decay, unless it is asked for: it would keep weights near where they are, which are random."""
     own = [f"train.seed={source.settings['train']['seed'] if source.settings else 0}", *subset, *schedule.few(images)]
-    own = [*schedule.settings, *own]
+    scratch = ["optim.layer_decay=1"] if results.untrained(source.settings) else []
+    own = [*scratch, *schedule.settings, *own]
     return own + (longer(source, request, own, images, schedule.extra) if schedule.extra else [])
 
 
@@ -168,7 +170,12 @@ def described(
         pooling=dict(token="cls", avg="mean")[source.network.pooling(recipe.objective.global_pool)],
         chosen=how,
         settings=dict(
-            lr=recipe.optim.lr, changed=schedule.changed, recipe=schedule.recipe, training=recipe.run_name(), **about
+            lr=recipe.optim.lr,
+            layer_decay=recipe.optim.layer_decay,
+            changed=schedule.changed,
+            recipe=schedule.recipe,
+            training=recipe.run_name(),
+            **about,
         ),
         eval_images=spent.images,
         eval_flops=spent.flops,

@@ -523,6 +523,19 @@ def test_scratch_at_equal_compute_is_trained_for_so_much_longer(length, tune, tm
     assert longer["eval_flops"] - short["eval_flops"] == pytest.approx(spent[1] - spent[0])
 
 
+@pytest.mark.parametrize(
+    ("run", "given", "decay"), [("mae", [], 0.75), ("random", [], 1), ("random", ["optim.layer_decay=0.5"], 0.5)]
+)
+def test_training_from_scratch_has_no_layer_decay(run, given, decay, tune, tmp_path):
+    """Unless it is asked for: there is nothing to protect, and a control would be held back."""
+    [row] = tune("--labels", "5", *given, backbones=(f"runs/{run}",))
+    [trained] = tuned(tmp_path / "runs" / run)
+    assert yaml.safe_load((trained / "recipe.yaml").read_text())["optim"]["layer_decay"] == decay
+    assert row["settings"]["layer_decay"] == decay and ("optim.layer_decay" in row["settings"]["changed"]) == bool(
+        given
+    )
+
+
 def test_held_out_images_are_none_of_those_trained_on():
     config = recipes.Data(subset=20, subset_seed=1, hold_out=True)
     fit, held_out, test = (data.load(config, role) for role in ("train", "held out", "report"))
