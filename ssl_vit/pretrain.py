@@ -6,7 +6,8 @@ On a laptop, in about two minutes, on scikit-learn's handwritten digits:
 
     python ssl_vit/pretrain.py --recipe mae
 
-The same command again resumes a run that was stopped. On a CPU it ends with the same weights, bit for bit.
+The same command again resumes a run that was stopped. On one CPU, with as many threads, it ends with the same weights,
+bit for bit.
 """
 
 import json

@@ -29,7 +29,7 @@ class Train:
     steps: int | None = setting(None, "optimizer steps; 0 saves the random initialisation", at_least=0)
     flops: float | None = setting(None, "training budget in counted FLOPs", above=0)
     batch_size: int = setting(256, "images per optimizer step, over all processes", at_least=1)
-    seed: int = setting(0, "addresses every random draw of the run", at_least=0, at_most=2**32 - 1)
+    seed: int = setting(0, "seed of all random draws of the run", at_least=0, at_most=2**32 - 1)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = setting(
         "auto",
         "auto: bf16 on GPUs of compute capability >= 8.0, else fp32; a resumed run keeps what it began with; tf32: "
@@ -105,7 +105,7 @@ class Data:
     std: list[float] | None = setting(
         None, "standard deviation of each channel, of pixels from 0 to 1", above=0, at_most=1
     )
-    hflip: bool | None = setting(None, "random horizontal flips; null: as suits the data set")
+    hflip: bool | None = setting(None, "random horizontal flips; null: on, but for the digits")
     permute_pixels: bool = setting(
         False, "a control: one fixed permutation of each image's pixels, before all views, in evaluation too"
     )

@@ -901,7 +901,7 @@ def test_the_plans_that_decide_have_what_the_rule_asks(name, tmp_path, monkeypat
     assert [c.get("extra_flops") for c in changed] == [None, budget, budget]
     assert ["objective.noise_sigma" in c for c in changed] == [False, False, True]
     assert len({what["protocol"] for what in by_role["scratch"]["finetuned"]}) == 3
-    assert by_role["equal-images"]["budget"] == 0.39 and by_role["equal-images"]["like"] == "mae"
+    assert by_role["equal-images"]["like"] == "mae"
     for role in ("masking", "noise"):
         [tuned] = by_role[role]["finetuned"]
         assert tuned["labels"] == [0.1] and "extra_flops" not in tuned["changed"]
@@ -910,6 +910,21 @@ def test_the_plans_that_decide_have_what_the_rule_asks(name, tmp_path, monkeypat
     for role in ("positive-check", "negative-check"):
         assert [t["seed"] for t in by_role[role]["runs"]] == [0, 1] and not by_role[role]["finetuned"]
     assert len(made.next_trials()) == 3 + 3  # three settings of noise; the learning rates follow
+
+
+@pytest.mark.parametrize("name", ["denoising", "denoising-small", "denoising-gpu", "denoising-full"])
+def test_the_arm_of_equal_images_sees_as_many_as_noise_does(name, colours):
+    """Its budget is the cost of an image in MAE over that in the others, for the plan's own networks."""
+    plan = plans.read(name)
+    images = {}
+    for arm in ("mae", "noise", "autoencoder"):
+        recipe = objectives.read_recipe(plan.recipe_of(arm), [*plan.settings, *plan.arms[arm].settings], colours)
+        train = data.load(recipe.data, "train")
+        recipe.add_dataset_info(train.info())
+        images[arm] = 1 / flops.per_image(pretrain.build(recipe, train), 3, labelled=False)
+    [less] = [arm for arm in plan.arms.values() if arm.role == "equal-images"]
+    seen = {**images, "mae": less.budget * images["mae"]}
+    assert seen == pytest.approx(dict.fromkeys(seen, seen["noise"]), rel=0.01)
 
 
 def test_the_exploration_has_the_rates_that_the_trials_chose():

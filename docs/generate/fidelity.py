@@ -382,15 +382,17 @@ LDAE: Values = {  # what the paper says of its noise and loss (sections 3 and 4,
     "objective.loss": "mse",
     "objective.loss_weighting": "noise_level",
 }
-OFF = "for RGB images a hundred times larger; on the digits it hurt (docs/log.md)"
+OFF = "for photos of 224 px; on the digits it hurt (docs/log.md)"
+OF_RGB = "for photos of 224 px; not tried on the digits"
 RATE = "a small model bears a larger rate, and a short run needs it"
 CONTROL = small(
     {
         "optim.lr": RATE,
         "optim.lr_rule": RATE,
         "optim.min_lr": "0 at the end of a short run",
-        **{f"views.{key}": OFF for key in ("augmentation", "repeats")},
-        **{f"objective.{key}": OFF for key in ("mixup", "cutmix", "mixup_mode", "reprob")},
+        **{f"views.{key}": OF_RGB for key in ("augmentation", "repeats")},
+        **{f"objective.{key}": OF_RGB for key in ("mixup_mode", "reprob")},
+        **{f"objective.{key}": OFF for key in ("mixup", "cutmix")},
         "backbone.drop_path_rate": OFF,
     },
     "backbone.name",
@@ -527,7 +529,7 @@ RECIPES: dict[str, Entry] = {
                 "objective.hidden_dim": "for a small encoder",
                 "objective.bottleneck_dim": "for a small encoder",
                 "objective.norm_last_layer": "steadier",
-                "objective.use_bn_in_head": "without it the small model collapsed (docs/log.md)",
+                "objective.use_bn_in_head": "without it no run learnt (docs/log.md)",
                 "objective.teacher_temp": "constant: steadier",
                 "objective.warmup_teacher_temp_fraction": "there is no warm-up",
                 "objective.momentum_teacher": "a short run needs a faster teacher",
@@ -580,7 +582,8 @@ def page() -> str:
         "`imagenet/` and for mae, simmim, beit, dino, gaussian, supervised and deit: what differs from the values of",
         "the paper and its official code, and why; how many settings were compared; and what else differs. The other",
         "recipes state their departures in their files. Recipes with the same table share it. A test fails when a",
-        "recipe departs from a stored value and its table does not say so.",
+        "recipe departs from a stored value and its table does not say so. All recipes compute in bf16 on GPUs made",
+        "for it (`train.precision=auto`), whatever precision the published code used.",
     ]
     alike: dict[tuple[str, ...], list[str]] = {}  # recipes by their table
     for name in RECIPES:

@@ -2,9 +2,10 @@
 
     python docs/generate/glossary.py > docs/glossary.md
 
-Where a cell is empty, that code has no such setting. Names are those of command-line options and constructor arguments:
-MAE's main_pretrain.py, main_finetune.py and models_mae.py; DINO's main_dino.py, DINOHead and DINOLoss; BEiT's
-run_beit_pretraining.py and modeling_pretrain.py; timm's train.py, VisionTransformer and create_transform.
+Where a cell is empty, that code has no such setting, or none that was compared. Names are those of command-line
+options and constructor arguments: MAE's main_pretrain.py, main_finetune.py and models_mae.py; DINO's main_dino.py,
+DINOHead and DINOLoss; BEiT's run_beit_pretraining.py and modeling_pretrain.py; timm's train.py, VisionTransformer and
+create_transform.
 """
 
 THEIRS = {  # our key: (MAE, DINO, BEiT, timm)
@@ -41,14 +42,14 @@ THEIRS = {  # our key: (MAE, DINO, BEiT, timm)
     "data.hflip": ("", "", "", "hflip"),
     "views.magnitude": ("aa: rand-m9-mstd0.5-inc1", "", "aa (fine-tuning)", "aa"),
     "views.repeats": ("", "", "", "aug_repeats"),
-    "views.scale": ("", "global_crops_scale", "", "scale"),
-    "views.interpolation": ("", "", "train_interpolation", "train_interpolation"),
+    "views.scale": ("([0.2, 1])", "global_crops_scale", "", "scale"),
+    "views.interpolation": ("(bicubic)", "(bicubic)", "train_interpolation", "train_interpolation"),
     "backbone.name": ("model", "arch", "model", "model"),
     "backbone.embed_dim": ("embed_dim",) * 4,
     "backbone.depth": ("depth",) * 4,
     "backbone.num_heads": ("num_heads",) * 4,
     "backbone.patch_size": ("patch_size",) * 4,
-    "backbone.pos_embed": ("", "", "abs_pos_emb", "pos_embed"),
+    "backbone.pos_embed": ("(sincos)", "(learned)", "abs_pos_emb", "pos_embed"),
     "backbone.weight_init": ("", "", "", "weight_init"),
     "backbone.reg_tokens": ("", "", "", "reg_tokens"),
     "backbone.init_values": ("", "", "layer_scale_init_value", "init_values"),
@@ -124,7 +125,8 @@ def markdown() -> str:
         "# Glossary",
         "",
         "Settings have the names of the papers' code and of timm. In parentheses: values fixed in that code; empty: no",
-        "such setting. Written from the code by `python docs/generate/glossary.py > docs/glossary.md`.",
+        "such setting, or none that was compared. Written from the code by",
+        "`python docs/generate/glossary.py > docs/glossary.md`.",
         "",
     ]
     lines += ["| ours | MAE | DINO | BEiT | timm |", "|---|---|---|---|---|"]
