@@ -85,8 +85,9 @@ CLOSE: list[Callable[[], None]] = []  # what ends the processes and threads that
 
 
 @pytest.fixture(autouse=True)
-def _nothing_runs_on():
-    """No process or thread of a failed test disturbs the next: a fork beside a thread may hang."""
+def _each_by_itself():
+    """No process or thread of a failed test disturbs the next: a fork beside a thread may hang. Nor do its draws."""
+    torch.manual_seed(0)
     yield
     for close in CLOSE:
         close()

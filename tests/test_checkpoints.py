@@ -200,12 +200,24 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """And what was begun before a failure is finished: the next start has it."""
     write, sync = shards.write, files._sync
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(shards, "write", lambda *given: time.sleep(1) or write(*given))
+    sixth = tmp_path / "the sixth step"
+
+    def patient(*given):
+        """Write the checkpoint of step 4 when the sixth step is done, and never if training waits for it."""
+        end = time.monotonic() + 60
+        while not sixth.exists():
+            assert time.monotonic() < end, "training waits"
+            time.sleep(0.01)
+        write(*given)
+
+    monkeypatch.setattr(shards, "write", patient)
     monkeypatch.setattr(files, "_sync", lambda path: time.sleep(0.3) or sync(path))  # of the first process alone
     calls = []
 
     def broken(self, *given):
         calls.append(1)
+        if len(calls) == 7:
+            sixth.touch()
         if len(calls) == 7 and os.environ["RANK"] == "1":
             raise UserError("Broken in step 7.")
         return step(self, *given)

@@ -69,6 +69,10 @@ def test_neighbours_duplicates_outliers_and_groups_of_known_features():
     cosines = unit @ unit.T - 2 * np.eye(22)
     np.testing.assert_allclose(found.similarity, -np.sort(-cosines, 1)[:, :6], atol=1e-5)
     np.testing.assert_allclose(found.outlier, 1 - found.similarity.mean(1), atol=1e-6)
+    for group in range(3):
+        centre = unit[found.group == group].mean(0)
+        own = unit[found.group == group] @ centre / np.linalg.norm(centre)
+        np.testing.assert_allclose(found.to_centre[found.group == group], own, atol=1e-5)
     near = np.linalg.norm(found.places[:12] - found.places[:12].mean(0), axis=1).max()
     assert np.linalg.norm(found.places[:12].mean(0) - found.places[12:20].mean(0)) > near  # the map keeps them apart
 

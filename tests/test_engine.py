@@ -1,6 +1,7 @@
 """Several processes: they compute what one does, go on in any number, and fail with one message."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -203,6 +204,22 @@ def test_one_that_fails_ends_all_with_one_message(way, place, rank, kind, tmp_pa
     assert codes[rank] == code and codes[1 - rank] == 1, several.said
     assert several.said.count(said) == 1
     assert several.said.count("Traceback") == (way == "fault") and several.said.count("error:") == (way != "fault")
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_all(tmp_path, monkeypatch):
+    """And is told once, whichever of them has it."""
+    forward = Reconstruct.forward
+
+    def broken(self, batch):
+        result = forward(self, batch)
+        bad = os.environ.get("RANK") == "1" and batch.step == 2
+        return result | dict(loss=result["loss"] * (math.inf if bad else 1))
+
+    monkeypatch.setattr(Reconstruct, "forward", broken)
+    several = started(tmp_path, "mae", "ddp", "train.steps=1000000", "monitor.knn_every=0", "--output", "run")
+    assert 2 in several.wait(), several.said
+    assert several.said.count("The loss of step 2 is not a finite number") == 1 == several.said.count("error:")
+    assert "step 2" in json.loads((tmp_path / "run/diverged/training.json").read_text())["said"]  # by the first process
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,8 @@ def test_a_run_from_before_the_setting_is_one_without(runs, tmp_path):
     del settings["data"]["permute_pixels"]
     assert not features.Source("old", tmp_path, settings, None, None).permuted
     assert features.data_of(settings) == dataclasses.replace(recipes.Data(), hflip=False)
+    part = settings["data"] | dict(subset=10, subset_seed=3)
+    assert features.data_of(settings | dict(data=part)).subset is None  # an evaluator has all labels
 
 
 def test_killed_it_ends_with_the_same_bytes_and_goes_on_with_no_other_images(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import platform
 import re
+import resource
 import runpy
 import subprocess
 import sys
@@ -43,15 +44,19 @@ def test_threads_that_wait_for_others_soon_sleep():
         variables = {key: value for key, value in environment().items() if not key.startswith(("OMP_", "GOMP_"))}
         variables |= dict(OMP_DISPLAY_ENV="VERBOSE", **own)
         result = subprocess.run([sys.executable, "-c", "import ssl_vit, torch"], env=variables, capture_output=True)
-        [found] = set(re.findall(r"GOMP_SPINCOUNT = '(.+)'", result.stderr.decode()))
-        return found
+        found = set(re.findall(r"GOMP_SPINCOUNT = '(.+)'", result.stderr.decode()))
+        if not found:
+            pytest.skip("this torch has another OpenMP than GNU's")
+        return found.pop()
 
     assert spins() == "4000"
     assert spins(GOMP_SPINCOUNT="77") == "77"  # the user wins
     assert spins(OMP_WAIT_POLICY="active") not in ("4000", "77")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or resource.getpagesize() != 4096, reason="other settings, or pages"
+)
 def test_freed_memory_is_kept_for_the_next_step():
     """The kernel hands out a page at its first use: its count when four arrays of 30 MB are made for the third time."""
 

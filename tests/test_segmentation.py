@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 import os
 import shutil
 import signal
@@ -608,6 +609,24 @@ def test_fine_tuning_learns_the_masks_and_is_the_same_again(measured):
     assert tuned.about == dict(settings=dict(lr=5e-3, changed=dict(steps=40, lr=[5e-3]))) and tuned.cost.images == 640
     forward = tuned.flops_per_image(task)
     assert tuned.cost.flops == pytest.approx(3 * 640 * forward)
+
+
+def test_fine_tuning_follows_the_recipe_s_schedule(measured, monkeypatch):
+    """A warm-up and a cosine down to its end, as of all fine-tuning."""
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *given: rates.append(max(g["lr"] for g in self.param_groups)) or step(self, *given),
+    )
+    dense_tuning.train(task_of(measured), 10, 1e-3)
+    config = objectives.read_recipe("finetune", [], None).optim
+    warm = round(config.warmup_fraction * 10)
+    down = [math.cos(math.pi * i / (9 - warm)) for i in range(10 - warm)]
+    expected = [1e-3 * (i + 1) / warm for i in range(warm)]
+    expected += [config.min_lr + (1e-3 - config.min_lr) * (1 + c) / 2 for c in down]
+    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 def test_the_rate_is_the_best_on_images_that_it_did_not_see(measured, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 deleted or exchanged without another test seeing it."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from test_loop import TINY, arguments, run
 
 from ssl_vit import data, engine, monitor, objectives, pretrain, weights
-from ssl_vit.objectives import supervised
+from ssl_vit.objectives import reconstruct, supervised
 from ssl_vit.objectives.dino import Head
 from ssl_vit.randomness import Order
 from ssl_vit.views import View
@@ -282,3 +283,61 @@ def test_dino_s_head_by_hand(fixed):
 def test_the_prototypes_of_dino_may_have_lengths():
     fixed, learnt = (small_objective("dino", f"objective.norm_last_layer={value}").head for value in ("true", "false"))
     assert fixed.last.length is None and learnt.last.length is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tokenizer", []),
+        ("gaussian", ["objective.target=noise"]),
+        ("mae", ["objective.target=features"]),
+        ("mae", []),
+    ],
+)
+def test_the_loss_is_the_one_that_is_named(name, settings):
+    """Absolute errors of 2 are 2, and squared ones 4, by every target of numbers."""
+    found = []
+    for loss in ("l1", "mse"):
+        objective = small_objective(name, *settings, f"objective.loss={loss}")
+        target = objective.pixels if name == "tokenizer" else objective.target
+        found.append(float(target.loss(torch.zeros(3, target.width), torch.full((3, target.width), 2.0)).mean()))
+    assert found == [2.0, 4.0]
+
+
+def test_images_are_erased_before_they_are_mixed(monkeypatch):
+    """As timm's loader does, so that a mixture has the hole of each of the two."""
+    objective = small_objective("deit", "objective.reprob=1", "objective.mixup=0.8", "views.repeats=1")
+    calls = []
+    erase, mix = objective.erase, supervised.views.mix
+    monkeypatch.setattr(objective, "erase", lambda *given: calls.append("erase") or erase(*given))
+    monkeypatch.setattr(supervised.views, "mix", lambda *given: calls.append("mix") or mix(*given))
+    objective(make_batch(objective, torch.arange(8)))
+    assert calls == ["erase", "mix"]
+
+
+def test_pictures_are_of_a_model_that_is_not_trained(tmp_path, monkeypatch):
+    """Without stochastic depth, whatever is shown."""
+    modes = []
+    show = reconstruct.Reconstruct.show
+    monkeypatch.setattr(
+        reconstruct.Reconstruct, "show", lambda self, *given: modes.append(self.training) or show(self, *given)
+    )
+    trained(tmp_path, "mae")
+    assert modes == [False]
+
+
+def test_what_targets_are_fitted_to_is_spread_over_the_images(monkeypatch):
+    """Folders come class by class: the first ten thousand would be of a few classes."""
+    recipe = objectives.read_recipe("beit", [*TINY, *SMALL["beit"]], None)
+    recipe.data.img_size = [32, 32]
+
+    class Images:
+        channels = 3
+
+        def __len__(self):
+            return 25_000
+
+    monkeypatch.setattr(data, "evaluation_views", lambda images, view, device, chosen: [chosen])
+    chosen = pretrain.fit_images(recipe, Images(), torch.device("cpu")).tolist()
+    assert len(chosen) == 10_000 and chosen[0] == 0 and chosen[-1] == 24_999
+    assert max(b - a for a, b in itertools.pairwise(chosen)) == 3
