@@ -1,4 +1,4 @@
-"""What autograd keeps of an image for the backward pass, and how many images a CPU works on at a time.
+"""What autograd keeps of an image for the backward pass, and how many images a CPU, or Apple's GPU, works on at a time.
 
 kept = activations.measure(objective, channels=3)      # bytes in float32
 kept.fixed + 64 * kept.each                            # of 64 images
@@ -13,8 +13,9 @@ from torch import nn
 from ssl_vit import flops
 from ssl_vit.objectives.base import Objective
 
-# A CPU does not refuse memory: it swaps, or the process is killed. And glibc returns tensors above 32 MB to the kernel
-# after each use (system.prepare): page faults then cost more than larger products gain
+# A CPU does not refuse memory: it swaps, or the process is killed; nor does Apple's GPU, which shares it. And glibc
+# returns tensors above 32 MB to the kernel after each use (system.prepare): page faults then cost more than larger
+# products gain
 LARGEST = 2**25
 
 

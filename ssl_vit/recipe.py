@@ -218,7 +218,9 @@ class Monitor:
 @dataclass
 class Runtime:
     per_device_batch_size: int | Literal["auto"] = setting(
-        "auto", "images at a time on one device; auto: as many as fit, on a CPU as keep tensors below 32 MB", at_least=1
+        "auto",
+        "images at a time on one device; auto: as many as fit on a CUDA GPU, elsewhere as keep tensors below 32 MB",
+        at_least=1,
     )
     num_workers: int | Literal["auto"] = setting(
         "auto", "decoding processes, for images that do not fit the cache", at_least=0
