@@ -868,7 +868,11 @@ def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, 
     assert "; 6 seeds per arm, supervised 2, permuted 2), " in page
     assert len(calls) == 1
     (written.parent / "mae-s3/results.jsonl").unlink()
+    lines = [dict(step=step, loss=1 / step, knn=0.1 * step) for step in (1, 2, 3)]
+    (written.parent / "mae-s0/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.main()
+    made = {path.name.partition("-")[0] for path in (written / "report").glob("*.svg")}
+    assert "loss" in made and "knn" not in made
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
     assert "Not decided (a ViT" in page and "mae by FT10, seed 3" in page and not re.search(r"\d ± \d", page)
     assert page.startswith("# Not decided: plan on cifar10\n")

@@ -74,7 +74,11 @@ def report(
         found, main = segmentation_section.blocks(eval_set)
         blocks, mains = blocks + found, [*mains, main]
     blocks += sections.difficulty(groups) + (study_sections.trials(study) if study else [])
-    blocks += charts.curves(groups) + gallery(groups) + provenance(groups, [*eval_sets, *dense], command)
+    blocks += (
+        charts.curves(groups, accuracies=not incomplete)
+        + gallery(groups)
+        + provenance(groups, [*eval_sets, *dense], command)
+    )
     figures = [block for block in blocks if isinstance(block, Figure)]
     names_of_files = iter(distinct([name for figure in figures for name, _ in figure.charts]))
     for figure in figures:

@@ -210,11 +210,12 @@ def _line(points: dict[float, Scores], group: Group, metric: Metric) -> plots.Se
     return plots.Series(group.label_in(metric), list(points), y, bounds, group.colour)
 
 
-def curves(groups: list[Group]) -> list[Block]:
-    """Loss and online probes over the steps: a small chart for each recipe, a thin line for each seed."""
+def curves(groups: list[Group], accuracies: bool = True) -> list[Block]:
+    """Loss and online probes over the steps: a small chart for each recipe, a thin line for each seed. accuracies:
+    whether those of probes are shown."""
     blocks: list[Block] = []
-    for caption, keys in CURVES.items():
-        charts = []
+    for caption, every in CURVES.items():
+        keys, charts = {key: words for key, words in every.items() if accuracies or "knn" not in key}, []
         for group in sorted(groups, key=lambda g: (g.control, g.label)):
             charts += [(f"{key}-{slug(group.label)}", svg) for key in keys if (svg := _curve(group, key, keys[key]))]
         if charts:
