@@ -115,6 +115,12 @@ def test_a_sharded_run_equals_one_process(tmp_path):
     equal(tmp_path, "dino", ["fsdp2"], "runtime.per_device_batch_size=5")
 
 
+@pytest.mark.parametrize("name", ["clipped", "supervised by sgd"])
+def test_replicas_equal_one_process(name, tmp_path):
+    """With micro-batches of 6, 6 and 4 images, clipping and layer decay, by either optimizer."""
+    equal(tmp_path, name, ["ddp"], "runtime.per_device_batch_size=6")
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_equal_one_for_every_objective(name, tmp_path):
