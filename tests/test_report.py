@@ -1309,9 +1309,7 @@ def test_rows_without_probabilities_still_have_their_confusion(tmp_path):
     [folded] = [block for block in blocks if isinstance(block, document.Folded)]
     [matrix] = folded.blocks
     assert matrix.counts.sum() == 3 * N and matrix.images == [20] * 10
-    assert any(
-        "Packed results leave them out, and rows of old have none." in getattr(block, "text", "") for block in blocks
-    )
+    assert any("packed results leave out the probabilities" in getattr(block, "text", "") for block in blocks)
 
 
 def test_of_many_classes_the_pairs_confused_most_are_listed(tmp_path):
