@@ -65,10 +65,11 @@ def _started(name: str) -> list[str]:
 
 
 def documented(name: str) -> list[str]:
-    """The words that start a command in the documents: those of a checkout, or of an installed package."""
+    """The words that start a command in the documents, those of a checkout or of an installed package, and what this
+    process has imported by --import."""
     if (ROOT / "pyproject.toml").exists():
-        return ["python", COMMANDS[name].replace(".", "/") + ".py"]
-    return ["ssl-vit", name]
+        return ["python", COMMANDS[name].replace(".", "/") + ".py", *imports.words()]
+    return ["ssl-vit", name, *imports.words()]
 
 
 def launchable(name: str) -> list[str]:
