@@ -63,6 +63,7 @@ def exact(*accuracies, images=1000):
         ((0.4, 0.45, 0.5), (0.48, 0.45, 0.42), "an error does not fall with compute"),
         ((0.48, 0.45, 0.42), (0.4, 0.45, 0.5), "an error does not fall with compute"),
         ((0.440, 0.446, 0.441), (0.442, 0.438, 0.443), "beyond the budgets"),
+        ((0.9, 0.95, 1.0), (0.8, 0.9, 1.0), "both make no error"),
     ],
 )
 def test_no_compute_is_extrapolated(one, other, said):
@@ -118,6 +119,7 @@ def test_a_study_of_several_budgets_has_a_section_of_it(tmp_path, monkeypatch):
     assert "times the FLOPs of ViT" in section and rows.keys() >= {"resnet", "far", "falls"}
     assert not {"once", "narrow"} & rows.keys()
     assert "no accuracy is reached by both" in rows["far"][3] and "does not fall" in rows["falls"][3]
+    assert rows["falls"][0].strip().startswith("−0.") and rows["far"][0].strip().startswith("0.")
     _, accuracy, flops, times = (cell.strip() for cell in rows["resnet"][:4])
     assert 30 < float(accuracy) < 50 and "10¹²" in flops
     assert 1.5 < float(times.split()[0]) < 3

@@ -104,6 +104,8 @@ def compare(curves: dict[str, list[Point]]) -> dict[str, Comparison | str]:
         needed = [float(laws[curve].flops(accuracy)) for curve in pair]
         if low >= high:
             found[name] = "no accuracy is reached by both"
+        elif high == 1:
+            found[name] = "both make no error, of which a power law says nothing"
         elif not np.isfinite(needed).all():
             found[name] = "an error does not fall with compute"
         elif not all(_measured(curves[curve], flops) for curve, flops in zip(pair, needed, strict=True)):

@@ -53,7 +53,7 @@ def _of_metric(eval_set: EvalSet, metric: Metric, members: dict[str, list[tuple[
     svg = plots.lines(series, metric.evaluator, f"{metric.features}, %", "FLOPs of pre-training", log=True)
     first, rows = next(iter(points)), []
     for name, found in equal_accuracy.compare(points).items():
-        exponent = f"{float(equal_accuracy.law(points[name]).exponent):.3f}"
+        exponent = f"{float(equal_accuracy.law(points[name]).exponent):.3f}".replace("-", "−")
         if isinstance(found, str):
             cells = [Cell("none"), Cell(), Cell(found)]
         else:
