@@ -120,6 +120,7 @@ def main() -> None:
                     (
                         (results.run_of(row), str(row["settings"]["heads"])),
                         "Jaccard",
+                        None,
                         np.load(request.folders[row["run"]] / row["predictions"])["jaccard"],
                     )
                     for row in rows

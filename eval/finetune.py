@@ -380,12 +380,12 @@ def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Pre
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
     """Accuracy by backbone and number of labels, averaged over the label seeds, as Markdown."""
-    found: list[tuple[tuple[str, ...], str, np.ndarray | str]] = []
+    found: list[tuple[tuple[str, ...], str, int | None, np.ndarray | str]] = []
     for row in rows:
         line = results.run_of(row), f"{row['train_n']:,}"
         fixed = f" ({cli.UNCHOSEN})" if row["chosen"] == cli.UNCHOSEN else ""
-        found.append((line, "fine-tuned", results.correct(folders[row["run"]], row)))
-        found.append((line, "learning rate", f"{row['settings']['lr']:g}{fixed}"))
+        found.append((line, "fine-tuned", row["subset_seed"], results.correct(folders[row["run"]], row)))
+        found.append((line, "learning rate", row["subset_seed"], f"{row['settings']['lr']:g}{fixed}"))
     return text_tables.accuracies(["backbone", "labels"], ["fine-tuned", "learning rate"], found)
 
 

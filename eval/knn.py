@@ -96,6 +96,7 @@ def table(rows: list[dict], folders: dict[str, Path]) -> str:
         (
             (results.run_of(row), f"{row['train_n']:,}", row["pooling"]),
             titles.get(row["protocol"], ""),
+            row["subset_seed"],
             results.correct(folders[row["run"]], row) if row["protocol"] in titles else "",
         )
         for row in rows

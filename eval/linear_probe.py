@@ -262,7 +262,7 @@ def augmented(
 
 def table(rows: list[dict], folders: dict[str, Path]) -> str:
     """Accuracy by backbone, labels and pooling, as Markdown. folders: of the runs, by name."""
-    found: list[tuple[tuple[str, ...], str, np.ndarray | str]] = []
+    found: list[tuple[tuple[str, ...], str, int | None, np.ndarray | str]] = []
     for row in rows:
         settings = ", ".join(f"{k} {v:g}" for k, v in row["settings"].items() if k in ("rate", "C", "lr"))
         edge = " (at the edge of the range tried)" if row["settings"].get("at_the_edge") else ""
@@ -270,8 +270,8 @@ def table(rows: list[dict], folders: dict[str, Path]) -> str:
         block = "last" if row["layer"] == -1 else str(row["layer"])
         subset = "" if row["subset_seed"] is None else f" (seed {row['subset_seed']})"
         line = results.run_of(row), f"{row['train_n']:,}{subset}", row["protocol"], row["pooling"], block
-        found.append((line, "accuracy", results.correct(folders[row["run"]], row)))
-        found.append((line, "settings", settings + edge + fixed))
+        found.append((line, "accuracy", row["subset_seed"], results.correct(folders[row["run"]], row)))
+        found.append((line, "settings", row["subset_seed"], settings + edge + fixed))
     return text_tables.accuracies(
         ["backbone", "labels", "protocol", "features", "block"], ["accuracy", "settings"], found
     )

@@ -178,6 +178,7 @@ def table(clean: list[dict], rows: list[dict], folders: dict[str, Path]) -> str:
         (
             (results.run_of(row), f"{row['train_n']:,}", used[row["run"]]),
             column,
+            row["subset_seed"],
             results.correct(folders[row["run"]], row),
         )
         for row, column in columns

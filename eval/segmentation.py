@@ -190,8 +190,8 @@ def table(rows: list[dict], folders: dict[str, Path]) -> str:
     for row in rows:
         [title] = [words for protocol, words in titles.items() if row["protocol"].startswith(protocol)]
         values = iou.of_images(folders[row["run"]] / row["predictions"])
-        found.append(((results.run_of(row), f"{row['train_n']:,}"), title, values))
-    columns = [title for title in titles.values() if any(title == column for _, column, _ in found)]
+        found.append(((results.run_of(row), f"{row['train_n']:,}"), title, row["subset_seed"], values))
+    columns = [title for title in titles.values() if any(title == column for _, column, _, _ in found)]
     return text_tables.accuracies(["backbone", "masks"], columns, found)
 
 
@@ -209,7 +209,7 @@ def main() -> None:
         test = rows[0]
         say(
             f"\n{test['eval_data']} ({test['split']}, n = {test['n']:,}): mean intersection over union (mIoU) of "
-            f"{test['classes']} classes in %, ± the 95 % interval over test images.\n"
+            f"{test['classes']} classes in %, ± the 95 % interval over test images and draws of labels.\n"
         )
         say(table(rows, request.folders))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import SMALL
 from PIL import Image
+from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from test_loop import ROOT, TINY, environment
@@ -348,8 +349,21 @@ def test_an_evaluation_made_again_replaces_its_row(change, tmp_path):
 
 
 def test_an_interval_in_a_terminal_ends_at_100():
-    found = text_tables.accuracies(["a"], ["k-NN"], [(("x",), "k-NN", np.ones(30)), (("y",), "k-NN", np.zeros(30))])
+    found = text_tables.accuracies(
+        ["a"], ["k-NN"], [(("x",), "k-NN", 0, np.ones(30)), (("y",), "k-NN", 0, np.zeros(30))]
+    )
     assert "100.0 (88.6 to 100.0)" in found and "0.0 (0.0 to 11.4)" in found
+
+
+def test_an_interval_in_a_terminal_is_over_draws_of_labels_too():
+    """Student's t of three draws beside the test images; several kinds of one draw are averaged image by image."""
+    right = [(np.arange(1000) < count).astype(float) for count in (500, 600, 700)]
+    t, images = stats.t.ppf(0.975, 2), np.mean(right, 0).std(ddof=1) / 1000**0.5
+    half = 100 * math.hypot(t * 0.1 / 3**0.5, 1.96 * images)
+    found = text_tables.accuracies(["a"], ["k-NN"], [(("x",), "k-NN", draw, one) for draw, one in enumerate(right)])
+    assert f"60.0 ± {half:.1f}" in found and half > 20
+    found = text_tables.accuracies(["a"], ["k-NN"], [(("x",), "k-NN", 0, one) for one in right])
+    assert f"60.0 ± {196 * images:.1f}" in found
 
 
 def test_rows_of_a_weights_file_that_was_written_anew_are_not_one_model_s(tmp_path, monkeypatch):

@@ -1127,6 +1127,47 @@ def test_seeds_that_one_of_two_lacks_do_not_keep_the_others_from_being_compared(
     assert "above supervised at 30.0 %" in said
 
 
+def test_draws_of_labels_are_the_seeds_of_what_has_none(tmp_path):
+    """Raw pixels by the labels of three seeds: intervals and differences are those of three runs, paired by draw."""
+    few = dict(label_fraction=0.1)
+    shares, own = (0.70, 0.58, 0.55), (0.60, 0.50, 0.42)
+    draws = [dict(KNN, **few, pooling="raw 32x32", subset_seed=s, share=share) for s, share in enumerate(shares)]
+    runs = [write_run(tmp_path / "pixels", "pixels", 0.4, measures=draws, flops=0.0)]
+    runs += [
+        write_run(tmp_path / f"mae-s{s}", "mae", share, s, settings("mae", s), [dict(KNN, **few, subset_seed=s)])
+        for s, share in enumerate(own)
+    ]
+    test = the_test(runs)
+    by_group = test.by_group(Metric("knn-k20", "cls", -1, 0.1))
+    named = {group.label: group for group in by_group}
+    mae, raw = by_group[named["mae"]], by_group[named["raw pixels"]]
+    measured = np.array([raw.drawn[draw].mean() for draw in range(3)])
+    assert measured == pytest.approx(shares, abs=0.01)
+    assert raw.estimate.se_seeds == pytest.approx(measured.std(ddof=1) / 3**0.5)
+    assert (raw.estimate.seeds, raw.estimate.freedom) == (3, 2)
+    found = contrast(by_group, named["mae"], named["raw pixels"])
+    apart = mae.correct.mean(1) - measured
+    assert (found.seeds, found.mean) == (3, pytest.approx(apart.mean()))
+    assert found.se_seeds == pytest.approx(np.std(apart, ddof=1) / 3**0.5)
+    assert mae.minus(raw).shape == (3, len(test.truth))
+    shown = tables.main_table(test).parts
+    assert [cells[0].note for _, rows in shown for label, cells in rows if label.text == "raw pixels"] == [
+        "3 draws of the labels"
+    ]
+
+
+def test_runs_that_share_a_draw_are_beside_pixels_of_that_draw(tmp_path):
+    """All seeds learnt from the labels of draw 0: raw pixels are constant, and their other draws do not count."""
+    few = dict(label_fraction=0.1)
+    runs = many(tmp_path, "mae", 0.5, 3, measures=[dict(KNN, **few, subset_seed=0)])
+    draws = [dict(KNN, **few, pooling="raw 32x32", subset_seed=s, share=0.3 + 0.1 * s) for s in range(3)]
+    runs.append(write_run(tmp_path / "pixels", "pixels", 0.4, measures=draws, flops=0.0))
+    by_group = the_test(runs).by_group(Metric("knn-k20", "cls", -1, 0.1))
+    named = {group.label: group for group in by_group}
+    found = contrast(by_group, named["mae"], named["raw pixels"])
+    assert (found.seeds, found.mean) == (3, pytest.approx(0.5 - 0.3, abs=0.02))
+
+
 def test_difficulty_and_trials_are_shown(tmp_path, monkeypatch):
     runs = many(tmp_path, "mae", 0.5, seeds=1)
     (runs[0] / "difficulty.json").write_text(json.dumps(dict(identity=1.0, mean_patch=0.987, linear=0.123)))

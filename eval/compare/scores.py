@@ -33,7 +33,7 @@ class Scores:
     segmentation the pseudo-values of its mIoU (eval.compare.iou).
 
     files: the predictions of each row. pool: the variance between seeds, pooled over the groups (pool_seeds). drawn: of
-    what has no seeds the scores (n,) by the seed that drew the labelled images.
+    what has no seeds the scores (n,) by the seed that drew the labelled images. If several did, these are its seeds.
     """
 
     seeds: list[int | None]
@@ -44,8 +44,21 @@ class Scores:
     drawn: dict[int | None, np.ndarray] = field(default_factory=dict)
 
     @property
+    def repeated(self) -> np.ndarray:
+        """The scores (S, n) by seed; of what has none, by the seed that drew the labelled images."""
+        return np.stack([*self.drawn.values()]) if len(self.drawn) > 1 else self.correct
+
+    @property
+    def by_draw(self) -> dict[int | None, np.ndarray]:
+        """The scores (n,) by the seed that drew the labelled images; {} if seeds share draws or have several."""
+        if self.drawn:
+            return self.drawn
+        draws = [draw for drawn in self.subsets.values() for draw in drawn]
+        return dict(zip(draws, self.correct, strict=True)) if len(set(draws)) == len(draws) == len(self.seeds) else {}
+
+    @property
     def estimate(self) -> intervals.Estimate:
-        return intervals.interval(self.correct, self.pool)
+        return intervals.interval(self.repeated, self.pool)
 
     @property
     def sources(self) -> list[tuple[str, str]]:
@@ -69,9 +82,12 @@ class Scores:
         return [seed for seed in self.seeds if seed in theirs and mine[seed] == theirs[seed]]
 
     def pair(self, other: "Scores") -> tuple[np.ndarray, np.ndarray] | None:
-        """Both (S, n), by the seeds that they have in common; what has no seeds is (1, n). None if there are none, or
-        if the labelled images are others."""
+        """Both (S, n), by the seeds that they have in common. What has no seeds is paired by the seeds that drew the
+        labelled images, or is (1, n) if each seed of the other learnt from the same. None if there are none in common,
+        or if the labelled images are others."""
         if [None] in (self.seeds, other.seeds):
+            if draws := common_draws(self, other):
+                return self.of_draws(draws), other.of_draws(draws)
             mine, theirs = (set().union(*scores.subsets.values()) for scores in (self, other))
             pair = self._learnt_from(mine & theirs), other._learnt_from(mine & theirs)
             return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
@@ -83,6 +99,10 @@ class Scores:
         pair = self.pair(other)
         return None if pair is None else np.subtract(*pair, dtype=np.float64)
 
+    def of_draws(self, draws: list[int | None]) -> np.ndarray:
+        """The scores (D, n) where these seeds drew the labelled images."""
+        return np.stack([self.by_draw[draw] for draw in draws])
+
     def _learnt_from(self, subsets: set[int | None]) -> np.ndarray | None:
         """`correct` where these seeds drew the labelled images; None if others did, and it is no mean without them."""
         if set().union(*self.subsets.values()) == subsets:
@@ -91,9 +111,14 @@ class Scores:
         return np.mean(drawn, axis=0)[None] if drawn else None
 
 
+def common_draws(one: Scores, other: Scores) -> list[int | None]:
+    """The seeds that drew labelled images for both, where no two rows of either have the same."""
+    return [draw for draw in one.by_draw if draw in other.by_draw]
+
+
 def pool_seeds(by_group: dict[Group, Scores]) -> None:
     """Let groups with few seeds borrow the variance between seeds that is pooled over all groups of one metric."""
-    pool = intervals.spread(scores.correct.mean(1) for scores in by_group.values())
+    pool = intervals.spread(scores.repeated.mean(1) for scores in by_group.values())
     for scores in by_group.values():
         scores.pool = pool
 
@@ -105,8 +130,11 @@ def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> interva
     pair = a.pair(b)
     if pair is None:
         return None
-    if [None] in (a.seeds, b.seeds):  # one is constant: the difference has the other's variance
-        return intervals.paired(*pair, b.pool if a.seeds == [None] else a.pool)
+    if [None] in (a.seeds, b.seeds):
+        if draws := common_draws(a, b):
+            alike = [s.of_draws(draws).mean(1) for s in by_group.values() if set(draws) <= s.by_draw.keys()]
+            return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))
+        return intervals.paired(*pair, b.pool if a.seeds == [None] else a.pool)  # one is constant
     common = a.common(b)
     alike = [scores.at(common).mean(1) for scores in by_group.values() if set(common) <= set(a.common(scores))]
     return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))

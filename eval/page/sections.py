@@ -64,7 +64,10 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
             alike = all((s.seeds, s.subsets) == (found[0].seeds, found[0].subsets) for s in found)
             if len(found) == len(metrics) and alike:
                 rows = [row for scores in found for row in scores.rows]
-                by_group[group] = Scores(found[0].seeds, np.mean([scores.correct for scores in found], 0), rows)
+                drawn = {draw: np.mean([scores.drawn[draw] for scores in found], 0) for draw in found[0].drawn}
+                by_group[group] = Scores(
+                    found[0].seeds, np.mean([scores.correct for scores in found], 0), rows, drawn=drawn
+                )
         pool_seeds(by_group)
     parts: dict[bool, list] = {False: [], True: []}
     for group in eval_set.groups:

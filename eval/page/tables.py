@@ -68,6 +68,7 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
                 continue
             seeds = len(scores.seeds)
             few = "" if seeds >= count else ONE_SEED if seeds == 1 else f"{seeds} seeds"
+            few = f"{len(scores.drawn)} draws of the labels" if len(scores.drawn) > 1 else few
             cells.append(Cell(with_interval(scores.estimate), few, group in marked))
         used += filter(None, by_group)
         cells += [Cell(words) for words in charts.cost_of(group)] if extra else []

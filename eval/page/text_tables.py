@@ -21,24 +21,27 @@ def aligned(rows: list[list[str]], left: int = 1) -> str:
 
 
 def accuracies(
-    head: list[str], columns: list[str], found: Iterable[tuple[tuple[str, ...], str, np.ndarray | str]]
+    head: list[str],
+    columns: list[str],
+    found: Iterable[tuple[tuple[str, ...], str, int | None, np.ndarray | str]],
 ) -> str:
-    """Accuracies in percent ± the half-width of the 95 % interval over test images.
+    """Accuracies in percent ± the half-width of the 95 % interval over test images and draws of labels.
 
     head: the names of the first columns, which identify a line; columns: the names of the others. found: (the first
-    cells of the line, column, what was measured). What was measured is correct (n,), or a text; several for one cell
-    are averaged image by image, or listed.
+    cells of the line, column, the seed that drew the labels, what was measured). What was measured is correct (n,), or
+    a text; several of one draw are averaged image by image, and texts are listed.
     """
-    lines: dict[tuple[str, ...], dict[str, list]] = {}
-    for line, column, measured in found:
-        lines.setdefault(line, {}).setdefault(column, []).append(measured)
-    cells = ([*line, *(_cell(by_column.get(column, [])) for column in columns)] for line, by_column in lines.items())
+    lines: dict[tuple[str, ...], dict[str, dict[int | None, list]]] = {}
+    for line, column, draw, measured in found:
+        lines.setdefault(line, {}).setdefault(column, {}).setdefault(draw, []).append(measured)
+    cells = ([*line, *(_cell(by_column.get(column, {})) for column in columns)] for line, by_column in lines.items())
     return aligned([[*head, *columns], *cells], left=len(head))
 
 
-def _cell(measured: list[np.ndarray] | list[str]) -> str:
+def _cell(by_draw: dict[int | None, list]) -> str:
+    measured = [one for several in by_draw.values() for one in several]
     if not measured:
         return "–"
     if isinstance(measured[0], str):
         return ", ".join(dict.fromkeys(measured))
-    return with_interval(interval(np.mean(measured, axis=0)[None]))
+    return with_interval(interval(np.stack([np.mean(several, axis=0) for several in by_draw.values()])))
