@@ -39,7 +39,7 @@ from eval.measure import cli, features, kept_trials, rates, results
 from eval.measure.fine_tuning import Schedule, parse
 from eval.measure.predictions import Predictions
 from eval.page import text_tables
-from ssl_vit import data, engine, errors, files, flops, objectives, pretrain, subsets, weights
+from ssl_vit import data, engine, errors, files, flops, objectives, pretrain, subsets, system, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import EvaBackbone, LocalBackbone, TokenBackbone
 from ssl_vit.checkout import COMMIT
@@ -167,6 +167,7 @@ def described(
     """The keys of a row that say how it was made. recipe: of its training, with a tag."""
     return dict(
         protocol=schedule.protocol,
+        precision=recipe.train.precision,
         pooling=dict(token="cls", avg="mean")[source.network.pooling(recipe.objective.global_pool)],
         chosen=how,
         settings=dict(
@@ -362,7 +363,8 @@ def trained(path: Path) -> rates.Cost:
 
 @torch.inference_mode()
 def predict(path: Path, images: data.ImageSet, state: PartialState) -> tuple[Predictions, rates.Cost]:
-    """(predictions of a fine-tuned run for labelled images, the same on all processes; the cost)."""
+    """(predictions of a fine-tuned run for labelled images, in float32, the same on all processes; the cost)."""
+    system.set_products("fp32")
     started = time.perf_counter()
     backbone = weights.load(str(path)).eval().to(state.device)
     mine = torch.arange(len(images))[state.process_index :: state.num_processes]

@@ -180,12 +180,13 @@ def main() -> None:
     state = cli.processes()
     given = features.named(args.data)
     source = features.open_source(args.backbone, given, None)
-    source.precision = system.precision(args.precision, state.device.type == "cuda")
-    system.set_products(source.precision)
     if source.backbone is None:
         raise UserError(f"{args.backbone} has no classifier: pass a fine-tuned run, or one with a kept probe.")
     own = source.network.model.num_classes and args.probe is None
     probe = None if own else kept_probes.read(source, args.probe)
+    asked = probe.precision if probe and args.precision == "auto" else args.precision
+    source.precision = system.precision(asked, state.device.type == "cuda")
+    system.set_products(source.precision)
     config = features.seen_by(source, given)
     if probe and probe.range:
         config.range = probe.range

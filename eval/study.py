@@ -81,6 +81,8 @@ def main() -> int:
         say(f"This study does not follow {plan.name} in full, so no verdict will be computed from it.")
     at_once = args.jobs or torch.cuda.device_count() or system.cores()
     packed = Packed(args.results) if args.results else None
+    if packed:
+        packed.check(plan.name, recipes.short(plan.eval_data or args.data or "digits"), plan.decides)
     if packed and not args.estimate:
         restored = packed.restore(Path("runs"))
         if restored:

@@ -53,7 +53,7 @@ from ssl_vit import (
 )
 from ssl_vit import recipe as recipes
 from ssl_vit.commands import launchable
-from ssl_vit.errors import UserError, listed, say
+from ssl_vit.errors import Busy, UserError, listed, say
 from ssl_vit.objectives.base import Objective
 
 Kind = Literal["plain", "ddp", "fsdp2"]
@@ -101,6 +101,7 @@ def start(recipe: recipes.Recipe, path: Path) -> Accelerator:
     return accelerator
 
 
+SHARDED = "SSL_VIT_USE_FSDP"  # that `accelerate launch --use_fsdp` started the process, for all of its trainings
 SUPPORTED = "choose --multi_gpu, or --use_fsdp --fsdp_version 2 for a model that does not fit on one GPU"
 
 
@@ -108,15 +109,19 @@ def resolve_engine(recipe: recipes.Recipe) -> None:
     """Take runtime.engine from `accelerate launch`, if that names one. Raises UserError for one that we do not run."""
     if told("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(f"Accelerate is configured for DeepSpeed, which this loop does not run: {SUPPORTED}.")
-    if not told("ACCELERATE_USE_FSDP"):
+    if told("ACCELERATE_USE_FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise UserError(
+                f"Accelerate is configured for FSDP version {version}; this loop runs 2: add --fsdp_version 2."
+            )
+        # Accelerate would shard by its own plugin, which does nothing on a CPU
+        os.environ[SHARDED] = os.environ.pop("ACCELERATE_USE_FSDP")
+    if not told(SHARDED):
         return
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise UserError(f"Accelerate is configured for FSDP version {version}; this loop runs 2: add --fsdp_version 2.")
     if recipe.runtime.engine == "ddp":
         raise UserError("accelerate launch says --use_fsdp, and runtime.engine=ddp: leave out one of them.")
     recipe.runtime.engine = "fsdp2"
-    del os.environ["ACCELERATE_USE_FSDP"]  # Accelerate would shard by its own plugin, which does nothing on a CPU
 
 
 def resolve_precision(recipe: recipes.Recipe, path: Path | None = None) -> system.Precision:
@@ -131,11 +136,12 @@ def resolve_precision(recipe: recipes.Recipe, path: Path | None = None) -> syste
 
 
 def check_none_failed(failed: UserError | None) -> None:
-    """Raises UserError on all processes if one of them has failed before they were a group."""
-    found = gather_object([failed and failed.sentences])
-    first = next((sentences for sentences in found if sentences), None)
+    """Raises the UserError of one process on all of them."""
+    found = gather_object([failed and (isinstance(failed, Busy), failed.sentences)])
+    first = next((one for one in found if one), None)
     if first:
-        raise UserError(*first)
+        busy, sentences = first
+        raise (Busy if busy else UserError)(*sentences)
 
 
 def check_same(accelerator: Accelerator, facts: dict[str, str]) -> None:
@@ -223,13 +229,17 @@ class Engine:
         self._asked: tuple[Tensor, dist.Work] | None = None
         # and checkpoints here, beside training
         self._parts = gloo_group() if self.processes > 1 else None
-        self._background = ThreadPoolExecutor(1)
+        self._background = ThreadPoolExecutor(1, initializer=self._stay)
+
+    def _stay(self) -> None:
+        """Have a new thread use this process's GPU: it would open a context of its own on the first one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch: gradients are averaged over processes in the last."""
-        if self.kind == "fsdp2":
-            self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]  # of FSDPModule
+        """Around the forward and backward pass of a micro-batch: replicas average their gradients in the last. Of a
+        sharded model each micro-batch does, or every device would hold the gradients of the whole model until then."""
         with batch_norm.shared(self._batch_norms, self.gather), nullcontext() if last else self.apart():
             yield
 

@@ -111,12 +111,12 @@ def run(main: Callable[[], int | None]) -> None:
             message = f"error: {error.filename} cannot be used ({error.strerror}): mend that, or name another path."
             code = 2
         elif peers.several():
-            message, code = peers.message(error), 1
+            message, code = peers.message(error), peers.LOST_CODE if peers.lost(error) else 1
         else:
             raise
     if message and peers.failed_first():
         print(f"\n{message}" if peers.several() else message, file=sys.stderr)  # below the first one's progress bar
-    if code in (1, 2, BUSY) and peers.several():
+    if code in (1, 2, BUSY, peers.LOST_CODE) and peers.several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 VARIABLE = "SSL_VIT_IMPORT"  # absolute paths FOLDER/MODULE, separated as in PATH
 
@@ -31,6 +32,15 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 def words() -> list[str]:
     """The words that have another command import the same."""
     return [word for path in _told() for word in ("--import", path)]
+
+
+def sources() -> list[Path]:
+    """The files of the modules that `--import` named; of a package all of its folder's."""
+    found: list[Path] = []
+    for path in _told():
+        file = Path(sys.modules[os.path.basename(path).removesuffix(".py")].__file__ or "")
+        found += sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return found
 
 
 def load(arguments: Sequence[str]) -> list[str]:

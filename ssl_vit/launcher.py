@@ -61,9 +61,12 @@ def main() -> int:
         return 2
     except ChildFailedError as failed:
         process, failure = failed.get_first_failure()
+        codes = {each.exitcode for each in failed.failures.values()}
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(f"\nerror: process {process} was ended by {name}. {peers.REMEDY}", file=sys.stderr)
+        elif codes == {peers.LOST_CODE}:
+            print(f"\n{peers.LOST}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stopped:
         return 128 + stopped.sigval

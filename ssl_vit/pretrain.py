@@ -13,7 +13,9 @@ bit for bit.
 import json
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import ssl_vit  # noqa: F401  # isort: skip  before torch
 
@@ -56,6 +58,7 @@ from ssl_vit.randomness import Draw, Order
 from ssl_vit.reference import help_text, json_schema
 from ssl_vit.settings import known
 
+Result = TypeVar("Result")
 SHOWN = 8  # images in the pictures of a run
 
 
@@ -65,15 +68,17 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     stop = system.StopSignal()
     system.prepare(recipe.runtime.num_threads)
     # before the processes form a group: decoding may take longer than a group waits
-    images, failed = load(recipe)
+    loaded, failed = attempt(lambda: load(recipe))
     accelerator = engine.start(recipe, path)
     engine.check_none_failed(failed)
-    images = known(images)
+    images = known(loaded)
     device, processes, first = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     images = images.to(device)
 
     # -- build --
-    objective = build(recipe, images).to(device)
+    built, failed = attempt(lambda: build(recipe, images))  # from weights that a machine may lack
+    engine.check_none_failed(failed)
+    objective = known(built).to(device)
     images = images.labelled() if objective.labelled else images
     total, flops_per_image = flops.budget(recipe, objective, len(images))
     recipe.train.steps = total
@@ -84,7 +89,8 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
     settings = resolved(recipe, images, objective, accelerator, flops_per_image)
     engine.check_same(accelerator, identity(settings))
     if first:
-        run.enter(settings, type(recipe.objective), images.ledger)
+        _, failed = attempt(lambda: run.enter(settings, type(recipe.objective), images.ledger))
+    engine.check_none_failed(failed)
     [(finished, begun)] = broadcast_object_list([(run.finished, bool(run.checkpoints())) if first else (False, False)])
     if finished:  # it may lie where nothing can be written
         say(f"{path} is finished: nothing to do. For another run, change the recipe or pass --output.")
@@ -181,17 +187,22 @@ def pretrain(recipe: recipes.Recipe, path: Path) -> int:
 # -- building ---------------------------------------------------------------------------------------------------------
 
 
-def load(recipe: recipes.Recipe) -> tuple[data.ImageSet | None, UserError | None]:
-    """(the training images, or why there are none). One process raises that; several tell it to each other, as the
-    machines of a group may have different images, and none must wait for one that has gone."""
+def load(recipe: recipes.Recipe) -> data.ImageSet:
+    """The training images, by whose size and statistics the recipe is completed."""
+    images = data.load(recipe.data, "train")
+    recipe.add_dataset_info(images.info())
+    return images
+
+
+def attempt(make: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
+    """(what this makes, or why it does not). One process raises that; several tell it to each other
+    (engine.check_none_failed), as machines may have different files, and none must wait for one that has gone."""
     try:
-        images = data.load(recipe.data, "train")
+        return make(), None
     except UserError as error:
         if not peers.several():
             raise
         return None, error
-    recipe.add_dataset_info(images.info())
-    return images, None
 
 
 def build(recipe: recipes.Recipe, images: data.ImageSet) -> Objective:

@@ -19,6 +19,8 @@ from ssl_vit.devices import full_precision, upload
 from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 
+PART = 2**16  # vectors that are given their tokens at a time
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -63,7 +65,9 @@ class Codebook(nn.Module):
         kmeans = faiss.Kmeans(dim, size, niter=10, seed=seed + 1, spherical=True, min_points_per_centroid=1)
         kmeans.train(vectors.cpu().float().contiguous().numpy())
         self.codes.copy_(F.normalize(torch.from_numpy(kmeans.centroids), dim=-1))
-        self.share.copy_(torch.bincount(self(vectors), minlength=size) / len(vectors))
+        # part by part: similarities to 8,192 codes may take more memory than there is
+        counts = [torch.bincount(self(part), minlength=size) for part in vectors.split(PART)]
+        self.share.copy_(torch.stack(counts).sum(0) / len(vectors))
 
     def forward(self, vectors: Float[Tensor, "*batch D"]) -> Int[Tensor, "*batch"]:
         """Unit vectors (…, D) → tokens, int64 (…). Without autocast: in bf16 one in thirty would be another code."""

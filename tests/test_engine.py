@@ -1,6 +1,7 @@
 """Several processes: they compute what one does, go on in any number, and fail with one message."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -17,9 +18,9 @@ from conftest import SMALL, signalled, small_objective, small_recipe
 from safetensors.torch import load_file
 from several import Several
 from test_loop import ROOT, SCRIPT, TINY, Started, arguments, launched, log_of, run, steps_done, until
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ssl_vit import checkpoint, data, engine, errors, gradients, objectives, peers, pretrain, shards
-from ssl_vit.errors import UserError
+from ssl_vit import checkpoint, data, engine, errors, gradients, launcher, objectives, peers, pretrain, shards
 from ssl_vit.objectives.reconstruct import Reconstruct
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -170,7 +171,11 @@ def fail(error: BaseException) -> None:
 WAYS = {  # of failing: (what one process does, exit code of that process, what is said once)
     "user error": (lambda: fail(errors.UserError("Image 3 is broken.")), 2, "error: Image 3 is broken."),
     "fault": (lambda: fail(ZeroDivisionError("a fault of ours")), 1, "\nZeroDivisionError: a fault of ours\n"),
-    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), -9, "another process of this run has ended without"),
+    "killed": (
+        lambda: os.kill(os.getpid(), signal.SIGKILL),
+        -9,
+        "another process of this run has ended, or cannot",
+    ),
 }
 PLACES = {
     "forward": (Reconstruct, "forward"),
@@ -207,7 +212,7 @@ def test_one_that_fails_ends_all_with_one_message(way, place, rank, kind, tmp_pa
     monkeypatch.setattr(owner, method, broken)
     several = started(tmp_path, "mae", kind, "train.steps=1000000", "monitor.knn_every=0", "--output", "run")
     codes = several.wait()
-    assert codes[rank] == code and codes[1 - rank] == 1, several.said
+    assert codes[rank] == code and codes[1 - rank] == peers.LOST_CODE, several.said
     assert several.said.count(said) == 1
     assert several.said.count("Traceback") == (way == "fault") and several.said.count("error:") == (way != "fault")
 
@@ -247,19 +252,49 @@ def test_the_launcher_of_launch_sh_adds_no_stack(settings, code, said, tmp_path)
     assert text.count(said) == 1 == text.count("error:") and "Traceback" not in text and "torch" not in text
 
 
-def test_a_process_without_the_images_ends_the_others_too(tmp_path, monkeypatch):
-    """On another machine no launcher would."""
-    load = data.load
+@pytest.mark.parametrize(
+    ("owner", "name", "rank"),
+    [
+        (data, "load", 1),
+        pytest.param(pretrain, "build", 1, marks=pytest.mark.matrix),
+        pytest.param(checkpoint.Run, "enter", 0, marks=pytest.mark.matrix),
+    ],
+)
+def test_a_process_without_what_it_needs_ends_the_others_too(owner, name, rank, tmp_path, monkeypatch):
+    """On another machine no launcher would: images, weights to start from, a folder that another run holds."""
+    original = getattr(owner, name)
 
-    def lacking(config, role, *more, **others):
-        if os.environ.get("RANK") == "1":
-            raise UserError("There is no folder here.")
-        return load(config, role, *more, **others)
+    def lacking(*given, **others):
+        if os.environ.get("RANK") == str(rank):
+            raise errors.Busy("There is no folder here.")
+        return original(*given, **others)
 
-    monkeypatch.setattr(data, "load", lacking)
+    monkeypatch.setattr(owner, name, lacking)
     several = started(tmp_path, "mae", "ddp", "--output", "run")
-    assert several.wait() == [2, 2], several.said
-    assert several.said.count("error: There is no folder here.") == 1 and not (tmp_path / "run").exists()
+    assert several.wait() == [errors.BUSY] * 2, several.said
+    assert several.said.count("error: There is no folder here.") == 1 and not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"), [([76, 76], "and none has said why"), ([76, 2], ""), ([-9, 76], "by SIGKILL")]
+)
+def test_the_launcher_speaks_where_no_process_has(codes, said, monkeypatch, capsys):
+    """A network that fails ends them all alike."""
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=rank) for rank, code in enumerate(codes)}
+    error = ChildFailedError.__new__(ChildFailedError)
+    error.failures, error.get_first_failure = failures, lambda: (0, failures[0])
+
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(launcher, "launch_command", fail)
+    monkeypatch.setattr(sys, "argv", ["launcher.py", "--num_processes", "2", "--multi_gpu", SCRIPT])
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    for variable in (peers.LAUNCHER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(variable, "")
+    assert launcher.main() == (137 if codes[0] < 0 else peers.LOST_CODE)
+    told = capsys.readouterr().err
+    assert said in told and told.count("error:") == bool(said)
 
 
 def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tmp_path, monkeypatch):
@@ -321,7 +356,7 @@ def test_processes_wait_for_the_first_one_longer_than_a_backend_would(tmp_path, 
     def patient(*given):
         groups = dist.group.WORLD, engine.gloo_group()
         assert [g._get_backend(torch.device("cpu")).options._timeout for g in groups] == [engine.PATIENCE] * 2
-        raise UserError("Seen.")
+        raise errors.UserError("Seen.")
 
     monkeypatch.setattr(engine, "check_same", patient)
     several = started(tmp_path, "mae", "ddp", "train.steps=2", "--output", "run")
@@ -381,7 +416,7 @@ def test_memory_that_runs_out_where_the_whole_batch_is_needed_limits_no_later_st
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", full)
         patch.setattr(gradients, "out_of_memory", lambda error: "out of memory" in str(error))
-        with pytest.raises(UserError, match="use_bn_in_head.* needs so many at once. End what else uses the device"):
+        with pytest.raises(errors.UserError, match="use_bn_in_head.* needs so many at once. End what else uses"):
             pretrain.pretrain(objectives.read_recipe("dino", settings, None), path)
     assert not list(path.glob("memory-*.json"))
 
@@ -428,6 +463,7 @@ def test_an_engine_that_accelerate_names_is_taken_or_refused(monkeypatch):
     engine.resolve_engine(recipe)
     assert recipe.runtime.engine == "auto"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv(engine.SHARDED, "")  # so that it is as before in the end
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(errors.UserError, match="add --fsdp_version 2"):
         engine.resolve_engine(recipe)
@@ -436,6 +472,9 @@ def test_an_engine_that_accelerate_names_is_taken_or_refused(monkeypatch):
         engine.resolve_engine(small_recipe("mae", "runtime.engine=ddp"))
     engine.resolve_engine(recipe)
     assert recipe.runtime.engine == "fsdp2" and "ACCELERATE_USE_FSDP" not in os.environ
+    second = small_recipe("mae")  # as of a fine-tuning that chooses its learning rate
+    engine.resolve_engine(second)
+    assert second.runtime.engine == "fsdp2"
     assert engine.kind(recipe, SimpleNamespace(num_processes=1)) == "plain"
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(errors.UserError, match="DeepSpeed, which this loop does not run"):

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,8 +16,10 @@ from conftest import SMALL, small_recipe
 from PIL import Image
 from test_loop import ROOT, TINY, TORCHRUN, environment
 
+import eval as eval_package
+import ssl_vit
 from eval.measure import cli, features
-from ssl_vit import backbones, data, engine, system, views, weights
+from ssl_vit import backbones, data, devices, engine, imports, system, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -109,6 +113,54 @@ def test_products_are_rounded_for_tf32_alone(products, precision):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = flag
         system.set_products(precision)
         assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is (precision == "tf32")
+
+
+def test_full_precision_is_without_autocast_and_without_tf32(products):
+    """And how products are rounded is as before, after an error too."""
+    matrix = torch.full((2, 2), 1 + 2**-12)
+    for flag in (True, False):
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flag, True
+        with pytest.raises(ZeroDivisionError), torch.autocast("cpu", torch.bfloat16):
+            with devices.full_precision(matrix):
+                assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+                assert (matrix @ matrix).dtype == torch.float32
+                raise ZeroDivisionError
+        assert torch.backends.cuda.matmul.allow_tf32 is flag and torch.backends.cudnn.allow_tf32
+    with devices.full_precision(torch.empty(1, device="meta")):
+        pass
+
+
+def test_copies_that_nobody_waits_for_are_made_in_one_place():
+    """Where it is decided from what and to what: another than from pinned memory may read what was freed since."""
+    folders = (Path(module.__file__).parent for module in (ssl_vit, eval_package))
+    found = [p.name for folder in folders for p in folder.rglob("*.py") if "non_blocking" in p.read_text()]
+    assert found == ["devices.py"]
+    seen = []
+    tensor = SimpleNamespace(
+        device=torch.device("cpu"), numel=lambda: 1, to=lambda place, non_blocking: seen.append(non_blocking)
+    )
+    tensor.pin_memory = lambda: tensor
+    for device in ("cuda", "mps", "cpu"):
+        devices.upload(tensor, torch.device(device))
+    assert seen == [True, False, False]
+
+
+def test_stored_features_depend_on_the_code_of_one_s_own_modules(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv(imports.VARIABLE, "")
+    mine = tmp_path / "mine_of_features.py"
+    mine.write_text("x = 1")
+    features._code.cache_clear()
+    plain = features._code()
+    imports.load(["--import", str(mine)])
+    assert imports.sources() == [mine]
+    found = [plain]
+    for text in ("x = 1", "x = 2"):
+        mine.write_text(text)
+        features._code.cache_clear()
+        found.append(features._code())
+    assert len(set(found)) == 3
+    features._code.cache_clear()
 
 
 def test_training_and_evaluating_set_it(monkeypatch, products, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from conftest import PATIENT, SMALL, make_batch, signalled, small_objective, start
 from PIL import Image
 from safetensors.torch import load_file
@@ -96,6 +97,13 @@ def test_a_run_beside_its_control_with_all_labels_and_few(tune, tmp_path, capsys
     assert "is finished" in capsys.readouterr().out
     assert stamps == [p.stat().st_mtime_ns for p in tmp_path.rglob("finetune/*/backbone/model.safetensors")]
     assert [(r["predictions"], r["value"]) for r in again] == [(r["predictions"], r["value"]) for r in rows]
+
+
+def test_a_row_has_the_precision_of_its_training(tune):
+    AcceleratorState._reset_state()  # a process has one precision
+    [row] = tune("train.precision=bf16", "train.steps=2")
+    AcceleratorState._reset_state()
+    assert row["precision"] == "bf16"
 
 
 def test_other_weights_in_the_same_folder_are_another_training(tune, tmp_path):

@@ -1,6 +1,7 @@
 """The measurements that wait for a GPU, in miniature: the command itself must not fail when one is at hand."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -28,3 +29,14 @@ def test_every_stage_runs_and_is_not_repeated(tmp_path):
     late = subprocess.run([*command, "--minutes", "0", "--output", "late"], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True)  # fmt: skip
     assert late.returncode == 1 and "0 minutes are over: the same command goes on." in late.stdout
+
+
+def test_what_a_gpu_computes_otherwise_is_told():
+    sys.path.insert(0, str(ROOT / "tests/benchmark"))
+    import on_a_gpu
+
+    fine = dict(equal=True, difference=1e-6, fp32=1e-6, bf16=0.01, waits=None, loss=3.0)
+    assert on_a_gpu.wrong(fine) == []
+    bad = dict(equal=False, difference=0.1, fp32=0.01, bf16=math.nan, waits="cudaStreamSynchronize")
+    for key, value in bad.items():
+        assert on_a_gpu.wrong(fine | {key: value}) == [key]

@@ -261,3 +261,17 @@ def test_rows_of_trainings_on_different_images_are_not_mixed(way, machines):
     kept.add(one)
     with pytest.raises(UserError, match=r"two/run and .*kept/runs/run are runs of one name .*\(images.fingerprint\)"):
         kept.add(two) if way == "add" else kept.restore(two.parent)
+
+
+def test_a_folder_keeps_one_study(tmp_path):
+    """Another plan, or a part of one that decides, would write over the manifest that the verdict is read from."""
+    store = Packed(tmp_path / "packed")
+    store.check("denoising-small", "cifar10", True)
+    store.describe(json.dumps(dict(plan="denoising-small", data="cifar10", decides=True)))
+    store.check("denoising-small", "cifar10", True)
+    with pytest.raises(UserError, match="holds the results of denoising-small on cifar10: pass another folder"):
+        store.check("denoising-explore", "cifar10", False)
+    with pytest.raises(UserError, match="holds the results of denoising-small on cifar10: pass another folder"):
+        store.check("denoising-small", "tiny-imagenet", True)
+    with pytest.raises(UserError, match="holds a study that decides, and this one does not"):
+        store.check("denoising-small", "cifar10", False)

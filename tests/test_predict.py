@@ -22,7 +22,7 @@ from test_loop import ROOT, TINY
 
 from eval import embed, linear_probe, predict
 from eval.measure import everything, features, linear_heads, probing, results
-from ssl_vit import data, objectives, pretrain, weights
+from ssl_vit import data, objectives, pretrain, system, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 
@@ -109,6 +109,11 @@ def test_the_probe_of_the_sweep_is_kept_and_predicts_the_same(runs, tmp_path, mo
     assert "The most confident mistakes" in capsys.readouterr().out
 
     [kept] = (runs / "mae" / "probes").iterdir()
+    asked: list[str] = []
+    monkeypatch.setattr(system, "precision", lambda precision, cuda: asked.append(precision) or "fp32")
+    for words in ([], ["--precision", "auto"], ["--precision", "bf16"]):
+        call(predict, monkeypatch, "--backbone", runs / "mae", "--data", "digits", *words)
+    assert asked == ["fp32", "fp32", "bf16"]  # of the probe, unless another is asked for
     (runs / "mae" / "probes" / "digits-99.npz").write_bytes(kept.read_bytes())
     with pytest.raises(UserError, match="has several probes .*choose one by --probe"):
         call(predict, monkeypatch, "--backbone", runs / "mae", "--data", "digits")
@@ -293,7 +298,7 @@ def test_a_run_on_permuted_pixels_is_shown_permuted_images(command, runs, tmp_pa
 
 def test_deep_images_are_read_in_the_range_of_the_probe(runs, tmp_path, monkeypatch):
     """Published weights have none of their own."""
-    asked, kept = [], SimpleNamespace(range=[0.0, 4095.0])
+    asked, kept = [], SimpleNamespace(range=[0.0, 4095.0], precision="fp32")
     monkeypatch.setattr(predict.kept_probes, "read", lambda source, file: kept)
     monkeypatch.setattr(
         everything, "load", lambda config, *rest: asked.append(config) or (_ for _ in ()).throw(UserError("seen"))

@@ -895,7 +895,8 @@ def write_study(folder, arms, decides=False, **changes):
         own = dict(recipe="mae", role=role, budget=1.0, seeds=len(runs), like=None, finetuned=tuned, runs=[])
         entry = said.setdefault(name, own)
         entry["runs"] += [
-            dict(arm=name, budget=budget, settings=[], run=str(r), steps=None, accuracy=None) for r in runs
+            dict(arm=name, budget=budget, seed=seed, settings=[], run=str(r), steps=None, accuracy=None)
+            for seed, r in enumerate(runs)
         ]
     study = folder / "study"
     study.mkdir()
@@ -909,6 +910,25 @@ def study_page(study, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", "--study", str(study), "--output", str(study / "report")])
     reports.main()
     return (study / "report/report.html").read_text(), (study / "report/report.md").read_text()
+
+
+def test_a_study_says_which_of_its_runs_are_not_on_the_page(tmp_path, monkeypatch):
+    """What is left of an arm whose other seeds diverged flatters it."""
+    runs = many(tmp_path, "mae", 0.5, seeds=2)
+    gone = tmp_path / "gone"
+    (runs[0] / "diverged").mkdir()
+    (runs[0] / "diverged/finetune.json").write_text("{}")
+    (gone / "diverged").mkdir(parents=True)
+    (gone / "diverged/training.json").write_text("{}")
+    arms = [("mae", "", None, [*runs, gone]), ("dino", "", None, [tmp_path / "never"])]
+    page, markdown = study_page(write_study(tmp_path, arms), monkeypatch)
+    said = (
+        "The plan has runs that are not on this page: mae, seed 0 by finetune (diverged); mae, seed 2 (diverged); "
+        "dino, seed 0 (not measured)."
+    )
+    assert said in markdown and said in page
+    (other := tmp_path / "whole").mkdir()
+    assert "are not on this page" not in study_page(write_study(other, [("mae", "", None, runs[1:])]), monkeypatch)[1]
 
 
 def test_a_study_names_its_arms_and_budgets(tmp_path, monkeypatch):

@@ -743,6 +743,14 @@ def test_an_arm_learns_from_the_run_of_another_of_its_seed_and_budget(tmp_path, 
         plan.spend(["train.steps=3"])
 
 
+def test_an_arm_does_not_start_from_weights_whose_cost_nobody_charges(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arms = tokens_and_beit()
+    arms["learnt"]["settings"] = ["backbone.init_from={tokens}"]
+    with pytest.raises(UserError, match="starts .backbone.init_from., and nobody charges what they cost"):
+        a_study(tmp_path, arms=arms, budgets=["2e9"], seeds=2)
+
+
 def test_what_an_arm_learns_from_is_paid_out_of_its_budget(tmp_path, run):
     arms = {name: arm for name, arm in tokens_and_beit().items() if name in ("tokens", "learnt")}
     write_plan(tmp_path, arms=arms, budgets=["4e9"], seeds=2, controls=[])

@@ -15,7 +15,7 @@ from several import Several
 from test_engine import compare
 from test_loop import arguments, killed, log_of, run
 
-from ssl_vit import backbones, flops, objectives, pretrain, teachers, views, weights
+from ssl_vit import backbones, flops, objectives, pretrain, quantizer, teachers, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.errors import UserError
 from ssl_vit.objectives import tokenizer
@@ -147,7 +147,8 @@ def test_perplexity_and_usage():
     assert book.usage() == 0.5 and book.perplexity().item() == pytest.approx(4 / 3**0.75)
 
 
-def test_the_codes_start_at_the_centres_of_clusters():
+def test_the_codes_start_at_the_centres_of_clusters(monkeypatch):
+    monkeypatch.setattr(quantizer, "PART", 7)  # vectors at a time
     centres = unit(2, 4, seed=3)
     vectors = F.normalize(centres[[0, 0, 0, 1]].repeat(50, 1) + 0.02 * unit(200, 4), dim=-1).float()
     book = Codebook(2, 4)

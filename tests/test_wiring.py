@@ -280,6 +280,19 @@ def test_dino_s_head_by_hand(fixed):
     )
 
 
+def test_dino_s_logits_are_not_rounded_to_bf16():
+    """The temperatures divide them: a rounding of 0.002 would be one of 5 % in a probability."""
+    torch.manual_seed(0)
+    head = Head(6, 5, norm_last_layer=True, hidden_dim=7, bottleneck_dim=4)
+    x = torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        unit = torch.nn.functional.normalize(head.mlp(x), dim=-1)
+        logits = head(x)
+    rows = torch.nn.functional.normalize(head.last.direction, dim=-1)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, unit.float() @ rows.T, rtol=1e-6, atol=1e-6)
+
+
 def test_the_prototypes_of_dino_may_have_lengths():
     fixed, learnt = (small_objective("dino", f"objective.norm_last_layer={value}").head for value in ("true", "false"))
     assert fixed.last.length is None and learnt.last.length is not None

@@ -114,6 +114,7 @@ FINETUNE_ABSENT = (
 DINO: Values = {
     "train.epochs": 400,
     "train.batch_size": 1024,
+    "optim.no_weight_decay": "1d",  # get_params_groups in utils.py: biases and norms
     "optim.lr": 7.5e-4,
     "optim.lr_rule": "B/256",
     "optim.min_lr": 2e-6,
@@ -186,10 +187,12 @@ BEIT: Values = {
     "objective.vocab_size": 8192,
     "objective.decoder_depth": 0,
 }
+MASK_TOKEN = ("mask token", "has weight decay", "has none")
 BEIT_ABSENT = (
     ("tokenizer", "DALL-E's discrete VAE", "k-means, or a run of the recipe tokenizer (objective.tokenizer)"),
     ("masks", "may stop short of the stated number of patches", "always the stated number"),
     ("colour jitter", "0.4", "none"),
+    MASK_TOKEN,
     ("positions", "relative, shared by all blocks (a plain timm ViT holds none), without absolute ones", "learned"),
     CUT_NORMAL,
 )
@@ -220,6 +223,7 @@ SIMMIM: Values = {
 }
 SIMMIM_ABSENT = (
     ("masked unit", "32 px, 2x2 patches", "single patches"),
+    MASK_TOKEN,
     ("schedule", "a tenth of the rate from epoch 700 on", "a cosine to that tenth"),
     ("positions", "relative, shared by all blocks (a plain timm ViT holds none), without absolute ones", "absolute"),
     CUT_NORMAL,

@@ -5,6 +5,7 @@ difference, paired by image, excludes zero at a level that allows for all the wa
 distinguishable from the best, the one that takes the fewest FLOPs is advised.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,8 @@ class Advice:
 def advise(ways: list[Way]) -> Advice:
     """The advice from ways that were measured on the same test images with the same numbers of labels."""
     scratch = max((way for way in ways if way.from_scratch), key=lambda way: way.most.estimate.mean)
-    level = 1 - (1 - intervals.LEVEL) / max(len(ways) - 1, 1)
+    # every pair may be looked at: the best from scratch, and the way advised, are found on the same test images
+    level = 1 - (1 - intervals.LEVEL) / max(math.comb(len(ways), 2), 1)
     best = max(ways, key=lambda way: way.most.estimate.mean)
     found = Advice(ways, best, scratch, level)
     alike = [way for way in ways if way is best or -found.gain(way, best)[0] <= found.gain(way, best)[1]]

@@ -9,7 +9,6 @@ and only what the plan asks for counts: rows of other seeds, or of another fine-
 
 import functools
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from eval.compare.manifest import Manifest
 from eval.compare.metrics import Metric
 from eval.compare.runs import Group, Run, differing
 from eval.compare.scores import Scores
-from eval.compare.studies import StudyResults
+from eval.compare.studies import StudyResults, note_of
 from ssl_vit.errors import UserError, listed
 from ssl_vit.recipe import short
 
@@ -150,22 +149,16 @@ def diverged(manifest: Manifest) -> str:
     found = []
     for arm, entry in manifest["arms"].items():
         for run in entry["runs"] if entry["role"] else []:
-            if _note(run["run"], "training") is not None:
+            if note_of(run["run"], "training") is not None:
                 found.append(f"{arm}, seed {run['seed']},")
             for tuned in entry["finetuned"]:
-                note = _note(run["run"], tuned["protocol"])
+                note = note_of(run["run"], tuned["protocol"])
                 if note is None or note["label_fraction"] not in tuned["labels"]:
                     continue
                 drawn = (None, run["seed"]) if manifest["labels_by_seed"] else (note["subset_seed"],)
                 if note["subset_seed"] in drawn and short(note["eval_data"]) == manifest["data"]:
                     found.append(f"{arm} by {tuned['protocol']}, seed {run['seed']},")
     return f"{' and '.join(found)} diverged; by the rule this plan ends here" if found else ""
-
-
-def _note(run: str, name: str) -> dict | None:
-    """What a run's folder notes of a training that diverged; None if it did not."""
-    file = Path(run) / "diverged" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def level(corruption: str, value: float | list[float]) -> str:

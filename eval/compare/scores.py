@@ -335,6 +335,17 @@ def ranked(by_group: dict[Group, Scores], controls: bool) -> list[Group]:
     return sorted(found, key=lambda group: -by_group[group].estimate.mean)
 
 
+def best_of(by_group: dict[Group, Scores]) -> set[Group]:
+    """The best recipe, controls aside, and all that are compared with it and not distinguishable from it; none if there
+    is only one. Without a seed in common they are not compared."""
+    recipes = ranked(by_group, controls=False)
+    if len(recipes) < 2:
+        return set()
+    differences = {g: contrast(by_group, recipes[0], g) for g in recipes[1:]}
+    apart = {g for g, difference in differences.items() if difference is None or difference.excludes_zero}
+    return set(recipes) - apart
+
+
 def spent_on(scores: Scores, key: str) -> float:
     """The mean of eval_flops, eval_images or seconds over the rows of a measurement."""
     return float(np.mean([row[key] for row in scores.rows]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from eval.compare.manifest import Manifest, share
 from eval.compare.runs import Group, group_runs, read_run
 from eval.compare.scores import EvalSet, read_eval_sets
+from eval.compare.words import number
 from eval.measure import results
 from ssl_vit import commands
 from ssl_vit.errors import UserError
@@ -38,6 +39,24 @@ class StudyResults:
         ]
         return mine[0] if mine else None
 
+    @property
+    def lacking(self) -> list[str]:
+        """The planned runs without any row, by arm and seed, and which of them, or of their fine-tunings, diverged."""
+        measured = {run.folder for group in self.groups for run in group.runs}
+        found = []
+        for arm, entry in self.manifest["arms"].items():
+            for training in entry["runs"]:
+                budget = training["budget"] if len(self.budgets) > 1 else None
+                name = f"{arm}, seed {training['seed']}" + (f", {number(budget)} FLOPs" if budget else "")
+                if note_of(training["run"], "training") is not None:
+                    found.append(f"{name} (diverged)")
+                elif Path(training["run"]) not in measured:
+                    found.append(f"{name} (not measured)")
+                for tuned in entry["finetuned"]:
+                    if note_of(training["run"], tuned["protocol"]) is not None:
+                        found.append(f"{name} by {tuned['protocol']} (diverged)")
+        return found
+
     def group(self, arm: str, budget: float | None) -> Group | None:
         """The runs of an arm with its share of this budget, or of an untrained arm; None if they were not evaluated."""
         if arm not in self.manifest["arms"]:
@@ -46,6 +65,12 @@ class StudyResults:
         own = None if budget is None else share(budget, entry["budget"])
         folders = {Path(t["run"]) for t in entry["runs"] if t["budget"] == own or t["steps"] == 0}
         return next((g for g in self.groups if g.runs[0].folder in folders), None)
+
+
+def note_of(run: str, name: str) -> dict | None:
+    """What a run's folder notes of a training that diverged; None if it did not."""
+    file = Path(run) / "diverged" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def read_study(folder: Path) -> StudyResults:

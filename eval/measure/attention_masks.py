@@ -26,7 +26,7 @@ BACKGROUND = "background"  # a class of this name is no object
 def keep(attention: Float[Tensor, "B heads H W"], mass: float = MASS) -> Bool[Tensor, "B heads H W"]:
     """The fewest patches whose attention sums to more than `mass` of the whole, for each head (visualize_attention.py
     of the official DINO)."""
-    ascending, order = attention.flatten(2).sort(-1)
+    ascending, order = attention.flatten(2).cpu().sort(-1)  # Apple's GPU has no float64
     below = ascending.double().cumsum(-1) / ascending.double().sum(-1, keepdim=True)
     kept = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, below > 1 - mass)
     masks: Tensor = kept.unflatten(-1, attention.shape[2:])

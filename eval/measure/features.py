@@ -4,6 +4,7 @@ They are computed once per backbone and images, on all processes, and stored in 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -22,18 +23,19 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit import files, system, views, weights
+from ssl_vit import backbones, files, imports, models, system, views, weights
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone, TokenBackbone
 from ssl_vit.data import ImageSet, evaluation_views
 from ssl_vit.devices import out_of_memory
 from ssl_vit.errors import UserError, say
+from ssl_vit.files import fingerprint
 from ssl_vit.flops import count
 from ssl_vit.settings import known
 
 CONTROLS = ("pixels", "pixels-pca64")
 Vectors = Callable[["Source", Tensor, list[int]], dict[tuple[int, str], Tensor]]
-VERSION = 3  # to be raised when the code computes different features from the same weights and images
+VERSION = 3  # to be raised when this file or ssl_vit/views.py gives different features of the same backbone and images
 
 
 @dataclass
@@ -335,12 +337,19 @@ def pca(train: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 def _key(source: Source, images: ImageSet, view: views.Evaluation) -> str:
     """What the features depend on, in 16 hex digits: weights, mean, std, images, their view, and the code."""
     about = [images.fingerprint, images.split, list(view.size), VERSION, str(torch.__version__), timm.__version__]
-    about.append("pixels" if source.backbone is None else weights.digest(source.backbone))
+    about += ["pixels"] if source.backbone is None else [weights.digest(source.backbone), _code()]
     if source.backbone is not None and source.precision != "fp32":
         about.append(source.precision)
     if view != views.evaluation(view.size) or view.size[0] != view.size[1]:  # older code had no other view than ours
         about.append(asdict(view))  # and rounded views that are not square differently
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the code that computes features, but for timm's: our backbones and models, and modules of --import."""
+    own = [file for part in (backbones, models) for file in sorted(Path(known(part.__file__)).parent.glob("*.py"))]
+    return fingerprint([file.read_text(encoding="utf-8") for file in [*own, *imports.sources()]])
 
 
 def _allocate(file: Path, shape: tuple[int, int]) -> None:

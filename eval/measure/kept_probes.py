@@ -10,7 +10,7 @@ from scipy.special import softmax
 
 from eval.measure import features, linear_heads, results
 from eval.measure.probing import Probe
-from ssl_vit import files, weights
+from ssl_vit import files, system, weights
 from ssl_vit.errors import UserError, listed
 from ssl_vit.recipe import short
 from ssl_vit.settings import known
@@ -31,6 +31,7 @@ class KeptProbe:
     classes: list[str]
     digest: str
     range: list[float]
+    precision: system.Precision  # in which its features were computed
 
     def __call__(self, found: np.ndarray) -> np.ndarray:
         """Probabilities, float32 (m, K), of features (m, D)."""
@@ -61,6 +62,7 @@ def write(
         classes=np.array(known(probe.train.classes), dtype=str),
         digest=np.array(weights.digest(probe.source.backbone)),
         range=np.array(probe.train.range or []),
+        precision=np.array(probe.source.precision),
     )
     drawn = f"-seed{seed}" if seed else ""
     target = probe.source.folder / "probes" / f"{short(probe.test.name)}-{labels}{drawn}.npz"
@@ -95,6 +97,7 @@ def read(source: features.Source, file: Path | None) -> KeptProbe:
         kept["classes"].tolist(),
         str(kept["digest"]),
         kept["range"].tolist(),
+        kept["precision"].item(),
     )
     if probe.digest != weights.digest(source.network):
         raise UserError(f"{found[0]} was trained on features of other weights: run eval/linear_probe.py again.")

@@ -54,7 +54,9 @@ def report(
         deciding = study_sections.deciding_metrics(study) if study and eval_set is study.eval_set else []
         blocks += summary(eval_set, deciding)
     blocks += several_origins(groups)
-    blocks += study_sections.primary(study) + study_sections.budgets(study) if study else []
+    if study:
+        blocks += study_sections.lacking(study) if not incomplete else []
+        blocks += study_sections.primary(study) + study_sections.budgets(study)
     mains = []
     for eval_set in eval_sets:
         suffix = f": {eval_set.data} ({eval_set.split})" if len(eval_sets) > 1 else ""

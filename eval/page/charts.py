@@ -18,7 +18,7 @@ from eval.compare.scores import EvalSet, Scores, ranked, spent_on
 from eval.compare.words import number
 from eval.page import plots
 from eval.page.document import Block, Cell, Figure, Heading, Table, halves, named
-from ssl_vit.errors import plural
+from ssl_vit.errors import listed, plural
 
 CURVES = {
     "Training loss. Losses of different objectives are not comparable.": {"loss": "loss"},
@@ -110,8 +110,9 @@ def costs_table(eval_set: EvalSet, groups: list[Group]) -> Table:
         "The cost of one seed. Pre-training and evaluation are listed separately: training from scratch costs nothing "
         "before fine-tuning, and as much as the others during it, unless it is given more FLOPs. The FLOPs of an "
         "evaluation are those of computing features or of training with labels, including the choice of settings, "
-        "unless it was made for another run; its images are those passed through the backbone. Seconds depend on the "
-        "machine, and do not include features that were computed earlier."
+        "unless it was made for another run; its images are those passed through the backbone. FLOPs of pre-training "
+        "include what was spent on the tokenizer or teacher that it learns from; its images and seconds do not. "
+        "Seconds depend on the machine, and do not include features that were computed earlier."
     )
     return Table(head, filled, caption, sources_of(used))
 
@@ -164,6 +165,8 @@ def label_efficiency(eval_set: EvalSet, suffix: str) -> list[Block]:
     if not charts:
         return []
     caption = f"{eval_set.floors} Label subsets are averaged within a seed before the interval is computed. "
+    if saw := [group.label for group in eval_set.groups if group.labelled]:
+        caption += f"{listed(saw)} {'was' if len(saw) == 1 else 'were'} pre-trained with all labels. "
     return [Heading(f"With fewer labels{suffix}"), Figure(charts, caption + counted(sources), sources)]
 
 

@@ -67,8 +67,9 @@ def _of_metric(eval_set: EvalSet, metric: Metric, members: dict[str, list[tuple[
     few = min(len(scores.seeds) for scores in used) < OWN
     caption = (
         "Curves: error = c · FLOPs^−b, by least squares in logarithms through all points of a curve, none of which is "
-        f"chosen. Compared is the accuracy in the middle of the range that a curve and {first} both reach. Intervals "
-        f"(95 %) are of resampled test images{'' if few else ' and seeds'}; how well a power law fits is not in them"
+        "chosen, so that a curve depends on which sizes of models it was given. Compared is the accuracy in the middle "
+        f"of the range that a curve and {first} both reach. Intervals (95 %) are of resampled test images"
+        f"{'' if few else ' and seeds'}; how well a power law fits is not in them"
         f"{', nor are other seeds' if few else ''}. {charts.counted(sources)}"
     )
     head = [("", ["b", "at accuracy, %", "FLOPs", f"times the FLOPs of {first}"])]

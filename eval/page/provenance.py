@@ -21,7 +21,8 @@ DEFINITIONS = {
     "0.07). k = 20 is the primary protocol.",
     "knn-uncentred": "The same without centring: DINO's protocol.",
     "linear-sweep": "A linear classifier on frozen features. Its settings are chosen on a held-out slice of the "
-    "training images, and so is the pooling in the column “chosen on train”.",
+    "training images, and so are pooling and blocks, which may be joined, in the column “chosen on train”. Images are "
+    "not augmented, so that the accuracy is not that of published protocols.",
     "linear-block": "The same for each block alone; the learning rate is chosen on the held-out slice.",
     "linear-mae": "A linear classifier on frozen features, trained as in the MAE paper.",
     "linear-dino": "A linear classifier on frozen features, trained as in the DINO paper.",
@@ -29,7 +30,8 @@ DEFINITIONS = {
     "robust-": "The linear probe, trained on clean features, on corrupted test images.",
     "segmentation-linear": "A linear layer on the patch features of whole images, fitted by L-BFGS to the fractions of "
     "the classes in each patch; its penalty is chosen on a held-out tenth of train. Scores are resized to the mask "
-    "(bilinear). The mIoU is the mean over the classes of intersection over union, of the pixels of all test images; "
+    "(bilinear). The mIoU is the mean over the classes of intersection over union, of the pixels of all test images; a "
+    "class that no test mask has counts as 0 if any pixel is predicted as it, and else not at all; "
     "its intervals are by the jackknife over images.",
     "segmentation-knn-k20": "The fractions of the classes in the 20 most similar patches of training images (centred "
     "cosine), weighted by exp(similarity / 0.07); 50,000 patches at most are searched.",
@@ -40,8 +42,11 @@ DEFINITIONS = {
     "a mask. For each class that an image shows, the head counts that overlaps it best (Jaccard index); the mean over "
     "these classes is the image’s value. More heads are more tries: compare with the random initialisation of the same "
     "shape.",
-    "finetune": "All weights are trained further, with labels. For the random initialisation, this is training from "
-    "scratch. A code after the name stands for other settings; different settings never share a column.",
+    "finetune": "All weights are trained further, with labels: crops of half the area or more, flips, mixup, cutmix, "
+    "label smoothing, and layer decay (recipes/finetune.yaml, which is not a published protocol). For the random "
+    "initialisation, this is training from scratch, without layer decay unless it is set. Models that are no ViTs "
+    "have no drop path. A code after the name stands for other settings; otherwise, different settings never share a "
+    "column.",
 }
 INTERVALS = (
     "The same test images serve every seed: seeds and images are crossed. The half-width of a 95 % interval is "

@@ -11,6 +11,7 @@ from eval.page import charts
 from eval.page.document import Block, Cell, Folded, Heading, Table, Text, halves, named
 from ssl_vit.errors import listed, plural
 
+SHOWN = 12  # runs that lack are named, and the others counted
 CHANGES = {  # settings in which a plan's fine-tunings of one arm differ
     "optim.layer_decay": "layer decay",
     "backbone.drop_path_rate": "drop path",
@@ -29,6 +30,16 @@ def deciding_metrics(study: StudyResults) -> list[Metric]:
         return []
     several = any(len(arm["finetuned"]) > 1 for arm in arms if arm["role"] == "scratch")
     return [c for c in study.eval_set.primary if c.protocol != PRIMARY and not (c.finetunes and several)]
+
+
+def lacking(study: StudyResults) -> list[Block]:
+    """A warning of what a plan has and the page has not: what is left of an arm whose other seeds failed flatters
+    it."""
+    if not study.lacking:
+        return []
+    shown, more = study.lacking[:SHOWN], len(study.lacking) - SHOWN
+    shown += [f"{more} more"] if more > 0 else []
+    return [Text(f"The plan has runs that are not on this page: {'; '.join(shown)}.", "warning")]
 
 
 def primary(study: StudyResults) -> list[Block]:
@@ -63,7 +74,8 @@ def primary(study: StudyResults) -> list[Block]:
     caption = (caption + borrowed(f.estimate for f in used)).strip()
     if there != [2]:
         caption += (
-            " “From scratch” is the random initialisation, fine-tuned in the same way; “with the compute of "
+            " “From scratch” is the random initialisation, fine-tuned in the same way but for layer decay, which it "
+            "has only where a plan sets it; “with the compute of "
             "pre-training on top”, it is trained for that many more FLOPs."
         )
     return [Heading("The arms"), Table(head, filled, caption, charts.sources_of(used))]

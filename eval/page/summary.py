@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from eval.compare import intervals
 from eval.compare.metrics import Metric, most
 from eval.compare.runs import Group
-from eval.compare.scores import EvalSet, Scores, contrast, ranked
+from eval.compare.scores import EvalSet, Scores, best_of, contrast, ranked
 from eval.compare.words import UNPAIRED, labels_in_words, percent, rate, with_interval
 from eval.page.document import Block, Items, Text
 from ssl_vit.errors import listed, plural
@@ -81,7 +81,10 @@ def _highest(by: dict[Metric, dict[Group, Scores]]) -> str:
             reached.setdefault(f"{names} reaches", []).append(f"{accuracy} by {means(metric)}")
         else:
             verb = "ranks first" if len(first) == 1 else "are level and rank first"
-            reached.setdefault(f"{names} {verb}", []).append(f"by {means(metric)}, with {accuracy}")
+            alike = [group.label for group in ranked(by_group, controls=False) if group in best_of(by_group)]
+            alike = [label for label in alike if label not in [group.label for group in first]]
+            apart = f" (not distinguishable from {listed(alike)})" if alike else ""
+            reached.setdefault(f"{names} {verb}", []).append(f"by {means(metric)}, with {accuracy}{apart}")
     return "; ".join(f"{said} {listed(words)}" for said, words in reached.items())
 
 

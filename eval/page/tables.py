@@ -5,7 +5,7 @@ import numpy as np
 from eval.compare import intervals
 from eval.compare.metrics import Metric
 from eval.compare.runs import Group
-from eval.compare.scores import ACCURACY, EvalSet, Scores, contrast, ranked
+from eval.compare.scores import ACCURACY, EvalSet, Scores, best_of, contrast, ranked
 from eval.compare.words import UNPAIRED, borrowed, labels_in_words, percent, rate, with_interval
 from eval.page import charts
 from eval.page.document import (
@@ -30,17 +30,6 @@ COMPARED = (
 ONE_SEED = "one seed: images only"
 
 
-def best_of(by_group: dict[Group, Scores]) -> set[Group]:
-    """The best recipe, controls aside, and all that are compared with it and not distinguishable from it; none if there
-    is only one. Without a seed in common they are not compared."""
-    recipes = ranked(by_group, controls=False)
-    if len(recipes) < 2:
-        return set()
-    differences = {g: contrast(by_group, recipes[0], g) for g in recipes[1:]}
-    apart = {g for g, difference in differences.items() if difference is None or difference.excludes_zero}
-    return set(recipes) - apart
-
-
 def table_rows(eval_set: EvalSet, metrics: list[Metric]) -> list[tuple[str, Group, list[Scores | None]]]:
     """(label, group, scores) of each row; the random initialisation has a second row, for training from scratch."""
     lines = []
@@ -61,6 +50,9 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
     for label, group, by_group in table_rows(eval_set, metrics):
         count = len(group.runs)
         note = ONE_SEED if count == 1 else f"{count} seeds"
+        if group.runs[0].seed is None:
+            sizes = {scores.rows[-1]["pooling"].removeprefix("raw ") for scores in by_group if scores and group.pixels}
+            note = ", ".join([*sorted(sizes), "no seed"])
         cells = []
         for scores, marked in zip(by_group, best, strict=True):
             if scores is None:
@@ -72,7 +64,7 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
             cells.append(Cell(with_interval(scores.estimate), few, group in marked))
         used += filter(None, by_group)
         cells += [Cell(words) for words in charts.cost_of(group)] if extra else []
-        parts[group.control].append((named(label, "no seed" if group.runs[0].seed is None else note), cells))
+        parts[group.control].append((named(label, note), cells))
     head: list[tuple[str, list[str]]] = []
     for metric in metrics:
         if not head or head[-1][0] != metric.evaluator:

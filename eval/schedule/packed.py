@@ -43,6 +43,24 @@ class Packed:
                 _write(target / "recipe.yaml", (run / "recipe.yaml").read_bytes())
             _bring(run, target, operator.ge)
 
+    def check(self, plan: str, data: str, decides: bool) -> None:
+        """Raises UserError if the folder is another study's, or a whole one's that decides and this is a part of it:
+        their manifest would be written over."""
+        file = self.folder / "study.json"
+        if not file.exists():
+            return
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if (said["plan"], said["data"]) != (plan, data):
+            raise UserError(
+                f"{self.folder} holds the results of {said['plan']} on {said['data']}: pass another folder as "
+                "--results."
+            )
+        if said["decides"] and not decides:
+            raise UserError(
+                f"{self.folder} holds a study that decides, and this one does not, as it is a part of the plan or has "
+                "other settings: pass another folder as --results."
+            )
+
     def describe(self, manifest: str) -> None:
         """Write the study's manifest beside them."""
         with self._lock():

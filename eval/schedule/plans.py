@@ -279,6 +279,11 @@ def _check_sources(plan: Plan, path: Path) -> None:
                 raise UserError(f"{where}, which has fewer seeds: give it as many.")
             if not plan.budgets or plan.tuning:
                 raise UserError(f"{where}, which needs budgets, so that its cost is charged, and no tuning.")
+            if any(text.startswith("backbone.init_from={") for text in plan.arms[name].settings):
+                raise UserError(
+                    f"{where}, from whose weights it starts (backbone.init_from), and nobody charges what they cost: "
+                    "an arm can learn from another by settings of its objective, such as objective.teacher={ARM}."
+                )
         above.append(name)
 
 

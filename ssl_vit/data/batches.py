@@ -44,7 +44,7 @@ class Chunk:
         device = self.draw.device
         if self.crops is None:
             return views.make(spec, known(images.images)[upload(self.indices, device)], self.draw)
-        crops = {name: crop.to(device, non_blocking=True) for name, crop in self.crops.items()}
+        crops = {name: upload(crop, device) for name, crop in self.crops.items()}
         return views.finish(spec, crops, self.draw)
 
 
@@ -94,7 +94,7 @@ def evaluation_views(
         collate_fn=_collate,
     )
     for part in _batches(loader):
-        yield part.to(device, non_blocking=True).float().div_(255)
+        yield upload(part, device).float().div_(255)
 
 
 Cropped = tuple[int, int, int, dict[str, Tensor]] | UserError  # step, row, index, crops by view

@@ -243,7 +243,9 @@ class Head(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """A weight-normalised linear layer without bias: directions, times a length that starts at 1."""
+    """A weight-normalised linear layer without bias: directions, times a length that starts at 1.
+
+    Without autocast: temperatures divide the logits by 0.04, and would make of bf16's rounding 5 % of a probability."""
 
     def __init__(self, width: int, count: int, fixed_length: bool):
         super().__init__()
@@ -252,5 +254,7 @@ class Prototypes(nn.Module):
         self.length = None if fixed_length else nn.Parameter(torch.ones(count, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = F.normalize(self.direction, dim=-1)
-        return F.linear(x, weight if self.length is None else self.length * weight)
+        with full_precision(x):
+            weight = F.normalize(self.direction, dim=-1)
+            weight = weight if self.length is None else self.length * weight
+            return F.linear(x.to(weight.dtype), weight)

@@ -10,8 +10,8 @@ Stages, in this order: `check` (random numbers, views and losses are those of th
 `runs` (every objective for 200 steps, eager and compiled), `profile` (where the time of a step goes), `repeat` (are
 weights the same bits in a second run, as exact resuming needs, and what do deterministic algorithms cost), `quality`
 (k-NN and linear probe against seconds). Rows go to OUTPUT/STAGE.jsonl with device, versions and commit. What has a row
-of this commit is not measured again, and nothing starts after --minutes. Speeds beside others':
-tests/benchmark/beside_peers.py.
+of this commit is not measured again, unless it failed; the exit code is then 1, as where `check` finds a difference.
+Nothing starts after --minutes. Speeds beside others': tests/benchmark/beside_peers.py.
 
 utilisation = counted FLOPs per second over the device's own rate in a large matrix product: bf16 at 8192³ on a GPU,
 fp32 at 1024³ on a CPU.
@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from eval.measure.results import SURROUNDINGS  # noqa: E402
-from ssl_vit import backbones, objectives, optim, philox, pretrain, views, weights  # noqa: E402
+from ssl_vit import backbones, objectives, optim, philox, pretrain, system, views, weights  # noqa: E402
 from ssl_vit.errors import UserError  # noqa: E402
 from ssl_vit.objectives.base import Batch, DatasetInfo, Objective  # noqa: E402
 from ssl_vit.overview import name_of  # noqa: E402
@@ -123,6 +123,7 @@ def same_views(bench: Bench) -> Row:
 
 def same_loss(bench: Bench, recipe: str) -> Row:
     """The relative difference of a loss from that on the CPU, in float32 and in bf16."""
+    system.set_products("fp32")
     objective, images = build(bench, recipe)
     there = copy.deepcopy(objective).to(bench.device)
     expected = loss_of(objective, images)
@@ -288,6 +289,16 @@ def log_of(path: Path) -> list[dict]:
 
 # -- all of it --------------------------------------------------------------------------------------------------------
 
+LIMITS = dict(difference=1e-3, fp32=1e-3, bf16=0.02)  # of a row's figures, in grey levels from 0 to 1 and in parts
+
+
+def wrong(row: Row) -> list[str]:
+    """The keys of a row of `check` that are not as they must be on a device that computes what a CPU does."""
+    figures = {key: value for key in LIMITS if isinstance(value := row.get(key), float)}
+    found = [key for key, value in figures.items() if not value <= LIMITS[key]]
+    return found + [key for key, bad in (("equal", row.get("equal") is False), ("waits", row.get("waits"))) if bad]
+
+
 STAGES = dict(check=check, runs=runs, profile=profile, repeat=repeat, quality=quality)
 
 
@@ -310,7 +321,7 @@ def main() -> int:
     for stage in args.stages:
         file = args.output / f"{stage}.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        done = {row["what"] for row in rows if row["commit"] == about["commit"] and "error" not in row}
+        done = {row["what"] for row in rows if row["commit"] == about["commit"] and not {"error", "wrong"} & row.keys()}
         for what, measure in STAGES[stage](bench):
             if what in done:
                 continue
@@ -320,6 +331,8 @@ def main() -> int:
             shutil.rmtree(args.output / "runs", ignore_errors=True)
             try:
                 row = measure()
+                row |= dict(wrong=keys) if stage == "check" and (keys := wrong(row)) else {}
+                failed += "wrong" in row
             except Exception as error:  # the others are measured all the same
                 row, failed = dict(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"), failed + 1
             with open(file, "a") as stream:
