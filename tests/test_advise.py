@@ -57,7 +57,7 @@ def test_the_cheapest_of_the_best_is_advised(accuracies, chosen, words):
         mean, half = found.gain(found.chosen)
         spread = np.array([0.0] * 280 + [1.0] * 120).std(ddof=1)
         assert mean == pytest.approx(0.3) and half == pytest.approx(2.3940 * spread / np.sqrt(400), rel=1e-3)
-        assert found.sentence.endswith("30.0 ± 5.1 points above training from scratch, at 2·10¹² FLOPs and 90 s here.")
+        assert found.sentence.endswith("30.0 ± 5.5 points above training from scratch, at 2·10¹² FLOPs and 90 s here.")
 
 
 def test_the_longest_training_from_scratch_is_the_reference():
@@ -91,7 +91,7 @@ def test_weights_that_are_better_than_training_from_scratch_are_named_though_the
     ]
     found = advice.advise(ways)
     assert found.chosen.how == SCRATCH
-    assert found.sentence.endswith(", and w, fine-tuned, is 3.5 ± 1.3 points above that, at 10¹² FLOPs.")
+    assert found.sentence.endswith(", and w, fine-tuned, is 3.5 ± 1.4 points above that, at 10¹² FLOPs.")
 
 
 def test_rows_of_other_calls_are_not_read(run, tmp_path, monkeypatch):
