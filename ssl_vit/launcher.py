@@ -60,12 +60,12 @@ def main() -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ChildFailedError as failed:
-        process, failure = failed.get_first_failure()
-        codes = {each.exitcode for each in failed.failures.values()}
+        told = {rank: each for rank, each in failed.failures.items() if each.exitcode != peers.LOST_CODE}
+        process, failure = min((told or failed.failures).items(), key=lambda item: item[1].timestamp)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(f"\nerror: process {process} was ended by {name}. {peers.REMEDY}", file=sys.stderr)
-        elif codes == {peers.LOST_CODE}:
+        elif not told:
             print(f"\n{peers.LOST}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stopped:

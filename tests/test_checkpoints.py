@@ -16,7 +16,7 @@ from several import Several
 from test_engine import started, state
 from test_loop import Started, arguments, log_of, steps_done, until
 
-from ssl_vit import checkpoint, engine, files, optim, pretrain, shards
+from ssl_vit import checkpoint, engine, files, optim, peers, pretrain, shards
 from ssl_vit.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -157,7 +157,9 @@ def test_several_say_once_that_a_checkpoint_is_damaged(stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
     cut(checkpoint_of(tmp_path / "run"))
     again = started(tmp_path, "mae", "ddp", "train.steps=1000000", "--output", "run")
-    assert set(again.wait()) <= {1, 2} and again.said.count("is damaged") == 1 == again.said.count("error:")
+    assert set(again.wait()) <= {peers.LOST_CODE, 2} and again.said.count("is damaged") == 1 == again.said.count(
+        "error:"
+    )
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(stopped):
@@ -190,7 +192,7 @@ def test_a_full_disk_of_one_process_ends_all_and_the_older_checkpoint_stays(tmp_
 
     monkeypatch.setattr(shards, "write", full)
     several = started(tmp_path, "mae", "ddp", "train.steps=1000000", "monitor.knn_every=0", "--output", "run")
-    assert set(several.wait()) <= {1, 2}, several.said
+    assert set(several.wait()) <= {peers.LOST_CODE, 2}, several.said
     said = "(No space left on device). The checkpoint of step 4 is intact. Make room and start the same command again."
     assert several.said.count(said) == 1 == several.said.count("error:") and "Traceback" not in several.said
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
@@ -224,7 +226,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     several = started(tmp_path, "mae", "ddp", "train.steps=1000000", "monitor.knn_every=0", "--output", "run")
-    assert set(several.wait()) <= {1, 2}, several.said
+    assert set(several.wait()) <= {peers.LOST_CODE, 2}, several.said
     assert several.said.count("error: Broken in step 7.") == 1 == several.said.count("error:")
     assert steps_done(tmp_path / "run") >= 6
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]

@@ -276,13 +276,14 @@ def test_a_process_without_what_it_needs_ends_the_others_too(owner, name, rank, 
 
 
 @pytest.mark.parametrize(
-    ("codes", "said"), [([76, 76], "and none has said why"), ([76, 2], ""), ([-9, 76], "by SIGKILL")]
+    ("codes", "code", "said"),
+    [([76, 76], 76, "and none has said why"), ([76, 2], 2, ""), ([76, -9], 137, "process 1 was ended by SIGKILL")],
 )
-def test_the_launcher_speaks_where_no_process_has(codes, said, monkeypatch, capsys):
+def test_the_launcher_speaks_where_no_process_has(codes, code, said, monkeypatch, capsys):
     """A network that fails ends them all alike."""
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=rank) for rank, code in enumerate(codes)}
     error = ChildFailedError.__new__(ChildFailedError)
-    error.failures, error.get_first_failure = failures, lambda: (0, failures[0])
+    error.failures = failures
 
     def fail(arguments):
         raise error
@@ -292,7 +293,7 @@ def test_the_launcher_speaks_where_no_process_has(codes, said, monkeypatch, caps
     monkeypatch.setattr(logging, "disable", lambda level: None)
     for variable in (peers.LAUNCHER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.setenv(variable, "")
-    assert launcher.main() == (137 if codes[0] < 0 else peers.LOST_CODE)
+    assert launcher.main() == code
     told = capsys.readouterr().err
     assert said in told and told.count("error:") == bool(said)
 
@@ -360,7 +361,7 @@ def test_processes_wait_for_the_first_one_longer_than_a_backend_would(tmp_path, 
 
     monkeypatch.setattr(engine, "check_same", patient)
     several = started(tmp_path, "mae", "ddp", "train.steps=2", "--output", "run")
-    assert set(several.wait()) <= {1, 2} and several.said.count("error: Seen.") == 1, several.said
+    assert set(several.wait()) <= {peers.LOST_CODE, 2} and several.said.count("error: Seen.") == 1, several.said
 
 
 def test_what_all_refuse_is_said_once(tmp_path):
@@ -427,7 +428,7 @@ def test_memory_that_runs_out_later_is_one_message_and_the_same_command_goes_on(
     limit(monkeypatch, 10, first=4)
     settings = ["runtime.save_every=3", "--output", str(tmp_path / "several")]
     several = started(tmp_path, "mae", kind, *settings)
-    assert several.wait() == [1, 2], several.said
+    assert several.wait() == [peers.LOST_CODE, 2], several.said
     said = (
         "Out of memory with 16 images at a time. The same command resumes from the last checkpoint, with 8 at a time."
     )
