@@ -13,7 +13,7 @@ from datetime import timedelta
 from ssl_vit.commands import current, launchable
 
 REMEDY = "The system may have killed it for want of memory. The same command resumes from the last checkpoint."
-LOST = f"error: another process of this run has ended, or cannot be reached, and none has said why. {REMEDY}"
+LOST = f"error: another process of this run has ended, or cannot be reached, and none here has said why. {REMEDY}"
 LOST_CODE = 76  # the exit code of a process that waited for it: sysexits.h's EX_PROTOCOL
 LAUNCHER = "SSL_VIT_LAUNCHER"  # set for the processes that ssl_vit/launcher.py starts: it says which of them was killed
 # what gloo and NCCL say where a process that they wait for has gone

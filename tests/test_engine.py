@@ -277,7 +277,7 @@ def test_a_process_without_what_it_needs_ends_the_others_too(owner, name, rank, 
 
 @pytest.mark.parametrize(
     ("codes", "code", "said"),
-    [([76, 76], 76, "and none has said why"), ([76, 2], 2, ""), ([76, -9], 137, "process 1 was ended by SIGKILL")],
+    [([76, 76], 76, "and none here has said why"), ([76, 2], 2, ""), ([76, -9], 137, "process 1 was ended by SIGKILL")],
 )
 def test_the_launcher_speaks_where_no_process_has(codes, code, said, monkeypatch, capsys):
     """A network that fails ends them all alike."""

@@ -66,7 +66,9 @@ def test_a_process_killed_on_one_of_two_machines_ends_both_and_a_signal_to_one_s
         assert not any("Traceback" in text for text in said), said
         if way == "kill":
             assert 137 in [each.returncode for each in both]
-            assert "".join(said).count("error:") == 1 == "".join(said).count("was ended by SIGKILL")
+            told = "".join(said)
+            assert told.count("was ended by SIGKILL") == 1
+            assert told.count("error:") == 1 + told.count("none here has said why") <= 2  # on the other machine
         else:
             assert both[1].returncode == 128 + way and both[0].returncode in (128 + way, 143), said
             assert "".join(said).count("Stopped after step") == 1 and "".join(said).count("error:") == 0
