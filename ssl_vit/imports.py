@@ -35,11 +35,13 @@ def words() -> list[str]:
 
 
 def sources() -> list[Path]:
-    """The files of the modules that `--import` named; of a package all of its folder's."""
+    """The Python files of the modules that `--import` named; of a package all of its folder's."""
     found: list[Path] = []
     for path in _told():
-        file = Path(sys.modules[os.path.basename(path).removesuffix(".py")].__file__ or "")
-        found += sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+        module = sys.modules[os.path.basename(path).removesuffix(".py")]
+        folders = [Path(folder) for folder in getattr(module, "__path__", ())]  # a package may have no file of its own
+        files = [file for folder in folders for file in folder.rglob("*.py")] or [Path(module.__file__ or "")]
+        found += sorted(file for file in files if file.suffix == ".py")
     return found
 
 

@@ -160,6 +160,11 @@ def test_stored_features_depend_on_the_code_of_one_s_own_modules(tmp_path, monke
         features._code.cache_clear()
         found.append(features._code())
     assert len(set(found)) == 3
+    (package := tmp_path / "package_of_features").mkdir()  # without a file of its own
+    (package / "part.py").write_text("y = 1")
+    monkeypatch.chdir(tmp_path)
+    imports.load(["--import", "package_of_features"])
+    assert imports.sources() == [mine, package / "part.py"]
     features._code.cache_clear()
 
 

@@ -101,7 +101,8 @@ class Scores:
 
     def of_draws(self, draws: list[int | None]) -> np.ndarray:
         """The scores (D, n) where these seeds drew the labelled images."""
-        return np.stack([self.by_draw[draw] for draw in draws])
+        found = self.by_draw
+        return np.stack([found[draw] for draw in draws])
 
     def _learnt_from(self, subsets: set[int | None]) -> np.ndarray | None:
         """`correct` where these seeds drew the labelled images; None if others did, and it is no mean without them."""
