@@ -81,8 +81,8 @@ def _highest(by: dict[Metric, dict[Group, Scores]]) -> str:
             reached.setdefault(f"{names} reaches", []).append(f"{accuracy} by {means(metric)}")
         else:
             verb = "ranks first" if len(first) == 1 else "are level and rank first"
-            alike = [group.label for group in ranked(by_group, controls=False) if group in best_of(by_group)]
-            alike = [label for label in alike if label not in [group.label for group in first]]
+            best = best_of(by_group).difference(first)
+            alike = [group.label for group in ranked(by_group, controls=False) if group in best]
             apart = f" (not distinguishable from {listed(alike)})" if alike else ""
             reached.setdefault(f"{names} {verb}", []).append(f"by {means(metric)}, with {accuracy}{apart}")
     return "; ".join(f"{said} {listed(words)}" for said, words in reached.items())
