@@ -217,7 +217,7 @@ def _rate(study: Study, costs: Costs, at_once: int) -> tuple[float, str, float]:
             said, _ = process.communicate()
             if process.returncode:
                 raise UserError(f"The timed steps failed: {said.decode().strip().splitlines()[-1]}")
-        logs = [files.read_lines(place / "log.jsonl") for place in places]
+        logs = [[line for line in files.read_lines(place / "log.jsonl") if "flops" in line] for place in places]
         rates = [(log[-1]["flops"] - log[0]["flops"]) / (log[-1]["seconds"] - log[0]["seconds"]) for log in logs]
         size = sum(file.stat().st_size for file in places[0].rglob("*") if file.is_file())
     return sum(rates), f"{at_once} at once, {steps} steps of {trained[0].arm}", float(size)
