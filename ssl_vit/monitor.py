@@ -24,7 +24,7 @@ from ssl_vit import files, neighbours, overview, system, views
 from ssl_vit import recipe as recipes
 from ssl_vit.backbones import Backbone, evaluating
 from ssl_vit.checkpoint import Run
-from ssl_vit.data import ImageSet, evaluation_views
+from ssl_vit.data import ImageSet, evaluation_views, steps_ahead
 from ssl_vit.errors import Diverged, UserError
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
@@ -132,10 +132,11 @@ class Estimate:
 
     PATIENCE = 30.0
 
-    def __init__(self, done: int, total: int, workers: int):
+    def __init__(self, done: int, total: int, ahead: int):
+        """ahead: steps whose images the decoding processes may have prepared."""
         self.first, self.total = done + 1, total
-        self.warm = self.first + 2 * workers  # a worker of a DataLoader prepares two batches in advance
-        self.enough = self.warm + max(5, workers)
+        self.warm = self.first + ahead
+        self.enough = self.warm + max(5, ahead // 2)
         self.started = 0.0  # when the first step had ended
         self.begin = 0, 0.0  # the step after which time is measured, and when it ended
         self.said = False
@@ -186,7 +187,8 @@ class Monitor:
         self.steps = 0
         self.waited = 0.0  # seconds that the loop waited for data since the last line
         self.pauses = 0.0  # seconds that were not training
-        self.estimate = Estimate(done, total, system.workers(recipe.runtime.num_workers))
+        images = recipe.train.batch_size // accelerator.num_processes
+        self.estimate = Estimate(done, total, steps_ahead(images, system.workers(recipe.runtime.num_workers)))
         self.alarms = 0
         self.losses: list[tuple[int, Tensor]] = []
         self.since = self._clock()

@@ -455,7 +455,10 @@ def test_streamed_views_are_the_cached_ones_up_to_rounding(folder, name):
             assert (found - view).abs().max() < (0.04 if name == "dino" else 1.01 / 255)
 
 
-def test_parts_of_a_chunk_have_its_views(folder):
+@pytest.mark.parametrize("piece", [batches.PIECE, 5, 4])
+def test_parts_of_a_chunk_have_its_views(folder, monkeypatch, piece):
+    """Also where they begin and end inside of the pieces that decoding processes hand over."""
+    monkeypatch.setattr(batches, "PIECE", piece)
     spec = SPECS["dino"]
     for images in (load(folder), load(folder, cache_gb=0)):
         [chunk] = data.chunks(images, spec, plan(16, 12, 1), 5, CPU, 0)
@@ -468,11 +471,16 @@ def test_parts_of_a_chunk_have_its_views(folder):
             assert torch.allclose(found, view, atol=1e-6)
 
 
-def test_workers_change_nothing(folder):
+def test_workers_and_pieces_change_nothing(folder, monkeypatch):
     spec, images = SPECS["crop+flip"], load(folder, cache_gb=0)
     alone, helped = (list(data.chunks(images, spec, plan(16, 12), 5, CPU, workers)) for workers in (0, 2))
-    for a, b in zip(alone, helped, strict=True):
-        assert a.draw.step == b.draw.step and torch.equal(a.crops["image"], b.crops["image"])
+    monkeypatch.setattr(batches, "PIECE", 5)
+    cut = list(data.chunks(images, spec, plan(16, 12), 5, CPU, 2))
+    for a, b, c in zip(alone, helped, cut, strict=True):
+        assert [len(each.crops) for each in (a, b, c)] == [1, 1, 3] and torch.equal(a.indices, c.indices)
+        assert a.draw.step == b.draw.step == c.draw.step and torch.equal(a.draw.rows, c.draw.rows)
+        assert torch.equal(a.crops[0]["image"], b.crops[0]["image"])
+        assert torch.equal(a.crops[0]["image"], torch.cat([piece["image"] for piece in c.crops]))
     # more images than a batch are decoded by workers, fewer in this process
     whole = [
         list(data.evaluation_views(images, views.Evaluation((8, 8), 0.875), CPU, None, batch))
@@ -518,6 +526,23 @@ def test_decoding_processes_leave_no_open_files(folder):
     before = decode()
     assert min(decode() for _ in range(4)) < before + 4  # one may not be closed yet; four starts left sixteen open
     assert decode() < before + 8
+
+
+class _WhoDecodes:
+    def __call__(self, i: int):
+        return torch.tensor(list(os.getpid().to_bytes(3, "big")), dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
+
+
+def test_all_workers_decode_for_one_step(folder, monkeypatch):
+    """The first step waits for a share of its photos, not for one process that decodes them all."""
+    monkeypatch.setattr(batches, "PIECE", 4)
+    images = load(folder, cache_gb=0)
+    images.photo = images.opened = _WhoDecodes()
+    [chunk] = data.chunks(images, SPECS["none"], plan(16, 16, 1), 0, CPU, 2)
+    colours = [piece["image"].float().mean((1, 3, 4)) for piece in chunk.crops]
+    assert len(colours) == 4 and all((own == own[0]).all() for own in colours)
+    assert colours[0].ne(colours[1]).any() and torch.equal(colours[0], colours[2])
+    assert data.steps_ahead(16, 2) == 1 and data.steps_ahead(4, 2) == data.steps_ahead(3, 2) == 4
 
 
 class _Kill:

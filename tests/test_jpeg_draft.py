@@ -61,7 +61,7 @@ def encoded(array: np.ndarray, form: str = "JPEG", mode: str = "RGB", **options)
 
 def crops(images: data.ImageSet, spec: views.ViewSpec, workers: int = 0) -> dict[str, torch.Tensor]:
     [chunk] = data.chunks(images, spec, plan(len(images), len(images), 1), 3, CPU, workers)
-    return chunk.crops
+    return {name: torch.cat([piece[name] for piece in chunk.crops]) for name in spec}
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -117,19 +117,19 @@ def test_the_time_left_is_of_steps_that_had_nothing_prepared():
     """A run that goes on from step 100: a slow start, four steps whose images two workers have ready, then 2 s each."""
     steps = {101: 50.0} | {at: 0.1 for at in range(102, 106)} | {at: 2.0 for at in range(106, 1001)}
     text = "About 30 min to go: 890 steps of 2 s, measured over steps 106 to 110."
-    assert said(monitor.Estimate(100, 1000, workers=2), steps) == ([(110, text)], 3)
+    assert said(monitor.Estimate(100, 1000, ahead=4), steps) == ([(110, text)], 3)
 
 
 def test_the_time_left_of_slow_steps_is_said_early():
     steps = {1: 90.0} | {at: 20.0 for at in range(2, 101)}
     text = "About 32 min to go: 97 steps of 20 s, measured over steps 2 to 3."
-    assert said(monitor.Estimate(0, 100, workers=16), steps) == ([(3, text)], 2)
+    assert said(monitor.Estimate(0, 100, ahead=32), steps) == ([(3, text)], 2)
 
 
 def test_a_run_that_is_soon_done_says_no_time_left():
-    assert said(monitor.Estimate(0, 5, workers=0), {at: 1.0 for at in range(1, 6)})[0] == []
-    assert said(monitor.Estimate(0, 6, workers=0), {at: 1.0 for at in range(1, 7)})[0] == []  # nothing is left
-    [(at, _)], _ = said(monitor.Estimate(0, 7, workers=0), {at: 1.0 for at in range(1, 8)})
+    assert said(monitor.Estimate(0, 5, ahead=0), {at: 1.0 for at in range(1, 6)})[0] == []
+    assert said(monitor.Estimate(0, 6, ahead=0), {at: 1.0 for at in range(1, 7)})[0] == []  # nothing is left
+    [(at, _)], _ = said(monitor.Estimate(0, 7, ahead=0), {at: 1.0 for at in range(1, 8)})
     assert at == 6
 
 

@@ -9,8 +9,8 @@ pixels defines how a stored image becomes uint8. folders and copies make sure th
 split. masks finds the classes of pixels, for segmentation. ledger keeps what was found, used and left out, and why.
 """
 
-from ssl_vit.data.batches import Chunk, chunks, evaluation_views
+from ssl_vit.data.batches import Chunk, chunks, evaluation_views, steps_ahead
 from ssl_vit.data.image_set import ImageSet, load
 from ssl_vit.data.sources import HUB, NAMES
 
-__all__ = ["HUB", "NAMES", "Chunk", "ImageSet", "chunks", "evaluation_views", "load"]
+__all__ = ["HUB", "NAMES", "Chunk", "ImageSet", "chunks", "evaluation_views", "load", "steps_ahead"]

@@ -1,10 +1,13 @@
 """An image set → chunks of augmented views for training, and batches of unaugmented ones for evaluation."""
 
 import atexit
+import math
 import signal
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -20,14 +23,18 @@ from ssl_vit.errors import UserError
 from ssl_vit.randomness import Draw
 from ssl_vit.settings import known
 
+# Photos that a decoding process hands over at a time. All processes so work on one step, and what they hold in advance
+# does not grow with the batch: as many whole batches of 4,096 photos of 224 px would be 20 GB of 16 processes.
+PIECE = 64
+
 
 @dataclass
 class Chunk:
-    """Rows of one step on one process. crops: of photos, made by workers, uint8 (B, V, C, h, w) by view."""
+    """Rows of one step on one process. crops: of photos, in pieces, each uint8 (B, V, C, h, w) by view."""
 
     draw: Draw
     indices: Tensor
-    crops: dict[str, Tensor] | None = None
+    crops: list[dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -36,7 +43,7 @@ class Chunk:
         """The chunk's rows start:stop."""
         if (start, stop) == (0, len(self)):
             return self  # whose draw has its rows on the device already
-        crops = self.crops and {name: crop[start:stop] for name, crop in self.crops.items()}
+        crops = self.crops and _rows(self.crops, start, stop)
         return Chunk(self.draw.for_rows(self.draw.rows[start:stop]), self.indices[start:stop], crops)
 
     def views(self, images: ImageSet, spec: views.ViewSpec) -> dict[str, Tensor]:
@@ -44,7 +51,7 @@ class Chunk:
         device = self.draw.device
         if self.crops is None:
             return views.make(spec, known(images.images)[upload(self.indices, device)], self.draw)
-        crops = {name: upload(crop, device) for name, crop in self.crops.items()}
+        crops = {name: torch.cat([upload(piece[name], device) for piece in self.crops]) for name in self.crops[0]}
         return views.finish(spec, crops, self.draw)
 
 
@@ -56,18 +63,33 @@ def chunks(
     device: torch.device,
     workers: int,
 ) -> Iterator[Chunk]:
-    """A chunk for every (step, rows, indices) of the plan; photos are decoded and cropped ahead by workers."""
+    """A chunk for every (step, rows, indices) of the plan; photos are decoded and cropped ahead by workers, a
+    piece of a chunk at a time."""
     if images.images is not None:
         for step, rows, indices in plan:
             yield Chunk(Draw(seed, step, torch.from_numpy(rows), device), torch.from_numpy(indices))
         return
     dataset = _Crops(images.opened or known(images.photo), spec, seed)
-    batches = ([(step, int(r), int(i)) for r, i in zip(rows, indices, strict=True)] for step, rows, indices in plan)
+    begun: deque[int] = deque()  # the pieces of each chunk that has been handed out to the workers
+
+    def pieces() -> Iterator[list[tuple[int, int, int]]]:
+        for step, rows, indices in plan:
+            begun.append(math.ceil(len(rows) / PIECE))
+            items = [(step, int(row), int(index)) for row, index in zip(rows, indices, strict=True)]
+            yield from (items[at : at + PIECE] for at in range(0, len(items), PIECE))
+
     loader: DataLoader[object] = DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate
+        dataset, batch_sampler=pieces(), num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate
     )
-    for steps, rows, indices, crops in _batches(loader):
-        yield Chunk(Draw(seed, int(steps[0]), rows, device), indices, crops)
+    made = _batches(loader)
+    for piece in made:
+        steps, places, chosen, crops = zip(piece, *islice(made, begun.popleft() - 1), strict=True)
+        yield Chunk(Draw(seed, int(steps[0][0]), torch.cat(places), device), torch.cat(chosen), list(crops))
+
+
+def steps_ahead(images: int, workers: int) -> int:
+    """Steps of so many images on this process that workers may have prepared: a DataLoader has two pieces of each."""
+    return math.ceil(2 * workers / math.ceil(images / PIECE))
 
 
 def evaluation_views(
@@ -132,6 +154,18 @@ class _Whole(Dataset[object]):
             return error
 
 
+def _rows(pieces: list[dict[str, Tensor]], start: int, stop: int) -> list[dict[str, Tensor]]:
+    """Rows start:stop of all pieces together."""
+    found, at = [], 0
+    for piece in pieces:
+        first, end = max(start - at, 0), stop - at
+        count = len(next(iter(piece.values())))
+        if first < min(end, count):
+            found.append({name: crops[first:end] for name, crops in piece.items()})
+        at += count
+    return found
+
+
 def _collate(items: list):
     """The items stacked, or the first error among them: raised in a worker, it would arrive wrapped in a traceback."""
     return next((item for item in items if isinstance(item, UserError)), None) or default_collate(items)
@@ -187,6 +221,5 @@ def _batches(loader: DataLoader) -> Iterator:
         _kill(workers)  # they may wait for ever for a lock that the dead one held
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"A decoding process died ({reason}): if memory or /dev/shm is short, lower runtime.num_workers or "
-            "runtime.per_device_batch_size."
+            f"A decoding process died ({reason}): if memory or /dev/shm is short, lower runtime.num_workers."
         ) from None
