@@ -438,7 +438,7 @@ def test_what_is_below_the_most_frequent_class_is_said_to_be(tmp_path):
         re.match(r"mae is \S+ ± \S+ points above raw pixels", said)
         and "it is below always predicting the most frequent class (75.0 %)" in said
     )
-    assert "balanced accuracy of" in said
+    assert re.search(r"balanced accuracy of \S+ (± \S+|\(\S+ to \S+\)) %", said)
     [row] = [cells for part in tables.main_table(test).parts for name, cells in part[1] if "frequent" in name.text]
     assert row[0].text == "75.0"
 
@@ -451,12 +451,32 @@ def test_chance_and_the_majority_stand_beside_every_table_and_chart(tmp_path, mo
 
 
 def test_balanced_accuracy_is_scikit_learn_s(tmp_path):
+    """Its interval is that of a mean of recalls, each of the images of its class, and of the spread over seeds."""
     truth = np.random.default_rng(0).choice(10, N, p=[0.55] + [0.05] * 9)
+    counts = np.bincount(truth)
     test = the_test([write_run(tmp_path / "mae", "mae", 0.6, tree=settings("mae"), truth=truth)])
-    [frame] = test.by_group(test.main[0]).values()
+    by_group = test.by_group(test.main[0])
+    [(group, frame)] = by_group.items()
     with np.load(frame.files[0]) as stored:
         expected = metrics.balanced_accuracy_score(stored["true"], stored["predicted"])
-    assert test.balanced(frame) == pytest.approx(expected) and test.unbalanced
+    found = test.balanced(by_group)[group]
+    assert found.mean == pytest.approx(expected) and test.unbalanced
+    recalls = np.bincount(truth, weights=frame.correct[0]) / counts
+    assert found.se_images == pytest.approx(np.sqrt((recalls * (1 - recalls) / counts).sum()) / 10, rel=0.01)
+    assert found.se_images > 1.2 * frame.estimate.se_images and found.images == round(100 / (1 / counts).sum())
+
+    test = the_test(
+        [
+            write_run(tmp_path / f"s{i}", "mae", share, seed=i, tree=settings("mae", i), truth=truth)
+            for i, share in enumerate((0.4, 0.6, 0.8))
+        ]
+    )
+    by_group = test.by_group(test.main[0])
+    [(group, frame)] = by_group.items()
+    found = test.balanced(by_group)[group]
+    each = [(np.bincount(truth, weights=right) / counts).mean() for right in frame.correct]
+    assert found.mean == pytest.approx(np.mean(each))
+    assert (found.seeds, found.se_seeds) == (3, pytest.approx(np.std(each, ddof=1) / np.sqrt(3)))
 
 
 def test_two_seeds_borrow_and_say_so(tmp_path, monkeypatch):
@@ -1351,7 +1371,7 @@ def test_the_most_confident_mistakes_come_with_their_pictures(tmp_path, monkeypa
     first = wrong[0]
     said = f"kind {answers.true[first]}, predicted as kind {answers.predicted[first]} at {100 * answers.p[first]:.0f} %"
     assert thumbs.pictures[0][1] == f"{said} ({first}.png)"
-    assert "ECE" in folded.summary and "balanced accuracy 50.0 %" in folded.summary
+    assert "ECE" in folded.summary and "balanced accuracy 50.0 ± " in folded.summary
     assert not any("no pictures" in getattr(block, "text", "") for block in blocks)
     check_html(document.html("T", blocks))
 

@@ -12,7 +12,7 @@ import collections
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -194,11 +194,22 @@ class EvalSet:
         """Whether the most frequent class is more than one and a half times as frequent as the average class."""
         return bool(self.majority.correct.mean() * self.classes > 1.5)
 
-    def balanced(self, scores: Scores) -> float:
-        """The balanced accuracy, the mean recall over the classes, over all seeds."""
-        counts = np.bincount(self.truth)
-        right = np.bincount(self.truth, weights=scores.correct.mean(0))
-        return float((right[counts > 0] / counts[counts > 0]).mean())
+    def balanced(self, by_group: dict[Group, Scores]) -> dict[Group, intervals.Estimate]:
+        """The balanced accuracy by group, the mean recall over the classes, with an interval over seeds and images.
+
+        In place of right and wrong an image has the balanced accuracy plus n / (K n_c) times its difference from its
+        class's recall (the influence function): their mean and variance are those of a mean of recalls.
+        """
+        _, of, counts = np.unique(self.truth, return_inverse=True, return_counts=True)
+        values: dict[Group, np.ndarray] = {}
+        for group, scores in by_group.items():
+            right = scores.repeated
+            recalls = np.stack([np.bincount(of, weights=seed) / counts for seed in right])
+            times = len(of) / (len(counts) * counts[of])
+            values[group] = recalls.mean(1, keepdims=True) + times * (right - recalls[:, of])
+        pool = intervals.spread(seeds.mean(1) for seeds in values.values())
+        alike = round(len(counts) ** 2 / (1 / counts).sum())  # as many images of balanced classes tell as much
+        return {group: replace(intervals.interval(seeds, pool), images=alike) for group, seeds in values.items()}
 
     @property
     def main(self) -> list[Metric]:

@@ -17,7 +17,8 @@ control. Numbers are fractions, not percentages. Columns:
     half_width                 (high - low) / 2
     seeds, pooled_arms         the number of seeds (1: the interval covers the images only); the number of arms whose
                                variance between seeds was pooled, 0 if it is its own (eval/compare/intervals.py)
-    balanced_accuracy          for an accuracy: the mean recall over the classes
+    balanced_accuracy, balanced_low, balanced_high    for an accuracy: the mean recall over the classes, and the
+                               bounds of its 95 % interval
     pretrain_flops, pretrain_images, eval_flops, eval_images, eval_seconds    means over the seeds; empty if unknown;
                                eval_seconds are without stored features (eval/measure/results.py)
 
@@ -34,8 +35,8 @@ from eval.compare.scores import ACCURACY, EvalSet, Scores, contrast, spent_on
 
 COLUMNS = (
     "data split n classes chance majority group recipe control protocol pooling layer labels labelled_images quantity "
-    "against mean low high half_width seeds pooled_arms balanced_accuracy pretrain_flops pretrain_images eval_flops "
-    "eval_images eval_seconds"
+    "against mean low high half_width seeds pooled_arms balanced_accuracy balanced_low balanced_high pretrain_flops "
+    "pretrain_images eval_flops eval_images eval_seconds"
 ).split()
 
 
@@ -47,10 +48,10 @@ def tidy(eval_sets: list[EvalSet]) -> str:
     for eval_set in eval_sets:
         for metric in sorted(eval_set.scores, key=lambda metric: (metric.order, str(metric.labels))):
             by_group = eval_set.by_group(metric)
+            balanced = eval_set.balanced(by_group) if eval_set.measured == ACCURACY else {}
             for group, scores in by_group.items():
                 own = dict(_of(eval_set, metric, group, scores), quantity=eval_set.measured, against="")
-                balanced = f"{eval_set.balanced(scores):.6g}" if eval_set.measured == ACCURACY else ""
-                writer.writerow(own | _numbers(scores.estimate) | dict(balanced_accuracy=balanced))
+                writer.writerow(own | _numbers(scores.estimate) | _balanced(balanced.get(group)))
                 for other in [g for g in by_group if g.control and g is not group]:
                     difference = contrast(by_group, group, other)
                     if difference is not None:
@@ -84,6 +85,13 @@ def _of(eval_set: EvalSet, metric: Metric, group: Group, scores: Scores) -> dict
         labelled_images=scores.rows[0]["train_n"],
         **costs,
     )
+
+
+def _balanced(estimate: Estimate | None) -> dict:
+    if estimate is None:
+        return {}
+    names = ("balanced_accuracy", "balanced_low", "balanced_high")
+    return {name: f"{value:.6g}" for name, value in zip(names, (estimate.mean, *estimate.bounds), strict=True)}
 
 
 def _numbers(estimate: Estimate) -> dict:

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eval.compare.intervals import Estimate
 from eval.compare.metrics import Metric
 from eval.compare.runs import Group
 from eval.compare.scores import EvalSet, Scores, ranked
-from eval.compare.words import percent
+from eval.compare.words import percent, with_interval
 from eval.measure import features
 from eval.page import plots, thumbnails
 from eval.page.document import Block, Cell, Confusion, Figure, Folded, Heading, Table, Text, Thumbnails
@@ -111,7 +112,8 @@ def by_class(eval_set: EvalSet, suffix: str) -> list[Block]:
     for metric in eval_set.primary:
         by_group = {g: f for g, f in eval_set.by_group(metric).items() if f.files}
         groups = ranked(by_group, controls=False) + ranked(by_group, controls=True)
-        parts = [_group(eval_set, metric, group, by_group[group], names, files, images) for group in groups]
+        balanced = eval_set.balanced(by_group)
+        parts = [_group(metric, group, by_group[group], balanced[group], names, files, images) for group in groups]
         known = known or any(isinstance(block, Figure) for part in parts for block in part.blocks)
         blocks += [Heading(metric.name, 3), *parts] if parts else []
     if not blocks:
@@ -129,10 +131,10 @@ _PACKED = (
 
 
 def _group(
-    eval_set: EvalSet,
     metric: Metric,
     group: Group,
     scores: Scores,
+    balanced: Estimate,
     names: list[str],
     files: list[str] | None,
     images: "_Images",
@@ -141,7 +143,7 @@ def _group(
     blocks: list[Block] = [_classes(answers, names, len(scores.files))]
     if len(names) > MATRIX:
         blocks += _pairs(answers, names)
-    summary = f"{group.label_in(metric)}: balanced accuracy {percent(eval_set.balanced(scores))} %"
+    summary = f"{group.label_in(metric)}: balanced accuracy {with_interval(balanced)} %"
     if answers.p is not None:
         error, bins = calibration(answers.p, answers.right)
         summary += f", ECE {percent(error)} %"

@@ -155,5 +155,5 @@ def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) ->
         naming = f"always predicting the most frequent class ({rate(eval_set.majority.estimate.mean)} %)"
         said.append(f"is {'below' if is_below else 'not distinguishable from'} {naming}")
     if eval_set.unbalanced:
-        said.append(f"has a balanced accuracy of {percent(eval_set.balanced(by_group[best]))} %")
+        said.append(f"has a balanced accuracy of {with_interval(eval_set.balanced(by_group)[best])} %")
     return f"{best.label} {'; it '.join(said)}." if said else ""
