@@ -116,9 +116,10 @@ def main() -> None:
     cli.announce(rows)
     say(table(rows, request.folders))
     fewest = min(row["train_n"] for row in rows)
-    skipped = [k for k in KS if k > fewest and not args.k]
+    skipped = sorted(k for k in {*(args.k or KS), PRIMARY} if k > fewest)
     if skipped:
-        say(f"k = {', '.join(map(str, skipped))} left out where there are only {fewest} training images.")
+        compared = f", so that no report compares them by k = {PRIMARY}" if PRIMARY in skipped else ""
+        say(f"k = {', '.join(map(str, skipped))} left out where there are only {fewest} training images{compared}.")
     if request.config.name == "digits" and any(row["recipe"] == "pixels" for row in rows):
         say(
             "\nOn these 8x8 digits raw pixels win: this is a smoke test. The real comparison starts with natural "

@@ -250,7 +250,10 @@ def test_fewer_labels_are_rows_of_their_own(tmp_path, monkeypatch, capsys):
     }
     by_size = {n: np.mean([r["value"] for r in rows if r["train_n"] == n]) for n in (10, 100, 1437)}
     assert by_size[10] < by_size[100] < by_size[1437]
-    assert "left out where there are only 10" in capsys.readouterr().out
+    said = (
+        "k = 20, 100, 200 left out where there are only 10 training images, so that no report compares them by k = 20."
+    )
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "200%", "1.0", "2.5", "some"])
@@ -270,7 +273,7 @@ def test_images_of_one_class_are_refused(tmp_path, monkeypatch):
         knn.main()
 
 
-def test_the_bank_is_the_labelled_training_images_and_the_queries_those_of_the_test(tmp_path, monkeypatch):
+def test_the_bank_is_the_labelled_training_images_and_the_queries_those_of_the_test(tmp_path, monkeypatch, capsys):
     """Files, of which some are in no part of the labels; their names are kept once."""
     monkeypatch.chdir(tmp_path)
     for split, count in (("train", 40), ("test", 9)):
@@ -290,6 +293,7 @@ def test_the_bank_is_the_labelled_training_images_and_the_queries_those_of_the_t
         sys, "argv", ["knn.py", "--backbone", "pixels", "--data", "photos", "--labels", "7", "--k", "3"]
     )
     knn.main()
+    assert "k = 20 left out where there are only 14 training images, so that no" in capsys.readouterr().out
     config = recipes.Data(name="photos", subset=7)
     train, test = data.load(config, "train"), data.load(config, "report")
     assert len(seen) == 2 and len(train) == 14
