@@ -864,6 +864,7 @@ def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["report.py", "--study", str(written), "--output", str(written / "report")])
     report.main()
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
+    assert page.startswith("# plan: ") and " compared on cifar10\n" in page
     assert "MAE pre-trains: YES" in page and "## Accuracy" in page and table.count("\n") > 20
     assert "; 6 seeds per arm, supervised 2, permuted 2), " in page
     assert len(calls) == 1
@@ -875,11 +876,11 @@ def test_no_page_shows_an_accuracy_before_all_is_measured(written, monkeypatch, 
     assert "loss" in made and "knn" not in made
     page, table = ((written / "report" / f"report.{kind}").read_text() for kind in ("md", "csv"))
     assert "Not decided (a ViT" in page and "mae by FT10, seed 3" in page and not re.search(r"\d ± \d", page)
-    assert page.startswith("# Not decided: plan on cifar10\n")
+    assert page.startswith("# plan: not decided on cifar10\n")
     (written.parent / "mae-s3/diverged").mkdir()
     (written.parent / "mae-s3/diverged/training.json").write_text("{}")
     report.main()
-    assert (written / "report/report.md").read_text().startswith("# Undecided: plan on cifar10\n")
+    assert (written / "report/report.md").read_text().startswith("# plan: undecided on cifar10\n")
     for heading in ("All arms", "The protocols", "Accuracy"):  # of nothing
         assert f"# {heading}\n" not in page
     assert table.count("\n") == 1  # the names of the columns

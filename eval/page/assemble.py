@@ -89,7 +89,9 @@ def report(
     what = f"{plural(recipes, kind)} compared" if recipes else "Controls"
     if study and incomplete:
         ended = decided is not None and decided[1].diverged
-        what = f"{'Undecided' if ended else 'Not decided'}: {study.manifest['plan']}"
+        what = "Undecided" if ended else "Not decided"
+    if study:
+        what = f"{study.manifest['plan']}: {what[0].lower()}{what[1:]}"
     return f"{what} on {names}", blocks, mains
 
 
