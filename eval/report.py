@@ -11,9 +11,12 @@ It writes DIR/report.html (one self-contained file), DIR/report.md with its char
 table, DIR/report.csv (columns: eval/compare/tidy.py). It trains and evaluates nothing: it reads run directories, and
 the test images if they are on this machine.
 
-Runs that differ only in their seed are one recipe.
+Runs that differ only in their seed are one recipe. Where several test images show one patient, or are frames of one
+video, they are not independent: `--cluster-by '([^/]+)_[^/]*$'` tells by their names, patient7_scan2.png, which
+belong together, and intervals are over patients.
 """
 
+import argparse
 import re
 import shlex
 import sys
@@ -25,7 +28,7 @@ import ssl_vit.own_eval  # noqa: F401  # isort: skip  before torch, and before a
 from eval.compare.evidence import read
 from eval.compare.rule import decide
 from eval.compare.runs import group_runs, read_run
-from eval.compare.scores import read_eval_sets
+from eval.compare.scores import cluster_by, read_eval_sets
 from eval.compare.studies import read_study
 from eval.compare.tidy import tidy
 from eval.page.assemble import charts_in, report
@@ -39,11 +42,25 @@ from ssl_vit.commands import Parser
 from ssl_vit.errors import UserError
 
 
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression of the command line."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories that were evaluated")
     parser.add_argument("--study", type=Path, metavar="DIR", help="instead: the runs of a study, by its study.json")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
+    parser.add_argument(
+        "--cluster-by",
+        type=pattern,
+        metavar="REGEX",
+        help="test images whose names have the same match (or first group) are not independent: a patient, a video",
+    )
     args = parser.parse_args()
     if bool(args.runs) == bool(args.study):
         raise UserError("Name either run directories or a study with --study, and not both.")
@@ -52,6 +69,12 @@ def main() -> None:
     groups = study.groups if study else group_runs([read_run(folder) for folder in args.runs])
     eval_sets = study.eval_sets if study else read_eval_sets(groups)
     dense = [*read_eval_sets(groups, "mIoU"), *read_eval_sets(groups, "Jaccard")]
+    if args.cluster_by:
+        if study and study.manifest["decides"]:
+            raise UserError(
+                "The rule of a study that decides takes test images for independent: leave out --cluster-by."
+            )
+        cluster_by([*eval_sets, *dense], args.cluster_by)
     evidence = read(study) if study and study.manifest["decides"] else None
     decided = (evidence, decide(evidence)) if evidence else None
     title, blocks, mains = report(groups, eval_sets, dense, command, study, decided)

@@ -94,6 +94,31 @@ def test_seeds_for_a_point():
     assert few_images.seeds_for_a_point is None and not few_images.images_only
 
 
+def test_images_of_one_cluster_are_not_independent():
+    """By the formula of cluster-robust standard errors; and with strong clusters 95 % intervals hold the truth, which
+    those over images do in half of the cases."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(12), rng.integers(1, 30, 12))
+    rng.shuffle(clusters)
+    x = (rng.random((1, len(clusters))) < 0.3 + 0.05 * clusters).astype(float)
+    found = interval(x, clusters=clusters)
+    left = x[0] - x.mean()
+    sums = np.array([left[clusters == c].sum() for c in range(12)])
+    assert found.mean == x.mean() and (found.images, found.image_freedom) == (12, 11)
+    assert found.se_images == pytest.approx(np.sqrt(12 / 11 * (sums**2).sum()) / len(clusters))
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 11) * found.se_images)
+    alone = interval(x, clusters=np.arange(len(clusters)))
+    assert alone.se_images == pytest.approx(interval(x).se_images) and alone.bounds[0] < interval(x).bounds[0]
+
+    clusters = np.repeat(np.arange(20), 10)
+    right = {None: 0, "clusters": 0}
+    for _ in range(400):
+        data = rng.normal(size=(1, 20)).repeat(10, 1) + rng.normal(size=(1, 200))
+        right[None] += not interval(data).excludes_zero
+        right["clusters"] += not paired(data, np.zeros((1, 200)), clusters=clusters).excludes_zero
+    assert 0.92 < right["clusters"] / 400 < 0.98 and right[None] / 400 < 0.7
+
+
 def test_the_limit_of_the_images_is_found_beneath_the_residual():
     data = simulate(200, 3, 400, 0.0, 0.3, 0.6)
     assert np.mean([interval(x).se_limit ** 2 for x in data]) == pytest.approx(0.3**2 / 400, rel=0.1)

@@ -18,7 +18,7 @@ from eval import report as reports
 from eval.compare import intervals, tidy, words
 from eval.compare.metrics import Metric
 from eval.compare.runs import group_runs, read_run
-from eval.compare.scores import contrast, ranked, read_eval_sets
+from eval.compare.scores import cluster_by, contrast, ranked, read_eval_sets
 from eval.compare.studies import read_study
 from eval.measure import results
 from eval.page import charts, document, gallery, mistakes, plots, provenance, sections, tables
@@ -141,6 +141,53 @@ def write_report(folders, output, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval/report.py", *map(str, folders), "--output", str(output)])
     reports.main()
     return (output / "report.html").read_text(), (output / "report.md").read_text()
+
+
+# clusters of test images
+
+
+def test_intervals_are_over_clusters_of_test_images(tmp_path, monkeypatch):
+    """Images of one patient, by their names: in the page, its table and its differences from controls."""
+    patients = np.arange(N) % 20
+    names = [f"kind {label}/patient{patients[i]}_{i}.png" for i, label in enumerate(TRUTH)]
+    images = the_images("f0", names=names)
+    folders = many(tmp_path, "mae", 0.6, images=images) + controls(tmp_path, images=images)
+    _, before = write_report(folders, tmp_path / "out", monkeypatch)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--cluster-by", r"([^/]+)_[^/]*$"])
+    reports.main()
+    after = (tmp_path / "out/report.md").read_text()
+    assert f"{N} images;" in before and "clusters" not in before
+    assert f"{N} images in 20 clusters;" in after and "t with 19 degrees of freedom" in after
+    test = the_test(folders)
+    by_group = test.by_group(test.main[0])
+    cluster_by([test], re.compile(r"([^/]+)_[^/]*$"))
+    _, number = np.unique([f"patient{patient}" for patient in patients], return_inverse=True)
+    assert np.array_equal(test.clusters, number)
+    [mae] = [group for group in by_group if group.label == "mae"]
+    expected = intervals.interval(by_group[mae].correct, by_group[mae].pool, clusters=number)
+    with open(tmp_path / "out/report.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["group"] == "mae"]
+    assert float(rows[0]["half_width"]) == pytest.approx(expected.half_width, rel=1e-4)
+    assert contrast(by_group, mae, by_label_of(by_group, "raw pixels")).images == 20
+    assert test.balanced(by_group)[mae].images == 20
+
+
+def by_label_of(by_group, label):
+    return next(group for group in by_group if group.label == label)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "said"),
+    [
+        (None, "a", "have no file names"),
+        ([f"p{i}.png" for i in range(N)], "q", r"p0\.png of cifar10 has no match of --cluster-by 'q'"),
+        ([f"p{i}.png" for i in range(N)], "p", "puts all test images of cifar10 into one cluster, 'p'"),
+    ],
+)
+def test_clusters_that_cannot_be_told_are_refused(names, pattern, said, tmp_path):
+    test = the_test(many(tmp_path, "mae", 0.6, images=the_images("f0", names=names)))
+    with pytest.raises(UserError, match=said):
+        cluster_by([test], re.compile(pattern))
 
 
 # groups

@@ -30,6 +30,11 @@ the intervals of differences contain it in 90 %. From OWN seeds on, each arm and
 alone. With one seed, the variance between seeds is unknown. A claim that decides something does not borrow
 (eval/compare/rule.py).
 
+**Clusters.** Images of one patient, or frames of one video, are not independent, and an interval that takes them for
+that is too narrow. With `clusters` each cluster counts once, by the sum of what its images depart from the mean
+(cluster-robust standard errors; Liang & Zeger 1986), and t(clusters - 1) takes the place of 1.96. The mean stays
+that of all images.
+
 **Near 0 and 100 %.** mean ± half-width is shown where it lies within the possible range. Otherwise, and where all or no
 images are classified correctly, an accuracy has Wilson's interval: the p with (mean - p)² <= (t · SE over seeds)² +
 1.96² · SE² · p(1 - p) / mean(1 - mean), clipped to [0, 1]. A difference is clipped to [-1, 1].
@@ -66,7 +71,8 @@ class Estimate:
     se_seeds is 0 for one seed: the interval then covers the test images only, and says nothing about another seed.
     se_limit is the standard error that would remain with these images and infinitely many seeds. freedom: the degrees
     of freedom of se_seeds. pooled: the number of arms over which se_seeds was pooled, 0 if it is the arm's own. least:
-    the smallest possible value, 0 for an accuracy and -1 for a difference.
+    the smallest possible value, 0 for an accuracy and -1 for a difference. images: or clusters of them, and
+    image_freedom the degrees of freedom of se_images then; 0: its quantiles are normal.
     """
 
     mean: float
@@ -78,6 +84,7 @@ class Estimate:
     freedom: int
     pooled: int = 0
     least: float = 0.0
+    image_freedom: int = 0
 
     @property
     def images_only(self) -> bool:
@@ -91,7 +98,8 @@ class Estimate:
 
     def half_width_at(self, level: float) -> float:
         """The half-width of the two-sided interval at this level."""
-        of_seeds, of_images = _quantile(self.freedom, level) * self.se_seeds, _quantile(0, level) * self.se_images
+        of_seeds = _quantile(self.freedom, level) * self.se_seeds
+        of_images = _quantile(self.image_freedom, level) * self.se_images
         half: float = (of_seeds**2 + of_images**2) ** 0.5  # not math.hypot: a simulation has arrays here
         return half
 
@@ -116,7 +124,7 @@ class Estimate:
 
     def _wilson(self) -> tuple[float, float]:
         """The two p at which (mean - p)² = seeds² + k p(1 - p)."""
-        z, of_seeds = _quantile(0, LEVEL), _quantile(self.freedom, LEVEL) * self.se_seeds
+        z, of_seeds = _quantile(self.image_freedom, LEVEL), _quantile(self.freedom, LEVEL) * self.se_seeds
         spread = self.mean * (1 - self.mean)
         k = z**2 * (self.se_images**2 / spread if spread > 1e-12 else 1 / self.images)
         middle = (2 * self.mean + k) / (2 * (1 + k))
@@ -130,7 +138,7 @@ class Estimate:
     @property
     def detectable(self) -> float:
         """The smallest true difference that such a comparison detects with a power of 80 % at the 5 % level."""
-        return math.hypot(shift(self.freedom) * self.se_seeds, shift(0) * self.se_images)
+        return math.hypot(shift(self.freedom) * self.se_seeds, shift(self.image_freedom) * self.se_images)
 
     @property
     def seeds_for_a_point(self) -> int | None:
@@ -138,7 +146,8 @@ class Estimate:
 
         None if no number of seeds would on these images, or if there is one seed, from which it cannot be computed.
         """
-        if self.images_only or shift(0) * self.se_limit >= POINT:
+        of_images = shift(self.image_freedom)
+        if self.images_only or of_images * self.se_limit >= POINT:
             return None
         if self.pooled and self.detectable <= POINT:
             return self.seeds
@@ -146,7 +155,7 @@ class Estimate:
         def enough(seeds: int) -> bool:
             residual = (self.se_images**2 - self.se_limit**2) * self.seeds / seeds
             of_seeds = self.se_seeds * math.sqrt(self.seeds / seeds)
-            return math.hypot(shift(seeds - 1) * of_seeds, shift(0) * math.sqrt(self.se_limit**2 + residual)) <= POINT
+            return math.hypot(shift(seeds - 1) * of_seeds, of_images * math.sqrt(self.se_limit**2 + residual)) <= POINT
 
         high = 2
         while not enough(high):
@@ -158,11 +167,15 @@ class Estimate:
         return high
 
 
-def interval(correct: np.ndarray, pool: Spread | None = None, least: float = 0.0) -> Estimate:
+def interval(
+    correct: np.ndarray, pool: Spread | None = None, least: float = 0.0, clusters: np.ndarray | None = None
+) -> Estimate:
     """The mean of correct (S, n), or of a difference of two, of which the least is -1. pool: the arms' spread, borrowed
-    by 2 to OWN - 1 seeds. Of one image nothing is known of the variance: it counts as 1, so that no interval of a
-    difference excludes zero."""
+    by 2 to OWN - 1 seeds. clusters (n,): which images are of one patient or video, by number from 0. Of one image or
+    cluster nothing is known of the variance: it counts as 1, so that no interval of a difference excludes zero."""
     correct = np.asarray(correct, dtype=np.float64)
+    if clusters is not None:
+        correct = by_cluster(correct, clusters)
     seeds, images = correct.shape
     mean, by_seed, by_image = correct.mean(), correct.mean(1), correct.mean(0)
     variance = by_image.var(ddof=1) if images > 1 else 1.0
@@ -184,15 +197,25 @@ def interval(correct: np.ndarray, pool: Spread | None = None, least: float = 0.0
         freedom=freedom,
         pooled=pooled,
         least=least,
+        image_freedom=0 if clusters is None else max(1, images - 1),
     )
 
 
-def paired(a: np.ndarray, b: np.ndarray, pool: Spread | None = None) -> Estimate:
+def by_cluster(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Values (S, n) of images → (S, G) of their G clusters: with the same means, and the clusters' sums' spread."""
+    count = int(clusters.max()) + 1
+    means = values.mean(1, keepdims=True)
+    sums = np.stack([np.bincount(clusters, weights=each, minlength=count) for each in values - means])
+    found: np.ndarray = means + sums * (count / len(clusters))
+    return found
+
+
+def paired(a: np.ndarray, b: np.ndarray, pool: Spread | None = None, clusters: np.ndarray | None = None) -> Estimate:
     """The mean of a - b, both (S, n) with the same seeds as rows; a control without seeds is (1, n) and constant.
 
     pool: spread_of_differences, or the spread of the arms if b is such a control.
     """
-    return interval(np.subtract(a, b, dtype=np.float64), pool, least=-1.0)
+    return interval(np.subtract(a, b, dtype=np.float64), pool, least=-1.0, clusters=clusters)
 
 
 def spread(arms: Iterable[np.ndarray]) -> Spread | None:

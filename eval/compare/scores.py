@@ -11,6 +11,7 @@ different eval sets are never compared.
 import collections
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from eval.compare.metrics import MAIN, POOLINGS, PRIMARY, Metric, most
 from eval.compare.runs import Group, Run, foremost
 from eval.compare.words import floors
 from eval.measure import results
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, plural
 
 ACCURACY = "accuracy"
 
@@ -34,6 +35,7 @@ class Scores:
 
     files: the predictions of each row. pool: the variance between seeds, pooled over the groups (pool_seeds). drawn: of
     what has no seeds the scores (n,) by the seed that drew the labelled images. If several did, these are its seeds.
+    clusters (n,): which test images are of one patient or video; None if they are independent.
     """
 
     seeds: list[int | None]
@@ -42,6 +44,7 @@ class Scores:
     files: list[Path] = field(default_factory=list)
     pool: intervals.Spread | None = None
     drawn: dict[int | None, np.ndarray] = field(default_factory=dict)
+    clusters: np.ndarray | None = None
 
     @property
     def repeated(self) -> np.ndarray:
@@ -58,7 +61,7 @@ class Scores:
 
     @property
     def estimate(self) -> intervals.Estimate:
-        return intervals.interval(self.repeated, self.pool)
+        return intervals.interval(self.repeated, self.pool, clusters=self.clusters)
 
     @property
     def sources(self) -> list[tuple[str, str]]:
@@ -95,9 +98,13 @@ class Scores:
         return (self.at(common), other.at(common)) if common else None
 
     def minus(self, other: "Scores") -> np.ndarray | None:
-        """The difference (S, n) of such a pair, or None."""
+        """The difference (S, n) of such a pair, (S, G) of clusters of images; or None."""
         pair = self.pair(other)
-        return None if pair is None else np.subtract(*pair, dtype=np.float64)
+        return None if pair is None else self.independent(np.subtract(*pair, dtype=np.float64))
+
+    def independent(self, values: np.ndarray) -> np.ndarray:
+        """Values (S, n) of the images as those of their clusters (S, G), if they have any."""
+        return values if self.clusters is None else intervals.by_cluster(values, self.clusters)
 
     def of_draws(self, draws: list[int | None]) -> np.ndarray:
         """The scores (D, n) where these seeds drew the labelled images."""
@@ -134,11 +141,11 @@ def contrast(by_group: dict[Group, Scores], one: Group, other: Group) -> interva
     if [None] in (a.seeds, b.seeds):
         if draws := common_draws(a, b):
             alike = [s.of_draws(draws).mean(1) for s in by_group.values() if set(draws) <= s.by_draw.keys()]
-            return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))
-        return intervals.paired(*pair, b.pool if a.seeds == [None] else a.pool)  # one is constant
+            return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)), a.clusters)
+        return intervals.paired(*pair, b.pool if a.seeds == [None] else a.pool, a.clusters)  # one is constant
     common = a.common(b)
     alike = [scores.at(common).mean(1) for scores in by_group.values() if set(common) <= set(a.common(scores))]
-    return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)))
+    return intervals.paired(*pair, intervals.spread_of_differences(np.array(alike)), a.clusters)
 
 
 @dataclass
@@ -158,6 +165,7 @@ class EvalSet:
     scores: dict[Metric, dict[Group, Scores]] = field(default_factory=dict)
     measured: str = ACCURACY
     without: str = ""  # the classes whose pixels do not count (Metric.without)
+    clusters: np.ndarray | None = None  # (n,): which images are of one patient or video (cluster_by)
     place: str = ""  # the prefix of its charts' names, if there are several eval sets
 
     def metrics(self, wanted: Callable[[Metric], bool]) -> list[Metric]:
@@ -176,7 +184,14 @@ class EvalSet:
     def majority(self) -> Scores:
         """The scores of always predicting the most frequent class of these test images."""
         found, counts = np.unique(self.truth, return_counts=True)
-        return Scores([None], (self.truth == found[counts.argmax()])[None].astype(float), [])
+        right = (self.truth == found[counts.argmax()])[None].astype(float)
+        return Scores([None], right, [], clusters=self.clusters)
+
+    @property
+    def counted(self) -> str:
+        """ "233 images", or "233 images in 2 clusters"."""
+        words = plural(len(self.truth), "image")
+        return words if self.clusters is None else f"{words} in {self.clusters.max() + 1:,} clusters"
 
     @property
     def chance(self) -> float:
@@ -208,8 +223,11 @@ class EvalSet:
             times = len(of) / (len(counts) * counts[of])
             values[group] = recalls.mean(1, keepdims=True) + times * (right - recalls[:, of])
         pool = intervals.spread(seeds.mean(1) for seeds in values.values())
+        found = {group: intervals.interval(seeds, pool, clusters=self.clusters) for group, seeds in values.items()}
+        if self.clusters is not None:
+            return found
         alike = round(len(counts) ** 2 / (1 / counts).sum())  # as many images of balanced classes tell as much
-        return {group: replace(intervals.interval(seeds, pool), images=alike) for group, seeds in values.items()}
+        return {group: replace(estimate, images=alike) for group, estimate in found.items()}
 
     @property
     def main(self) -> list[Metric]:
@@ -306,6 +324,38 @@ def read_eval_sets(groups: list[Group], measured: str = ACCURACY) -> list[EvalSe
             by = eval_set.by_group(eval_set.main[0])
             eval_set.groups.sort(key=lambda g: -by[g].estimate.mean if g in by else 0.0)
     return list(eval_sets.values())
+
+
+def cluster_by(eval_sets: list[EvalSet], pattern: re.Pattern[str]) -> None:
+    """Take test images for one cluster whose file names have the same match of this pattern, or of its first group.
+
+    Raises UserError if a name has no match, or if the names are not known.
+    """
+    for eval_set in eval_sets:
+        names: list[str] | None = None
+        for file in eval_set.images.values():
+            names = names or json.loads(file.read_text(encoding="utf-8"))["names"]
+        if names is None:
+            raise UserError(
+                f"The test images of {eval_set.data} have no file names, by which --cluster-by tells which are of one "
+                "patient or video: give them as files, or as parquet with the path of each image."
+            )
+        found = [pattern.search(name) for name in names]
+        if None in found:
+            raise UserError(
+                f"{names[found.index(None)]} of {eval_set.data} has no match of --cluster-by {pattern.pattern!r}: "
+                "every test image must belong to a cluster."
+            )
+        keys = [match[1] if pattern.groups else match[0] for match in found if match]
+        _, eval_set.clusters = np.unique(keys, return_inverse=True)
+        if eval_set.clusters.max() == 0:
+            raise UserError(
+                f"--cluster-by {pattern.pattern!r} puts all test images of {eval_set.data} into one cluster, "
+                f"{keys[0]!r}, which shows no spread: match more of the names."
+            )
+        for by_group in eval_set.scores.values():
+            for scores in by_group.values():
+                scores.clusters = eval_set.clusters
 
 
 def _unlike(eval_set: EvalSet, truth: np.ndarray, run: Run, row: dict) -> str:

@@ -44,7 +44,7 @@ def curves(study: StudyResults, eval_set: EvalSet, metric: Metric) -> dict[str, 
 
 def _of_metric(eval_set: EvalSet, metric: Metric, members: dict[str, list[tuple[Group, Scores]]]) -> list[Block]:
     points = {
-        name: [Point(group.mean("train_flops"), scores.correct) for group, scores in pairs]
+        name: [Point(group.mean("train_flops"), scores.independent(scores.correct)) for group, scores in pairs]
         for name, pairs in members.items()
     }
     used = [scores for pairs in members.values() for _, scores in pairs]

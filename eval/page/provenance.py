@@ -62,6 +62,17 @@ INTERVALS = (
 )
 
 
+def _clustered(eval_set: EvalSet) -> str:
+    if eval_set.clusters is None:
+        return ""
+    count = eval_set.clusters.max() + 1
+    return (
+        f"The {len(eval_set.truth):,} test images of {eval_set.data} are not independent: by their names they are "
+        f"{count:,} clusters, such as patients or videos. Each cluster counts once in the standard errors over images, "
+        f"and t with {count - 1:,} {'degree' if count == 2 else 'degrees'} of freedom takes the place of 1.96."
+    )
+
+
 READING = ("permute_pixels", "jpeg_draft", "in_chans", "layout", "pages", "background", "range")  # in data
 
 
@@ -157,6 +168,7 @@ def provenance(groups: list[Group], eval_sets: list[EvalSet], command: str) -> l
         *(_protocols(definitions) if definitions else []),
         Heading("The intervals", 3),
         Text(INTERVALS),
+        *(Text(words) for words in dict.fromkeys(map(_clustered, eval_sets)) if words),
         Heading("The code behind the rows", 3),
         Items([(commit, f"{versions}. Runs: {', '.join(sorted(runs))}") for (commit, versions), runs in made.items()]),
         *(_trainings(trained) if trained else []),

@@ -66,7 +66,11 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
                 rows = [row for scores in found for row in scores.rows]
                 drawn = {draw: np.mean([scores.drawn[draw] for scores in found], 0) for draw in found[0].drawn}
                 by_group[group] = Scores(
-                    found[0].seeds, np.mean([scores.correct for scores in found], 0), rows, drawn=drawn
+                    found[0].seeds,
+                    np.mean([scores.correct for scores in found], 0),
+                    rows,
+                    drawn=drawn,
+                    clusters=eval_set.clusters,
                 )
         pool_seeds(by_group)
     parts: dict[bool, list] = {False: [], True: []}

@@ -12,7 +12,7 @@ def blocks(eval_set: EvalSet) -> tuple[list[Block], Table]:
     """The section of one eval set, and its main table."""
     row = next(iter(eval_set.scores[eval_set.main[0]].values())).rows[0]
     suffix = f": {eval_set.data} ({', '.join(filter(None, (eval_set.split, eval_set.without)))})"
-    images = f"on {eval_set.data} ({eval_set.split}, {len(eval_set.truth):,} images, {row['classes']} classes"
+    images = f"on {eval_set.data} ({eval_set.split}, {eval_set.counted}, {row['classes']} classes"
     if eval_set.measured == "mIoU":
         title, each = "Segmentation", "Intersection over union of each class"
         caption = (

@@ -41,8 +41,7 @@ def summary(eval_set: EvalSet, metrics: Sequence[Metric] = ()) -> list[Block]:
         for label, some in controls.items():
             if min(some) < counts[0]:
                 seeds += f", {label} {min(some)}{f' to {max(some)}' if len(some) > 1 else ''}"
-        images = plural(len(eval_set.truth), "image")
-        where = f"On {eval_set.data} ({eval_set.split}, {images}; {seeds}), "
+        where = f"On {eval_set.data} ({eval_set.split}, {eval_set.counted}; {seeds}), "
         blocks.append(Text(f"{where}{_highest(by)}. {_agreement(by)}{eval_set.floors}", "lead"))
         beside = [(f"By {means(metric)}", _beside(eval_set, by_group, metric)) for metric, by_group in by.items()]
         blocks += [Items(said)] if (said := [(term, words) for term, words in beside if words]) else []
@@ -149,7 +148,8 @@ def _beside(eval_set: EvalSet, by_group: dict[Group, Scores], metric: Metric) ->
     said = [f"is {listed(clear)}"] if clear else []
     said += [f"is not distinguishable from {listed(unclear)}"] if unclear else []
     said += [f"is not compared with {listed(apart)} ({UNPAIRED})"] if apart else []
-    majority = intervals.paired(by_group[best].correct, eval_set.majority.correct, by_group[best].pool)
+    right, pool, clusters = by_group[best].correct, by_group[best].pool, by_group[best].clusters
+    majority = intervals.paired(right, eval_set.majority.correct, pool, clusters)
     if majority.mean <= majority.half_width:
         is_below = majority.mean < -majority.half_width
         naming = f"always predicting the most frequent class ({rate(eval_set.majority.estimate.mean)} %)"
