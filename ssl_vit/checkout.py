@@ -1,5 +1,7 @@
 """Which commit of this code is running, and which commits trained a run."""
 
+import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,16 +13,27 @@ CODE = ("ssl_vit", "eval")  # what a result depends on, beside the settings that
 
 
 def commit_of(root: Path) -> str | None:
-    """The commit that is checked out in this folder, with "-dirty" behind it if the code differs from it; None if the
-    folder is not itself a checkout, or git is not installed."""
+    """The commit that is checked out in this folder, with "-dirty-" and a hash of what differs behind it if the code
+    does; None if the folder is not itself a checkout, or git is not installed."""
     if not (root / ".git").exists() or not shutil.which("git"):  # a package may lie in another project's checkout
         return None
-    # without locks: `status` would else refresh the index, and refuse a commit that the user makes at that moment
-    words = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--", *CODE]
-    said = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False).stdout.splitlines()
-    commit = next((line.split()[-1] for line in said if line.startswith("# branch.oid ")), "(initial)")
-    changed = any(not line.startswith("#") for line in said)
-    return None if commit == "(initial)" else f"{commit}-dirty" if changed else commit
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD").decode().strip()
+    if not commit:
+        return None
+    changed = _git(root, "diff", "HEAD", "--name-only", "-z", "--", *CODE)
+    changed += _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *CODE)
+    if not changed:
+        return commit
+    found = hashlib.sha256()
+    for name in sorted(changed.split(b"\0")[:-1]):
+        file = root / os.fsdecode(name)
+        found.update(name + b"\0" + (file.read_bytes() if file.is_file() else b"") + b"\0")
+    return f"{commit}-dirty-{found.hexdigest()[:7]}"
+
+
+def _git(root: Path, *words: str) -> bytes:
+    # without locks: git would else refresh the index, and refuse a commit that the user makes at that moment
+    return subprocess.run(["git", "--no-optional-locks", *words], cwd=root, capture_output=True, check=False).stdout
 
 
 COMMIT = commit_of(ROOT)  # read when the code is loaded: the files may change before anything is written

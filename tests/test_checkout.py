@@ -1,5 +1,7 @@
 """The commit of the code: that of its own checkout, and whether the code differs from it."""
 
+import os
+import re
 import subprocess
 
 import pytest
@@ -39,7 +41,21 @@ def test_code_that_is_not_committed_is_told(changed, root):
     commit = git(root, "rev-parse", "HEAD")
     (root / changed).parent.mkdir(exist_ok=True)
     (root / changed).write_text("two\n")
-    assert checkout.commit_of(root) == f"{commit}-dirty"
+    found = checkout.commit_of(root)
+    assert re.fullmatch(f"{commit}-dirty-[0-9a-f]{{7}}", found) and checkout.commit_of(root) == found
+    (root / changed).write_text("three\n")  # other code is not taken for the same
+    assert checkout.commit_of(root).startswith(f"{commit}-dirty-") and checkout.commit_of(root) != found
+    (root / changed).write_text("two\n")
+    git(root, "add", ".")
+    assert checkout.commit_of(root) == found
+    (root / changed).unlink()
+    assert checkout.commit_of(root) not in (commit, found) or changed == "eval/new.py"
+
+
+def test_changed_times_are_no_change(root):
+    commit = checkout.commit_of(root)
+    os.utime(root / "ssl_vit/loop.py", (1, 1))
+    assert checkout.commit_of(root) == commit
 
 
 def test_a_package_inside_of_another_checkout_has_no_commit(root, monkeypatch):
