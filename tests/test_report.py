@@ -996,7 +996,12 @@ def test_a_study_says_which_of_its_runs_are_not_on_the_page(tmp_path, monkeypatc
     )
     assert said in markdown and said in page
     (other := tmp_path / "whole").mkdir()
-    assert "are not on this page" not in study_page(write_study(other, [("mae", "", None, runs[1:])]), monkeypatch)[1]
+    study = write_study(other, [("mae", "", None, runs[1:]), ("teacher", "", None, [tmp_path / "never"])])
+    assert "teacher, seed 0 (not measured)" in study_page(study, monkeypatch)[1]
+    manifest = json.loads((study / "study.json").read_text())
+    manifest["arms"]["teacher"]["evaluated"] = False  # others learn from it
+    (study / "study.json").write_text(json.dumps(manifest))
+    assert "are not on this page" not in study_page(study, monkeypatch)[1]
 
 
 def test_a_study_names_its_arms_and_budgets(tmp_path, monkeypatch):

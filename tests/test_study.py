@@ -625,6 +625,16 @@ def test_the_manifest_says_what_was_planned(tmp_path, monkeypatch):
     assert all(t["seed"] == 123 for trials in said["trials"].values() for t in trials)
 
 
+def test_the_manifest_says_which_arms_have_no_rows(tmp_path, monkeypatch):
+    """Others learn from them; the report is not to miss them."""
+    monkeypatch.chdir(tmp_path)
+    arms = dict(teacher=dict(recipe="supervised", settings=TINY, evaluators=[]), mae=dict(recipe="mae", settings=TINY))
+    arms["hard"] = dict(recipe="simmim", settings=TINY, evaluators=[["difficulty"]])
+    made = a_study(tmp_path, arms=arms, budgets=[1e9], controls=[])
+    said = json.loads(made.describe(made.trainings()))["arms"]
+    assert [said[name].get("evaluated") for name in arms] == [False, None, False]
+
+
 def test_what_was_done_before_is_packed_too(tmp_path):
     """An earlier call may have been killed between a command's end and the packing of its results."""
     job = Job("a", "kind", ["false"], tmp_path / "run/done/a.json")

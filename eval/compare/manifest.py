@@ -38,6 +38,7 @@ class ArmEntry(TypedDict):
     seeds: int  # planned
     like: str | None  # the arm whose settings and tuned choice it took
     curve: NotRequired[str]  # under which its budgets are fitted with those of other arms; absent: its own name
+    evaluated: NotRequired[bool]  # False: it has no row, as others only learn from it; absent: true
     finetuned: list[FineTuningEntry]
     runs: list[TrainingEntry]
 

@@ -50,7 +50,7 @@ class StudyResults:
                 name = f"{arm}, seed {training['seed']}" + (f", {number(budget)} FLOPs" if budget else "")
                 if note_of(training["run"], "training") is not None:
                     found.append(f"{name} (diverged)")
-                elif Path(training["run"]) not in measured:
+                elif Path(training["run"]) not in measured and entry.get("evaluated", True):
                     found.append(f"{name} (not measured)")
                 for tuned in entry["finetuned"]:
                     if note_of(training["run"], tuned["protocol"]) is not None:

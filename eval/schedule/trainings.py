@@ -304,6 +304,8 @@ class Study:
             )
             if arm.curve is not None:
                 arms[name]["curve"] = arm.curve
+            if all(line[0] == "difficulty" for line in plan.evaluators_of(name)):
+                arms[name]["evaluated"] = False
         tuning = plan.tuning
         manifest = Manifest(
             plan=plan.name,
