@@ -238,6 +238,23 @@ def test_the_documents_say_what_the_verdict_says():
             )
 
 
+def test_the_tables_of_results_are_those_of_the_pages():
+    """The figures of each row stand together in a row of the page that its section names."""
+    found = 0
+    for section in re.split(r"^## ", (ROOT / "docs/results.md").read_text(), flags=re.MULTILINE)[1:]:
+        page = re.match(r".*\]\((results/[\w/-]+\.md)\)", section)
+        tables = [line.replace("*", "") for line in section.splitlines() if line.startswith("|") and "±" in line]
+        if not page or not tables:
+            continue
+        lines = (ROOT / "docs" / page[1]).read_text().replace("*", "").splitlines()
+        rows = [set(re.findall(r"[\d.]+ ± [\d.]+", line)) for line in lines if line.startswith("|")]
+        for line in tables:
+            figures = set(re.findall(r"[\d.]+ ± [\d.]+", line))
+            assert any(figures <= row for row in rows), f"{page[1]} has no such row: {line}"
+            found += 1
+    assert found > 15
+
+
 def anchors(page: Path) -> set[str]:
     """The names that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
