@@ -181,6 +181,7 @@ def by_label_of(by_group, label):
     [
         (None, "a", "have no file names"),
         ([f"p{i}.png" for i in range(N)], "q", r"p0\.png of cifar10 has no match of --cluster-by 'q'"),
+        ([f"p{i}.png" for i in range(N)], "p1|(p2)", r"p0\.png of cifar10 has no match"),
         ([f"p{i}.png" for i in range(N)], "p", "puts all test images of cifar10 into one cluster, 'p'"),
     ],
 )

@@ -202,7 +202,10 @@ def interval(
 
 
 def by_cluster(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Values (S, n) of images → (S, G) of their G clusters: with the same means, and the clusters' sums' spread."""
+    """Values (S, n) of images → (S, G) of their G clusters: the mean, and what the sum of a cluster departs from it.
+
+    The means over columns are the same; the variance over columns is that of the clusters' sums.
+    """
     count = int(clusters.max()) + 1
     means = values.mean(1, keepdims=True)
     sums = np.stack([np.bincount(clusters, weights=each, minlength=count) for each in values - means])

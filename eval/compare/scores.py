@@ -340,13 +340,13 @@ def cluster_by(eval_sets: list[EvalSet], pattern: re.Pattern[str]) -> None:
                 f"The test images of {eval_set.data} have no file names, by which --cluster-by tells which are of one "
                 "patient or video: give them as files, or as parquet with the path of each image."
             )
-        found = [pattern.search(name) for name in names]
-        if None in found:
+        matches = [pattern.search(name) for name in names]
+        keys = [match and match[min(pattern.groups, 1)] for match in matches]
+        if None in keys:
             raise UserError(
-                f"{names[found.index(None)]} of {eval_set.data} has no match of --cluster-by {pattern.pattern!r}: "
+                f"{names[keys.index(None)]} of {eval_set.data} has no match of --cluster-by {pattern.pattern!r}: "
                 "every test image must belong to a cluster."
             )
-        keys = [match[1] if pattern.groups else match[0] for match in found if match]
         _, eval_set.clusters = np.unique(keys, return_inverse=True)
         if eval_set.clusters.max() == 0:
             raise UserError(
