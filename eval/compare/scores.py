@@ -347,7 +347,7 @@ def cluster_by(eval_sets: list[EvalSet], pattern: re.Pattern[str]) -> None:
                 f"{names[keys.index(None)]} of {eval_set.data} has no match of --cluster-by {pattern.pattern!r}: "
                 "every test image must belong to a cluster."
             )
-        _, eval_set.clusters = np.unique(keys, return_inverse=True)
+        _, eval_set.clusters = np.unique(np.array(keys), return_inverse=True)
         if eval_set.clusters.max() == 0:
             raise UserError(
                 f"--cluster-by {pattern.pattern!r} puts all test images of {eval_set.data} into one cluster, "
