@@ -59,7 +59,7 @@ def main() -> None:
         "--cluster-by",
         type=pattern,
         metavar="REGEX",
-        help="test images of a folder whose names have the same match (or first group) are not independent",
+        help="test images whose file names have the same match (or first group) are not independent",
     )
     args = parser.parse_args()
     if bool(args.runs) == bool(args.study):

@@ -218,6 +218,45 @@ def test_images_of_a_table_keep_their_place_in_their_split(tmp_path, monkeypatch
     assert part.ledger["labels_per_class"] == {"0": 1, "1": 0, "2": 1}
 
 
+@pytest.mark.parametrize(
+    ("kind", "paths", "names"),
+    [
+        ("bytes", lambda i, _: f"p{i % 7}_{i}.png", lambda i: f"p{i % 7}_{i}.png"),
+        ("plain struct", lambda i, _: f"p{i % 7}_{i}.png", lambda i: f"p{i % 7}_{i}.png"),
+        ("bytes", lambda i, _: f"{i}.png" if i != 50 else None, str),  # not even in the part whose images all have one
+        ("bytes", lambda i, _: f"{i // 2}.png", str),  # two of one name cannot be told apart
+        ("file", lambda i, _: f"{i % 2}/{i}.png", lambda i: f"{i % 2}/{i}.png"),
+        ("file", lambda i, folder: f"{folder}/{i % 2}/{i}.png", lambda i: f"{i % 2}/{i}.png"),
+        ("array", None, str),
+    ],
+)
+def test_images_of_a_table_have_the_names_of_their_files(kind, paths, names, tmp_path):
+    """Of the cells' paths, if these tell all rows of the split apart; else their places in the split."""
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    cells = []
+    for i, image in enumerate(pictures):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        path = paths and paths(i, tmp_path)
+        if kind == "file":
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_bytes(stream.getvalue())
+        cells.append(dict(array=image, file=path).get(kind, dict(bytes=stream.getvalue(), path=path)))
+    own = dict(bytes=datasets.Value("binary"), path=datasets.Value("string"))
+    feature = {"bytes": datasets.Image(), "plain struct": own, "file": datasets.Value("string")}.get(kind)
+    kinds = datasets.Features(image=feature or datasets.Array2D((8, 8), "uint8"), label=datasets.Value("int64"))
+    table = datasets.Dataset.from_dict(dict(image=cells, label=[i % 3 for i in range(60)]), features=kinds)
+    table.to_parquet(tmp_path / "images.parquet")
+    found = everything.load(recipes.Data(name=str(tmp_path / "images.parquet")), 1, torch.device("cpu"))
+    assert len(found.splits) == 2  # a tenth is held out
+    expected = {names(i): image for i, image in enumerate(pictures)}
+    shown = torch.cat([part.images for part in found.splits])[:, 0].numpy()
+    assert sorted(found.files) == sorted(expected)
+    assert all((image == expected[name]).all() for name, image in zip(found.files, shown, strict=True))
+    part = found.splits[0].part(torch.tensor([2, 5]))
+    assert part.names() == (None if names is str else [found.files[2], found.files[5]])
+
+
 def test_every_file_of_every_split_has_its_row_in_one_order(tmp_path):
     """Also copies that training leaves out. Words are hashed with another seed by every process, as by the two of a
     launcher, and a set of them has another order."""

@@ -103,9 +103,7 @@ def write_run(folder, recipe, share, seed=0, tree=None, measures=(KNN,), truth=T
 
 def the_images(fingerprint, classes=tuple("abcdefghij"), names=None):
     """What stands for the test images in results.write."""
-    return SimpleNamespace(
-        name="cifar10", split="test", fingerprint=fingerprint, classes=classes, names=names and (lambda: names)
-    )
+    return SimpleNamespace(name="cifar10", split="test", fingerprint=fingerprint, classes=classes, names=lambda: names)
 
 
 def many(folder, recipe, share, seeds=3, **keys):
@@ -1324,7 +1322,7 @@ def test_rows_of_other_images_of_one_name_are_replaced_aloud(tmp_path, capsys):
     folder = write_run(tmp_path / "mae-s0", "mae", 0.5, tree=settings("mae"))
     [row] = results.read(folder)
     for value in "aab":
-        images = SimpleNamespace(fingerprint=value, name="cifar10", split="test", classes=None, names=None)
+        images = SimpleNamespace(fingerprint=value, name="cifar10", split="test", classes=None, names=lambda: None)
         results.write(folder, [dict(row)], [TRUTH], TRUTH, images)
         said = capsys.readouterr().out
         assert ("rows on cifar10 (test) are replaced that were measured on other images" in said) == (value == "b")

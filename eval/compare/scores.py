@@ -338,7 +338,7 @@ def cluster_by(eval_sets: list[EvalSet], pattern: re.Pattern[str]) -> None:
         if names is None:
             raise UserError(
                 f"The test images of {eval_set.data} have no file names, by which --cluster-by tells which are of one "
-                "patient or video: evaluate on a folder of image files, not on a table."
+                "patient or video: evaluate on a folder of image files, or on a table with a path of its own for each."
             )
         matches = [pattern.search(name) for name in names]
         keys = [match and match[min(pattern.groups, 1)] for match in matches]

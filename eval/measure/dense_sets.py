@@ -190,7 +190,8 @@ def _read(images: ImageSet) -> list[np.ndarray]:
         mask: np.ndarray = images.masks(i).numpy()
         shape = known(images.size) if images.photo is None else tuple(images.photo(i).shape[-2:])
         if mask.shape != shape:
-            name = images.names()[i] if images.names else f"row {i}"
+            names = images.names()
+            name = f"row {i}" if names is None else names[i]
             raise UserError(
                 f"The mask of image {name} of {images.name} ({images.split}) is {mask.shape[0]}x{mask.shape[1]}, and "
                 f"the image {shape[0]}x{shape[1]}: they must be of one size."

@@ -29,11 +29,12 @@ class Images:
 
     @property
     def files(self) -> list[str]:
-        """For each image its path under its split, or its number there if the images are no files."""
+        """For each image its path under its split or in the table, or its number in the split if it has no path."""
         found: list[str] = []
         for part in self.splits:
             numbers = range(len(part)) if part.numbers is None else part.numbers
-            found += part.names() if part.names else map(str, numbers)
+            names = part.names()
+            found += map(str, numbers) if names is None else names
         return found
 
     @property

@@ -96,9 +96,7 @@ def store(folder: Path, rows: list[dict], arrays: Sequence[Mapping[str, Any]], i
     """`write`, with the arrays (n, …) behind each row as they are stored."""
     if images is not None:
         names = dict(images=f"predictions/images-{images.fingerprint}.json")
-        about = dict(
-            data=images.name, split=images.split, classes=images.classes, names=images.names and images.names()
-        )
+        about = dict(data=images.name, split=images.split, classes=images.classes, names=images.names())
         for row in rows:
             row |= names
     file = folder / "results.jsonl"

@@ -110,6 +110,35 @@ def _dtype(feature) -> str | None:
     return dtype if dtype in np.sctypeDict else None
 
 
+def names(rows: datasets.Dataset, column: str, whole: datasets.Dataset) -> list[str] | None:
+    """For each row the path of its image's file: as stored or, where all are absolute, under their common folder.
+
+    whole: the split that the rows are of. None where the paths do not tell its rows apart: some have none, or two have
+    the same.
+    """
+    if FILE in rows.column_names:
+        return list(rows[FILE][:])
+    every = _paths(whole, column)
+    if not every or None in every or len(set(every)) < len(every):
+        return None
+    found = _paths(rows, column)
+    if all(map(os.path.isabs, every)):  # the same images in another place have the same names
+        above = os.path.commonpath(list(map(os.path.dirname, every)))
+        found = [os.path.relpath(path, above) for path in found]
+    return found
+
+
+def _paths(rows: datasets.Dataset, column: str) -> list[str]:
+    """The paths in a column of images, None where a cell has none; [] if no cell can have one."""
+    rows = rows.select_columns([column])
+    if isinstance(rows.features[column], datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    rows = rows.flatten()
+    inner = f"{column}.path" if f"{column}.path" in rows.column_names else column
+    words = inner in rows.column_names and getattr(rows.features[inner], "dtype", "").endswith("string")
+    return list(rows[inner][:]) if words else []
+
+
 def decode(read: Callable[[int], Stored], rules: Rules, i: int) -> Tensor:
     """Image i as uint8 (C, H, W). Raises UserError, naming it."""
     return pixels.convert(read(i), rules)[0]

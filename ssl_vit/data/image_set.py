@@ -24,6 +24,10 @@ from ssl_vit.settings import known, pair
 from ssl_vit.views import Photo
 
 
+def _nameless() -> None:
+    """The names of images that have none."""
+
+
 @dataclass
 class ImageSet:
     """One split. images: uint8 (N, C, H, W) if decoded, else None and `photo(i)` decodes one, uint8 (C, h, w)."""
@@ -41,7 +45,7 @@ class ImageSet:
     opened: Callable[[int], Photo] | None = None  # i → image i, decoded as small as its views allow: data.jpeg_draft
     flip: bool = True
     masks: Callable[[int], Tensor] | None = None  # i → the class of each pixel of image i, uint8 (H, W)
-    names: Callable[[], list[str]] | None = None  # the files' paths under the split, in order, if they are files
+    names: Callable[[], list[str] | None] = _nameless  # the images' paths in order, or None if they have none
     numbers: np.ndarray | None = None  # their places in the split as it is stored; None: those of all of it
     range: tuple[float, float] | None = None  # black and white of values deeper than 8 bits
     ledger: dict = dataclasses.field(default_factory=dict)  # what was found, used and left out, and why
@@ -69,7 +73,7 @@ class ImageSet:
             photo=self.photo and functools.partial(decoding.photo, self.photo, chosen),
             opened=self.opened and functools.partial(decoding.photo, self.opened, chosen),
             masks=self.masks and functools.partial(decoding.photo, self.masks, chosen),
-            names=self.names and functools.partial(_names, self.names, chosen),
+            names=functools.partial(_names, self.names, chosen),
             numbers=chosen.numpy() if self.numbers is None else self.numbers[chosen.numpy()],
             ledger=ledger.part(self.ledger, len(chosen), labels, self.classes),
         )
@@ -232,9 +236,7 @@ def _load(config: recipes.Data, role: str, classes: list[str] | None, apart: boo
         else None,
         flip=found.flip,
         masks=mask_of and functools.partial(decoding.photo, mask_of, kept),
-        names=functools.partial(_names, functools.partial(rows.__getitem__, decoding.FILE), kept)
-        if decoding.FILE in rows.column_names
-        else None,
+        names=functools.partial(_names, functools.partial(decoding.names, rows, found.image, found.whole), kept),
         numbers=numbers,
         range=rules.range,
         ledger=entry,
@@ -255,10 +257,10 @@ def _range(
     return span | dict(images=len(indices)), decoding.choose_range(look.deep[0], span["low"], span["high"])
 
 
-def _names(names: Callable[[], list[str]], chosen: Tensor | None) -> list[str]:
-    """Those of the chosen images, or all."""
-    found = list(names())
-    return found if chosen is None else [found[i] for i in chosen.tolist()]
+def _names(names: Callable[[], list[str] | None], chosen: Tensor | None) -> list[str] | None:
+    """Those of the chosen images, or all; None if there are none."""
+    found = names()
+    return found if found is None or chosen is None else [found[i] for i in chosen.tolist()]
 
 
 def _digits(role: str, channels: int) -> ImageSet:
