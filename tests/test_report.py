@@ -1146,6 +1146,29 @@ def test_robustness_stands_in_families_apart_from_the_other_tables(tmp_path, mon
     assert "fog" in html  # each kind, folded away
 
 
+def test_how_hard_a_task_is_stands_beside_the_accuracies_of_its_runs(tmp_path, monkeypatch):
+    """Easiest first by the linear denoiser; the accuracies are those of the groups, of all their seeds."""
+    mae, dino = (many(tmp_path, recipe, share, seeds=2) for recipe, share in (("mae", 0.6), ("dino", 0.7)))
+    noise = many(tmp_path, "gaussian", 0.5, seeds=2, measures=[dict(protocol="linear-sweep", pooling="chosen")])
+    for run, linear in ((mae[0], 0.5), (noise[1], 0.25)):
+        said = dict(identity=0.75, mean_patch=1.0, linear=linear)
+        (run / "difficulty.json").write_text(json.dumps(said))
+    _, markdown = write_report([*mae, *dino, *noise, *controls(tmp_path)], tmp_path / "out", monkeypatch)
+    section = markdown[markdown.index("## How hard each corruption is") :].split("\n## ")[0]
+    head, _, *rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in head[3:]] == [
+        "squared error, linear",
+        "k-NN (k = 20), class token",
+        "linear, chosen on train",
+    ]
+    shown = [[cell.split("±")[0].strip() for cell in row] for row in rows]
+    assert shown == [
+        ["gaussian", "0.750", "1.000", "0.250", "", "50.0"],
+        ["mae", "0.750", "1.000", "0.500", "60.0", ""],
+    ]
+    assert "Accuracies are in %, on cifar10, all labels." in section
+
+
 def test_recipes_that_differ_in_more_than_two_settings_have_one_name_everywhere(tmp_path):
     """A hash, by which charts of costs and tables are read together."""
     other = dict(train__batch_size=7, train__steps=50, train__precision="bf16", data__hflip=False)

@@ -75,7 +75,7 @@ def report(
     for eval_set in dense:
         found, main = segmentation_section.blocks(eval_set)
         blocks, mains = blocks + found, [*mains, main]
-    blocks += sections.difficulty(groups) + (study_sections.trials(study) if study else [])
+    blocks += sections.difficulty(groups, eval_sets) + (study_sections.trials(study) if study else [])
     blocks += (
         charts.curves(groups, accuracies=not incomplete)
         + gallery(groups)

@@ -84,28 +84,34 @@ def _averages(eval_set: EvalSet, wanted: dict[str, list[Metric]], caption: str) 
     return Table([("", list(wanted))], filled, words, charts.sources_of(used))
 
 
-def difficulty(groups: list[Group]) -> list[Block]:
-    """How hard the tasks are, for the runs that eval/difficulty.py has measured."""
+def difficulty(groups: list[Group], eval_sets: list[EvalSet]) -> list[Block]:
+    """How hard the tasks are, easiest first, for the runs that eval/difficulty.py has measured; beside it what the
+    features are worth on the first eval set, by its primary metrics."""
     found = {group: [run.folder / "difficulty.json" for run in group.runs] for group in groups}
     found = {group: there for group, files in found.items() if (there := [file for file in files if file.exists()])}
-    rows = []
-    for group in sorted(foremost(found), key=lambda group: group.label):  # every budget has the same task
-        said = json.loads(found[group][0].read_text(encoding="utf-8"))
-        errors = [f"{said[key]:.3f}" for key in ("identity", "mean_patch", "linear")]
-        rows.append((named(group.label), [Cell(text) for text in errors]))
-    if not rows:
+    told = {group: json.loads(found[group][0].read_text(encoding="utf-8")) for group in foremost(found)}
+    if not told:
         return []
+    scores = {metric: eval_set.by_group(metric) for eval_set in eval_sets[:1] for metric in eval_set.primary}
+    scores = {metric: by_group for metric, by_group in scores.items() if told.keys() & by_group.keys()}
+    rows = []  # of each arm its largest budget: all have the same task
+    for group in sorted(told, key=lambda group: (told[group]["linear"], group.label)):
+        cells = [Cell(f"{told[group][key]:.3f}") for key in ("identity", "mean_patch", "linear")]
+        for by_group in scores.values():
+            cells.append(Cell(with_interval(by_group[group].estimate)) if group in by_group else Cell())
+        rows.append((named(group.label), cells))
     caption = (
         "Mean squared error on training images, over the patches that enter the loss, relative to the variance of the "
         "clean pixels; the error is measured against the clean pixels, whatever the run's target. The predictions are "
         "the encoder's input (with the mean patch for masked patches), the mean patch everywhere, and a linear (ridge) "
-        "denoiser that sees 3×3 patches. The error in the last column is what a network can still reduce and a linear "
+        "denoiser that sees 3×3 patches. The linear denoiser's error is what a network can still reduce and a linear "
         "filter cannot."
     )
-    return [
-        Heading("How hard each corruption is"),
-        Table([("", ["input", "mean patch", "linear"])], [("", rows)], caption),
-    ]
+    if scores:
+        caption += f" Accuracies are in %, on {eval_sets[0].data}, {labels_in_words(eval_sets[0].labels)}."
+    head = [("squared error", ["input", "mean patch", "linear"])]
+    head += [(metric.evaluator, [metric.features]) for metric in scores]
+    return [Heading("How hard each corruption is"), Table(head, [("", rows)], caption)]
 
 
 def rates(eval_set: EvalSet) -> list[Block]:
