@@ -11,6 +11,7 @@ from eval.compare.scores import EvalSet, Scores, pool_seeds
 from eval.compare.words import borrowed, labels_in_words, percent, with_interval
 from eval.page import charts
 from eval.page.document import Block, Cell, Folded, Heading, Table, halves, named
+from eval.page.tables import heads
 
 FAMILIES = dict(noise="noise", blur="blur", other="others")
 
@@ -109,8 +110,7 @@ def difficulty(groups: list[Group], eval_sets: list[EvalSet]) -> list[Block]:
     )
     if scores:
         caption += f" Accuracies are in %, on {eval_sets[0].data}, {labels_in_words(eval_sets[0].labels)}."
-    head = [("squared error", ["input", "mean patch", "linear"])]
-    head += [(metric.evaluator, [metric.features]) for metric in scores]
+    head = [("squared error", ["input", "mean patch", "linear"]), *heads(scores)]
     return [Heading("How hard each corruption is"), Table(head, [("", rows)], caption)]
 
 

@@ -1,5 +1,8 @@
 """The tables of a report: accuracies with intervals, and each recipe against each control."""
 
+import itertools
+from collections.abc import Iterable
+
 import numpy as np
 
 from eval.compare import intervals
@@ -42,6 +45,12 @@ def table_rows(eval_set: EvalSet, metrics: list[Metric]) -> list[tuple[str, Grou
     return lines
 
 
+def heads(metrics: Iterable[Metric]) -> list[tuple[str, list[str]]]:
+    """The head of a table with a column for each metric: (evaluator, [features, …])."""
+    by_evaluator = itertools.groupby(metrics, key=lambda metric: metric.evaluator)
+    return [(evaluator, [metric.features for metric in found]) for evaluator, found in by_evaluator]
+
+
 def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[str, list[str]] | None = None) -> Table:
     """Recipes × metrics, controls under the others."""
     best = [best_of(eval_set.by_group(metric)) for metric in metrics]
@@ -65,11 +74,7 @@ def table(eval_set: EvalSet, metrics: list[Metric], caption: str, extra: tuple[s
         used += filter(None, by_group)
         cells += [Cell(words) for words in charts.cost_of(group)] if extra else []
         parts[group.control].append((named(label, note), cells))
-    head: list[tuple[str, list[str]]] = []
-    for metric in metrics:
-        if not head or head[-1][0] != metric.evaluator:
-            head.append((metric.evaluator, []))
-        head[-1][1].append(metric.features)
+    head = heads(metrics)
     if eval_set.measured == ACCURACY:
         majority = [Cell(rate(eval_set.majority.estimate.mean))] * len(metrics) + [Cell("0")] * (3 if extra else 0)
         parts[True].append((Cell("most frequent class", "always predicted"), majority))
