@@ -60,7 +60,16 @@ def test_jobs_and_flops_are_those_of_the_plan(said, monkeypatch):
     assert found["all"][0] == str(10 + 5 + 10 + 12 + 8)
     assert found["noise"] == ["noise", "gaussian", "1", "2", "4+"]
     assert found["short"] == ["equal-images", "like mae", "0.39", "2", "."]
+    assert "tiny on digits: 2 seeds, budget 1e+09 FLOPs" in text
     assert "At 0.001 GFLOP/s: made up." in text and "With 2 seeds and 360 test images" in text
+
+
+def test_every_budget_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "_rate", lambda *rest: (1e6, "made up", 1e6))
+    write_plan(tmp_path, arms=dict(mae=dict(recipe="mae", settings=TINY)), seeds=1, budgets=[1e8, 3e8])
+    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path / "tiny.yaml"), "--plan"])
+    assert study.main() == 0
+    assert "tiny on digits: 1 seed, budgets 1e+08, 3e+08 FLOPs" in capsys.readouterr().out
 
 
 def test_the_rate_is_measured(said, monkeypatch):

@@ -22,7 +22,7 @@ from eval.schedule.jobs import Times, devices_for
 from eval.schedule.trainings import Study, Training, labels_in, schedule_of
 from ssl_vit import backbones, commands, data, files, flops, objectives, pretrain
 from ssl_vit import recipe as recipes
-from ssl_vit.errors import UserError
+from ssl_vit.errors import UserError, plural
 from ssl_vit.settings import known
 
 SPREADS = (0.003, 0.006, 0.01)  # of a difference over seeds: small, usual, large
@@ -161,8 +161,9 @@ def estimate(study: Study, at_once: int) -> str:
     plan, costs = study.plan, Costs(study)
     works = costs.all()
     rate, how, size = _rate(study, costs, at_once)
-    budget = f", budget {max(plan.budgets):g} FLOPs" if plan.budgets else ""
-    lines = [f"{plan.name} on {recipes.short(study.images or 'digits')}: {plan.seeds} seeds{budget}", ""]
+    budgets = ", ".join(f"{budget:g}" for budget in plan.budgets)
+    budget = f", budget{'s' if len(plan.budgets) > 1 else ''} {budgets} FLOPs" if budgets else ""
+    lines = [f"{plan.name} on {recipes.short(study.images or 'digits')}: {plural(plan.seeds, 'seed')}{budget}", ""]
     lines.append(f"{'arm':20}{'role':16}{'recipe':14}{'budget':>7}{'seeds':>7}{'trials':>8}")
     for name, arm in plan.arms.items():
         trials = f"{max(len(arm.search_space), 1) + 2}+" if name in study.trials else "."
