@@ -1,1 +1,1 @@
-"""Evaluators: they read a run directory or any timm checkpoint, and know no objective."""
+"""Evaluators of run directories and of published weights."""

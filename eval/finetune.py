@@ -7,15 +7,15 @@ On a laptop, after `python ssl_vit/pretrain.py --recipe mae`, and again with `tr
 
     python eval/finetune.py --backbone runs/mae-digits-s0 runs/random
 
-A randomly initialised backbone is the control: the same labels, from scratch, without layer decay. With several
---lr, each is tried on nine tenths of the labelled images and evaluated on the last tenth; if the best rate is the
-smallest or largest, half or twice that rate is tried next, until it is neither. With the best rate the model is
-trained again on all of them, and only then is the report split read. With one label per class nothing can be held
-out: the middle rate is used. --lr-of RUN uses the rate that was chosen for another run, such as one of another seed.
---held-out leaves the report split alone, after a pre-training with data.hold_out=true: the labels are of the nine
-tenths that it saw, and it is judged on the tenth that it did not, every rate if there are several --lr.
-With few labels, the recipe's epochs become 300 steps if they are fewer. --extra-flops F trains for that much longer:
-for the compute of a pre-training, so that a control from scratch has equal total compute.
+A randomly initialised backbone is the control: the same labels, from scratch, without layer decay. With several --lr,
+each is tried on nine tenths of the labelled images and evaluated on the last tenth; if the best rate is the smallest or
+largest, half or twice that rate is tried next, until it is neither. With the best rate the model is trained again on
+all of them, and only then is the report split read. With one label per class nothing can be held out: the middle rate
+is used. --lr-of RUN uses the rate that was chosen for another run, such as one of another seed. --held-out, after a
+pre-training with data.hold_out=true, leaves the report split alone: labels come from the nine tenths that it saw, and
+each --lr is judged on the tenth that it did not see. With few labels, the recipe's epochs become 300 steps if they are
+fewer. --extra-flops F trains for that much longer: for the compute of a pre-training, so that a control from scratch
+has equal total compute.
 
 Each training is a run of the loop in RUN/finetune/: the same command continues where it was stopped. A rate that has
 been judged is not tried again.

@@ -12,8 +12,8 @@ table, DIR/report.csv (columns: eval/compare/tidy.py). It trains and evaluates n
 the test images if they are on this machine.
 
 Runs that differ only in their seed are one recipe. Where several test images show one patient, or are frames of one
-video, they are not independent: `--cluster-by '([^/]+)_[^/]*$'` tells by their names, patient7_scan2.png, which
-belong together, and intervals are over patients.
+video, they are not independent: `--cluster-by '([^/]+)_[^/]*$'` groups them by file name (patient7_scan2.png), and
+intervals are over patients.
 """
 
 import argparse

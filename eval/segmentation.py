@@ -10,13 +10,12 @@ On a laptop, on digits whose strokes are the masks, after `python ssl_vit/pretra
 PATH is a parquet file or folder with the columns image and mask, or a folder with masks/ beside images/. A mask holds
 the class of each pixel; classes.txt beside them may name the classes. --data digits is the default for runs on digits.
 The linear probe is fitted on the patches of the training images, its penalty chosen on a tenth of them; the k-NN probe
-looks the patches up among theirs (k = 20). Both predict scores for each patch, resized to the mask's own size.
-Whole images are shown at the backbone's size, whatever their shape, or at --img-size: runs that were trained on small
-images see photographs so, with their positions resampled. --labels 10% uses the masks of a tenth of the images.
---finetune adds a column: the backbone and a small convolutional decoder, trained together on random crops and flips of
-the images with masks; of several --lr, the one that is best on a held-out tenth of them. With a randomly initialised
-backbone this is training from scratch. Its states are in RUN/segmentation/: the same command continues where it was
-stopped.
+looks the patches up among theirs (k = 20). Both predict scores for each patch, resized to the mask's own size. Whole
+images are shown at the backbone's size, whatever their shape, or at --img-size: runs trained on small images can thus
+see photographs, with positions resampled. --labels 10% uses the masks of a tenth of the images. --finetune adds a
+column: the backbone and a small convolutional decoder, trained together on random crops and flips of the images with
+masks; of several --lr, the one that is best on a held-out tenth of them. With a randomly initialised backbone this is
+training from scratch. Its states are in RUN/segmentation/: the same command continues where it was stopped.
 """
 
 import dataclasses

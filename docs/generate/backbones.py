@@ -150,7 +150,7 @@ timm's hierarchical models end with a stride of 32, which leaves one patch of a 
 `hybrid`, `cvt`, `resnet18` and `resnet50` are small versions fitted to the size of the images: the first grid has about
 16 patches a side and is halved from stage to stage as long as 4 remain. They are registered with timm as `ssl_vit_…`,
 so that a saved folder opens in timm after `import ssl_vit`, and never as another architecture. `backbone.embed_dim` is
-the width of the first stage, which doubles from one to the next: 16 makes of `resnet18` a network of 0.7 M parameters.
+the width of the first stage, which doubles from one to the next: 16 gives `resnet18` 0.7 M parameters.
 `resnet18` and `resnet50` are timm's own above 64 px, and with `backbone.init_from`. timm's Swin needs images that its
 windows divide; otherwise the error message names a size that fits.
 
