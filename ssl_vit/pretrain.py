@@ -276,6 +276,7 @@ def resolved(
         device=accelerator.device.type,
         engine_used=engine.kind(recipe, accelerator),
         started_from=teachers.cost(start) if start else {},
+        learnt_from=objective.inherited,
         torch=str(torch.__version__),
         commit=COMMIT,
     )

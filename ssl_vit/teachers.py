@@ -52,16 +52,24 @@ def classes(text: str) -> list[str] | None:
 
 
 def cost(text: str) -> dict[str, float]:
-    """{run directory: the FLOPs spent on it and on all that it learnt from}, and the same of the run that it started
-    from. {} for published weights, whose training nobody counted."""
+    """{run directory: the FLOPs spent on it}, and the same of all that it learnt or started from, each once. {} for
+    published weights, whose training nobody counted.
+
+    Raises UserError for a trained run without its log, which tells the cost.
+    """
     run = weights.parse(text).path
     if not (run / "recipe.yaml").exists():
         return {}
-    lines = files.read_lines(run / "log.jsonl")
-    own = {str(run.resolve()): max((line["flops"] for line in lines if "flops" in line), default=0.0)}
     settings = recipes.read_settings(run / "recipe.yaml")
-    counted: dict[str, float] = settings.get("runtime", {}).get("started_from", {})  # when it began
-    return own | counted
+    lines = files.read_lines(run / "log.jsonl")
+    spent = max((line["flops"] for line in lines if "flops" in line), default=0.0)
+    if settings["train"]["steps"] and not spent:
+        raise UserError(
+            f"{run} was trained, and its log.jsonl, which tells how many FLOPs that took, is not there: copy that too."
+        )
+    before = settings.get("runtime", {})  # as it was counted when the run began
+    learnt_from: dict[str, float] = before.get("learnt_from", {})  # which the log includes
+    return {str(run.resolve()): spent - sum(learnt_from.values())} | learnt_from | before.get("started_from", {})
 
 
 def published(text: str) -> list[str]:

@@ -4,14 +4,18 @@ import re
 import sys
 
 import pytest
+import torch
 import yaml
 from test_loop import TINY
-from test_study import deciding, write_plan
+from test_study import a_study, deciding, write_plan
 
 from eval import study
+from eval.measure import dense_tuning
+from eval.measure.features import Source
 from eval.schedule import cost, plans
 from eval.schedule.jobs import Times
 from eval.schedule.trainings import Study
+from ssl_vit import backbones
 
 LINE = ["finetune", "--lr", "1e-3", "2e-3", "--labels", "20", "train.steps=3", "train.batch_size=32"]
 
@@ -70,6 +74,20 @@ def test_every_budget_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path / "tiny.yaml"), "--plan"])
     assert study.main() == 0
     assert "tiny on digits: 1 seed, budgets 1e+08, 3e+08 FLOPs" in capsys.readouterr().out
+
+
+def test_a_segmentation_costs_its_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for more in ([], ["--finetune", "--steps", "30", "--lr", "1e-3"]):
+        arms = dict(mae=dict(recipe="mae", settings=[*TINY, "train.steps=1"]))
+        costs = cost.Costs(a_study(tmp_path, arms=arms, evaluators=[["segmentation", *more]]))
+        found.append({work.kind: work.flops for work in costs.all()}["segmentation"])
+    recipe = costs._recipe(costs.trainings[0])
+    recipe.add_dataset_info(costs._info)
+    source = Source("", tmp_path, {}, backbones.build(recipe.backbone, recipe.data, 0).eval(), None)
+    each = dense_tuning.planned(source, torch.zeros(1, 1, 8, 8), 2, 1437, 360, dense_tuning.Schedule(30, (1e-3,)))
+    assert found[1] - found[0] == each > found[0] > 0
 
 
 def test_the_rate_is_measured(said, monkeypatch):

@@ -597,6 +597,21 @@ def test_refusals(case, said, tmp_path, monkeypatch):
     assert len(re.findall(r"[.:;](\s|$)", str(error.value))) <= 3 and not (tmp_path / "out").exists()
 
 
+def test_names_are_compared_beyond_packed_rows_which_have_none(tmp_path, monkeypatch):
+    """One run is packed, and two others have the files in two orders: pairs would be of different images."""
+    names = [f"{i}.png" for i in range(N)]
+    orders = dict(packed=None, own=names, other=names[::-1])
+    run = [
+        write_run(tmp_path / name, "mae", 0.5, seed, settings("mae", seed), images=the_images(f"f{seed}", names=order))
+        for seed, (name, order) in enumerate(orders.items())
+    ]
+    with pytest.raises(UserError, match="packed and .*other .* which differ in the names of their files"):
+        write_report(run, tmp_path / "out", monkeypatch)
+    images = the_images("f0", names=names)
+    same = write_run(tmp_path / "same", "mae", 0.5, 3, settings("mae", 3), images=images)
+    cluster_by([the_test([run[0], same])], re.compile(r"(\d)\.png"))  # by the names that the second brings
+
+
 # the pages
 
 

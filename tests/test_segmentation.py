@@ -123,6 +123,9 @@ def test_a_folder_of_masks_beside_the_images_holds_masks_and_no_images(tmp_path,
     assert len(train) == len(test) == 3 and train.labels is None
     assert [torch.equal(test.masks(i), torch.from_numpy(scene(seed=10 + i)[1])) for i in range(3)] == [True] * 3
     assert train.ledger["found"]["left_out"]["masks_without_image"] == 1
+    (folder / "scene2.png").write_bytes(png(scene(seed=78)[1]))
+    with pytest.raises(UserError, match=r"scene2\S*.png and \S*scene2\S*.png would both be the mask of \S*scene2.png"):
+        both(tmp_path)
 
 
 def test_a_class_called_masks_stays_a_class(tmp_path):
@@ -460,6 +463,26 @@ def test_runs_on_other_images_are_shown_these_at_a_size_of_their_own(measured, t
     assert torch.allclose(patches.flatten(1, 2), theirs, atol=1e-5)
 
 
+def test_a_run_that_divides_the_images_otherwise_is_not_judged_by_the_masks_of_the_first(
+    measured, tmp_path, monkeypatch
+):
+    """Its own test images would be scored against others' masks."""
+    shutil.copytree(measured / "scenes", tmp_path / "scenes")
+    parquet(tmp_path / "more", count=(6, 8), change=lambda split, i, mask: 1 - mask)
+    shutil.copy(tmp_path / "more" / "train-00000-of-00001.parquet", tmp_path / "scenes" / "val.parquet")
+    monkeypatch.chdir(tmp_path)
+    for name, changes in (("one", []), ("other", ["data.report_split=validation"])):
+        settings = [*TINY, *SMALL["mae"], "data.img_size=[12,16]", "train.steps=0", *changes]
+        assert pretrain.pretrain(objectives.read_recipe("mae", settings, "./scenes"), tmp_path / name) == 0
+    for names in (["other", "one"], ["one", "other"]):
+        with pytest.raises(
+            UserError, match=f"{names[1]} takes . images of scenes .* where {names[0]} takes . .*of its own"
+        ):
+            segment(tmp_path, monkeypatch, "--backbone", *names)
+    segment(tmp_path, monkeypatch, "--backbone", "other")
+    assert {(row["split"], row["n"]) for row in results.read(tmp_path / "other")} == {("validation", 6)}
+
+
 def test_a_part_of_the_masks_is_used(measured, monkeypatch):
     before = results.read(measured / "runs" / "mae-s0")
     seen = []
@@ -646,7 +669,13 @@ def test_the_rate_is_the_best_on_images_that_it_did_not_see(measured, monkeypatc
     best = float(max((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate]))
     assert tuned.about["settings"]["lr"] == best and seen[-1] == (20, best)
     assert [count for count, _ in seen[:-1]] == [18] * len(tried) and set(judged) == {2}
-    assert tuned.cost.images == len(tried) * (64 + 2) + 64
+    judgements = 2 * sum(found is not None for found in tried.values())
+    trained = tuned.cost.images - judgements
+    assert trained in [64 * len(tried) + 16 * steps for steps in (1, 2, 3)]  # as the diverged one stops before its end
+    assert tuned.cost.flops == pytest.approx(tuned.flops_per_image(task) * (3 * trained + judgements))
+    zero = torch.zeros(1, 3, *task.view.size)
+    planned = dense_tuning.planned(task.source, zero, task.classes, 20, 8, dense_tuning.Schedule(4, (1e-3, 2e-3)))
+    assert planned == tuned.flops_per_image(task) * (3 * 3 * 64 + 2 * 2 + 8)  # two trials and the last, and 8 images
     with pytest.raises(UserError, match="diverged at every learning rate from .* on: pass smaller --lr"):
         dense_tuning.fine_tune(task, dense_tuning.Schedule(4, (1e29, 1e30)))
     with pytest.raises(UserError, match=r"diverged at lr 1e\+30: pass smaller --lr"):

@@ -474,6 +474,10 @@ def test_a_trial_is_judged_on_the_labels_that_the_tuning_s_seed_draws(tmp_path, 
     assert trainings.judged(tmp_path, LP10, 7) is None
     rows[0] |= dict(label_fraction=1.0, subset_seed=None)
     assert trainings.judged(tmp_path, ["linear_probe"], 100) == 0.9
+    shared = dict(split="held out of train", label_fraction=1.0, subset_seed=None, protocol="knn-k20")
+    rows = [dict(shared, pooling=pooling, value=value) for pooling, value in (("cls", 0.75), ("mean", 0.25))]
+    monkeypatch.setattr(results, "read", lambda run: rows)
+    assert trainings.judged(tmp_path, ["knn"], 100) == 0.5  # the mean over its poolings, as the page says
 
 
 def test_marks_go_with_their_rows(tmp_path, run, colours, monkeypatch):
@@ -751,6 +755,36 @@ def test_an_arm_learns_from_the_run_of_another_of_its_seed_and_budget(tmp_path, 
     assert list(plan.arms) == ["tokens", "learnt", "slow"]
     with pytest.raises(UserError, match="compares at equal compute"):
         plan.spend(["train.steps=3"])
+
+
+def test_an_arm_may_learn_from_another_than_the_one_it_is_like(tmp_path, monkeypatch):
+    """It is charged for that alone; and nothing for one that was not trained, or the steps of one that has steps."""
+    monkeypatch.chdir(tmp_path)
+    arms = tokens_and_beit()
+    arms["longer"] = dict(like="tokens", budget=0.5, evaluators=[])
+    arms["untrained"] = dict(like="tokens", settings=["train.flops=null", "train.steps=0"])
+    arms["short"] = dict(like="tokens", settings=["train.flops=null", "train.steps=3"])
+    for source in ("longer", "untrained", "short"):
+        arms[f"of_{source}"] = dict(like="learnt", settings=[f"objective.tokenizer={{{source}}}"])
+    made = a_study(tmp_path, arms=arms, budgets=["2e9"])
+    trained = {training.arm: training for training in made.trainings()}
+    costs = Costs(made)
+    three = costs.pretraining(trained["short"])
+    per_image = flops.budget(*costs_of(costs, trained["short"]))[1]
+    assert three == 3 * 32 * per_image
+    for source, spent in (("longer", 1e9), ("untrained", 0.0), ("short", three)):
+        own = trained[f"of_{source}"]
+        assert own.learns_from == (trained[source].run,)
+        named = [text for text in own.settings if text.startswith("objective.tokenizer=")]
+        assert named == [f"objective.tokenizer={trained[source].run}"]
+        assert costs.pretraining(own) == pytest.approx(2e9 - spent)
+
+
+def costs_of(costs, training):
+    """(its recipe, objective, number of images)"""
+    recipe = costs._recipe(training)
+    recipe.add_dataset_info(costs._info)
+    return recipe, pretrain.build(recipe, costs.images), len(costs.images)
 
 
 def test_an_arm_does_not_start_from_weights_whose_cost_nobody_charges(tmp_path, monkeypatch):

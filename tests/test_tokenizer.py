@@ -431,6 +431,17 @@ def test_a_teacher_s_features_are_recovered(trained, tmp_path):
     tree["runtime"]["started_from"] = {"/moved/since": 5e9}  # as it was counted when the run began
     (tmp_path / "continued" / "recipe.yaml").write_text(yaml.safe_dump(tree))
     assert sum(teachers.cost(str(tmp_path / "continued")).values()) == 3e9 + 5e9
+    tree["runtime"]["learnt_from"] = {"/elsewhere": 1e9}  # which its log includes
+    tree["train"]["steps"] = 2
+    (tmp_path / "continued" / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    found = {str((tmp_path / "continued").resolve()): 2e9, "/elsewhere": 1e9, "/moved/since": 5e9}
+    assert teachers.cost(str(tmp_path / "continued")) == found
+    (tmp_path / "continued" / "log.jsonl").unlink()
+    with pytest.raises(UserError, match="continued was trained, and its log.jsonl, which tells how many FLOPs"):
+        teachers.cost(str(tmp_path / "continued"))
+    tree["train"]["steps"] = 0
+    (tmp_path / "continued" / "recipe.yaml").write_text(yaml.safe_dump(tree | dict(runtime={})))
+    assert sum(teachers.cost(str(tmp_path / "continued")).values()) == 0.0
 
 
 def test_published_weights_are_known_through_all_that_learnt_from_them(trained, tmp_path):
@@ -476,6 +487,8 @@ def test_runs_that_learn_from_runs(tmp_path):
     last = log_of(tmp_path / "one-tokenizer-supervised")[-1]
     found = yaml.safe_load((tmp_path / "one-tokenizer-supervised/recipe.yaml").read_text())["resolved"]
     assert found["inherited_flops"] == before and last["perplexity"] > 1 and 0 < last["usage"] <= 1
+    assert sum(teachers.cost(str(tmp_path / "one-tokenizer-supervised")).values()) == pytest.approx(last["flops"])
+    assert teachers.cost(str(tmp_path / "one-tokenizer-supervised"))[str((tmp_path / "dino").resolve())] == before
     assert last["flops"] == pytest.approx(before + 6 * 32 * found["flops_per_image"])
 
     beit = arguments("beit", "objective.tokenizer=one-tokenizer-supervised")

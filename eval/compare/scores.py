@@ -334,7 +334,7 @@ def cluster_by(eval_sets: list[EvalSet], pattern: re.Pattern[str]) -> None:
     for eval_set in eval_sets:
         names: list[str] | None = None
         for file in eval_set.images.values():
-            names = names or json.loads(file.read_text(encoding="utf-8"))["names"]
+            names = names or _told_of(file)["names"]
         if names is None:
             raise UserError(
                 f"The test images of {eval_set.data} have no file names, by which --cluster-by tells which are of one "
@@ -367,14 +367,28 @@ def _unlike(eval_set: EvalSet, truth: np.ndarray, run: Run, row: dict) -> str:
     if not np.array_equal(eval_set.truth, truth):
         return "labels"
     file = run.folder / row.get("images", "")
-    if not file.is_file() or file.name in eval_set.images:
+    if not file.is_file():
         return ""
-    eval_set.images[file.name] = file
-    one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (next(iter(eval_set.images.values())), file))
+    held = eval_set.images.get(file.name)
+    if held and (_told_of(held)["names"] or not _told_of(file)["names"]):
+        return ""
+    eval_set.images[file.name] = file  # packed rows have no names
+    ones, said = [_told_of(path) for path in eval_set.images.values()], _told_of(file)
     for key, words in (("classes", "the names of their classes"), ("names", "the names of their files")):
-        if one[key] and other[key] and one[key] != other[key]:
+        if any(one[key] and said[key] and one[key] != said[key] for one in ones):
             return words
     return ""
+
+
+def _told_of(images: Path) -> dict:
+    """What a file says of the test images: the names of their classes and files."""
+    return _about(images, images.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _about(images: Path, changed: int) -> dict:
+    found: dict = json.loads(images.read_text(encoding="utf-8"))
+    return found
 
 
 def _answers(run: Run, row: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -121,7 +121,7 @@ def confusions(patches: Patches, scores: Scores) -> np.ndarray:
     found = []
     for start in range(0, len(patches), AT_ONCE):
         part = scores(patches.features[start : start + AT_ONCE])
-        for each, mask in zip(part, patches.masks[start:], strict=False):
+        for each, mask in zip(part, patches.masks[start : start + AT_ONCE], strict=True):
             found.append(confusion(segment(each, mask.shape), mask, patches.classes))
     return np.stack(found)
 

@@ -74,7 +74,8 @@ class Request(cli.EvalRequest):
     def images(self, source: features.Source) -> tuple[ImageSet, ImageSet]:
         """(training images, images to evaluate on), with as many channels as the backbone takes; labels are not used.
 
-        Raises UserError for a run that was trained on permuted pixels, whose masks would have to be permuted too.
+        Raises UserError for a run that was trained on permuted pixels, whose masks would have to be permuted too, and
+        for one that divides the data set otherwise than the first: the masks are those of the first one's images.
         """
         channels = self.config.in_chans if source.backbone is None else len(source.backbone.mean)
         config = features.read_as(source.settings, self.config)
@@ -82,7 +83,26 @@ class Request(cli.EvalRequest):
         if key not in self._sets:
             self._sets[key] = load(config, channels, source)
         train, test = self._sets[key]
+        first = next(iter(self._sets.values()))
+        for part, expected in zip((train, test), first, strict=True):
+            if not _same_rows(part, expected):
+                raise UserError(
+                    f"{source.name} takes {len(part):,} images of {part.name} ({part.split}) where "
+                    f"{self.sources[0].name} takes {len(expected):,} ({expected.split}): evaluate it by a command of "
+                    "its own."
+                )
         return train.to(self.state.device), test.to(self.state.device)
+
+
+def _same_rows(images: ImageSet, others: ImageSet) -> bool:
+    """Whether these are the same images of one data set, however they are decoded."""
+    if images.split != others.split or len(images) != len(others):
+        return False
+    return np.array_equal(_places(images), _places(others))
+
+
+def _places(images: ImageSet) -> np.ndarray:
+    return np.arange(len(images)) if images.numbers is None else images.numbers
 
 
 def view_of(source: features.Source, images: ImageSet) -> Evaluation:

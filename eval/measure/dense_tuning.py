@@ -164,6 +164,17 @@ class Tuned:
         return np.stack([dense.confusion(dense.segment(s, m.shape), m, task.classes) for s, m in pairs])
 
 
+@torch.no_grad()
+def planned(source: features.Source, zero: Tensor, classes: int, images: int, judged: int, schedule: Schedule) -> float:
+    """The FLOPs of `fine_tune` on so many images like zero (1, C, H, W), each rate that is asked for tried once, and of
+    the scores of those judged."""
+    [(_, patches)] = source.features(zero)
+    each = count(Segmenter(source, patches.shape[-1], classes), lambda twin: twin(zero))
+    trials = len(schedule.rates) if len(schedule.rates) > 1 else 0
+    passes = (trials + 1) * 3 * BATCH_SIZE * schedule.steps  # forward, and backward twice that
+    return each * (passes + trials * round(images / 10) + judged)
+
+
 def fine_tune(task: Task, schedule: Schedule) -> Tuned:
     """Fine-tuned on all images of the task, at the rate of the schedule or the best of several (`search`).
 
@@ -192,8 +203,12 @@ def search(task: Task, schedule: Schedule) -> tuple[rates.Tried, rates.Cost]:
 
     def miou(rate: float) -> float | None:
         model, cost = train(fit, schedule.steps, rate)
-        costs.append(cost + rates.Cost(images=len(rest.images)))
-        found = None if model is None else dense.miou(Tuned(model).confusions(rest))
+        costs.append(cost)
+        found = None
+        if model is not None:
+            tuned = Tuned(model)
+            costs.append(rates.Cost(len(rest.images), len(rest.images) * tuned.flops_per_image(rest)))
+            found = dense.miou(tuned.confusions(rest))
         told = "diverged" if found is None else f"mIoU {100 * found:.1f} %"
         say(f"{task.source.name}, lr {rate:g}: {told} of {len(rest.images)} held-out training images")
         return found
@@ -244,7 +259,7 @@ def train(task: Task, steps: int, rate: float) -> tuple[Segmenter | None, rates.
             scores = interpolate(model(images.to(device)), task.view.size, mode="bilinear", align_corners=False)
             loss = cross_entropy(scores, masks.to(device), ignore_index=dense.IGNORED)
             if not loss.isfinite():
-                return None, rates.Cost(steps * BATCH_SIZE, (step + 1) * work, state.earlier)
+                return None, rates.Cost((step + 1) * BATCH_SIZE, (step + 1) * work, state.earlier)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

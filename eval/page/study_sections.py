@@ -182,10 +182,11 @@ def trials(study: StudyResults) -> list[Block]:
             rows.append((Cell(own), [Cell(accuracy + chosen)]))
         parts.append((arm, rows))
     like = [f"{name} those of {arm['like']}" for name, arm in study.manifest["arms"].items() if arm["like"]]
+    judge = " ".join(tuning["judge"]) + (", the mean over its poolings" if tuning["judge"][0] == "knn" else "")
     words = (
         f"Each arm was tuned by {' to '.join(map(str, counts))} {'trial' if counts[-1] == 1 else 'trials'} at "
         f"{number(tuning['flops'])} FLOPs and seed {tuning['seed']}, trained on nine tenths of the training images and "
-        f"scored on the last tenth by {' '.join(tuning['judge'])}: first each setting at the recipe's learning rate, "
+        f"scored on the last tenth by {judge}: first each setting at the recipe's learning rate, "
         "then the best of them at twice and half that rate, and on by factors of two until the best lay between two "
         "others. The arm is then trained with the best settings."
     )

@@ -4,6 +4,7 @@ from eval.schedule.cost import estimate
 print(estimate(study, at_once=2))
 """
 
+import argparse
 import dataclasses
 import math
 import os
@@ -17,11 +18,14 @@ from typing import NamedTuple
 import torch
 
 from eval.compare.power import detectable
-from eval.measure import cli
+from eval.measure import cli, dense_tuning
+from eval.measure.features import Source
 from eval.schedule.jobs import Times, devices_for
 from eval.schedule.trainings import Study, Training, labels_in, schedule_of
 from ssl_vit import backbones, commands, data, files, flops, objectives, pretrain
 from ssl_vit import recipe as recipes
+from ssl_vit.data import masks
+from ssl_vit.data.sources import place
 from ssl_vit.errors import UserError, plural
 from ssl_vit.settings import known
 
@@ -73,13 +77,20 @@ class Costs:
 
     def pretraining(self, training: Training) -> float:
         """FLOPs; the budget, where there is one, but for what was spent on the runs that it learns from."""
-        if training.budget is not None:
-            sources = [other.budget or 0.0 for other in self.trainings if other.run in training.learns_from]
-            return 0.0 if training.steps == 0 else training.budget - sum(sources)
+        if training.steps == 0:
+            return 0.0
+        if training.budget is not None and training.steps is None:
+            sources = [other for other in self.trainings if other.run in training.learns_from]
+            return training.budget - sum(map(self._spent, sources))
         recipe = self._recipe(training)
         recipe.add_dataset_info(self._info)
         steps, per_image = flops.budget(recipe, pretrain.build(recipe, self.images), len(self.images))
         return steps * recipe.train.batch_size * per_image
+
+    def _spent(self, training: Training) -> float:
+        """FLOPs of a training and of all that it learns from."""
+        whole = training.budget if training.steps is None else None
+        return self.pretraining(training) if whole is None else whole
 
     def labelled(self, line: list[str]) -> list[int]:
         """How many images an evaluator uses the labels of, for each of its --labels."""
@@ -119,7 +130,23 @@ class Costs:
         else:
             width *= min(BLOCKS, backbone.depth) * POOLINGS
         zero = torch.zeros(1, self.images.channels, *size)
-        return Work("", 1, images * flops.count(backbone, lambda twin: twin.features(zero)), 4.0 * images * width)
+        spent = images * flops.count(backbone, lambda twin: twin.features(zero))
+        if "--finetune" in line:
+            spent += self._segmenters(Source("", Path(), {}, backbone, None), zero, line)
+        return Work("", 1, spent, 4.0 * images * width)
+
+    def _segmenters(self, source: Source, zero: torch.Tensor, line: list[str]) -> float:
+        """FLOPs of fine-tuning for segmentation, once for each of the line's --labels."""
+        parser = argparse.ArgumentParser()
+        dense_tuning.add_arguments(parser)
+        schedule = known(dense_tuning.schedule_of(parser.parse_known_args(line[1:])[0]))
+        classes = len(
+            masks.class_names(place(self.plan.eval_data or self.study.images or "")) or 2 * [""]
+        )  # or a guess
+        return sum(
+            dense_tuning.planned(source, zero, classes, images, self.report_images, schedule)
+            for images in self.labelled(line)
+        )
 
     def all(self) -> list[Work]:
         """The jobs of each kind. Of trials, as many as a walk has at least."""

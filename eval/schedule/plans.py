@@ -98,7 +98,8 @@ class Plan:
     def learns_from(self, arm: str) -> list[str]:
         """The arms whose runs its settings name, or those of the arm that it is like."""
         settings = [*self.arms[self.arms[arm].like or arm].settings, *self.arms[arm].settings]
-        return [match["arm"] for text in settings if (match := LEARNS_FROM.fullmatch(text))]
+        last = {text.partition("=")[0]: text for text in settings}
+        return [match["arm"] for text in last.values() if (match := LEARNS_FROM.fullmatch(text))]
 
     def evaluators_of(self, arm: str) -> list[list[str]]:
         lines = self._lines(arm)

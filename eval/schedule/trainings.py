@@ -72,6 +72,8 @@ class Study:
         own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
         own += [*self.plan.arms[what.like].settings, *more, *what.settings] if what.like else [*what.settings, *more]
         named = sources or {}
+        last = {text.partition("=")[0]: text for text in own}  # an arm may learn from another than the one it is like
+        own = [text for text in own if not LEARNS_FROM.fullmatch(text) or text is last[text.partition("=")[0]]]
         own = [f"{m['key']}={named[m['arm']]}" if (m := LEARNS_FROM.fullmatch(text)) else text for text in own]
         try:
             recipe = objectives.read_recipe(self.plan.recipe_of(arm), own, self.images)
@@ -327,8 +329,8 @@ def _accuracies(tried: dict[walk.Trial, Training]) -> walk.Tried:
 
 
 def judged(run: Path, judge: list[str], seed: int) -> float | None:
-    """A trial's accuracy on the held-out images: the judge's primary row with the most labels, the mean over their
-    subsets. seed: of the tuning, which draws the subset unless the judge names others."""
+    """A trial's accuracy on the held-out images: the judge's primary rows with the most labels, the mean over their
+    subsets and, of k-NN, its poolings. seed: of the tuning, which draws the subset unless the judge names others."""
     parts = {cli.describe_part(cli.part(word)) for word in labels_in(judge) or ["all"]}
     by = dict(linear_probe=dict(protocol="linear-sweep", pooling="chosen"), knn=dict(protocol=PRIMARY))
     wanted: dict[str, object] = by[judge[0]] | dict(label_fraction=most(parts))

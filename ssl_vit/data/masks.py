@@ -134,6 +134,11 @@ def take(root: Path, images: list["File"]) -> tuple[list["File"], dict[str, str]
         inner = (*(twins[at] or ()), *own[len(at) : -1])
         names = [stem.removesuffix(end) for end in ENDS if stem.endswith(end)]
         image = next((of_image[(*inner, name)] for name in names if (*inner, name) in of_image), None)
+        if image in masks:
+            raise UserError(
+                f"{masks[image]} and {path} would both be the mask of {image}: keep one of them, and move the "
+                f"other out of {root}."
+            )
         if image is not None:
             masks[image] = path
     if not masks:
