@@ -278,12 +278,13 @@ def test_a_size_that_the_instrument_alone_leaves_open_says_so():
         ),
         (
             {("random", LONG): 60},
-            "MAE pre-trains: NO (features yes), as the gain over training from scratch with as much compute is below "
-            "1.5 points;",
+            "MAE pre-trains: NO (features yes), as the gain over training from scratch with as much compute is 0.00 "
+            "points (upper bound below 1.5);",
         ),
         (
             {("random", "LP"): 51},
-            "MAE pre-trains: NO, as the gain over random features by linear probe is below 1.5 points;",
+            "MAE pre-trains: NO, as the gain over random features by linear probe is −1.00 points (upper bound below "
+            "1.5);",
         ),
         # a claim of one condition names it itself
         ({("autoencoder", "LP"): 49}, "autoencoding: yes, but by less than 1.5 points; denoising"),

@@ -66,10 +66,11 @@ def _over(answer: Answer) -> str:
     small = [c for c in answer.conditions if answer.said in (rule.SMALL, rule.NO) and answer.bounds(c)[1] < MARGIN]
     if not small or len(answer.conditions) == 1:
         return ""
-    others = listed(
-        ["random features by linear probe" if c.metric == LP10 else OPPONENTS.get(c.than, c.than) for c in small]
-    )
-    return f" over {others}" if answer.said == rule.SMALL else f", as the gain over {others} is below 1.5 points"
+    others = ["random features by linear probe" if c.metric == LP10 else OPPONENTS.get(c.than, c.than) for c in small]
+    if answer.said == rule.SMALL:
+        return f" over {listed(others)}"
+    gains = [f"over {than} is {_points(c.estimate.mean)}" for than, c in zip(others, small, strict=True)]
+    return f", as the gain {listed(gains)} points (upper bound below 1.5)"
 
 
 def _against(verdict: Verdict) -> str:
