@@ -63,7 +63,7 @@ def cost(text: str) -> dict[str, float]:
     settings = recipes.read_settings(run / "recipe.yaml")
     lines = files.read_lines(run / "log.jsonl")
     spent = max((line["flops"] for line in lines if "flops" in line), default=0.0)
-    if settings["train"]["steps"] and not spent:
+    if not spent and settings["train"]["steps"]:
         raise UserError(
             f"{run} was trained, and its log.jsonl, which tells how many FLOPs that took, is not there: copy that too."
         )

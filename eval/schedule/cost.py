@@ -140,9 +140,8 @@ class Costs:
         parser = argparse.ArgumentParser()
         dense_tuning.add_arguments(parser)
         schedule = known(dense_tuning.schedule_of(parser.parse_known_args(line[1:])[0]))
-        classes = len(
-            masks.class_names(place(self.plan.eval_data or self.study.images or "")) or 2 * [""]
-        )  # or a guess
+        names = masks.class_names(place(self.plan.eval_data or self.study.images or ""))
+        classes = len(names) if names else 2  # which hardly matters
         return sum(
             dense_tuning.planned(source, zero, classes, images, self.report_images, schedule)
             for images in self.labelled(line)
