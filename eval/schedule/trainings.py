@@ -72,8 +72,8 @@ class Study:
         own = [*self.plan.settings, *([] if budget is None else [f"train.flops={budget:g}"]), *self.settings]
         own += [*self.plan.arms[what.like].settings, *more, *what.settings] if what.like else [*what.settings, *more]
         named = sources or {}
-        last = {text.partition("=")[0]: text for text in own}  # an arm may learn from another than the one it is like
-        own = [text for text in own if not LEARNS_FROM.fullmatch(text) or text is last[text.partition("=")[0]]]
+        # one that is not among the sources was replaced by a later setting
+        own = [text for text in own if not (m := LEARNS_FROM.fullmatch(text)) or m["arm"] in named]
         own = [f"{m['key']}={named[m['arm']]}" if (m := LEARNS_FROM.fullmatch(text)) else text for text in own]
         try:
             recipe = objectives.read_recipe(self.plan.recipe_of(arm), own, self.images)
